@@ -1,0 +1,32 @@
+"""The error that a user can mend: one line, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+class SettingError(ValueError):
+  """A setting has a value that cannot be used.
+
+  Args:
+    setting: the setting's name as the user writes it, such as
+      `config.batch_size`, `--labels` or a path.
+    value: the value it has.
+    accepted: what would be accepted, as the end of the sentence
+      "<setting> = <value>: …".
+  """
+
+  def __init__(self, setting: str, value: Any, accepted: str):
+    self.setting = setting
+    self.value = value
+    self.accepted = accepted
+    super().__init__(f"{setting} = {value!r}: {accepted}")
+
+
+def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
+  """Raises SettingError where `value` is none of `choices`."""
+  choices = list(choices)
+  if value not in choices:
+    names = ", ".join(str(choice) for choice in choices)
+    raise SettingError(setting, value, f"accepted are {names}")
