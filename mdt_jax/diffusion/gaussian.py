@@ -1,0 +1,333 @@
+"""The Gaussian diffusion process: q, p, and the training losses.
+
+Equations are those of DDPM (arXiv 2006.11239) and of improved DDPM
+(arXiv 2102.09672); the code works on arrays and knows no network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax.diffusion.schedules import make_betas, spaced_timesteps
+from mdt_jax.errors import SettingError, check_choice
+
+Array = jax.Array
+
+PREDICTIONS = ("epsilon", "x0", "v")
+VARIANCES = ("learned_range", "fixed_small", "fixed_large")
+LOSS_WEIGHTS = ("none", "min_snr")
+
+
+class Prediction(NamedTuple):
+  """p(x_{t-1} | x_t): mean, variance and log variance, and the x0 predicted."""
+
+  mean: Array
+  variance: Array
+  log_variance: Array
+  x0: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussianDiffusion:
+  """A process of S steps, taken from an original one of T.
+
+  In all methods t (B,) counts the S steps; a network is given the original
+  timestep, `model_timesteps(t)`. Arrays are (B, H, W, C), tables float64 on the
+  host and float32 in use.
+
+  Attributes:
+    betas: (S,) noise variances.
+    timesteps: (S,) original timestep of each step.
+    num_original_timesteps: T.
+    prediction: what the network's output means: "epsilon", "x0" or "v".
+    variance: "learned_range" (2C output channels), "fixed_small" or "fixed_large".
+    loss_weight: of the squared error: "none", or "min_snr" as MDTv2 is released:
+      min(SNR, gamma) / SNR for epsilon and v, min(SNR, gamma) for x0 (Hang et al.,
+      arXiv 2303.09556, whose weight for v is min(SNR, gamma) / (SNR + 1)).
+    min_snr_gamma: gamma of it.
+  """
+
+  betas: np.ndarray
+  timesteps: np.ndarray
+  num_original_timesteps: int
+  prediction: str = "epsilon"
+  variance: str = "learned_range"
+  loss_weight: str = "none"
+  min_snr_gamma: float = 5.0
+
+  @classmethod
+  def create(
+    cls,
+    schedule: str = "linear",
+    num_timesteps: int = 1000,
+    spacing: str = "",
+    prediction: str = "epsilon",
+    variance: str = "learned_range",
+    loss_weight: str = "none",
+    min_snr_gamma: float = 5.0,
+  ) -> GaussianDiffusion:
+    """Builds a process from names; see `schedules` for schedule and spacing.
+
+    Raises:
+      SettingError: an unknown name or a spacing that cannot be had.
+    """
+    check_choice("prediction", prediction, PREDICTIONS)
+    check_choice("variance", variance, VARIANCES)
+    check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
+    if min_snr_gamma <= 0:
+      raise SettingError("min_snr_gamma", min_snr_gamma, "must be above 0")
+    alphas_cumprod = np.cumprod(1 - make_betas(schedule, num_timesteps))
+    timesteps = spaced_timesteps(num_timesteps, spacing)
+    kept = alphas_cumprod[timesteps]
+    betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
+    return cls(
+      betas=betas,
+      timesteps=timesteps,
+      num_original_timesteps=num_timesteps,
+      prediction=prediction,
+      variance=variance,
+      loss_weight=loss_weight,
+      min_snr_gamma=min_snr_gamma,
+    )
+
+  @property
+  def num_timesteps(self) -> int:
+    """S, steps of this process."""
+    return len(self.betas)
+
+  @property
+  def learns_variance(self) -> bool:
+    return self.variance == "learned_range"
+
+  @functools.cached_property
+  def alphas_cumprod(self) -> np.ndarray:
+    return np.cumprod(1 - self.betas)
+
+  @functools.cached_property
+  def alphas_cumprod_prev(self) -> np.ndarray:
+    return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
+
+  @functools.cached_property
+  def snr(self) -> np.ndarray:
+    """Signal-to-noise ratio of each step."""
+    return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+  @functools.cached_property
+  def posterior_variance(self) -> np.ndarray:
+    """Variance of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
+    return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+  @functools.cached_property
+  def posterior_log_variance(self) -> np.ndarray:
+    """Its logarithm, with that of step 0 (variance 0) taken from step 1."""
+    floor = self.posterior_variance[min(1, self.num_timesteps - 1)]
+    clipped = np.concatenate([[floor], self.posterior_variance[1:]])
+    # A process of one step has no posterior: its only variance is 0.
+    return np.log(np.maximum(clipped, np.finfo(np.float32).tiny))
+
+  @functools.cached_property
+  def posterior_mean_coef_x0(self) -> np.ndarray:
+    signal = np.sqrt(self.alphas_cumprod_prev)
+    return self.betas * signal / (1 - self.alphas_cumprod)
+
+  @functools.cached_property
+  def posterior_mean_coef_xt(self) -> np.ndarray:
+    noise = 1 - self.alphas_cumprod_prev
+    return noise * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+
+  @functools.cached_property
+  def fixed_log_variance(self) -> np.ndarray:
+    """Log variance of p where it is not learned."""
+    if self.variance == "fixed_small":
+      return self.posterior_log_variance
+    # The first step takes the posterior's: a better likelihood of the decoder.
+    return np.concatenate([self.posterior_log_variance[:1], np.log(self.betas[1:])])
+
+  def model_timesteps(self, t: Array) -> Array:
+    """Original timesteps (B,) int32 of the steps t."""
+    return jnp.asarray(self.timesteps, jnp.int32)[t]
+
+  def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
+    """x_t of q(x_t | x_0), DDPM equation 4."""
+    signal = _at(np.sqrt(self.alphas_cumprod), t, x0)
+    sigma = _at(np.sqrt(1 - self.alphas_cumprod), t, x0)
+    return signal * x0 + sigma * noise
+
+  def q_posterior_mean(self, x0: Array, x_t: Array, t: Array) -> Array:
+    """Mean of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
+    from_x0 = _at(self.posterior_mean_coef_x0, t, x_t) * x0
+    return from_x0 + _at(self.posterior_mean_coef_xt, t, x_t) * x_t
+
+  def predict_x0(self, output: Array, x_t: Array, t: Array) -> Array:
+    """x0 from the network's output (without its variance channels)."""
+    if self.prediction == "x0":
+      return output
+    if self.prediction == "v":  # v = alpha epsilon - sigma x0 (arXiv 2202.00512)
+      signal = _at(np.sqrt(self.alphas_cumprod), t, x_t)
+      sigma = _at(np.sqrt(1 - self.alphas_cumprod), t, x_t)
+      return signal * x_t - sigma * output
+    scale = _at(np.sqrt(1 / self.alphas_cumprod), t, x_t)
+    return scale * x_t - _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t) * output
+
+  def predict_epsilon(self, x0: Array, x_t: Array, t: Array) -> Array:
+    """The noise that leads from x0 to x_t."""
+    scale = _at(np.sqrt(1 / self.alphas_cumprod), t, x_t)
+    return (scale * x_t - x0) / _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t)
+
+  def p_mean_variance(
+    self, model_output: Array, x_t: Array, t: Array, clip_denoised: bool = False
+  ) -> Prediction:
+    """p(x_{t-1} | x_t) from the network's output.
+
+    Args:
+      model_output: (B, H, W, C), or (B, H, W, 2C) where the variance is learned.
+      x_t: (B, H, W, C) noisy latents.
+      t: (B,) steps.
+      clip_denoised: clip the x0 predicted to [-1, 1]; for pixels.
+    """
+    self._check_output(model_output, x_t)
+    output, log_variance = model_output, _at(self.fixed_log_variance, t, x_t)
+    if self.learns_variance:
+      output, fraction = jnp.split(model_output, 2, axis=-1)
+      # From -1 for the posterior's variance to 1 for beta (arXiv 2102.09672, eq. 15).
+      fraction = (fraction + 1) / 2
+      low = _at(self.posterior_log_variance, t, x_t)
+      high = _at(np.log(self.betas), t, x_t)
+      log_variance = fraction * high + (1 - fraction) * low
+    x0 = self.predict_x0(output, x_t, t)
+    if clip_denoised:
+      x0 = jnp.clip(x0, -1, 1)
+    log_variance = jnp.broadcast_to(log_variance, x_t.shape)
+    return Prediction(
+      mean=self.q_posterior_mean(x0, x_t, t),
+      variance=jnp.exp(log_variance),
+      log_variance=log_variance,
+      x0=x0,
+    )
+
+  def training_losses(
+    self, model_output: Array, x0: Array, x_t: Array, t: Array, noise: Array
+  ) -> dict[str, Array]:
+    """Losses of each sample.
+
+    Args:
+      model_output: (B, H, W, C or 2C).
+      x0: (B, H, W, C) latents.
+      x_t: (B, H, W, C), `q_sample(x0, t, noise)`.
+      t: (B,) steps.
+      noise: (B, H, W, C).
+
+    Returns:
+      "mse" (B,): the weighted squared error; "vb" (B,), where the variance is
+      learned: the variational bound in bits a dimension, which trains the variance
+      alone; "loss" (B,): their sum.
+    """
+    self._check_output(model_output, x0)
+    model_output = model_output.astype(jnp.float32)
+    output = model_output[..., : x0.shape[-1]]
+    target = self._target(x0, x_t, t, noise)
+    mse = jnp.asarray(self.mse_weights, jnp.float32)[t] * mean_flat(
+      (target - output) ** 2
+    )
+    losses = {"mse": mse, "loss": mse}
+    if self.learns_variance:
+      frozen = jnp.concatenate(
+        [jax.lax.stop_gradient(output), model_output[..., x0.shape[-1] :]], axis=-1
+      )
+      losses["vb"], _ = self.variational_bound(frozen, x0, x_t, t)
+      losses["loss"] = mse + losses["vb"]
+    return losses
+
+  def variational_bound(
+    self,
+    model_output: Array,
+    x0: Array,
+    x_t: Array,
+    t: Array,
+    clip_denoised: bool = False,
+  ) -> tuple[Array, Prediction]:
+    """The term of each sample's step in the bound, (B,) bits a dimension.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and the negative log likelihood
+    of x0 under a discretised Gaussian at step 0; with it the prediction used.
+    """
+    p = self.p_mean_variance(model_output, x_t, t, clip_denoised)
+    kl = normal_kl(
+      self.q_posterior_mean(x0, x_t, t),
+      _at(self.posterior_log_variance, t, x_t),
+      p.mean,
+      p.log_variance,
+    )
+    decoder_nll = -discretized_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
+    nats = jnp.where(t == 0, mean_flat(decoder_nll), mean_flat(kl))
+    return nats / np.log(2), p
+
+  @functools.cached_property
+  def mse_weights(self) -> np.ndarray:
+    """(S,) weights of the squared error."""
+    if self.loss_weight == "none":
+      return np.ones_like(self.betas)
+    weights = np.minimum(self.snr, self.min_snr_gamma)
+    return weights if self.prediction == "x0" else weights / self.snr
+
+  def _target(self, x0: Array, x_t: Array, t: Array, noise: Array) -> Array:
+    if self.prediction == "x0":
+      return x0
+    if self.prediction == "epsilon":
+      return noise
+    signal = _at(np.sqrt(self.alphas_cumprod), t, x0)
+    return signal * noise - _at(np.sqrt(1 - self.alphas_cumprod), t, x0) * x0
+
+  def _check_output(self, model_output: Array, x: Array) -> None:
+    channels = x.shape[-1] * (2 if self.learns_variance else 1)
+    if model_output.shape != (*x.shape[:-1], channels):
+      raise ValueError(
+        f"model output {model_output.shape} for input {x.shape}: with variance "
+        f"{self.variance!r} it must have {channels} channels"
+      )
+
+
+def _at(table: np.ndarray, t: Array, like: Array) -> Array:
+  """table[t] in float32, shaped (B, 1, 1, 1) to go with `like`."""
+  values = jnp.asarray(table, jnp.float32)[t]
+  return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def mean_flat(x: Array) -> Array:
+  """Mean over all axes but the first."""
+  return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def normal_kl(
+  mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array
+) -> Array:
+  """KL divergence between two Gaussians, in nats."""
+  ratio = jnp.exp(log_variance1 - log_variance2)
+  distance = (mean1 - mean2) ** 2 * jnp.exp(-log_variance2)
+  return 0.5 * (-1 + log_variance2 - log_variance1 + ratio + distance)
+
+
+def discretized_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
+  """Log likelihood of x, uint8 levels scaled to [-1, 1], under a Gaussian; nats.
+
+  The normal distribution function is the tanh approximation of the released code.
+  """
+  inverse = jnp.exp(-log_scale)
+  upper = _approximate_normal_cdf(inverse * (x - mean + 1 / 255))
+  lower = _approximate_normal_cdf(inverse * (x - mean - 1 / 255))
+
+  def log(probability: Array) -> Array:
+    return jnp.log(jnp.maximum(probability, 1e-12))
+
+  inside = jnp.where(x > 0.999, log(1 - lower), log(upper - lower))
+  return jnp.where(x < -0.999, log(upper), inside)
+
+
+def _approximate_normal_cdf(x: Array) -> Array:
+  return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,221 @@
+"""The loader: a step number is all its state."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mdt_jax.data import loader
+from mdt_jax.errors import SettingError
+
+LENGTH = 24
+BATCH = 8
+BATCHES_AN_EPOCH = LENGTH // BATCH
+
+
+class Numbered:
+  """Images that tell their index by their label and a flip by their pixels."""
+
+  num_classes = LENGTH
+  image_shape = (2, 3, 1)
+
+  def __init__(self, length=LENGTH, dtype=np.uint8):
+    self._length = length
+    self._image = np.array([[0, 100, 200]] * 2, dtype)[..., None]
+    self.reads = 0
+
+  def __len__(self):
+    return self._length
+
+  def __getitem__(self, index):
+    self.reads += 1
+    return {"image": self._image, "label": np.int32(index)}
+
+
+def take(count, source=None, **settings):
+  """Returns `count` batches."""
+  settings = {"seed": 0, "batch_size": BATCH, "flip": True, **settings}
+  settings = {"num_threads": 2, "prefetch": 2, **settings}
+  batches = loader.create_loader(source or Numbered(), **settings)
+  return list(itertools.islice(batches, count))
+
+
+def order(batches):
+  return np.concatenate([batch["label"] for batch in batches])
+
+
+def flips(batches):
+  """Returns for each example whether its first pixel is the bright one."""
+  return np.concatenate([batch["image"][:, 0, 0, 0] > 0 for batch in batches])
+
+
+def assert_batches_equal(found, expected):
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(a["label"], b["label"])
+    np.testing.assert_array_equal(a["image"], b["image"])
+
+
+# What a batch holds.
+
+
+def test_batch_has_the_documented_shapes_and_types():
+  (batch,) = take(1)
+  found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+  assert found == {"image": ((8, 2, 3, 1), np.float32), "label": ((8,), np.int32)}
+
+
+def test_pixels_are_scaled_to_the_range_of_the_diffusion():
+  (batch,) = take(1, flip=False)
+  expected = np.array([0, 100, 200], np.float32) / 127.5 - 1
+  np.testing.assert_allclose(batch["image"][5, 1, :, 0], expected, atol=1e-7)
+
+
+def test_latents_are_not_rescaled_nor_flipped():
+  batches = take(4, Numbered(dtype=np.float32))
+  images = np.concatenate([batch["image"] for batch in batches])
+  assert np.all(images[..., 0] == np.array([0, 100, 200]))
+
+
+# Order.
+
+
+def test_every_sample_occurs_once_an_epoch():
+  labels = order(take(3 * BATCHES_AN_EPOCH)).reshape(3, LENGTH)
+  np.testing.assert_array_equal(np.sort(labels), [np.arange(LENGTH)] * 3)
+
+
+def test_epochs_are_shuffled_differently():
+  epochs = order(take(5 * BATCHES_AN_EPOCH)).reshape(5, LENGTH)
+  assert len(np.unique(epochs, axis=0)) == 5
+
+
+def test_batches_run_across_the_ends_of_epochs():
+  labels = order(take(3, batch_size=16))
+  np.testing.assert_array_equal(np.sort(labels[:LENGTH]), np.arange(LENGTH))
+
+
+def test_batch_may_be_larger_than_the_source():
+  labels = order(take(1, Numbered(3), batch_size=12)).reshape(4, 3)
+  np.testing.assert_array_equal(np.sort(labels), [np.arange(3)] * 4)
+
+
+def test_same_seed_gives_the_same_batches():
+  assert_batches_equal(take(7), take(7))
+
+
+def test_another_seed_gives_another_order():
+  assert not np.array_equal(order(take(3)), order(take(3, seed=1)))
+
+
+def test_next_seed_does_not_run_through_the_same_epochs_one_ahead():
+  ahead = order(take(2 * BATCHES_AN_EPOCH))[LENGTH:]
+  assert not np.array_equal(ahead, order(take(BATCHES_AN_EPOCH, seed=1)))
+
+
+def test_threads_do_not_change_the_batches():
+  assert_batches_equal(
+    take(7, num_threads=4, prefetch=6), take(7, num_threads=0, prefetch=0)
+  )
+
+
+# Flips.
+
+
+def test_half_of_the_visits_are_flipped():
+  assert abs(np.mean(flips(take(150))) - 0.5) < 0.05
+
+
+def test_flips_are_drawn_anew_at_each_visit():
+  batches = take(8 * BATCHES_AN_EPOCH)
+  labels, flipped = order(batches), flips(batches)
+  assert {len(set(flipped[labels == i])) for i in range(LENGTH)} == {2}
+
+
+def test_nothing_is_flipped_unasked():
+  assert not flips(take(9, flip=False)).any()
+
+
+def test_flipping_does_not_change_the_order():
+  np.testing.assert_array_equal(order(take(6)), order(take(6, flip=False)))
+
+
+# Steps and processes.
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 3, 10])
+def test_late_start_continues_exactly(start_step):
+  whole = take(start_step + 4)
+  assert_batches_equal(take(4, start_step=start_step), whole[start_step:])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("start_step", [0, 5])
+def test_process_count_does_not_change_the_global_batches(process_count, start_step):
+  parts = [
+    take(5, start_step=start_step, process_index=index, process_count=process_count)
+    for index in range(process_count)
+  ]
+  joined = [
+    {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+    for step in zip(*parts, strict=True)
+  ]
+  assert_batches_equal(joined, take(5, start_step=start_step))
+
+
+def test_distant_start_reads_no_earlier_example():
+  source = Numbered()
+  take(1, source, start_step=10**6, prefetch=2)
+  assert source.reads <= BATCH * 3  # One batch, and two held ready.
+
+
+def test_distant_start_is_the_step_that_it_says():
+  step = 10**6 // BATCHES_AN_EPOCH * BATCHES_AN_EPOCH  # The first of its epoch.
+  labels = order(take(BATCHES_AN_EPOCH, start_step=step))
+  np.testing.assert_array_equal(np.sort(labels), np.arange(LENGTH))
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("batch_size", [0, 6])
+def test_batch_that_the_processes_cannot_share_is_refused(batch_size):
+  with pytest.raises(
+    SettingError,
+    match=rf"^config.batch_size = {batch_size}: accepted is a positive multiple .* 4$",
+  ):
+    take(1, batch_size=batch_size, process_count=4)
+
+
+def test_negative_seed_is_refused():
+  with pytest.raises(SettingError, match=r"^config.seed = -1: accepted is .* from 0$"):
+    take(1, seed=-1)
+
+
+def test_error_of_the_source_reaches_the_caller():
+  class Broken(Numbered):
+    def __getitem__(self, index):
+      raise SettingError("config.data.max_unreadable", 0, "too many")
+
+  with pytest.raises(SettingError) as caught:
+    take(1, Broken())
+  assert str(caught.value) == "config.data.max_unreadable = 0: too many"
+
+
+# Imports.
+
+
+def test_loading_digits_imports_neither_tensorflow_nor_torch():
+  program = """
+import sys
+from mdt_jax.data import loader, sources
+source = sources.create_source(
+  "digits", path=None, image_size=8, channels=1, max_unreadable=0)
+next(loader.create_loader(source, seed=0, batch_size=4, flip=False))
+print(sorted({"tensorflow", "torch"} & set(sys.modules)))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == "[]"

@@ -1,0 +1,114 @@
+"""Images on their way into a batch."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.data import transforms
+
+
+def _ramp(height, width):
+  """A smooth image, float64 in [0, 255]: grey rises from left to right."""
+  return np.tile(np.linspace(0, 255, width), (height, 1))
+
+
+def test_image_of_the_right_size_is_unchanged():
+  pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+  np.testing.assert_array_equal(
+    np.array(transforms.center_crop(Image.fromarray(pixels), 8)), pixels
+  )
+
+
+@pytest.mark.parametrize(
+  ("shape", "rows", "columns"),
+  [((8, 13), slice(0, 8), slice(2, 10)), ((11, 8), slice(1, 9), slice(0, 8))],
+)
+def test_longer_side_is_cut_at_half_the_surplus_rounded_down(shape, rows, columns):
+  pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+  np.testing.assert_array_equal(
+    np.array(transforms.center_crop(Image.fromarray(pixels), 8)), pixels[rows, columns]
+  )
+
+
+def test_image_twice_as_large_becomes_the_mean_of_2x2_blocks():
+  blocks = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
+  offsets = np.tile(np.array([[-2, 2], [4, -4]]), (4, 4))  # Zero mean in each block.
+  pixels = (np.kron(blocks + 20, np.ones((2, 2))) + offsets).astype(np.uint8)
+  np.testing.assert_array_equal(
+    np.array(transforms.center_crop(Image.fromarray(pixels), 4)), blocks + 20
+  )
+
+
+def test_image_below_twice_the_size_is_not_halved():
+  # Halving 15 to 7 and enlarging to 8 would lose the single bright column.
+  pixels = np.zeros((15, 15), np.uint8)
+  pixels[:, 7] = 255
+  expected = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(
+    np.array(transforms.center_crop(Image.fromarray(pixels), 8)), np.array(expected)
+  )
+
+
+def test_large_image_is_halved_until_below_twice_the_size():
+  # 50 x 41 is halved twice, each side rounded down, to 12 x 10, and only then resized.
+  pixels = np.random.default_rng(0).integers(0, 256, (41, 50), dtype=np.uint8)
+  means = pixels
+  for height, width in ((20, 25), (10, 12)):
+    means = np.array(
+      Image.fromarray(means).resize((width, height), Image.Resampling.BOX)
+    )
+  scaled = Image.fromarray(means).resize((10, 8), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(
+    np.array(transforms.center_crop(Image.fromarray(pixels), 8)),
+    np.array(scaled)[:, 1:9],
+  )
+
+
+def test_small_image_is_enlarged_without_overshoot_or_shift():
+  small = Image.fromarray(_ramp(5, 5).round().astype(np.uint8))
+  enlarged = np.array(transforms.center_crop(small, 20)).astype(float)
+  # Pixel centres of the large image on the axis of the small one, 63.75 a pixel.
+  expected = ((np.arange(20) + 0.5) / 4 - 0.5) * 63.75
+  np.testing.assert_allclose(
+    enlarged[:, 6:14], np.tile(expected[6:14], (20, 1)), atol=1
+  )
+
+
+def test_crop_keeps_the_mode():
+  assert transforms.center_crop(Image.new("RGB", (30, 20)), 8).mode == "RGB"
+
+
+def test_pixels_are_scaled_from_minus_one_to_one():
+  scaled = transforms.to_float(np.array([0, 51, 255], np.uint8))
+  np.testing.assert_allclose(scaled, [-1, -0.6, 1], atol=1e-7)
+
+
+def test_scaled_pixels_are_float32():
+  assert transforms.to_float(np.zeros((2, 2), np.uint8)).dtype == np.float32
+
+
+def test_flip_mirrors_left_to_right_or_not_at_all():
+  image = np.arange(12, dtype=np.uint8).reshape(2, 3, 2)
+  flipped = {
+    transforms.random_flip({"image": image}, np.random.default_rng(seed))[
+      "image"
+    ].tobytes()
+    for seed in range(20)
+  }
+  assert flipped == {image.tobytes(), image[:, ::-1].tobytes()}
+
+
+def test_half_of_all_images_are_flipped():
+  image = np.arange(2, dtype=np.uint8).reshape(1, 2, 1)
+  rng = np.random.default_rng(0)
+  flips = [
+    transforms.random_flip({"image": image}, rng)["image"][0, 0, 0] for _ in range(1000)
+  ]
+  assert abs(np.mean(flips) - 0.5) < 0.05
+
+
+def test_flip_leaves_latents_alone():
+  latent = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+  for seed in range(20):
+    example = transforms.random_flip({"image": latent}, np.random.default_rng(seed))
+    np.testing.assert_array_equal(example["image"], latent)
