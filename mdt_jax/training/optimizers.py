@@ -1,0 +1,157 @@
+"""Adan as released, AdamW, and learning-rate schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdt_jax.errors import SettingError, check_choice
+
+Array = jax.Array
+Params = Any
+Schedule = Callable[[Array], Array]
+
+OPTIMIZERS = ("adamw", "adan")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def learning_rate_schedule(
+  name: str, learning_rate: float, num_steps: int, warmup_steps: int = 0
+) -> Schedule:
+  """Learning rate by step.
+
+  Args:
+    name: "constant"; "linear" or "cosine": annealed to zero at `num_steps`.
+    learning_rate: the peak.
+    num_steps: length of the run.
+    warmup_steps: steps of a linear rise from zero, before the rest.
+  """
+  check_choice("schedule", name, SCHEDULES)
+  if not 0 <= warmup_steps < num_steps:
+    raise SettingError(
+      "warmup_steps", warmup_steps, f"must lie in [0, num_steps = {num_steps})"
+    )
+  decay_steps = num_steps - warmup_steps
+  after = {
+    "constant": optax.constant_schedule(learning_rate),
+    "linear": optax.linear_schedule(learning_rate, 0.0, decay_steps),
+    "cosine": optax.cosine_decay_schedule(learning_rate, decay_steps),
+  }[name]
+  if not warmup_steps:
+    return after
+  warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+class AdanState(NamedTuple):
+  """Moments of Adan; each tree is shaped as the parameters, float32."""
+
+  count: Array  # () int32, steps taken
+  mean: Params  # m, of the gradient
+  difference: Params  # v, of the change of the gradient
+  square: Params  # n, of the squared look-ahead gradient
+  last_gradient: Params
+
+
+def adan(
+  learning_rate: float | Schedule,
+  b1: float = 0.98,
+  b2: float = 0.92,
+  b3: float = 0.99,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+  """Adan (arXiv 2208.06677) with the steps of the code that MDTv2 is trained with.
+
+  It differs from `optax.adan`: the difference of the first gradient is zero and
+  enters its average; `eps` is added outside the root; weight decay is proximal,
+  p <- (p + update) / (1 + lr weight_decay). The b's are shares kept, as in Adam.
+
+  Returns:
+    A transformation whose `update` needs the parameters.
+  """
+
+  def init(params: Params) -> AdanState:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return AdanState(jnp.zeros((), jnp.int32), zeros, zeros, zeros, zeros)
+
+  def update(
+    gradients: Params, state: AdanState, params: Params | None = None
+  ) -> tuple[Params, AdanState]:
+    if params is None:
+      raise ValueError("adan needs the parameters: its weight decay is proximal")
+    count = state.count + 1
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    change = jax.tree.map(
+      lambda g, last: jnp.where(count == 1, 0, g - last),
+      gradients,
+      state.last_gradient,
+    )
+    ahead = jax.tree.map(lambda g, d: g + b2 * d, gradients, change)
+    mean = optax.tree.update_moment(gradients, state.mean, b1, 1)
+    difference = optax.tree.update_moment(change, state.difference, b2, 1)
+    square = optax.tree.update_moment(ahead, state.square, b3, 2)
+    correction1, correction2, correction3 = (
+      1 - jnp.asarray(b, jnp.float32) ** count for b in (b1, b2, b3)
+    )
+
+    def step(p: Array, m: Array, v: Array, n: Array) -> Array:
+      denominator = jnp.sqrt(n) / jnp.sqrt(correction3) + eps
+      move = m / correction1 + b2 * v / correction2
+      return (p - rate * move / denominator) / (1 + rate * weight_decay) - p
+
+    updates = jax.tree.map(step, params, mean, difference, square)
+    return updates, AdanState(count, mean, difference, square, gradients)
+
+  return optax.GradientTransformation(init, update)
+
+
+def create_optimizer(
+  name: str,
+  learning_rate: float | Schedule,
+  *,
+  b1: float | None = None,
+  b2: float | None = None,
+  b3: float | None = None,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
+  frozen: Iterable[str] = (),
+) -> optax.GradientTransformation:
+  """The optimizer of a run.
+
+  Args:
+    name: "adamw" (v1 and DiT) or "adan" (v2).
+    learning_rate: a number or a schedule.
+    b1, b2, b3: moment decays; None keeps those of the paper's runs (0.9, 0.999 for
+      AdamW; 0.98, 0.92, 0.99 for Adan).
+    eps: added to the denominator.
+    weight_decay: decoupled.
+    clip_norm: largest global norm of the gradient; None for no limit.
+    frozen: top-level parameters that stay as they are.
+  """
+  check_choice("name", name, OPTIMIZERS)
+  settings = dict(eps=eps, weight_decay=weight_decay)
+  settings |= {k: b for k, b in dict(b1=b1, b2=b2).items() if b is not None}
+  if name == "adamw":
+    if b3 is not None:
+      raise SettingError("b3", b3, "is of adan alone")
+    optimizer = optax.adamw(learning_rate, **settings)
+  else:
+    settings |= {} if b3 is None else {"b3": b3}
+    optimizer = adan(learning_rate, **settings)
+  if frozen := tuple(frozen):
+    optimizer = optax.partition(
+      {"trained": optimizer, "frozen": optax.set_to_zero()},
+      lambda params: {
+        key: jax.tree.map(lambda _: "frozen" if key in frozen else "trained", value)  # noqa: B023
+        for key, value in params.items()
+      },
+    )
+  if clip_norm is None:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
