@@ -85,7 +85,9 @@ def read_tensors(path: str | Path) -> Tensors:
     try:
       return load_file(path)
     except (SafetensorError, OSError) as error:
-      raise SettingError("--input", str(path), f"no safetensors file: {error}") from None
+      raise SettingError(
+        "--input", str(path), f"no safetensors file: {error}"
+      ) from None
   if path.suffix not in (".pt", ".pth"):
     raise SettingError("--input", str(path), "must end in .pt, .pth or .safetensors")
   try:
@@ -191,7 +193,9 @@ def infer_config(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, An
       config["num_heads"] = tensors[f"{first}.{_BIAS_TABLE}"].shape[1]
   except (KeyError, ValueError, IndexError, TypeError) as error:
     raise SettingError(
-      "--input", source, f"holds no MDT, MDTv2 or DiT: {error!r} while reading its sizes"
+      "--input",
+      source,
+      f"holds no MDT, MDTv2 or DiT: {error!r} while reading its sizes",
     ) from None
   if variant == "MDTv2":
     config["decode_depth"] = _count(tensors, "de_blocks")
@@ -246,7 +250,9 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], model: MDT, source: str) -
   if problems:
     more = len(problems) - MAX_NAMES
     named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
-    raise SettingError("--input", source, f"{_describe(dataclasses.asdict(model))}: {named}")
+    raise SettingError(
+      "--input", source, f"{_describe(dataclasses.asdict(model))}: {named}"
+    )
 
 
 def _is_stacked(path: str) -> bool:

@@ -52,9 +52,7 @@ def guided(
   both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
   def model_fn(x: Array, t: Array) -> Array:
-    output = network(
-      jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels
-    )
+    output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
     conditional, unconditional = jnp.split(output, 2)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
     step_scale = power_cosine_scale(t, scale, power, num_timesteps)[:, None, None, None]

@@ -18,7 +18,7 @@ METHODS = ("ddpm", "ddim")
 def sample(
   model_fn: ModelFn,
   diffusion: GaussianDiffusion,
-  x_T: Array,  # noqa: N803 - the name of the equations
+  x_T: Array,
   key: Array,
   *,
   method: str = "ddpm",
@@ -33,7 +33,8 @@ def sample(
       2C); see `guidance.guided`.
     diffusion: the process, respaced to the steps wanted.
     x_T: (B, H, W, C) standard normal noise to start from.
-    key: random key of the noise of the steps.
+    key: random key of the noise of the steps, or (B,) keys, one a sample: then the
+      noise of a sample does not depend on the rest of the batch.
     method: "ddpm", ancestral sampling, or "ddim" (arXiv 2010.02502).
     eta: noise of DDIM: 0 is deterministic, 1 as much as DDPM.
     clip_denoised: clip each x0 predicted to [-1, 1]; for pixels.
@@ -47,13 +48,13 @@ def sample(
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
   step_fn = _ddpm_step if method == "ddpm" else _ddim_step
-  x_T = jnp.asarray(x_T, jnp.float32)  # noqa: N806
+  x_T = jnp.asarray(x_T, jnp.float32)
   batch = x_T.shape[0]
 
   def body(x: Array, inputs: tuple[Array, Array | None]) -> tuple[Array, None]:
     step, step_noise = inputs
     if step_noise is None:
-      step_noise = jax.random.normal(jax.random.fold_in(key, step), x.shape)
+      step_noise = _normal(key, step, x.shape)
     t = jnp.full((batch,), step)
     output = model_fn(x, diffusion.model_timesteps(t)).astype(jnp.float32)
     # No noise is added by the last step.
@@ -63,6 +64,14 @@ def sample(
   steps = jnp.arange(diffusion.num_timesteps, dtype=jnp.int32)[::-1]
   x_0, _ = jax.lax.scan(body, x_T, (steps, noise))
   return x_0
+
+
+def _normal(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
+  """Standard normal noise of a step from one key, or from a key for each sample."""
+  if key.ndim == 0:
+    return jax.random.normal(jax.random.fold_in(key, step), shape)
+  keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, step)
+  return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
 
 
 def _ddpm_step(

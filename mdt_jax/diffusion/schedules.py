@@ -30,7 +30,9 @@ def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
       )
     return betas
   edges = np.arange(num_timesteps + 1) / num_timesteps
-  alpha_bar = np.array([math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in edges])
+  alpha_bar = np.array(
+    [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in edges]
+  )
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
 
 

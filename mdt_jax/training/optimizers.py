@@ -144,14 +144,23 @@ def create_optimizer(
   else:
     settings |= {} if b3 is None else {"b3": b3}
     optimizer = adan(learning_rate, **settings)
-  if frozen := tuple(frozen):
-    optimizer = optax.partition(
-      {"trained": optimizer, "frozen": optax.set_to_zero()},
-      lambda params: {
-        key: jax.tree.map(lambda _: "frozen" if key in frozen else "trained", value)  # noqa: B023
-        for key, value in params.items()
-      },
-    )
+  if frozen:
+    optimizer = _without_frozen(optimizer, tuple(frozen))
   if clip_norm is None:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def _without_frozen(
+  optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
+) -> optax.GradientTransformation:
+  """Leaves top-level parameters as they are, weight decay included."""
+
+  def labels(params: Params) -> Params:
+    return {
+      name: jax.tree.map(lambda _, f=name in frozen: "frozen" if f else "trained", tree)
+      for name, tree in params.items()
+    }
+
+  transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+  return optax.partition(transforms, labels)

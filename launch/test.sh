@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs every test; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+install test
+"$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,52 @@
+"""What all commands share: flags, plain log lines, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from mdt_jax.errors import SettingError
+
+EXIT_BAD_SETTING = 2
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command; a setting that cannot be used is one line and exit code 2."""
+
+  def guarded(argv: Sequence[str]) -> None:
+    _plain_log_lines()
+    if len(argv) > 1:
+      _refuse(f"unknown argument {argv[1]!r}: settings are given as --name=value")
+    try:
+      main(argv)
+    except SettingError as error:
+      _refuse(str(error))
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _plain_log_lines() -> None:
+  """Our lines as they are, on stdout; of the libraries (Orbax: much) warnings only."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logger = logging.getLogger("mdt_jax")
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  logger.handlers = [handler]
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, SettingError) as error:
+    _refuse(str(error))
+
+
+def _refuse(message: str) -> None:
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(EXIT_BAD_SETTING)

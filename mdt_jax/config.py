@@ -1,0 +1,250 @@
+"""Every setting of a run, its default, and the check of all of them.
+
+`default_config` is the documentation of the settings; files in configs/ change what
+their run needs, and `--config.name=value` on the command line has the last word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
+from mdt_jax.diffusion.samplers import METHODS
+from mdt_jax.diffusion.timestep_samplers import TimestepSampler
+from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.models.masking import KeptLengths
+from mdt_jax.models.mdt import MDT
+from mdt_jax.models.presets import create_model
+from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
+
+MAX_MASK_RATIO = 0.8
+
+
+def default_config() -> ConfigDict:
+  """The settings of MDTv2-S/2 on ImageNet 256x256; a field may not be added later."""
+  c = ConfigDict()
+  c.seed = 0  # of every random draw, together with the step
+  c.num_steps = 400_000
+  c.batch_size = 256  # images a step, over all devices
+  c.accumulation_steps = 1  # parts a batch is split into, one after another
+
+  c.model = ConfigDict()
+  c.model.name = "MDTv2-S/2"  # a key of mdt_jax.MODELS; None below: as the preset
+  c.model.input_size = 32  # height and width of the input: 32 for latents of 256x256
+  c.model.in_channels = 4  # 4 for latents
+  c.model.num_classes = 1000  # 1: unconditional
+  c.model.patch_size = placeholder(int)
+  c.model.hidden_size = placeholder(int)
+  c.model.depth = placeholder(int)  # blocks, without the side block
+  c.model.num_heads = placeholder(int)
+  c.model.decode_depth = placeholder(int)  # blocks after the side-interpolater
+  c.model.mlp_ratio = 4.0
+  c.model.label_dropout = 0.1  # needed for guidance
+  c.model.dtype = "float32"  # compute type: float32, bfloat16 or float16
+  c.model.remat = "none"  # recompute in the backward pass: none, full or dots
+  c.model.unroll = 1  # blocks compiled in a row; -1: all, faster on CPUs
+
+  c.masking = ConfigDict()
+  c.masking.ratio = 0.3  # smallest share of tokens masked; 0: no masked pass
+  c.masking.width = 0.2  # the share is uniform in [ratio, ratio + width]; v1: 0
+  c.masking.num_lengths = 4  # numbers of kept tokens, each compiled once
+  c.masking.multiple = 8  # they are multiples of this where the sequence allows
+
+  c.diffusion = ConfigDict()
+  c.diffusion.schedule = "linear"  # linear or cosine
+  c.diffusion.num_timesteps = 1000
+  c.diffusion.prediction = "epsilon"  # epsilon, x0 or v
+  c.diffusion.variance = "learned_range"  # learned_range, fixed_small, fixed_large
+  c.diffusion.loss_weight = "min_snr"  # of the squared error: none (v1) or min_snr (v2)
+  c.diffusion.min_snr_gamma = 5.0
+  c.timestep_sampler = "uniform"  # uniform or loss-second-moment
+
+  c.optimizer = ConfigDict()
+  c.optimizer.name = "adan"  # adan (v2) or adamw (v1, DiT)
+  c.optimizer.learning_rate = 3e-4
+  c.optimizer.schedule = "constant"  # constant, cosine or linear, to zero at num_steps
+  c.optimizer.warmup_steps = 0
+  c.optimizer.b1 = placeholder(float)  # None: those of the paper's runs
+  c.optimizer.b2 = placeholder(float)
+  c.optimizer.b3 = placeholder(float)  # adan alone
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0: no limit
+  c.ema_decays = (0.9999,)  # averages of the parameters; the first is sampled
+
+  c.data = ConfigDict()
+  c.data.source = "folder"  # folder, or digits (bundled)
+  c.data.path = placeholder(str)  # of the folder: images or .npy latents, by class
+  c.data.flip = True  # mirror images at random; never done to latents
+  c.data.max_unreadable = 100  # files that may be left out before the run stops
+  c.data.num_threads = 8  # batches read at a time; 0: in the main thread
+
+  c.sampling = ConfigDict()  # of the pictures, and the defaults of mdt_jax.sample
+  c.sampling.method = "ddpm"  # ddpm or ddim
+  c.sampling.num_steps = 250
+  c.sampling.eta = 0.0  # noise of ddim: 0 none, 1 as ddpm
+  c.sampling.cfg_scale = 3.8  # guidance; 1: none
+  c.sampling.cfg_power = 4.0  # of the power-cosine scale; 0: constant
+  c.sampling.cfg_channels = 3  # leading channels guided, as released; 0: all
+  c.sampling.clip_denoised = False  # clip x0 to [-1, 1] at each step; for pixels
+  c.sampling.ema_decay = placeholder(float)  # which average; None: the first
+
+  c.log_every = 100  # steps between log lines and TensorBoard points
+  c.checkpoint_every = 10_000
+  c.checkpoints_to_keep = 2
+  c.sample_every = 10_000  # steps between pictures; 0: none
+  c.num_samples = 16  # images in a picture
+  return c.lock()
+
+
+def check(config: ConfigDict, num_devices: int = 1) -> None:
+  """Raises SettingError for the first setting that cannot be used.
+
+  Args:
+    config: as `default_config`.
+    num_devices: devices that share a batch.
+  """
+  for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
+    _at_least(config, name, 1)
+  for name in ("checkpoint_every", "checkpoints_to_keep"):
+    _at_least(config, name, 1)
+  for name in ("seed", "sample_every", "num_samples"):
+    _at_least(config, name, 0)
+  make_model(config)
+  make_diffusion(config)
+  kept_lengths(config)
+  make_optimizer(config)
+  make_timestep_sampler(config)
+  _check_sampling(config)
+  parts = num_devices * config.accumulation_steps
+  if config.batch_size % parts:
+    raise SettingError(
+      "config.batch_size",
+      config.batch_size,
+      f"must be divisible by {num_devices} devices x config.accumulation_steps = "
+      f"{config.accumulation_steps}, so by {parts}",
+    )
+  if not config.ema_decays or not all(0 <= decay < 1 for decay in config.ema_decays):
+    raise SettingError(
+      "config.ema_decays", config.ema_decays, "must be one or more numbers in [0, 1)"
+    )
+
+
+def make_model(config: ConfigDict) -> MDT:
+  """The network of a run."""
+  with named_in_errors("config.model"):
+    return create_model(
+      **config.model, learn_sigma=config.diffusion.variance == "learned_range"
+    )
+
+
+def make_diffusion(config: ConfigDict, spacing: str = "") -> GaussianDiffusion:
+  """The process of a run, respaced for sampling where `spacing` is given."""
+  with named_in_errors("config.diffusion"):
+    return GaussianDiffusion.create(**config.diffusion, spacing=spacing)
+
+
+def make_timestep_sampler(config: ConfigDict) -> TimestepSampler:
+  with named_in_errors("config"):
+    return TimestepSampler(config.timestep_sampler, config.diffusion.num_timesteps)
+
+
+def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
+  """The optax transformation of a run, and its learning rate by step."""
+  settings = config.optimizer.to_dict()
+  with named_in_errors("config.optimizer"):
+    for name in ("learning_rate", "eps"):
+      if not settings[name] > 0:
+        raise SettingError(name, settings[name], "must be above 0")
+    for name in ("weight_decay", "clip_norm"):
+      if not settings[name] >= 0:
+        raise SettingError(name, settings[name], "must be 0 or more")
+    learning_rate = learning_rate_schedule(
+      settings.pop("schedule"),
+      settings.pop("learning_rate"),
+      config.num_steps,
+      settings.pop("warmup_steps"),
+    )
+    settings["clip_norm"] = settings["clip_norm"] or None
+    optimizer = create_optimizer(
+      **settings, learning_rate=learning_rate, frozen=make_model(config).frozen
+    )
+  return optimizer, learning_rate
+
+
+def kept_lengths(config: ConfigDict) -> KeptLengths | None:
+  """The numbers of kept tokens of the masked pass; None where there is none."""
+  masking = config.masking
+  if not 0 <= masking.ratio <= MAX_MASK_RATIO:
+    raise SettingError(
+      "config.masking.ratio", masking.ratio, f"must lie in [0, {MAX_MASK_RATIO}]"
+    )
+  if not 0 <= masking.width <= 1 or masking.ratio + masking.width > MAX_MASK_RATIO:
+    raise SettingError(
+      "config.masking.width",
+      masking.width,
+      f"must lie in [0, {MAX_MASK_RATIO} - ratio = {MAX_MASK_RATIO - masking.ratio:g}]",
+    )
+  for name in ("num_lengths", "multiple"):
+    if masking[name] < 1:
+      raise SettingError(f"config.masking.{name}", masking[name], "must be at least 1")
+  model = make_model(config)
+  if not model.takes_mask or masking.ratio == 0:
+    return None
+  lengths = KeptLengths.create(model.num_tokens, **masking)
+  if lengths.lengths[0] < 1:
+    raise SettingError(
+      "config.masking.ratio",
+      masking.ratio,
+      f"leaves none of the {model.num_tokens} tokens to see",
+    )
+  return lengths
+
+
+def _check_sampling(config: ConfigDict) -> None:
+  sampling = config.sampling
+  with named_in_errors("config.sampling"):
+    check_choice("method", sampling.method, METHODS)
+    if not 1 <= sampling.num_steps <= config.diffusion.num_timesteps:
+      raise SettingError(
+        "num_steps",
+        sampling.num_steps,
+        f"must lie in [1, config.diffusion.num_timesteps = "
+        f"{config.diffusion.num_timesteps}]",
+      )
+    if not 0 <= sampling.eta <= 1:
+      raise SettingError("eta", sampling.eta, "must lie in [0, 1]")
+    for name in ("cfg_scale", "cfg_power", "cfg_channels"):
+      if not sampling[name] >= 0:
+        raise SettingError(name, sampling[name], "must be 0 or more")
+    if sampling.cfg_scale != 1 and config.model.label_dropout == 0:
+      raise SettingError(
+        "cfg_scale",
+        sampling.cfg_scale,
+        "must be 1: config.model.label_dropout = 0 trains no unconditional model",
+      )
+    if sampling.ema_decay is not None:
+      check_choice("ema_decay", sampling.ema_decay, config.ema_decays)
+
+
+def _at_least(config: ConfigDict, name: str, least: int) -> None:
+  if config[name] < least:
+    raise SettingError(f"config.{name}", config[name], f"must be at least {least}")
+
+
+@contextlib.contextmanager
+def named_in_errors(prefix: str) -> Iterator[None]:
+  """Names the settings in errors as the user writes them."""
+  try:
+    yield
+  except SettingError as error:
+    if error.setting.startswith("config"):
+      raise
+    raise SettingError(
+      f"{prefix}.{error.setting}", error.value, error.accepted
+    ) from None

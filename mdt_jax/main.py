@@ -1,0 +1,38 @@
+"""Trains from a config: python -m mdt_jax.main --config=configs/digits.py --workdir=DIR
+
+A rerun of the same command goes on from the last checkpoint. Any setting is
+overridden on the command line: --config.batch_size=64.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from mdt_jax import cli
+from mdt_jax.training import loop
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Python file with get_config().", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for checkpoints, TensorBoard events and pictures."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  try:
+    loop.train(CONFIG.value, WORKDIR.value)
+  except loop.Interrupted as stop:
+    loop.logger.info("%s; the same command goes on from there", stop)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+  cli.run(main)

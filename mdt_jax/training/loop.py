@@ -1,0 +1,267 @@
+"""The training loop: data in, steps, logs, pictures and checkpoints out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+from clu import metric_writers, parameter_overview
+from ml_collections import ConfigDict
+
+from mdt_jax import config as settings
+from mdt_jax.data.loader import create_loader
+from mdt_jax.data.sources import Source, create_source
+from mdt_jax.errors import SettingError
+from mdt_jax.generation import generate, images
+from mdt_jax.training import sharding, step
+from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.state import TrainState, init_state
+
+logger = logging.getLogger("mdt_jax")
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; its state is saved."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+  """Trains to config.num_steps, from the last checkpoint in `workdir` if there is one.
+
+  Args:
+    config: see `mdt_jax.config.default_config`.
+    workdir: folder for checkpoints, TensorBoard events, pictures and config.json.
+
+  Returns:
+    The last state.
+
+  Raises:
+    SettingError: before anything is written, for a setting that cannot be used.
+    Interrupted: on SIGINT or SIGTERM, once the state is saved.
+  """
+  settings.check(config, jax.device_count())
+  source = _create_source(config)
+  kept_lengths = settings.kept_lengths(config)
+  workdir = Path(workdir).absolute()
+  mesh = sharding.make_mesh()
+  is_main = jax.process_index() == 0
+
+  with contextlib.closing(Checkpoints(workdir, config.checkpoints_to_keep)) as saved:
+    state, train_step = _start(config, mesh, saved)
+    start = int(state.step)
+    if is_main:
+      _write_config(config, workdir)
+    logger.info("%s", _summary(config, source, state, kept_lengths))
+    if start >= config.num_steps:
+      logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
+      return state
+
+    loader = create_loader(
+      source,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      flip=config.data.flip,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=config.data.num_threads,
+      prefetch=config.data.num_threads,
+    )
+    writer = (
+      metric_writers.create_default_writer(
+        workdir / "tensorboard", just_logging=not is_main
+      )
+      if not is_main
+      else metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+    )
+    progress = Progress(config, writer, start)
+    draw_samples = _sample_drawer(config, workdir, writer) if is_main else None
+
+    with stop_signals() as stop:
+      for n in range(start, config.num_steps):
+        batch = sharding.put_batch(next(loader), sharding.over_batch(mesh))
+        num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
+        state, metrics = train_step(state, batch, num_keep)
+        done = n + 1
+        progress.add(done, metrics)
+        if stop or done % config.checkpoint_every == 0 or done == config.num_steps:
+          saved.save(done, state, config)
+        if stop:
+          raise Interrupted(f"stopped after step {done}, which is saved")
+        if draw_samples and _is_due(done, config.sample_every, config.num_steps):
+          draw_samples(done, state)
+    writer.close()
+  return state
+
+
+class Progress:
+  """Gathers metrics, and every config.log_every steps writes them and logs a line."""
+
+  def __init__(
+    self, config: ConfigDict, writer: metric_writers.MetricWriter, start: int
+  ):
+    self._config = config
+    self._writer = writer
+    self._add = jax.jit(step.add_metrics)
+    self._metrics: step.Metrics | None = None
+    self._last_step, self._last_time = start, time.monotonic()
+
+  def add(self, done: int, metrics: step.Metrics) -> None:
+    """Takes the metrics of step number `done`, counted from 1."""
+    if self._metrics is not None:
+      metrics = self._add(self._metrics, metrics)
+    self._metrics = metrics
+    if _is_due(done, self._config.log_every, self._config.num_steps):
+      self._report(done)
+
+  def _report(self, done: int) -> None:
+    means = step.mean_metrics(self._metrics)  # waits for the devices
+    now = time.monotonic()
+    seconds = (now - self._last_time) / (done - self._last_step)
+    means["images_per_second"] = self._config.batch_size / seconds
+    self._writer.write_scalars(done, means)
+    left = tqdm.tqdm.format_interval(seconds * (self._config.num_steps - done))
+    shown = ("loss", "masked_loss", "gradient_norm")
+    numbers = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
+    logger.info(
+      "step %d/%d  %s  %.1f images/s  %s left",
+      done,
+      self._config.num_steps,
+      numbers,
+      means["images_per_second"],
+      left,
+    )
+    self._metrics = None
+    self._last_step, self._last_time = done, now
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+  """Gathers SIGINT and SIGTERM in the list it gives; a second one acts at once."""
+  received: list[int] = []
+
+  def handle(number: int, frame: object) -> None:
+    received.append(number)
+    logger.info("stopping after this step; once more to stop without saving")
+    for other, handler in before.items():
+      signal.signal(other, handler)
+
+  before = {
+    number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield received
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _create_source(config: ConfigDict) -> Source:
+  source = create_source(
+    config.data.source,
+    path=config.data.path,
+    image_size=config.model.input_size,
+    channels=config.model.in_channels,
+    max_unreadable=config.data.max_unreadable,
+  )
+  if source.num_classes > config.model.num_classes:
+    raise SettingError(
+      "config.model.num_classes",
+      config.model.num_classes,
+      f"the data has labels 0 … {source.num_classes - 1}: "
+      f"must be at least {source.num_classes}",
+    )
+  return source
+
+
+def _start(
+  config: ConfigDict, mesh: jax.sharding.Mesh, saved: Checkpoints
+) -> tuple[TrainState, step.TrainStep]:
+  """The state to start from, saved or fresh, and the jitted step."""
+  model = settings.make_model(config)
+  optimizer, learning_rate = settings.make_optimizer(config)
+  timestep_sampler = settings.make_timestep_sampler(config)
+  init = functools.partial(
+    init_state,
+    model=model,
+    optimizer=optimizer,
+    ema_decays=config.ema_decays,
+    timestep_sampler=timestep_sampler,
+  )
+  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
+  key = jax.random.key(config.seed)
+  latest = saved.latest_step()
+  if latest is None:
+    state = init(key)
+  else:
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.replicated(mesh)
+      ),
+      jax.eval_shape(init, key),
+    )
+    state = saved.restore(abstract, config)
+    logger.info("going on from the checkpoint of step %d", latest)
+  train_step = step.make_train_step(
+    model,
+    settings.make_diffusion(config),
+    optimizer,
+    timestep_sampler,
+    seed=config.seed,
+    ema_decays=config.ema_decays,
+    accumulation_steps=config.accumulation_steps,
+    learning_rate=learning_rate,
+  )
+  train_step = jax.jit(train_step, static_argnames="num_keep", donate_argnames="state")
+  return state, train_step
+
+
+def _summary(config, source, state, kept_lengths) -> str:
+  table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+  masked = "no masked pass"
+  if kept_lengths:
+    masked = "kept tokens " + ", ".join(map(str, kept_lengths.lengths))
+  return (
+    f"{config.model.name}\n{table}\n"
+    f"{len(source)} images, {source.num_classes} classes; {masked}; {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+  )
+
+
+def _sample_drawer(config: ConfigDict, workdir: Path, writer):
+  """Draws config.num_samples images with the averaged parameters, for a look."""
+  generator = generate.make_generator(config)
+  labels = np.arange(config.num_samples) % config.model.num_classes
+  decay = str(config.sampling.ema_decay or config.ema_decays[0])
+  folder = workdir / "samples"
+
+  def draw(done: int, state: TrainState) -> None:
+    (arrays,) = generate.generate_batches(
+      generator, state.ema[decay], labels, seed=config.seed, batch_size=len(labels)
+    )
+    convert = (
+      images.to_uint8 if images.is_image(arrays.shape[-1]) else images.latent_preview
+    )
+    grid = images.make_grid(convert(arrays), [str(label) for label in labels])
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step_{done:07d}.png")
+    writer.write_images(done, {"samples": np.asarray(grid)[None]})
+
+  return draw
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(config.to_dict(), indent=2)
+  (workdir / "config.json").write_text(text + "\n")
+
+
+def _is_due(done: int, every: int, total: int) -> bool:
+  return every > 0 and (done % every == 0 or done == total)

@@ -1,0 +1,62 @@
+"""What a training step carries over to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
+from mdt_jax.models.mdt import MDT
+
+Array = jax.Array
+Params = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of a run after `step` steps.
+
+  Attributes:
+    step: () int32.
+    params: parameters, float32.
+    opt_state: of the optax transformation.
+    ema: decay as text -> average of the parameters.
+    loss_history: of the loss-second-moment timestep sampler, else None.
+  """
+
+  step: Array
+  params: Params
+  opt_state: Params
+  ema: dict[str, Params]
+  loss_history: LossHistory | None
+
+
+def init_params(model: MDT, key: Array) -> Params:
+  """Fresh parameters of a network."""
+  size = model.input_size
+  images = jnp.zeros((1, size, size, model.in_channels), jnp.float32)
+  zeros = jnp.zeros((1,), jnp.int32)
+  return model.init(key, images, zeros, zeros)["params"]
+
+
+def init_state(
+  key: Array,
+  model: MDT,
+  optimizer: optax.GradientTransformation,
+  ema_decays: Iterable[float],
+  timestep_sampler: TimestepSampler,
+) -> TrainState:
+  """The state before the first step; every average starts at the parameters."""
+  params = init_params(model, key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
+    loss_history=timestep_sampler.init(),
+  )
