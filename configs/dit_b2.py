@@ -5,7 +5,8 @@ python -m mdt_jax.main --config=configs/dit_b2.py --workdir=runs/dit_b2 \\
 
 LATENTS: one subfolder a class, with a .npy of shape (32, 32, 4) for each image, the
 VAE's latent times 0.18215.
-Hardware meant: a TPU v4-8 or v5e-8, or 8 GPUs; --config.model.dtype=bfloat16 there.
+Hardware meant: a TPU v4-8 or v5e-8, or 8 GPUs, with
+--config.model.dtype=bfloat16.
 Paper: FID 43.47 after 400,000 steps, 50,000 samples without guidance.
 """
 

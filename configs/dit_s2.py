@@ -5,7 +5,8 @@ python -m mdt_jax.main --config=configs/dit_s2.py --workdir=runs/dit_s2 \\
 
 LATENTS: one subfolder a class, with a .npy of shape (32, 32, 4) for each image, the
 VAE's latent times 0.18215.
-Hardware meant: one TPU v4-8 or one GPU of 24 GB; --config.model.dtype=bfloat16 there.
+Hardware meant: one TPU v4-8 or one GPU of 24 GB, with
+--config.model.dtype=bfloat16.
 Paper: FID 68.40 after 400,000 steps, 50,000 samples without guidance.
 """
 

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,19 +76,20 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       num_threads=config.data.num_threads,
       prefetch=config.data.num_threads,
     )
-    writer = (
-      metric_writers.create_default_writer(
-        workdir / "tensorboard", just_logging=not is_main
-      )
-      if not is_main
-      else metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+    writer = metric_writers.MultiWriter(
+      [metric_writers.SummaryWriter(str(workdir / "tensorboard"))] if is_main else []
     )
     progress = Progress(config, writer, start)
     draw_samples = _sample_drawer(config, workdir, writer) if is_main else None
 
     with stop_signals() as stop:
       for n in range(start, config.num_steps):
-        batch = sharding.put_batch(next(loader), sharding.over_batch(mesh))
+        try:
+          batch = next(loader)
+        except SettingError:  # too many unreadable files: what is done stays done
+          saved.save(n, state, config)
+          raise
+        batch = sharding.put_batch(batch, sharding.over_batch(mesh))
         num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
         state, metrics = train_step(state, batch, num_keep)
         done = n + 1
@@ -147,6 +149,9 @@ class Progress:
 def stop_signals() -> Iterator[list[int]]:
   """Gathers SIGINT and SIGTERM in the list it gives; a second one acts at once."""
   received: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield received  # only the main thread may handle signals
+    return
 
   def handle(number: int, frame: object) -> None:
     received.append(number)
@@ -229,10 +234,9 @@ def _summary(config, source, state, kept_lengths) -> str:
   masked = "no masked pass"
   if kept_lengths:
     masked = "kept tokens " + ", ".join(map(str, kept_lengths.lengths))
-  return (
-    f"{config.model.name}\n{table}\n"
-    f"{len(source)} images, {source.num_classes} classes; {masked}; {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-  )
+  devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+  data = f"{len(source)} images, {source.num_classes} classes"
+  return f"{config.model.name}\n{table}\n{data}; {masked}; {devices}"
 
 
 def _sample_drawer(config: ConfigDict, workdir: Path, writer):

@@ -1,0 +1,55 @@
+"""Arrays to pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.generation import images
+
+
+def test_uint8_truncates_as_the_released_code_does():
+  values = np.array([-2, -1, -0.999, 0, 0.999, 1, 2], np.float32)
+  assert images.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
+
+
+@pytest.mark.parametrize(
+  ("count", "columns", "expected"), [(4, 0, (2, 2)), (5, 0, (3, 2)), (3, 3, (3, 1))]
+)
+def test_a_grid_is_square_or_as_wide_as_asked_for(count, columns, expected):
+  tiles = np.zeros((count, 64, 64, 3), np.uint8)
+  grid = images.make_grid(tiles, [""] * count, columns)
+  tile_w, tile_h = 64 + images.MARGIN, 64 + images.CAPTION_HEIGHT
+  assert (grid.width // tile_w, grid.height // tile_h) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_tiles_are_enlarged_without_blur(channels):
+  tile = np.zeros((1, 8, 8, channels), np.uint8)
+  tile[0, 0, 0] = 200
+  pixels = np.asarray(images.make_grid(tile, ["7"]))
+  top, left = images.CAPTION_HEIGHT, images.MARGIN
+  assert (pixels[top : top + 8, left : left + 8] == 200).all()
+  assert (pixels[top + 8 : top + 64, left + 8 : left + 64] == 0).all()
+
+
+def test_every_image_needs_a_caption():
+  with pytest.raises(ValueError):
+    images.make_grid(np.zeros((2, 8, 8, 1), np.uint8), ["one"])
+
+
+def test_npz_has_the_names_that_adm_reads(tmp_path):
+  pictures, labels = np.zeros((2, 8, 8, 3), np.uint8), np.array([4, 2])
+  images.save_npz(tmp_path / "samples.npz", pictures, labels)
+  with np.load(tmp_path / "samples.npz", allow_pickle=False) as data:
+    assert data["arr_0"].shape == (2, 8, 8, 3)
+    assert data["arr_1"].tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8])
+def test_latents_are_shown_as_pictures(channels):
+  latents = np.random.default_rng(0).normal(3, 2, (4, 8, 8, channels))
+  preview = images.latent_preview(latents)
+  assert preview.dtype == np.uint8
+  assert preview.shape == (4, 8, 8, 3 if channels >= 3 else 1)
+  assert 100 < preview.mean() < 155

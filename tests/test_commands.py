@@ -1,0 +1,171 @@
+"""The commands as a user runs them: exit codes, one-line errors, files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+  "num_steps": 2,
+  "batch_size": 8,
+  "model.hidden_size": 16,
+  "model.depth": 4,
+  "model.num_heads": 2,
+  "model.unroll": 1,
+  "optimizer.warmup_steps": 0,
+  "masking.num_lengths": 1,
+  "sampling.num_steps": 3,
+  "checkpoint_every": 2,
+  "sample_every": 0,
+}
+
+
+def start(*arguments):
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+  return subprocess.Popen(
+    [sys.executable, "-m", *map(str, arguments)],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(*arguments):
+  process = start(*arguments)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def train(workdir, **overrides):
+  flags = [f"--config.{name}={value}" for name, value in (SETTINGS | overrides).items()]
+  config = ROOT / "configs" / "digits.py"
+  return ["mdt_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+def assert_refused(result, *texts):
+  code, _, err = result
+  assert code == 2, err
+  lines = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert len(lines) == 1, err
+  assert "Traceback" not in err
+  for text in texts:
+    assert text in lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained")
+  code, out, err = run(*train(workdir))
+  assert code == 0, err
+  assert "step 2/2" in out
+  return workdir
+
+
+@pytest.mark.parametrize(
+  ("flag", "texts"),
+  [
+    ("--config.modle=1", ["modle"]),
+    ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
+    ("--config.batch_size=many", ["batch_size", "many"]),
+    ("--config.data.source=folder", ["config.data.path"]),
+    ("batch_size=3", ["batch_size=3"]),
+  ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, flag, texts):
+  assert_refused(run(*train(tmp_path / "run"), flag), *texts)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_file_is_refused(tmp_path):
+  result = run("mdt_jax.main", "--config=none.py", f"--workdir={tmp_path}")
+  assert_refused(result, "none.py")
+
+
+def test_a_missing_flag_is_refused():
+  assert_refused(run("mdt_jax.main", "--workdir=x"), "--config")
+
+
+def test_a_config_file_with_an_unknown_field_is_refused(tmp_path):
+  path = tmp_path / "run.py"
+  path.write_text(
+    "from mdt_jax.config import default_config\n"
+    "def get_config():\n"
+    "  config = default_config()\n"
+    "  config.batchsize = 3\n"
+    "  return config\n"
+  )
+  result = run("mdt_jax.main", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+  assert_refused(result, "batchsize")
+
+
+def test_a_workdir_of_another_model_is_refused_and_kept(trained):
+  before = sorted(trained.rglob("*"))
+  result = run(*train(trained, **{"model.depth": 6}))
+  assert_refused(result, str(trained), "config.model.depth was 4, now 6")
+  assert sorted(trained.rglob("*")) == before
+
+
+def test_a_rerun_says_that_it_goes_on(trained):
+  code, out, err = run(*train(trained, num_steps=4))
+  assert code == 0, err
+  assert "going on from the checkpoint of step 2" in out
+
+
+def test_interrupted_training_goes_on_without_losing_a_step(tmp_path):
+  process = start(*train(tmp_path, num_steps=5000, log_every=1, checkpoint_every=5000))
+  for line in process.stdout:
+    if line.startswith("step 3/"):
+      break
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 130, err
+  (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert f"stopped after step {saved}, which is saved" in out
+  code, out, err = run(*train(tmp_path, num_steps=saved + 2, log_every=1))
+  assert code == 0, err
+  steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
+  total = saved + 2
+  assert steps == [f"{saved + 1}/{total}", f"{total}/{total}"]
+
+
+def sample(trained, output, *flags):
+  return run("mdt_jax.sample", f"--checkpoint={trained}", f"--output={output}", *flags)
+
+
+def test_sampling_writes_a_grid_and_arrays(trained, tmp_path):
+  code, _, err = sample(trained, tmp_path, "--labels=3,1", "--num_images=5")
+  assert code == 0, err
+  with np.load(tmp_path / "samples.npz") as data:
+    assert data["arr_0"].shape == (5, 8, 8, 1)
+    assert data["arr_0"].dtype == np.uint8
+    assert data["arr_1"].tolist() == [3, 1, 3, 1, 3]
+  with Image.open(tmp_path / "samples.png") as grid:
+    assert grid.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+  ("flag", "texts"),
+  [
+    ("--labels=3,10", ["--labels = 10", "0 … 9"]),
+    ("--labels=three", ["--labels = 'three'"]),
+    ("--num_images=0", ["--num_images = 0", "at least 1"]),
+    ("--steps=2000", ["num_steps = 2000"]),
+    ("--sampler=euler", ["method = 'euler'", "ddpm, ddim"]),
+    ("--checkpoint=nowhere", ["--checkpoint = 'nowhere'"]),
+  ],
+)
+def test_bad_sampling_flags_are_one_line_and_exit_code_2(
+  trained, tmp_path, flag, texts
+):
+  assert_refused(sample(trained, tmp_path / "out", flag), *texts)
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,139 @@
+"""Settings: the recipes are those of the papers, and bad ones are named."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mdt_jax import config as settings
+from mdt_jax.errors import SettingError
+from tests.training.tiny import tiny_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_there_is_a_config_for_each_published_run_and_for_digits():
+  runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit") for s in ("s", "b", "l", "xl")}
+  assert {path.stem for path in CONFIGS.glob("*.py")} == runs | {"digits"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_valid_and_its_docstring_gives_its_command(path):
+  module = load(path.stem)
+  settings.check(module.get_config(), num_devices=8 if path.stem != "digits" else 1)
+  assert f"python -m mdt_jax.main --config=configs/{path.name}" in module.__doc__
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_v1_runs_are_as_released(size):
+  config = load(f"mdt_{size}2").get_config()
+  assert config.optimizer.name == "adamw"
+  assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-4, 0)
+  assert settings.kept_lengths(config).lengths == (179,)
+  assert config.diffusion.loss_weight == "none"
+  assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
+  assert settings.make_model(config).decode_depth == 2
+
+
+@pytest.mark.parametrize(
+  ("size", "rate", "decode"), [("s", 5e-4, 6), ("b", 3e-4, 6), ("xl", 3e-4, 4)]
+)
+def test_v2_runs_are_as_released(size, rate, decode):
+  config = load(f"mdtv2_{size}2").get_config()
+  assert config.optimizer.name == "adan"
+  assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (rate, 1.0)
+  assert config.diffusion.loss_weight == "min_snr"
+  assert settings.make_model(config).decode_depth == decode
+  lengths = settings.kept_lengths(config).lengths
+  assert all(length % 8 == 0 for length in lengths)
+  assert (lengths[0], lengths[-1]) == (128, 176)
+
+
+def test_dit_has_no_masked_pass():
+  assert settings.kept_lengths(load("dit_s2").get_config()) is None
+  assert settings.kept_lengths(tiny_config(**{"model.name": "DiT-S/2"})) is None
+
+
+def test_a_mask_ratio_of_zero_means_no_masked_pass():
+  assert settings.kept_lengths(tiny_config(**{"masking.ratio": 0.0})) is None
+
+
+BAD = [
+  ("model.name", "MDT-M/2", "accepted are DiT-S/2"),
+  ("model.input_size", 9, "must be divisible by patch_size = 2"),
+  ("model.hidden_size", 17, "must be divisible by num_heads = 2"),
+  ("model.num_heads", 3, "must be divisible by num_heads = 3"),
+  ("model.depth", 5, "must be even for MDTv2"),
+  ("model.decode_depth", 9, "must lie in [1, depth = 4]"),
+  ("model.dtype", "float8", "accepted are float32"),
+  ("model.remat", "some", "accepted are none, full, dots"),
+  ("model.unroll", 0, "must be -1 (all) or at least 1"),
+  ("model.num_classes", 0, "must be at least 1"),
+  ("model.label_dropout", 1.0, "must lie in [0, 1)"),
+  ("masking.ratio", -0.1, "must lie in [0, 0.8]"),
+  ("masking.ratio", 0.81, "must lie in [0, 0.8]"),
+  ("masking.width", 0.6, "must lie in [0, 0.8 - ratio = 0.5]"),
+  ("masking.num_lengths", 0, "must be at least 1"),
+  ("batch_size", 0, "must be at least 1"),
+  ("batch_size", 9, "must be divisible by 2 devices"),
+  ("accumulation_steps", 3, "must be divisible by 2 devices"),
+  ("num_steps", 0, "must be at least 1"),
+  ("seed", -1, "must be at least 0"),
+  ("log_every", 0, "must be at least 1"),
+  ("ema_decays", (1.0,), "must be one or more numbers in [0, 1)"),
+  ("ema_decays", (), "must be one or more numbers in [0, 1)"),
+  ("diffusion.schedule", "sqrt", "accepted are linear, cosine"),
+  ("diffusion.prediction", "x", "accepted are epsilon, x0, v"),
+  ("diffusion.variance", "big", "accepted are learned_range"),
+  ("diffusion.loss_weight", "snr", "accepted are none, min_snr"),
+  ("diffusion.num_timesteps", 0, "must be at least 1"),
+  ("timestep_sampler", "importance", "accepted are uniform, loss-second-moment"),
+  ("optimizer.name", "sgd", "accepted are adamw, adan"),
+  ("optimizer.learning_rate", 0.0, "must be above 0"),
+  ("optimizer.clip_norm", -1.0, "must be 0 or more"),
+  ("optimizer.schedule", "step", "accepted are constant, cosine, linear"),
+  ("optimizer.warmup_steps", 4, "must lie in [0, num_steps = 4)"),
+  ("sampling.method", "euler", "accepted are ddpm, ddim"),
+  ("sampling.num_steps", 1001, "must lie in [1, config.diffusion.num_timesteps"),
+  ("sampling.eta", 2.0, "must lie in [0, 1]"),
+  ("sampling.cfg_scale", -1.0, "must be 0 or more"),
+  ("sampling.ema_decay", 0.5, "accepted are 0.9"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "accepted"), BAD)
+def test_a_bad_setting_is_named_with_its_value_and_what_is_accepted(
+  setting, value, accepted
+):
+  config = tiny_config(**{setting: value})
+  with pytest.raises(SettingError) as error:
+    settings.check(config, num_devices=2)
+  message = str(error.value)
+  assert message.startswith("config.")
+  assert accepted in message
+  assert repr(value) in message or setting in (
+    "model.num_heads",
+    "model.depth",
+    "accumulation_steps",
+  )
+  assert "\n" not in message
+
+
+def test_guidance_without_label_dropout_is_refused():
+  config = tiny_config(**{"model.label_dropout": 0.0})
+  with pytest.raises(SettingError, match=r"config\.sampling\.cfg_scale = 3\.8"):
+    settings.check(config)
+
+
+def test_an_unknown_field_cannot_be_set():
+  with pytest.raises(AttributeError):
+    tiny_config().modle = 1

@@ -1,0 +1,135 @@
+"""Checkpoints: what is saved comes back, and strangers are refused."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax import config as settings
+from mdt_jax.errors import SettingError
+from mdt_jax.training.checkpoints import Checkpoints, config_from_dict, load_ema
+from mdt_jax.training.state import init_state
+from tests.training.tiny import tiny_config
+
+
+def make_state(config):
+  optimizer, _ = settings.make_optimizer(config)
+  state = init_state(
+    jax.random.key(1),
+    settings.make_model(config),
+    optimizer,
+    config.ema_decays,
+    settings.make_timestep_sampler(config),
+  )
+  ema = {d: jax.tree.map(lambda x, d=d: x + float(d), p) for d, p in state.ema.items()}
+  return state.replace(step=state.step + 7, ema=ema)
+
+
+def save(folder, config, steps=(7,), to_keep=2):
+  state = make_state(config)
+  checkpoints = Checkpoints(folder, to_keep)
+  for number in steps:
+    checkpoints.save(number, state, config)
+  checkpoints.close()
+  return state
+
+
+def assert_same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = tiny_config(
+    ema_decays=(0.5, 0.9), timestep_sampler="loss-second-moment", seed=3
+  )
+  return folder, config, save(folder, config)
+
+
+def test_a_state_comes_back_bit_for_bit(saved):
+  folder, config, state = saved
+  checkpoints = Checkpoints(folder, 2)
+  restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
+  checkpoints.close()
+  assert_same(state, restored)
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
+def test_sampling_loads_the_average_asked_for(saved, decay, expected):
+  folder, _, state = saved
+  _, params, step = load_ema(folder, ema_decay=decay)
+  assert step == 7
+  assert_same(params, state.ema[expected])
+
+
+def test_the_config_comes_back_with_the_checkpoint(saved):
+  folder, config, _ = saved
+  assert load_ema(folder)[0].to_dict() == config.to_dict()
+
+
+def test_a_setting_that_came_later_has_its_default():
+  old = tiny_config().to_dict()
+  del old["sampling"]["eta"], old["log_every"]
+  config = config_from_dict(old)
+  assert (config.sampling.eta, config.log_every) == (0.0, 100)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+  save(tmp_path, tiny_config(), steps=(1, 2, 3), to_keep=2)
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert kept == [2, 3]
+
+
+@pytest.mark.parametrize(
+  ("setting", "value"),
+  [
+    ("model.depth", 6),
+    ("model.name", "MDT-S/2"),
+    ("optimizer.name", "adamw"),
+    ("ema_decays", (0.9,)),
+  ],
+)
+def test_a_run_of_another_kind_is_refused_and_the_difference_named(
+  saved, setting, value
+):
+  folder, config, state = saved
+  other = config.copy_and_resolve_references()
+  other.update_from_flattened_dict({setting: value})
+  checkpoints = Checkpoints(folder, 2)
+  with pytest.raises(SettingError) as error:
+    checkpoints.restore(jax.eval_shape(lambda: state), other)
+  checkpoints.close()
+  assert str(folder) in str(error.value)
+  name = "variant" if setting == "model.name" else setting.split(".")[-1]
+  assert name in str(error.value)
+
+
+def test_another_learning_rate_may_go_on(saved):
+  folder, config, state = saved
+  other = config.copy_and_resolve_references()
+  other.optimizer.learning_rate = 0.5
+  checkpoints = Checkpoints(folder, 2)
+  assert_same(state, checkpoints.restore(jax.eval_shape(lambda: state), other))
+  checkpoints.close()
+
+
+def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
+  with pytest.raises(SettingError, match="--checkpoint"):
+    load_ema(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_no_finished_checkpoint_is_refused(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(SettingError, match="no finished checkpoint"):
+    load_ema(tmp_path)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("step", 8), ("ema_decay", 0.7)])
+def test_an_absent_step_or_average_is_refused_with_those_present(
+  saved, argument, value
+):
+  with pytest.raises(SettingError, match=rf"--{argument} = {value}: accepted are"):
+    load_ema(saved[0], **{argument: value})

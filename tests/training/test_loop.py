@@ -1,0 +1,157 @@
+"""The loop: files, resuming, stopping. Several runs share one compilation cache."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.training import loop
+from mdt_jax.training.checkpoints import Checkpoints
+from tests.training.tiny import tiny_config
+
+
+def assert_same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  config = tiny_config(sample_every=4)
+  return workdir, loop.train(config, workdir)
+
+
+def test_a_run_leaves_checkpoints_config_pictures_and_events(whole_run):
+  workdir, _ = whole_run
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+  assert (workdir / "config.json").is_file()
+  assert [p.name for p in (workdir / "samples").iterdir()] == ["step_0000004.png"]
+  assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+
+def read_scalars(workdir):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  events = EventAccumulator(str(workdir / "tensorboard"), {"tensors": 0})
+  events.Reload()
+  return {
+    tag: [event.step for event in events.Tensors(tag)]
+    for tag in events.Tags()["tensors"]
+  }
+
+
+def test_tensorboard_holds_every_scalar_once_a_logged_step(whole_run):
+  scalars = read_scalars(whole_run[0])
+  names = "loss mse vb masked_loss masked_mse masked_vb gradient_norm learning_rate"
+  for name in [*names.split(), "images_per_second"]:
+    assert scalars[name] == [2, 4], name
+
+
+def test_a_stopped_and_resumed_run_ends_bit_identical(whole_run, tmp_path):
+  config = tiny_config()
+  config.num_steps = 2
+  loop.train(config, tmp_path)
+  config.num_steps = 4
+  resumed = loop.train(config, tmp_path)
+  assert_same(whole_run[1], resumed)
+
+
+def test_a_finished_run_does_nothing_more(whole_run, caplog):
+  workdir, state = whole_run
+  before = (workdir / "checkpoints" / "4").stat().st_mtime_ns
+  again = loop.train(tiny_config(sample_every=4), workdir)
+  assert (workdir / "checkpoints" / "4").stat().st_mtime_ns == before
+  assert int(again.step) == int(state.step) == 4
+
+
+def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
+  original = loop.Progress.add
+
+  def stop_at_three(self, done, metrics):
+    original(self, done, metrics)
+    if done == 3:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr(loop.Progress, "add", stop_at_three)
+  with pytest.raises(loop.Interrupted, match="step 3"):
+    loop.train(tiny_config(), tmp_path)
+  checkpoints = Checkpoints(tmp_path, 2)
+  assert checkpoints.latest_step() == 3
+  checkpoints.close()
+
+
+def test_a_second_signal_acts_at_once():
+  with pytest.raises(KeyboardInterrupt), loop.stop_signals() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert stop == [signal.SIGINT]
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_of_the_caller_come_back():
+  before = signal.getsignal(signal.SIGTERM)
+  with loop.stop_signals():
+    assert signal.getsignal(signal.SIGTERM) != before
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_training_works_outside_the_main_thread(tmp_path):
+  """Notebooks run cells in threads, where signals cannot be handled."""
+  failures = []
+
+  def run():
+    try:
+      with loop.stop_signals() as stop:
+        assert stop == []
+    except Exception as error:
+      failures.append(error)
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert not failures
+
+
+def test_too_few_classes_are_refused_before_anything_is_written(tmp_path):
+  config = tiny_config(**{"model.num_classes": 9})
+  with pytest.raises(SettingError, match=r"config\.model\.num_classes = 9"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "MDT-S/2"])
+def test_other_variants_train_on_the_same_config(tmp_path, name):
+  config = tiny_config(**{"model.name": name, "num_steps": 1})
+  assert int(loop.train(config, tmp_path).step) == 1
+
+
+def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
+  tmp_path,
+):
+  from PIL import Image
+
+  data = tmp_path / "data" / "a"
+  data.mkdir(parents=True)
+  for i in range(30):
+    Image.new("L", (8, 8), i).save(data / f"{i:02d}.png")
+  for i in range(2):
+    (data / f"{i + 90}.png").write_bytes(b"no image")
+  config = tiny_config(
+    **{
+      "data.source": "folder",
+      "data.path": str(data.parent),
+      "data.max_unreadable": 0,
+      "num_steps": 20,
+      "masking.num_lengths": 1,
+    }
+  )
+  with pytest.raises(SettingError, match=r"config\.data\.max_unreadable = 0"):
+    loop.train(config, tmp_path / "run")
+  checkpoints = Checkpoints(tmp_path / "run", 2)
+  assert checkpoints.latest_step() is not None
+  checkpoints.close()

@@ -1,0 +1,212 @@
+"""The training step: draws, losses, accumulation, averages."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax import config as settings
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
+from mdt_jax.training import step
+from mdt_jax.training.state import init_state
+from tests.training.tiny import tiny_config
+
+NUM_KEEP = 10
+
+
+def make_batch(config, seed=0):
+  rng = np.random.default_rng(seed)
+  shape = (config.batch_size, config.model.input_size, config.model.input_size, 1)
+  return {
+    "image": rng.uniform(-1, 1, shape).astype(np.float32),
+    "label": rng.integers(0, 10, config.batch_size).astype(np.int32),
+  }
+
+
+def make_state(config, seed=0):
+  """A state with random parameters, as at zero the gradients of most are zero."""
+  optimizer, _ = settings.make_optimizer(config)
+  state = init_state(
+    jax.random.key(seed),
+    settings.make_model(config),
+    optimizer,
+    config.ema_decays,
+    settings.make_timestep_sampler(config),
+  )
+  leaves, tree = jax.tree.flatten(state.params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  noisy = [
+    x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+  ]
+  return state.replace(params=jax.tree.unflatten(tree, noisy))
+
+
+def make_step(config):
+  optimizer, learning_rate = settings.make_optimizer(config)
+  train_step = step.make_train_step(
+    settings.make_model(config),
+    settings.make_diffusion(config),
+    optimizer,
+    settings.make_timestep_sampler(config),
+    seed=config.seed,
+    ema_decays=config.ema_decays,
+    accumulation_steps=config.accumulation_steps,
+    learning_rate=learning_rate,
+  )
+  return jax.jit(train_step, static_argnames="num_keep")
+
+
+@functools.cache
+def run_once(accumulation_steps=1, seed=0):
+  config = tiny_config(accumulation_steps=accumulation_steps, seed=seed)
+  state = make_state(config)
+  return (state, *make_step(config)(state, make_batch(config), NUM_KEEP))
+
+
+def distance(first, second):
+  differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, second)
+  return float(max(jax.tree.leaves(differences)))
+
+
+def test_a_replayed_step_gives_the_same_bits():
+  config = tiny_config()
+  state, after, _ = run_once()
+  again, _ = make_step(config)(state, make_batch(config), NUM_KEEP)
+  assert distance(after.params, again.params) == 0
+
+
+def test_another_seed_gives_another_step():
+  _, after, _ = run_once()
+  _, other, _ = run_once(seed=1)
+  assert distance(after.params, other.params) > 0
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_give_the_step_of_the_whole_batch(parts):
+  _, whole, whole_metrics = run_once()
+  _, split, split_metrics = run_once(accumulation_steps=parts)
+  assert distance(whole.params, split.params) < 2e-6
+  assert distance(whole_metrics, split_metrics) < 1e-4
+
+
+def test_the_step_is_that_of_the_released_loop_written_out():
+  """Two passes, losses averaged and added, one optimizer step, then the averages."""
+  config = tiny_config()
+  state, after, metrics = run_once()
+  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  sampler = settings.make_timestep_sampler(config)
+  draws = step.draw(key, make_batch(config), model, sampler, None)
+
+  def loss(params):
+    full = step.pass_losses(model, diffusion, params, draws, None)["loss"]
+    masked = step.pass_losses(model, diffusion, params, draws, NUM_KEEP)["loss"]
+    return full.mean() + masked.mean()
+
+  value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
+  optimizer, _ = settings.make_optimizer(config)
+  updates, _ = optimizer.update(gradients, state.opt_state, state.params)
+  expected = jax.tree.map(jnp.add, state.params, updates)
+  assert distance(after.params, expected) < 2e-6
+  means = step.mean_metrics(metrics)
+  np.testing.assert_allclose(means["loss"] + means["masked_loss"], value, rtol=1e-5)
+
+
+def test_both_passes_share_timesteps_and_differ_in_noise():
+  config = tiny_config()
+  model = settings.make_model(config)
+  sampler = settings.make_timestep_sampler(config)
+  draws = step.draw(jax.random.key(0), make_batch(config), model, sampler, None)
+  assert draws.t.shape == (config.batch_size,)
+  assert np.abs(draws.noise[:, 0] - draws.noise[:, 1]).max() > 0.1
+
+
+def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
+  config = tiny_config(batch_size=4096)
+  model = settings.make_model(config)
+  sampler = settings.make_timestep_sampler(config)
+  batch = {"image": np.zeros((4096, 8, 8, 1), "f"), "label": np.zeros(4096, np.int32)}
+  dropped = step.draw(jax.random.key(0), batch, model, sampler, None).labels == 10
+  np.testing.assert_allclose(dropped.mean(axis=0), 0.1, atol=0.02)
+  np.testing.assert_allclose(jnp.all(dropped, axis=1).mean(), 0.01, atol=0.008)
+
+
+def test_averages_follow_their_decays():
+  config = tiny_config(ema_decays=(0.5, 0.9))
+  state = make_state(config)
+  after, _ = make_step(config)(state, make_batch(config), None)
+  for decay in config.ema_decays:
+    expected = jax.tree.map(
+      lambda old, new, d=decay: d * old + (1 - d) * new,
+      state.ema[str(decay)],
+      after.params,
+    )
+    assert distance(after.ema[str(decay)], expected) < 1e-6
+
+
+def test_without_a_masked_pass_its_losses_are_absent_and_its_parameters_stay():
+  config = tiny_config(**{"optimizer.name": "adamw"})
+  state = make_state(config)
+  after, metrics = make_step(config)(state, make_batch(config), None)
+  assert "masked_loss" not in metrics
+  assert distance(after.params["side_block"], state.params["side_block"]) == 0
+
+
+def test_dit_positions_stay_frozen_under_weight_decay():
+  config = tiny_config(**{"model.name": "DiT-S/2", "optimizer.weight_decay": 0.1})
+  state = make_state(config)
+  after, _ = make_step(config)(state, make_batch(config), None)
+  assert distance(after.params["pos_embed"], state.params["pos_embed"]) == 0
+  assert distance(after.params["blocks"], state.params["blocks"]) > 0
+
+
+def test_quartiles_average_to_the_loss():
+  _, _, metrics = run_once()
+  total = sum(metrics[f"loss_q{q}"] for q in range(4))
+  np.testing.assert_allclose(total, metrics["loss"], rtol=1e-5)
+
+
+def test_a_quartile_without_samples_is_left_out():
+  metrics = {"loss_q0": jnp.array([0.0, 0.0]), "loss_q1": jnp.array([3.0, 2.0])}
+  assert step.mean_metrics(metrics) == {"loss_q1": 1.5}
+
+
+def test_metrics_of_steps_add_up_to_the_mean_over_samples():
+  first, second = {"loss": jnp.array([2.0, 1.0])}, {"loss": jnp.array([1.0, 2.0])}
+  assert step.mean_metrics(step.add_metrics(first, second)) == {"loss": 1.0}
+
+
+def test_loss_second_moment_sampler_learns_from_the_step():
+  config = tiny_config(timestep_sampler="loss-second-moment")
+  state = make_state(config)
+  after, _ = make_step(config)(state, make_batch(config), NUM_KEEP)
+  assert int(after.loss_history.counts.sum()) == config.batch_size
+
+
+def test_weights_of_the_timestep_sampler_scale_the_losses():
+  config = tiny_config()
+  model, diffusion = settings.make_model(config), GaussianDiffusion.create()
+  sampler = settings.make_timestep_sampler(config)
+  draws = step.draw(jax.random.key(0), make_batch(config), model, sampler, None)
+  params = make_state(config).params
+  once = step.pass_losses(model, diffusion, params, draws, None)["loss"]
+  draws = draws.replace(weights=draws.weights * 3)
+  thrice = step.pass_losses(model, diffusion, params, draws, None)["loss"]
+  np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_the_step_imports_neither_tensorflow_nor_torch():
+  import subprocess
+  import sys
+
+  code = (
+    "import sys, mdt_jax, mdt_jax.training.step, mdt_jax.models, mdt_jax.diffusion\n"
+    "heavy = {'tensorflow', 'torch', 'tensorflow_datasets', 'ml_collections', 'clu'}\n"
+    "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+  )
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr

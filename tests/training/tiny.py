@@ -1,0 +1,39 @@
+"""A run small enough to compile in seconds, shared by the tests."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from mdt_jax.config import default_config
+
+
+def tiny_config(**settings: object) -> ConfigDict:
+  """Digits, a network of two dozen kilobytes, 4 steps; settings by dotted name."""
+  config = default_config()
+  config.update_from_flattened_dict(
+    {
+      "num_steps": 4,
+      "batch_size": 8,
+      "model.input_size": 8,
+      "model.in_channels": 1,
+      "model.num_classes": 10,
+      "model.patch_size": 2,
+      "model.hidden_size": 16,
+      "model.depth": 4,
+      "model.num_heads": 2,
+      "model.decode_depth": 2,
+      "masking.num_lengths": 2,
+      "optimizer.learning_rate": 1e-3,
+      "ema_decays": (0.9,),
+      "data.source": "digits",
+      "data.flip": False,
+      "data.num_threads": 0,
+      "sampling.num_steps": 3,
+      "log_every": 2,
+      "checkpoint_every": 2,
+      "sample_every": 0,
+      "num_samples": 4,
+    }
+  )
+  config.update_from_flattened_dict(settings)
+  return config
