@@ -21,7 +21,7 @@ setup(
     "jax>=0.7",
     "ml-collections",
     "numpy",
-    "optax",
+    "optax>=0.2.7",  # optax.tree.norm
     "orbax-checkpoint",
     "pillow",
     "safetensors",

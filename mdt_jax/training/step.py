@@ -179,7 +179,7 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
 
     metrics = _loss_metrics(losses, draws.t, diffusion.num_timesteps)
-    metrics["gradient_norm"] = jnp.stack([optax.global_norm(gradients), 1.0])
+    metrics["gradient_norm"] = jnp.stack([optax.tree.norm(gradients), 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
     return TrainState(

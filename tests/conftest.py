@@ -1,0 +1,13 @@
+"""Shared by all tests: one cache of compiled functions, also for commands started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before JAX is imported. Tests compile the same small programs again and again.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mdt_jax_compiled_")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
