@@ -1,0 +1,57 @@
+"""Recorded outputs of the released PyTorch code, and how to compare with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdt_jax.conversion.torch_mdt import from_torch
+from mdt_jax.models.mdt import MDT
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# Of the largest magnitude, in float32 on a CPU.
+FORWARD_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 1e-4
+LOOP_TOLERANCE = 1e-4
+
+MDT_FIXTURES = ("mdt_v1", "mdt_v2")
+MODEL_FIXTURES = (*MDT_FIXTURES, "dit")
+
+
+@functools.cache
+def load(name: str) -> Mapping[str, np.ndarray]:
+  """Arrays of NAME.npz, as recorded: NCHW."""
+  with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as data:
+    return {key: data[key] for key in data.files}
+
+
+@functools.cache
+def load_model(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(config, params) of NAME.pt."""
+  heads = json.loads(str(load(name)["config"]))["num_heads"]
+  return from_torch(FIXTURES / f"{name}.pt", num_heads=heads)
+
+
+def make_model(name: str, **overrides: Any) -> MDT:
+  return MDT(**{**load_model(name)[0], **overrides})
+
+
+def to_nhwc(array: np.ndarray) -> np.ndarray:
+  return np.moveaxis(array, -3, -1)
+
+
+def to_nchw(array: Any) -> np.ndarray:
+  return np.moveaxis(np.asarray(array), -1, -3)
+
+
+def relative_error(actual: Any, expected: np.ndarray) -> float:
+  """Largest difference over the largest magnitude expected."""
+  actual = np.asarray(actual)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  return float(np.abs(actual - expected).max() / np.abs(expected).max())
