@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from mdt_jax.conversion.torch_mdt import from_torch
+from mdt_jax.conversion.torch_mdt import abstract_params, from_torch
 from mdt_jax.models.mdt import MDT
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -40,6 +41,18 @@ def load_model(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def make_model(name: str, **overrides: Any) -> MDT:
   return MDT(**{**load_model(name)[0], **overrides})
+
+
+def random_params(model: MDT, seed: int = 0) -> dict[str, Any]:
+  """Parameters without the zeros of a fresh model, which hide what goes on.
+
+  By NumPy: it takes JAX seconds to compile the initialisation of each new model.
+  """
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32),
+    abstract_params(model),
+  )
 
 
 def to_nhwc(array: np.ndarray) -> np.ndarray:

@@ -90,7 +90,8 @@ class Attention(nn.Module):
         (self.bias_rows, self.num_heads),
         jnp.float32,
       )
-      bias = table[position_index].transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
+      bias = jnp.asarray(table)[position_index]
+      bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
     out = jax.nn.dot_product_attention(query, key, value, bias=bias)
     return nn.Dense(d, name="proj", **dense)(out.reshape(b, k, d))
 

@@ -110,4 +110,4 @@ class LabelEmbed(nn.Module):
     if train and self.dropout > 0:
       key = self.make_rng("label_dropout")
       labels = drop_labels(key, labels, self.num_classes, self.dropout)
-    return table.astype(self.dtype)[labels]
+    return jnp.asarray(table, self.dtype)[labels]

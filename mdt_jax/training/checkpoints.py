@@ -101,7 +101,9 @@ def load_ema(
       "--checkpoint", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
     )
   with ocp.CheckpointManager(
-    folder, item_names=("state", "ema", "config"), options=_read_only()
+    folder,
+    item_names=("state", "ema", "config"),
+    options=ocp.CheckpointManagerOptions(create=False),
   ) as manager:
     steps = manager.all_steps()
     if not steps:
@@ -144,10 +146,6 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
   return config
 
 
-def _read_only() -> ocp.CheckpointManagerOptions:
-  return ocp.CheckpointManagerOptions(read_only=True)
-
-
 def _check_same_run(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
   old, new = _identity(config_from_dict(saved)), _identity(config)
   differences = [
@@ -175,5 +173,6 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
   identity["config.optimizer.name"] = config.optimizer.name
   identity["config.ema_decays"] = tuple(config.ema_decays)
   identity["config.timestep_sampler"] = config.timestep_sampler
-  identity["config.diffusion.num_timesteps"] = config.diffusion.num_timesteps
+  for name in ("schedule", "num_timesteps", "prediction", "variance"):
+    identity[f"config.diffusion.{name}"] = config.diffusion[name]
   return identity

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate
-from mdt_jax.training.state import init_params
+from tests import reference
 from tests.training.tiny import tiny_config
 
 LABELS = np.array([3, 1, 4, 1, 5])
@@ -20,11 +19,7 @@ LABELS = np.array([3, 1, 4, 1, 5])
 @functools.cache
 def make_all(method="ddpm"):
   config = tiny_config(**{"sampling.method": method})
-  params = init_params(settings.make_model(config), jax.random.key(0))
-  # Zero weights would hide what labels and guidance do.
-  params = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
-  )
+  params = reference.random_params(settings.make_model(config))
   generator = generate.make_generator(config)
 
   def images(labels, seed=0, batch_size=5):

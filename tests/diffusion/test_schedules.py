@@ -1,0 +1,118 @@
+"""Noise schedules and respacing: those of the released code."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion.schedules import MAX_BETA, make_betas, spaced_timesteps
+from mdt_jax.errors import SettingError
+from tests import reference
+
+RECORDED = reference.load("diffusion")
+SPACINGS = [key.removeprefix("spacing/") for key in RECORDED if "spacing/" in key]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_betas_match_reference(schedule):
+  betas = make_betas(schedule, 1000)
+  assert betas.dtype == np.float64
+  np.testing.assert_allclose(betas, RECORDED[f"{schedule}/betas"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_timesteps", [20, 50, 400, 4000])
+def test_the_linear_schedule_is_rescaled_to_its_steps(num_timesteps):
+  betas = make_betas("linear", num_timesteps)
+  np.testing.assert_allclose(betas.sum(), 1000 * (1e-4 + 0.02) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_timesteps", [20, 77, 1000])
+def test_betas_rise_within_the_unit_interval(schedule, num_timesteps):
+  betas = make_betas(schedule, num_timesteps)
+  assert betas.shape == (num_timesteps,)
+  assert betas[0] > 0
+  assert betas[-1] <= 1
+  assert (np.diff(betas) >= 0).all()
+
+
+def test_the_cosine_schedule_is_capped_at_its_end():
+  assert make_betas("cosine", 1000)[-1] == MAX_BETA
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spaced_timesteps_match_reference(spacing):
+  timesteps = spaced_timesteps(1000, spacing)
+  np.testing.assert_array_equal(timesteps, RECORDED[f"spacing/{spacing}"])
+
+
+def test_no_spacing_keeps_every_timestep():
+  np.testing.assert_array_equal(spaced_timesteps(7, ""), np.arange(7))
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 17, 100, 1000])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.37, 0.5, 0.9, 1.0])
+def test_even_spacing_has_as_many_steps_as_asked_from_first_to_last(
+  num_timesteps, share
+):
+  count = max(1, round(share * num_timesteps))
+  timesteps = spaced_timesteps(num_timesteps, str(count))
+  assert len(timesteps) == count
+  assert (np.diff(timesteps) > 0).all()
+  assert timesteps[0] == 0
+  assert timesteps[-1] == (num_timesteps - 1 if count > 1 else 0)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (3, 4, 3), (334, 333, 333)])
+def test_each_section_has_as_many_steps_as_asked(counts):
+  timesteps = spaced_timesteps(1000, ",".join(map(str, counts)))
+  edges = [0, 334, 667, 1000]  # the first section takes what is left over
+  assert tuple(np.histogram(timesteps, edges)[0]) == counts
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 20, 25, 50, 100, 250, 500, 1000])
+def test_ddim_spacing_has_one_stride(count):
+  timesteps = spaced_timesteps(1000, f"ddim{count}")
+  np.testing.assert_array_equal(timesteps, np.arange(0, 1000, 1000 // count))
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: make_betas("sqrt", 1000),
+      "schedule = 'sqrt': accepted are linear, cosine",
+    ),
+    (lambda: make_betas("linear", 0), "num_timesteps = 0: must be at least 1"),
+    (lambda: make_betas("cosine", -1), "num_timesteps = -1: must be at least 1"),
+    (
+      lambda: make_betas("linear", 19),
+      "num_timesteps = 19: must be at least 20 for the linear schedule",
+    ),
+    (
+      lambda: spaced_timesteps(1000, "ddim999"),
+      "spacing = 'ddim999': no integer stride gives so many of 1000 steps",
+    ),
+    (
+      lambda: spaced_timesteps(1000, "ddim10,10"),
+      "spacing = 'ddim10,10': no integer stride gives so many of 1000 steps",
+    ),
+  ],
+)
+def test_what_cannot_be_made_is_named(call, message):
+  with pytest.raises(SettingError) as error:
+    call()
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  "spacing",
+  ["0", "1001", "-5", "2.5", "ten", "10,,10", ",", "ddim", "ddim0", "600,400"],
+)
+def test_a_spacing_that_cannot_be_had_is_refused_with_what_is_accepted(spacing):
+  with pytest.raises(SettingError) as error:
+    spaced_timesteps(1000, spacing)
+  assert str(error.value) == (
+    f'spacing = {spacing!r}: accepted are "" (all 1000), "250", "100,50,25" or '
+    '"ddim50", with at least one step and no more than there are'
+  )

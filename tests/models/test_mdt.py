@@ -1,0 +1,248 @@
+"""The network: equal to the released code, whatever its size and settings."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax import MODELS, SettingError, create_model
+from mdt_jax.conversion.torch_mdt import to_torch
+from mdt_jax.diffusion.guidance import guided
+from mdt_jax.models.masking import random_token_mask, token_mask_from_noise
+from mdt_jax.models.mdt import MDT
+from mdt_jax.training.state import init_params
+from tests import reference
+
+# DESIGN.md, point 7: at 256x256 with 1,000 classes.
+PARAMETER_COUNTS = {
+  "MDT-S/2": 35_797_208,
+  "MDT-B/2": 141_488_528,
+  "MDT-L/2": 477_641_312,
+  "MDT-XL/2": 699_778_144,
+  "MDTv2-S/2": 38_454_872,
+  "MDTv2-B/2": 152_112_272,
+  "MDTv2-XL/2": 742_263_904,
+}
+TINY = dict(input_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10)
+
+
+@functools.cache
+def forward(name, masked=False, **overrides):
+  recorded = reference.load(name)
+  model = reference.make_model(name, **overrides)
+  _, params = reference.load_model(name)
+  mask = recorded_mask(name) if masked else None
+  x = reference.to_nhwc(recorded["x"])
+  return reference.to_nchw(apply(model, params, x, recorded["t"], recorded["y"], mask))
+
+
+def recorded_mask(name):
+  recorded = reference.load(name)
+  return token_mask_from_noise(recorded["mask_noise"], recorded["ids_keep"].shape[1])
+
+
+def apply(model, params, *args, **kwargs):
+  @jax.jit
+  def run(params, args):
+    return model.apply({"params": params}, *args, **kwargs)
+
+  return run(params, args)
+
+
+@pytest.mark.parametrize("unroll", [1, -1])
+@pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
+def test_forward_matches_reference(name, unroll):
+  error = reference.relative_error(
+    forward(name, unroll=unroll), reference.load(name)["out"]
+  )
+  assert error < reference.FORWARD_TOLERANCE
+
+
+@pytest.mark.parametrize("name", reference.MDT_FIXTURES)
+def test_masked_forward_matches_reference(name):
+  error = reference.relative_error(
+    forward(name, masked=True), reference.load(name)["out_masked"]
+  )
+  assert error < reference.FORWARD_TOLERANCE
+
+
+@functools.cache
+def gradients(name):
+  """Gradients of mean(out^2) + mean(out_masked^2), under the released names."""
+  recorded = reference.load(name)
+  config, params = reference.load_model(name)
+  model, mask = MDT(**config), recorded_mask(name)
+  inputs = (reference.to_nhwc(recorded["x"]), recorded["t"], recorded["y"])
+
+  def loss(params):
+    full = model.apply({"params": params}, *inputs)
+    masked = model.apply({"params": params}, *inputs, mask)
+    return (full**2).mean() + (masked**2).mean()
+
+  return to_torch(config, jax.jit(jax.grad(loss))(params))
+
+
+@pytest.mark.parametrize(
+  ("name", "tensor"),
+  [
+    (name, key.removeprefix("grad/"))
+    for name in reference.MDT_FIXTURES
+    for key in reference.load(name)
+    if key.startswith("grad/")
+  ],
+)
+def test_gradient_matches_reference(name, tensor):
+  expected = reference.load(name)[f"grad/{tensor}"]
+  error = reference.relative_error(gradients(name)[tensor], expected)
+  assert error < reference.GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ("scale", "power", "key"),
+  [(3.8, 4.0, "cfg_out_scale3p8_pow4"), (4.0, 0.01, "cfg_out_scale4_pow0p01")],
+)
+@pytest.mark.parametrize("name", reference.MDT_FIXTURES)
+def test_guided_output_matches_reference(name, scale, power, key):
+  recorded = reference.load(name)
+  config, params = reference.load_model(name)
+  model = MDT(**config)
+  half = len(recorded["x"])
+  labels, nulls = np.split(recorded["cfg_y"], 2)
+  assert (nulls == model.num_classes).all()
+
+  def network(x, t, y):
+    return model.apply({"params": params}, x, t, y)
+
+  model_fn = guided(
+    network, jnp.asarray(labels), model.num_classes, scale=scale, power=power
+  )
+  output = jax.jit(model_fn)(reference.to_nhwc(recorded["x"]), recorded["t"])
+  expected = recorded[key][:half]
+  error = reference.relative_error(reference.to_nchw(output), expected)
+  assert error < reference.FORWARD_TOLERANCE
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_recomputing_activations_changes_no_gradient(remat):
+  def gradient(remat):
+    model = create_model("MDTv2-S/2", **TINY, decode_depth=2, remat=remat)
+    x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
+
+    def loss(params):
+      return (model.apply({"params": params}, x, y, y) ** 2).mean()
+
+    return jax.jit(jax.grad(loss))(reference.random_params(model))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    gradient("none"),
+    gradient(remat),
+  )
+
+
+@pytest.mark.parametrize(("name", "expected"), PARAMETER_COUNTS.items())
+def test_parameter_counts_are_those_of_the_released_code(name, expected):
+  model = create_model(name)
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == expected
+
+
+def test_there_are_36_presets():
+  assert len(MODELS) == 3 * 4 * 3
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "MDT-S/2", "MDTv2-S/2"])
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    dict(in_channels=1, num_classes=1, learn_sigma=False),
+    dict(in_channels=3, patch_size=4),
+    dict(input_size=6, hidden_size=24),
+    dict(input_size=8, patch_size=8),
+    dict(depth=6, decode_depth=4),
+  ],
+)
+def test_any_channels_size_patch_and_classes_run(name, overrides):
+  model = create_model(name, **({**TINY, "decode_depth": 2} | overrides))
+  size = model.input_size
+  x = jax.random.normal(jax.random.key(0), (2, size, size, model.in_channels))
+  y = jnp.array([0, model.num_classes])
+  mask = random_token_mask(jax.random.key(1), 2, model.num_tokens, 1)
+  params = reference.random_params(model)
+  output = apply(model, params, x, y * 0.5, y, mask if model.takes_mask else None)
+  channels = model.in_channels * (2 if model.learn_sigma else 1)
+  assert output.shape == (2, size, size, channels)
+  assert output.dtype == jnp.float32
+  assert jnp.isfinite(output).all()
+
+
+@pytest.mark.parametrize("name", ["MDT-S/2", "MDTv2-S/2"])
+def test_what_is_hidden_does_not_reach_the_encoder_of_others(name):
+  """Visible tokens alone: changing a removed patch leaves the in-blocks as they are.
+
+  Only v1 shows it in its output, as the decode blocks of v2 see the input again.
+  """
+  model = create_model(name, **TINY, decode_depth=4 if name == "MDTv2-S/2" else 2)
+  params = reference.random_params(model)
+  x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+  noise = jnp.arange(16.0)[None]  # the last tokens are removed
+  mask = token_mask_from_noise(noise, 8)
+  y = jnp.array([1])
+  changed = x.at[0, 7, 7].add(5.0)
+  before, after = (apply(model, params, image, y, y, mask) for image in (x, changed))
+  difference = float(jnp.abs(before - after).max())
+  assert difference == 0 if name == "MDT-S/2" else difference > 0
+
+
+@pytest.mark.parametrize("name", ["MDT-S/2", "MDTv2-S/2"])
+def test_a_mask_that_hides_nothing_changes_nothing(name):
+  model = create_model(name, **TINY, decode_depth=2)
+  params = reference.random_params(model)
+  x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
+  mask = random_token_mask(jax.random.key(1), 2, 16, 16)
+  full = apply(model, params, x, y, y)
+  masked = apply(model, params, x, y, y, mask)
+  np.testing.assert_allclose(masked, full, atol=2e-5 * float(jnp.abs(full).max()))
+
+
+def test_bfloat16_stays_near_float32():
+  outputs = []
+  for dtype in ("float32", "bfloat16"):
+    model = create_model("MDTv2-S/2", **TINY, decode_depth=2, dtype=dtype)
+    params = reference.random_params(model)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
+    outputs.append(apply(model, params, x, y, y))
+  error = reference.relative_error(outputs[1], np.asarray(outputs[0]))
+  assert 0 < error < 0.05
+
+
+def test_labels_dropped_in_training_act_as_the_null_label():
+  model = create_model("MDTv2-S/2", **TINY, decode_depth=2, label_dropout=0.999)
+  params = reference.random_params(model)
+  x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
+  rngs = {"label_dropout": jax.random.key(0)}
+  dropped = apply(model, params, x, y, y, train=True, rngs=rngs)
+  null = apply(model, params, x, y, jnp.full_like(y, 10))
+  np.testing.assert_array_equal(dropped, null)
+
+
+def test_dit_takes_no_mask():
+  model = create_model("DiT-S/2", **TINY)
+  x, y = jnp.zeros((1, 8, 8, 4)), jnp.array([0])
+  mask = random_token_mask(jax.random.key(0), 1, 16, 8)
+  with pytest.raises(ValueError, match="token_mask must be None"):
+    model.init(jax.random.key(0), x, y, y, mask)
+
+
+def test_an_unknown_attribute_is_refused():
+  with pytest.raises(SettingError, match="width = 3: is no attribute of MDT"):
+    create_model("MDT-S/2", width=3)
+
+
+def test_none_keeps_the_value_of_the_preset():
+  assert create_model("MDT-L/4", depth=None, patch_size=None).depth == 24
