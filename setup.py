@@ -38,6 +38,6 @@ setup(
     "cuda": ["jax[cuda13]"],
     "torch": ["torch>=2.6"],  # to read and write .pt files
     # One known PyTorch, so that a test run does not depend on the day.
-    "test": ["pytest", "ruff", "torch==2.13.0"],
+    "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
   },
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,6 +14,10 @@ from absl import logging as absl_logging
 from mdt_jax.errors import SettingError
 
 EXIT_BAD_SETTING = 2
+
+# TensorFlow writes our event files and nothing else: its notices say nothing here.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -45,6 +51,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, SettingError) as error:
     _refuse(str(error))
+  except (AttributeError, KeyError) as error:
+    # ml_collections: a config file, or a flag, names a field that there is not.
+    text = str(error)
+    unknown = re.search(r'Key "(\w+)" does not exist', text) or re.match(
+      r"[\\'\"]*(\w+)[\\'\"]*($|\\n|\n)", text
+    )
+    if not unknown:
+      raise
+    hint = re.search(r'Did you mean "(\w+)"', text)
+    accepted = f"; did you mean {hint[1]}?" if hint else ""
+    _refuse(f"config has no field {unknown[1]!r}{accepted}")
 
 
 def _refuse(message: str) -> None:

@@ -9,13 +9,14 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import tqdm
-from clu import metric_writers, parameter_overview
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
@@ -23,9 +24,13 @@ from mdt_jax.data.loader import create_loader
 from mdt_jax.data.sources import Source, create_source
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate, images
+from mdt_jax.models.masking import KeptLengths
 from mdt_jax.training import sharding, step
 from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.state import TrainState, init_state
+
+if TYPE_CHECKING:
+  from clu.metric_writers import MetricWriter
 
 logger = logging.getLogger("mdt_jax")
 
@@ -76,11 +81,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       num_threads=config.data.num_threads,
       prefetch=config.data.num_threads,
     )
-    writer = metric_writers.MultiWriter(
-      [metric_writers.SummaryWriter(str(workdir / "tensorboard"))] if is_main else []
-    )
+    writer = _create_writer(workdir if is_main else None)
     progress = Progress(config, writer, start)
-    draw_samples = _sample_drawer(config, workdir, writer) if is_main else None
+    draw_samples = None
+    if is_main and config.sample_every and config.num_samples:
+      draw_samples = _sample_drawer(config, workdir, writer)
 
     with stop_signals() as stop:
       for n in range(start, config.num_steps):
@@ -107,9 +112,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 class Progress:
   """Gathers metrics, and every config.log_every steps writes them and logs a line."""
 
-  def __init__(
-    self, config: ConfigDict, writer: metric_writers.MetricWriter, start: int
-  ):
+  def __init__(self, config: ConfigDict, writer: MetricWriter, start: int):
     self._config = config
     self._writer = writer
     self._add = jax.jit(step.add_metrics)
@@ -229,7 +232,12 @@ def _start(
   return state, train_step
 
 
-def _summary(config, source, state, kept_lengths) -> str:
+def _summary(
+  config: ConfigDict,
+  source: Source,
+  state: TrainState,
+  kept_lengths: KeptLengths | None,
+) -> str:
   table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
   masked = "no masked pass"
   if kept_lengths:
@@ -239,7 +247,9 @@ def _summary(config, source, state, kept_lengths) -> str:
   return f"{config.model.name}\n{table}\n{data}; {masked}; {devices}"
 
 
-def _sample_drawer(config: ConfigDict, workdir: Path, writer):
+def _sample_drawer(
+  config: ConfigDict, workdir: Path, writer: MetricWriter
+) -> Callable[[int, TrainState], None]:
   """Draws config.num_samples images with the averaged parameters, for a look."""
   generator = generate.make_generator(config)
   labels = np.arange(config.num_samples) % config.model.num_classes
@@ -259,6 +269,15 @@ def _sample_drawer(config: ConfigDict, workdir: Path, writer):
     writer.write_images(done, {"samples": np.asarray(grid)[None]})
 
   return draw
+
+
+def _create_writer(workdir: Path | None) -> MetricWriter:
+  """A writer of TensorBoard events; without a workdir, one that writes nothing."""
+  from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+  if workdir is None:
+    return metric_writers.MultiWriter([])
+  return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
 
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:
