@@ -97,17 +97,22 @@ def read_tensors(path: str | Path) -> Tensors:
       "--input", str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
     ) from None
   try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises many kinds for a file that is none
     reason = str(error).splitlines()[0]
     raise SettingError(
       "--input", str(path), f"no checkpoint that is safe to load: {reason}"
     ) from None
   if not isinstance(loaded, Mapping) or not all(
-    isinstance(value, torch.Tensor) for value in loaded.values()
+    isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse
+    for name, value in loaded.items()
   ):
-    raise SettingError("--input", str(path), "must hold a dict of tensors")
-  return {name: tensor.numpy() for name, tensor in loaded.items()}
+    raise SettingError("--input", str(path), "must hold a dict of named tensors")
+  # NumPy has no bfloat16; parameters are float32 here in any case.
+  return {
+    name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    for name, tensor in loaded.items()
+  }
 
 
 def from_tensors(
@@ -311,4 +316,5 @@ def _to_ours(tensor: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarra
     tensor = tensor.transpose(2, 3, 1, 0)
   elif path.endswith("kernel"):
     tensor = tensor.T
-  return np.ascontiguousarray(tensor, dtype=np.float32).reshape(shape)
+  # A copy: safetensors and torch may give views of memory that is not ours.
+  return np.array(tensor, np.float32, order="C").reshape(shape)

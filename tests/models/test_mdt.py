@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,10 +63,11 @@ def test_forward_matches_reference(name, unroll):
   assert error < reference.FORWARD_TOLERANCE
 
 
+@pytest.mark.parametrize("unroll", [1, -1])
 @pytest.mark.parametrize("name", reference.MDT_FIXTURES)
-def test_masked_forward_matches_reference(name):
+def test_masked_forward_matches_reference(name, unroll):
   error = reference.relative_error(
-    forward(name, masked=True), reference.load(name)["out_masked"]
+    forward(name, masked=True, unroll=unroll), reference.load(name)["out_masked"]
   )
   assert error < reference.FORWARD_TOLERANCE
 
@@ -101,6 +103,13 @@ def test_gradient_matches_reference(name, tensor):
   assert error < reference.GRADIENT_TOLERANCE
 
 
+@pytest.mark.parametrize("name", reference.MDT_FIXTURES)
+def test_every_parameter_has_a_recorded_gradient(name):
+  recorded = {key for key in reference.load(name) if key.startswith("grad/")}
+  buffers = "relative_position_index"
+  assert recorded == {f"grad/{key}" for key in gradients(name) if buffers not in key}
+
+
 @pytest.mark.parametrize(
   ("scale", "power", "key"),
   [(3.8, 4.0, "cfg_out_scale3p8_pow4"), (4.0, 0.01, "cfg_out_scale4_pow0p01")],
@@ -126,21 +135,24 @@ def test_guided_output_matches_reference(name, scale, power, key):
   assert error < reference.FORWARD_TOLERANCE
 
 
+@functools.cache
+def masked_gradient(remat):
+  model = create_model("MDTv2-S/2", **TINY, decode_depth=2, remat=remat)
+  x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
+  mask = random_token_mask(jax.random.key(1), 2, 16, 8)
+
+  def loss(params):
+    return (model.apply({"params": params}, x, y, y, mask) ** 2).mean()
+
+  return jax.jit(jax.value_and_grad(loss))(reference.random_params(model))
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_recomputing_activations_changes_no_gradient(remat):
-  def gradient(remat):
-    model = create_model("MDTv2-S/2", **TINY, decode_depth=2, remat=remat)
-    x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([1, 2])
-
-    def loss(params):
-      return (model.apply({"params": params}, x, y, y) ** 2).mean()
-
-    return jax.jit(jax.grad(loss))(reference.random_params(model))
-
+def test_recomputing_activations_changes_neither_loss_nor_gradient(remat):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    gradient("none"),
-    gradient(remat),
+    masked_gradient(remat),
+    masked_gradient("none"),
   )
 
 
@@ -231,12 +243,75 @@ def test_labels_dropped_in_training_act_as_the_null_label():
   np.testing.assert_array_equal(dropped, null)
 
 
+def test_labels_are_not_dropped_without_their_random_stream():
+  model = create_model("MDTv2-S/2", **TINY, decode_depth=2)
+  x, y = np.zeros((1, 8, 8, 4), np.float32), np.array([0])
+  with pytest.raises(flax.errors.InvalidRngError, match="label_dropout"):
+    apply(model, reference.random_params(model), x, y, y, train=True)
+
+
 def test_dit_takes_no_mask():
   model = create_model("DiT-S/2", **TINY)
   x, y = jnp.zeros((1, 8, 8, 4)), jnp.array([0])
   mask = random_token_mask(jax.random.key(0), 1, 16, 8)
   with pytest.raises(ValueError, match="token_mask must be None"):
     model.init(jax.random.key(0), x, y, y, mask)
+
+
+BAD = [
+  ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, MDT, MDTv2"),
+  ("MDT-S/2", "remat", "some", "accepted are none, full, dots"),
+  ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16, float16"),
+  *(
+    ("MDT-S/2", attribute, 0, "must be at least 1")
+    for attribute in (
+      "input_size",
+      "patch_size",
+      "in_channels",
+      "num_classes",
+      "hidden_size",
+      "depth",
+      "num_heads",
+    )
+  ),
+  ("MDT-S/4", "input_size", 30, "must be divisible by patch_size = 4"),
+  ("MDT-S/2", "hidden_size", 388, "must be divisible by num_heads = 6 and by 4"),
+  ("MDT-S/2", "hidden_size", 390, "must be divisible by num_heads = 6 and by 4"),
+  ("MDT-S/2", "label_dropout", -0.1, "must lie in [0, 1)"),
+  ("MDT-S/2", "label_dropout", 1.0, "must lie in [0, 1)"),
+  ("MDT-S/2", "unroll", 0, "must be -1 (all) or at least 1"),
+  ("MDT-S/2", "unroll", -2, "must be -1 (all) or at least 1"),
+  ("MDT-S/2", "decode_depth", 0, "must lie in [1, depth = 12]"),
+  ("MDTv2-S/2", "decode_depth", 13, "must lie in [1, depth = 12]"),
+  (
+    "MDTv2-S/2",
+    "decode_depth",
+    5,
+    "depth - decode_depth must be even for MDTv2 (depth = 12): in-blocks and "
+    "out-blocks come in pairs",
+  ),
+]
+
+
+@pytest.mark.parametrize(("name", "attribute", "value", "accepted"), BAD)
+def test_a_bad_attribute_is_named_with_what_is_accepted(
+  name, attribute, value, accepted
+):
+  with pytest.raises(SettingError) as error:
+    create_model(name, **{attribute: value})
+  assert str(error.value) == f"{attribute} = {value!r}: {accepted}"
+
+
+@pytest.mark.parametrize(
+  ("name", "decode_depth"), [("MDT-S/2", 12), ("MDTv2-S/2", 12), ("DiT-S/2", 99)]
+)
+def test_a_decode_depth_at_its_limit_is_accepted(name, decode_depth):
+  assert create_model(name, decode_depth=decode_depth).decode_depth == decode_depth
+
+
+def test_an_unknown_name_is_refused():
+  with pytest.raises(SettingError, match="name = 'MDT-M/2': accepted are DiT-S/2, DiT"):
+    create_model("MDT-M/2")
 
 
 def test_an_unknown_attribute_is_refused():

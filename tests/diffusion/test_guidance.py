@@ -1,0 +1,112 @@
+"""Classifier-free guidance; its outputs for MDT are compared in models/test_mdt.py."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion.guidance import guided, power_cosine_scale
+
+LABELS = jnp.array([3, 5, 7])
+NULL = 10
+T = jnp.array([0, 400, 999])
+
+
+class Network:
+  """Puts out channel + 10 label: its halves are told apart; it counts its samples."""
+
+  def __init__(self, channels):
+    self.channels = channels
+    self.samples = 0
+
+  def __call__(self, x, t, y):
+    assert x.shape[0] == t.shape[0] == y.shape[0]
+    self.samples += len(y)
+    ramp = jnp.arange(float(self.channels))
+    return jnp.zeros((*x.shape[:-1], 1)) + ramp + 10 * y[:, None, None, None]
+
+
+def run(scale, power=4.0, channels=3, in_channels=4, out_channels=8, t=T):
+  network = Network(out_channels)
+  model_fn = guided(network, LABELS, NULL, scale=scale, power=power, channels=channels)
+  return np.asarray(model_fn(jnp.zeros((3, 2, 2, in_channels)), t)), network
+
+
+def halves(out_channels=8):
+  """(conditional, unconditional) outputs of the network."""
+  x = jnp.zeros((3, 2, 2, 4))
+  network = Network(out_channels)
+  return (
+    np.asarray(network(x, T, LABELS)),
+    np.asarray(network(x, T, jnp.full_like(LABELS, NULL))),
+  )
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [0.0, 1.5, 3.8])
+def test_the_scale_is_that_of_the_paper(scale, power):
+  t = np.array([0, 1, 250, 500.5, 999])
+  expected = [
+    (1 - np.cos(np.pi * (1 - step / 1000) ** power)) / 2 * (scale - 1) + 1 for step in t
+  ]
+  actual = power_cosine_scale(jnp.asarray(t), scale, power)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 4.0])
+def test_the_scale_rises_from_one_at_full_noise_to_the_whole_at_none(power):
+  scales = power_cosine_scale(jnp.arange(1000, -1, -1), 3.8, power)
+  assert (jnp.diff(scales) >= -1e-6).all()
+  np.testing.assert_allclose(scales[jnp.array([0, -1])], [1, 3.8], rtol=1e-6)
+
+
+def test_a_power_of_zero_gives_a_constant_scale():
+  np.testing.assert_allclose(power_cosine_scale(T, 3.8, 0.0), 3.8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 4000])
+def test_the_scale_counts_in_shares_of_the_process(num_timesteps):
+  half = jnp.array([num_timesteps // 2])
+  scale = power_cosine_scale(half, 3.0, 1.0, num_timesteps)
+  np.testing.assert_allclose(scale, 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("channels", "guided_count"), [(3, 3), (1, 1), (None, 4), (9, 4)]
+)
+def test_leading_channels_are_guided_and_never_the_variance(channels, guided_count):
+  conditional, unconditional = halves()
+  actual, _ = run(2.0, power=0.0, channels=channels)
+  expected = conditional.copy()
+  expected[..., :guided_count] += (conditional - unconditional)[..., :guided_count]
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_one_channel_without_variance_is_guided():
+  conditional, unconditional = halves(1)
+  actual, _ = run(2.0, power=0.0, in_channels=1, out_channels=1)
+  np.testing.assert_allclose(actual, 2 * conditional - unconditional, rtol=1e-5)
+
+
+def test_each_sample_is_guided_by_the_scale_at_its_timestep():
+  conditional, unconditional = halves()
+  actual, _ = run(3.8)
+  scale = np.asarray(power_cosine_scale(T, 3.8, 4.0)).reshape(-1, 1, 1, 1)
+  expected = (unconditional + scale * (conditional - unconditional))[..., :3]
+  np.testing.assert_allclose(actual[..., :3], expected, rtol=1e-5)
+
+
+def test_a_scale_of_zero_leaves_the_unconditional_output():
+  _, unconditional = halves()
+  actual, _ = run(0.0, power=0.0, channels=None)
+  np.testing.assert_allclose(actual[..., :4], unconditional[..., :4], atol=1e-5)
+
+
+def test_a_scale_of_one_is_the_conditional_output():
+  np.testing.assert_array_equal(run(1.0)[0], halves()[0])
+
+
+@pytest.mark.parametrize(("scale", "samples"), [(1.0, 3), (3.8, 6)])
+def test_only_guidance_runs_the_unconditional_half(scale, samples):
+  assert run(scale)[1].samples == samples

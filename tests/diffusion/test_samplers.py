@@ -1,0 +1,155 @@
+"""Sampling loops: those of the released code, and what holds for any network."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
+from mdt_jax.diffusion.samplers import sample
+from mdt_jax.errors import SettingError
+from tests import reference
+from tests.diffusion import toy
+
+X_T = toy.recorded("loop/z")
+METHODS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)]
+
+
+@functools.cache
+def sampler(method="ddpm", eta=0.0, clip_denoised=False, spacing="10"):
+  """(x_T, key, noise) -> x_0 of the recorded network, compiled."""
+  diffusion = GaussianDiffusion.create(spacing=spacing)
+  return jax.jit(
+    lambda x, key, noise=None: sample(
+      toy.network,
+      diffusion,
+      x,
+      key,
+      method=method,
+      eta=eta,
+      clip_denoised=clip_denoised,
+      noise=noise,
+    )
+  )
+
+
+@pytest.mark.parametrize(
+  ("method", "eta", "name"),
+  [("ddpm", 0.0, "ddpm"), ("ddim", 0.0, "ddim_eta0"), ("ddim", 1.0, "ddim_eta1")],
+)
+def test_whole_loop_matches_reference(method, eta, name):
+  noise = None
+  if f"loop/{name}_noise" in toy.RECORDED:
+    noise = toy.recorded(f"loop/{name}_noise")
+  x_0 = sampler(method, eta)(X_T, jax.random.key(0), noise)
+  error = reference.relative_error(x_0, toy.recorded(f"loop/{name}"))
+  assert error < reference.LOOP_TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ("spacing", "method", "eta"),
+  [("7", *method) for method in METHODS] + [("1", "ddpm", 0.0), ("1", "ddim", 1.0)],
+)
+def test_a_network_that_knows_the_image_samples_it(spacing, method, eta):
+  image = toy.recorded("x0")[:2]
+  diffusion = GaussianDiffusion.create(
+    prediction="x0", variance="fixed_small", spacing=spacing
+  )
+  x_0 = sample(
+    lambda x, t: jnp.asarray(image),
+    diffusion,
+    X_T,
+    jax.random.key(0),
+    method=method,
+    eta=eta,
+  )
+  np.testing.assert_allclose(x_0, image, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_noise_keeps_its_variance_where_the_images_are_normal(method, eta):
+  """For x0 ~ N(0, 1) the best network is known, and x_0 must be N(0, 1) again."""
+  diffusion = GaussianDiffusion.create(prediction="x0", variance="fixed_large")
+  signal = jnp.asarray(np.sqrt(diffusion.alphas_cumprod), jnp.float32)
+
+  def posterior_mean(x, t):
+    return signal[t][:, None, None, None] * x
+
+  x_T = jax.random.normal(jax.random.key(0), (4, 16, 16, 4))
+  x_0 = jax.jit(
+    lambda key: sample(posterior_mean, diffusion, x_T, key, method=method, eta=eta)
+  )(jax.random.key(1))
+  np.testing.assert_allclose(x_0.std(), 1, atol=0.05)
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_clipping_keeps_samples_in_range(method, eta):
+  x_0 = sampler(method, eta, clip_denoised=True)(3 * X_T, jax.random.key(0))
+  np.testing.assert_allclose(jnp.abs(x_0).max(), 1, atol=1e-6)
+
+
+# Random numbers.
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_another_key_gives_another_sample(method, eta):
+  first, second = (sampler(method, eta)(X_T, jax.random.key(i)) for i in range(2))
+  assert jnp.abs(first - second).max() > 0.1
+
+
+def test_ddim_without_noise_needs_no_key():
+  first, second = (sampler("ddim", 0.0)(X_T, jax.random.key(i)) for i in range(2))
+  np.testing.assert_array_equal(first, second)
+
+
+def test_one_key_gives_the_samples_of_a_batch_different_noise():
+  same = np.broadcast_to(X_T[:1], X_T.shape)
+  x_0 = sampler()(same, jax.random.key(0))
+  assert jnp.abs(x_0[0] - x_0[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_sample_with_its_own_key_is_the_same_in_any_batch(place):
+  keys = jax.random.split(jax.random.key(0), 4)
+  noise = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
+  whole = sampler()(noise, keys)
+  alone = sampler()(noise[place : place + 1], keys[place : place + 1])
+  np.testing.assert_allclose(alone[0], whole[place], atol=1e-6)
+
+
+def test_the_last_step_adds_no_noise():
+  noise = toy.recorded("loop/ddpm_noise").copy()
+  expected = sampler()(X_T, jax.random.key(0), noise)
+  noise[-1] = 100
+  np.testing.assert_array_equal(sampler()(X_T, jax.random.key(0), noise), expected)
+
+
+# What goes in and out.
+
+
+def test_low_precision_outputs_are_sampled_in_float32():
+  x_0 = sample(
+    lambda x, t: toy.network(x, t).astype(jnp.bfloat16),
+    GaussianDiffusion.create(spacing="2"),
+    X_T.astype(jnp.bfloat16),
+    jax.random.key(0),
+  )
+  assert x_0.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(method="euler"), "method = 'euler': accepted are ddpm, ddim"),
+    (dict(method="ddim", eta=1.1), "eta = 1.1: must lie in [0, 1]"),
+    (dict(method="ddim", eta=-0.1), "eta = -0.1: must lie in [0, 1]"),
+  ],
+)
+def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
+  with pytest.raises(SettingError) as error:
+    sample(toy.network, GaussianDiffusion.create(), X_T, jax.random.key(0), **settings)
+  assert str(error.value) == message

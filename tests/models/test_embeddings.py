@@ -1,0 +1,172 @@
+"""Embeddings and position indices, against definitions written as loops."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.models.blocks import FinalLayer, layer_norm, relative_position_index
+from mdt_jax.models.embeddings import (
+  LabelEmbed,
+  PatchEmbed,
+  drop_labels,
+  sincos_positions,
+  timestep_frequencies,
+)
+
+# Positions.
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5])
+@pytest.mark.parametrize("width", [4, 12, 64])
+def test_positions_are_sines_and_cosines_of_column_then_row(width, grid):
+  expected = np.zeros((grid * grid, width))
+  for token in range(grid * grid):
+    row, column = token // grid, token % grid
+    values = []
+    for coordinate in (column, row):
+      angles = [coordinate / 10000 ** (4 * i / width) for i in range(width // 4)]
+      values += [math.sin(angle) for angle in angles]
+      values += [math.cos(angle) for angle in angles]
+    expected[token] = values
+  np.testing.assert_allclose(sincos_positions(width, grid), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 6])
+def test_relative_positions_index_the_table_by_offset_of_query_from_key(grid):
+  side = 2 * grid - 1
+  expected = [
+    [
+      (query // grid - key // grid + grid - 1) * side
+      + (query % grid - key % grid + grid - 1)
+      for key in range(grid * grid)
+    ]
+    for query in range(grid * grid)
+  ]
+  np.testing.assert_array_equal(relative_position_index(grid), expected)
+
+
+@pytest.mark.parametrize("grid", [1, 4])
+def test_relative_positions_leave_the_last_three_rows_of_the_table_out(grid):
+  index = relative_position_index(grid)
+  assert set(index.ravel()) == set(range((2 * grid - 1) ** 2))
+
+
+# Timesteps.
+
+
+@pytest.mark.parametrize("t", [0, 1, 37, 500, 999, 0.5, 333.25, 998.999])
+def test_timesteps_are_cosines_then_sines_of_128_frequencies(t):
+  angles = [t * 10000 ** (-i / 128) for i in range(128)]
+  expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+  # Frequencies in float32 are off by 3e-8 of themselves, their angles by 3e-5.
+  actual = timestep_frequencies(jnp.array([t]))[0]
+  np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
+def test_timesteps_of_any_type_are_embedded_alike(dtype):
+  t = jnp.array([0, 7, 250], dtype)
+  expected = timestep_frequencies(jnp.array([0.0, 7.0, 250.0]))
+  np.testing.assert_array_equal(timestep_frequencies(t), expected)
+
+
+# Labels.
+
+
+@functools.cache
+def dropped(rate):
+  labels = jnp.arange(20_000) % 7
+  return labels, drop_labels(jax.random.key(0), labels, 7, rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_labels_are_dropped_at_the_rate(rate):
+  _, labels = dropped(rate)
+  np.testing.assert_allclose((labels == 7).mean(), rate, atol=0.01)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_labels_that_are_not_dropped_stay(rate):
+  labels, after = dropped(rate)
+  assert ((after == labels) | (after == 7)).all()
+
+
+def test_no_label_is_dropped_at_rate_zero():
+  assert (dropped(0.0)[1] != 7).all()
+
+
+@pytest.mark.parametrize(("dropout", "rows"), [(0.1, 8), (0.0, 7)])
+def test_the_table_has_a_null_row_where_labels_are_dropped(dropout, rows):
+  embed = LabelEmbed(num_classes=7, hidden_size=4, dropout=dropout)
+  params = embed.init(jax.random.key(0), jnp.array([0]))["params"]
+  assert params["table"].shape == (rows, 4)
+
+
+def test_labels_are_kept_outside_training():
+  embed = LabelEmbed(num_classes=7, hidden_size=4, dropout=0.999)
+  table = jnp.arange(32.0).reshape(8, 4)
+  labels = jnp.array([0, 6, 7])
+  out = embed.apply({"params": {"table": table}}, labels)
+  np.testing.assert_array_equal(out, table[labels])
+
+
+# Patches.
+
+
+@pytest.mark.parametrize(
+  ("patch", "channels", "shape"), [(1, 4, (3, 3)), (2, 1, (4, 6)), (4, 3, (8, 4))]
+)
+def test_patch_embedding_is_a_convolution_of_the_patch_s_stride(patch, channels, shape):
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((2, *shape, channels)).astype(np.float32)
+  kernel = rng.standard_normal((patch, patch, channels, 5)).astype(np.float32)
+  linear = {"kernel": kernel.reshape(-1, 5), "bias": np.arange(5, dtype=np.float32)}
+  tokens = PatchEmbed(patch, 5).apply({"params": {"linear": linear}}, images)
+  expected = jax.lax.conv_general_dilated(
+    images,
+    kernel,
+    (patch, patch),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  expected = expected.reshape(2, -1, 5) + linear["bias"]
+  np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("patch", "channels"), [(1, 4), (2, 3), (4, 1)])
+def test_the_final_layer_puts_each_token_s_patch_in_its_place(patch, channels):
+  grid, width = 3, patch * patch * channels
+  rng = np.random.default_rng(0)
+  tokens = rng.standard_normal((2, grid * grid, width)).astype(np.float32)
+  params = {  # LayerNorm, then the identity
+    "modulation": {"linear": {"kernel": np.zeros((width, 2 * width)), "bias": 0.0}},
+    "linear": {"kernel": np.eye(width), "bias": np.zeros(width)},
+  }
+  params["modulation"]["linear"]["bias"] = np.zeros(2 * width)
+  images = FinalLayer(patch, channels).apply(
+    {"params": params}, tokens, np.zeros((2, width), np.float32)
+  )
+  normed = np.asarray(layer_norm(jnp.asarray(tokens)))
+  for token in range(grid * grid):
+    row, column = (patch * place for place in divmod(token, grid))
+    actual = images[:, row : row + patch, column : column + patch]
+    expected = normed[:, token].reshape(2, patch, patch, channels)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_layer_norm_has_a_small_epsilon_and_the_biased_variance():
+  x = np.array([[1e-3, 3e-3, -2e-3, 4e-3]], np.float32)
+  expected = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+  np.testing.assert_allclose(layer_norm(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_layer_norm_of_low_precision_is_computed_in_float32():
+  x = jnp.asarray(100 + np.arange(8.0) / 2, jnp.bfloat16)[None]
+  expected = layer_norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(layer_norm(x), expected)
