@@ -99,7 +99,7 @@ def read_tensors(path: str | Path) -> Tensors:
   try:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises many kinds for a file that is none
-    reason = str(error).splitlines()[0]
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     raise SettingError(
       "--input", str(path), f"no checkpoint that is safe to load: {reason}"
     ) from None

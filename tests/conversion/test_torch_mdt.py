@@ -395,7 +395,7 @@ def test_refusal_is_one_line(suffix, tmp_path):
 def test_pt_of_other_things_than_tensors_is_refused(held, tmp_path):
   path = tmp_path / "other.pt"
   torch.save(held, path)
-  assert "must hold a dict of tensors" in expect_error(path)
+  assert "must hold a dict of named tensors" in expect_error(path)
 
 
 def test_no_tensors_at_all_are_no_model(tmp_path):
