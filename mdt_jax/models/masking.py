@@ -107,7 +107,8 @@ class KeptLengths:
     if low == high or num_lengths == 1:
       middle = num_kept(length, ratio + width / 2)
       return cls((middle,), (1.0,))
-    mean = _mean_kept(length, ratio, width)
+    # Clipped, as rounding may put the mean of a narrow range just outside it.
+    mean = min(max(_mean_kept(length, ratio, width), low), high)
     count = min(num_lengths, high - low + 1)
     while True:
       first, last = -(-low // multiple), high // multiple
@@ -118,7 +119,9 @@ class KeptLengths:
         offset = lengths - lengths.mean()
         slope = (mean - lengths.mean()) / np.sum(offset**2)
         probabilities = 1 / count + slope * offset
-        if probabilities.min() >= 0:
+        if probabilities.min() > -1e-9:
+          probabilities = np.maximum(probabilities, 0)
+          probabilities /= probabilities.sum()
           return cls(
             tuple(int(n) for n in lengths), tuple(float(p) for p in probabilities)
           )

@@ -59,6 +59,15 @@ CASES = [
   for length in (1, 4, 16, 36, 64, 256, 1024)
   for ratio, width in ((0.3, 0.2), (0.0, 0.2), (0.5, 0.3), (0.75, 0.05), (0.1, 0.02))
   for count, multiple in ((4, 8), (2, 8), (8, 16), (3, 1))
+] + [
+  # The mean lies at the edge of the range, to rounding.
+  (length, ratio, width, 4, 8)
+  for length, ratio, width in (
+    (9, 1 / 9, 1 / 9),
+    (36, 1 / 9, 1 / 36),
+    (144, 7 / 9, 1 / 144),
+    (400, 0.7075, 0.0025),
+  )
 ]
 
 
