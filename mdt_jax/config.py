@@ -7,7 +7,9 @@ their run needs, and `--config.name=value` on the command line has the last word
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -133,6 +135,13 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
     raise SettingError(
       "config.ema_decays", config.ema_decays, "must be one or more numbers in [0, 1)"
     )
+
+
+def write(config: ConfigDict, workdir: Path) -> None:
+  """Writes config.json, to be looked at; checkpoints hold the config they go by."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(config.to_dict(), indent=2)
+  (workdir / "config.json").write_text(text + "\n")
 
 
 def make_model(config: ConfigDict) -> MDT:

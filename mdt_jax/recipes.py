@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from mdt_jax.config import default_config
+from mdt_jax.models.presets import MODELS, SIZES
 
 
 def mdtv2(size: str) -> ConfigDict:
@@ -35,6 +39,26 @@ def dit(size: str) -> ConfigDict:
   _adamw(config, 1e-4)
   config.sampling.cfg_scale = 1.5
   config.sampling.cfg_power = 0.0  # a constant scale
+  return config
+
+
+def of_network(attributes: Mapping[str, Any]) -> ConfigDict:
+  """The run that a released network is of, whatever its size.
+
+  Args:
+    attributes: of MDT, as `conversion.torch_mdt.from_torch` returns them.
+  """
+  attributes = dict(attributes)
+  variant = attributes.pop("variant")
+  width = attributes["hidden_size"]
+  # A network of no published size takes the recipe, and the name, of the smallest.
+  size = next((s for s, known in SIZES.items() if known["hidden_size"] == width), "S")
+  config = {"DiT": dit, "MDT": mdt, "MDTv2": mdtv2}[variant](size)
+  name = f"{variant}-{size}/{attributes['patch_size']}"
+  config.model.name = name if name in MODELS else f"{variant}-{size}/2"
+  if not attributes.pop("learn_sigma"):
+    config.diffusion.variance = "fixed_large"
+  config.model.update(attributes)
   return config
 
 

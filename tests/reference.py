@@ -21,6 +21,11 @@ FORWARD_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
 LOOP_TOLERANCE = 1e-4
 
+# What was compared -> (largest difference seen, tolerance). Filled by the tests, and
+# made into the table of docs/parity.md by `python -m benchmarks.parity`.
+MEASURED: dict[str, tuple[float, float]] = {}
+
+NAMES = {"mdt_v1": "MDT v1", "mdt_v2": "MDTv2", "dit": "DiT"}
 MDT_FIXTURES = ("mdt_v1", "mdt_v2")
 MODEL_FIXTURES = (*MDT_FIXTURES, "dit")
 
@@ -61,6 +66,35 @@ def to_nhwc(array: np.ndarray) -> np.ndarray:
 
 def to_nchw(array: Any) -> np.ndarray:
   return np.moveaxis(np.asarray(array), -1, -3)
+
+
+def assert_matches(
+  what: str,
+  actual: Any,
+  expected: np.ndarray,
+  tolerance: float,
+  *,
+  each: bool = False,
+) -> None:
+  """Fails where `actual` is further off than `tolerance`; records how far it is.
+
+  Args:
+    what: the row of docs/parity.md; the largest difference under a name counts.
+    actual: computed here.
+    expected: recorded from the released code.
+    tolerance: of the largest magnitude expected, or of each value.
+    each: whether each value is compared by its own magnitude.
+  """
+  if each:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    # Nothing is asked of the digits of a zero but that it is one.
+    scale = np.where(expected == 0, 1, np.abs(expected))
+    error = float((np.abs(actual - expected) / scale).max())
+  else:
+    error = relative_error(actual, expected)
+  MEASURED[what] = (max(error, MEASURED.get(what, (0.0, 0.0))[0]), tolerance)
+  assert error <= tolerance, f"{what}: {error:.2g} where {tolerance:g} is allowed"
 
 
 def relative_error(actual: Any, expected: np.ndarray) -> float:

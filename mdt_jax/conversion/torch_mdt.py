@@ -6,8 +6,11 @@ facebookresearch/DiT. Stacked blocks here are numbered modules there.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,14 +56,17 @@ _OTHER_NAMES = {
 }
 
 
-def from_torch(path: str | Path, **overrides: Any) -> tuple[dict[str, Any], Params]:
+def from_torch(
+  path: str | Path, *, decode_depth: int | None = None, num_heads: int | None = None
+) -> tuple[dict[str, Any], Params]:
   """Reads a released checkpoint.
 
   Args:
     path: a .pt or .pth file (opened with weights_only=True, needs torch) or a
-      .safetensors file.
-    **overrides: attributes of MDT that the tensors do not show: decode_depth of
-      MDT v1 (default 2, as released) and num_heads of a DiT of unpublished width.
+      .safetensors file. Of a dict with the entry "ema", as DiT's training saves it,
+      the averages are read.
+    decode_depth: of MDT v1, whose tensors do not show it; None for 2, as released.
+    num_heads: of a DiT, whose tensors do not show it; None for the published sizes.
 
   Returns:
     (config, params): attributes for `MDT(**config)`, and its parameters, float32
@@ -70,7 +76,12 @@ def from_torch(path: str | Path, **overrides: Any) -> tuple[dict[str, Any], Para
     SettingError: the file is no such checkpoint, or tensors are missing, left over
       or of another shape.
   """
-  return from_tensors(read_tensors(path), source=str(path), **overrides)
+  return from_tensors(
+    read_tensors(path),
+    source=str(path),
+    decode_depth=decode_depth,
+    num_heads=num_heads,
+  )
 
 
 def read_tensors(path: str | Path) -> Tensors:
@@ -88,21 +99,19 @@ def read_tensors(path: str | Path) -> Tensors:
       raise SettingError(
         "--input", str(path), f"no safetensors file: {error}"
       ) from None
-  if path.suffix not in (".pt", ".pth"):
-    raise SettingError("--input", str(path), "must end in .pt, .pth or .safetensors")
+  check_suffix("--input", path)
+  torch = _import_torch("--input", path)
   try:
-    import torch
-  except ImportError:
-    raise SettingError(
-      "--input", str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
-    ) from None
-  try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # Checkpoints of DiT's training hold their command line, as a plain Namespace.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises many kinds for a file that is none
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise SettingError(
       "--input", str(path), f"no checkpoint that is safe to load: {reason}"
     ) from None
+  if isinstance(loaded, Mapping) and isinstance(loaded.get("ema"), Mapping):
+    loaded = loaded["ema"]
   if not isinstance(loaded, Mapping) or not all(
     isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse
     for name, value in loaded.items()
@@ -115,12 +124,52 @@ def read_tensors(path: str | Path) -> Tensors:
   }
 
 
+def check_suffix(setting: str, path: Path) -> None:
+  """Raises SettingError for a file of a kind that is neither read nor written."""
+  if path.suffix not in (".pt", ".pth", ".safetensors"):
+    raise SettingError(setting, str(path), "must end in .pt, .pth or .safetensors")
+
+
+def write_tensors(path: str | Path, tensors: Tensors) -> None:
+  """Writes named arrays to a .pt, .pth or .safetensors file, whole or not at all."""
+  path = Path(path)
+  check_suffix("--output", path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    if path.suffix == ".safetensors":
+      from safetensors.numpy import save_file
+
+      save_file(tensors, partial)
+    else:
+      torch = _import_torch("--output", path)
+      named = {name: torch.from_numpy(array) for name, array in tensors.items()}
+      torch.save(named, partial)
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
 def from_tensors(
-  tensors: Mapping[str, np.ndarray], source: str = "tensors", **overrides: Any
+  tensors: Mapping[str, np.ndarray],
+  source: str = "tensors",
+  *,
+  decode_depth: int | None = None,
+  num_heads: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """As `from_torch`, from named arrays."""
-  config = {**infer_config(tensors, source), **overrides}
-  if config.get("num_heads") is None:
+  config = infer_config(tensors, source)
+  if decode_depth is not None:
+    if config["variant"] != "MDT":
+      raise SettingError(
+        "--decode_depth",
+        decode_depth,
+        f"is of MDT v1 alone; {source} holds {config['variant']}",
+      )
+    config["decode_depth"] = decode_depth
+  if num_heads is not None:
+    config["num_heads"] = num_heads
+  if config["num_heads"] is None:
     raise SettingError(
       "--num_heads", None, "must be given: the tensors of a DiT do not show it"
     )
@@ -157,7 +206,7 @@ def to_torch(config: Mapping[str, Any], params: Params) -> Tensors:
     value = np.asarray(value)
     for layer, (name, stacked) in enumerate(_released_names(path, model)):
       array = value[layer] if stacked else value
-      tensors[name] = np.ascontiguousarray(_to_released(array, path, model))
+      tensors[name] = np.array(_to_released(array, path, model), order="C")
       if name.endswith(_BIAS_TABLE):
         index = relative_position_index(model.input_size // model.patch_size)
         tensors[name.replace(_BIAS_TABLE, _BIAS_INDEX)] = index.astype(np.int64)
@@ -187,7 +236,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, An
       in_channels=in_channels,
       num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
       hidden_size=hidden_size,
-      mlp_ratio=tensors[f"{first}.mlp.fc1.weight"].shape[0] / hidden_size,
+      mlp_ratio=_mlp_ratio(hidden_size, tensors[f"{first}.mlp.fc1.weight"].shape[0]),
       learn_sigma=out_rows == 2 * in_channels * patch_size**2,
     )
     if variant == "DiT":
@@ -223,6 +272,24 @@ def abstract_params(model: MDT) -> Params:
   return jax.eval_shape(init)
 
 
+def _import_torch(setting: str, path: Path) -> Any:
+  try:
+    import torch
+  except ImportError:
+    raise SettingError(
+      setting, str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
+    ) from None
+  return torch
+
+
+def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:
+  """The ratio of which int(hidden_size * ratio) is mlp_size, whatever the rounding."""
+  ratio = mlp_size / hidden_size
+  return (
+    ratio if int(hidden_size * ratio) == mlp_size else math.nextafter(ratio, 2 * ratio)
+  )
+
+
 def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
   numbers = {n.split(".")[1] for n in tensors if n.startswith(f"{stack}.")}
   return len(numbers)
@@ -251,6 +318,12 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], model: MDT, source: str) -
     f"{name} has shape {tuple(tensors[name].shape)} where {shape} is expected"
     for name, shape in expected.items()
     if name in tensors and tuple(tensors[name].shape) != shape
+  ]
+  index = relative_position_index(model.input_size // model.patch_size)
+  problems = problems or [
+    f"{name} orders the pairs of tokens in another way"
+    for name, tensor in tensors.items()
+    if name.endswith(_BIAS_INDEX) and not np.array_equal(tensor, index)
   ]
   if problems:
     more = len(problems) - MAX_NAMES

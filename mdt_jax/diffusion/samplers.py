@@ -52,21 +52,20 @@ def sample(
   batch = x_T.shape[0]
 
   def body(x: Array, inputs: tuple[Array, Array | None]) -> tuple[Array, None]:
-    step, step_noise = inputs
-    if step_noise is None:
-      step_noise = _normal(key, step, x.shape)
+    step, given = inputs
+    drawn = step_noise(key, step, x.shape) if given is None else given
     t = jnp.full((batch,), step)
     output = model_fn(x, diffusion.model_timesteps(t)).astype(jnp.float32)
     # No noise is added by the last step.
-    step_noise = jnp.where(step > 0, step_noise, 0)
-    return step_fn(diffusion, output, x, t, step_noise, eta, clip_denoised), None
+    drawn = jnp.where(step > 0, drawn, 0)
+    return step_fn(diffusion, output, x, t, drawn, eta, clip_denoised), None
 
   steps = jnp.arange(diffusion.num_timesteps, dtype=jnp.int32)[::-1]
   x_0, _ = jax.lax.scan(body, x_T, (steps, noise))
   return x_0
 
 
-def _normal(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
+def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
   """Standard normal noise of a step from one key, or from a key for each sample."""
   if key.ndim == 0:
     return jax.random.normal(jax.random.fold_in(key, step), shape)

@@ -62,7 +62,14 @@ class Checkpoints:
     saved = self._manager.restore(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
     ).config
-    _check_same_run(saved, config, str(self._manager.directory.parent))
+    workdir = str(self._manager.directory.parent)
+    _check_same_run(saved, config, workdir)
+    if "state" not in self._manager.item_metadata(step):
+      raise SettingError(
+        "--workdir",
+        workdir,
+        "holds a converted model, to be sampled; it has no state to train on from",
+      )
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -75,6 +82,29 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for saves under way."""
     self._manager.close()
+
+
+def save_model(
+  workdir: str | Path, config: ConfigDict, params: Params, step: int = 0
+) -> None:
+  """Saves parameters that come from elsewhere, to be sampled as averaged ones.
+
+  Args:
+    workdir: folder without checkpoints.
+    config: the run that they are of; they are saved as its first average.
+    params: parameters of `make_model(config)`.
+    step: number of the checkpoint.
+  """
+  with ocp.CheckpointManager(
+    Path(workdir).absolute() / FOLDER, item_names=("ema", "config")
+  ) as manager:
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        ema=ocp.args.StandardSave({str(config.ema_decays[0]): params}),
+        config=ocp.args.JsonSave(config.to_dict()),
+      ),
+    )
 
 
 def load_ema(

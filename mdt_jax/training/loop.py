@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import signal
 import threading
@@ -64,7 +63,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     state, train_step = _start(config, mesh, saved)
     start = int(state.step)
     if is_main:
-      _write_config(config, workdir)
+      settings.write(config, workdir)
     logger.info("%s", _summary(config, source, state, kept_lengths))
     if start >= config.num_steps:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
@@ -278,12 +277,6 @@ def _create_writer(workdir: Path | None) -> MetricWriter:
   if workdir is None:
     return metric_writers.MultiWriter([])
   return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-
-
-def _write_config(config: ConfigDict, workdir: Path) -> None:
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config.to_dict(), indent=2)
-  (workdir / "config.json").write_text(text + "\n")
 
 
 def _is_due(done: int, every: int, total: int) -> bool:

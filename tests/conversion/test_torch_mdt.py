@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import pickle
@@ -15,7 +16,13 @@ import safetensors.numpy
 import torch
 
 from mdt_jax import SettingError
-from mdt_jax.conversion.torch_mdt import from_tensors, from_torch, to_torch
+from mdt_jax.conversion.torch_mdt import (
+  _mlp_ratio,
+  from_tensors,
+  from_torch,
+  to_torch,
+  write_tensors,
+)
 from mdt_jax.models.mdt import MDT
 from tests import reference
 
@@ -97,10 +104,15 @@ def test_round_trip_keeps_the_types(name):
 
 
 @pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
-def test_round_trip_keeps_every_bit(name):
+def test_round_trip_keeps_every_bit_of_the_reference(name):
   back = there_and_back(name)
-  changed = [k for k, v in released(name).items() if v.tobytes() != back[k].tobytes()]
-  assert not changed
+  for key, value in released(name).items():
+    reference.assert_matches(
+      f"{reference.NAMES[name]}, checkpoint converted there and back",
+      back[key].view(np.uint8),
+      value.view(np.uint8),
+      0,
+    )
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -468,6 +480,44 @@ def test_parameters_are_copies_of_the_tensors():
     for leaf in jax.tree.leaves(loaded)
     for tensor in tensors.values()
   )
+
+
+@pytest.mark.parametrize("share", [1.5, 2.3, 2.6875, 3.1])
+@pytest.mark.parametrize("hidden_size", [8, 36, 44])
+def test_any_width_of_the_mlp_returns(hidden_size, share):
+  """A ratio that is no binary fraction must not round to one unit less."""
+  width = round(hidden_size * share)
+  assert int(hidden_size * _mlp_ratio(hidden_size, width)) == width
+
+
+def test_a_position_index_of_another_order_is_refused():
+  name = "sideblocks.0.attn.rel_pos_bias.relative_position_index"
+  tensors = {**released("mdt_v1"), name: released("mdt_v1")[name].T}
+  message = expect_tensor_error("mdt_v1", tensors)
+  assert message.endswith(f"{name} orders the pairs of tokens in another way")
+
+
+def test_the_averages_of_a_training_checkpoint_are_read(tmp_path):
+  """DiT's training saves model, ema, opt and its command line in one file."""
+  tensors = torch.load(reference.FIXTURES / "mdt_v1.pt", weights_only=True)
+  held = {"ema": tensors, "model": {}, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
+  torch.save(held, tmp_path / "training.pt")
+  _, params = from_torch(tmp_path / "training.pt")
+  jax.tree.map(np.testing.assert_array_equal, params, reference.load_model("mdt_v1")[1])
+
+
+@pytest.mark.parametrize("name", ["mdt_v2", "dit"])
+def test_decode_depth_is_refused_where_it_is_not_asked_for(name):
+  path = reference.FIXTURES / f"{name}.pt"
+  message = expect_error(path, num_heads=2, decode_depth=2)
+  assert "--decode_depth = 2: is of MDT v1 alone" in message
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_failed_write_leaves_no_file(suffix, tmp_path):
+  with pytest.raises((TypeError, ValueError, AttributeError)):
+    write_tensors(tmp_path / f"model{suffix}", {"a": object()})
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_bfloat16_checkpoint_loads_as_float32(tmp_path):

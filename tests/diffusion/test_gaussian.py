@@ -56,34 +56,50 @@ def losses(version, name):
 @pytest.mark.parametrize(("table", "name"), TABLES.items())
 def test_tables_match_reference(table, name):
   actual = getattr(GaussianDiffusion.create(), table)
-  np.testing.assert_allclose(actual, toy.RECORDED[f"linear/{name}"], rtol=1e-10)
+  reference.assert_matches(
+    "tables of q and of its posterior, each value",
+    actual,
+    toy.RECORDED[f"linear/{name}"],
+    1e-10,
+    each=True,
+  )
 
 
 def test_q_sample_matches_reference():
   x_t = GaussianDiffusion.create().q_sample(X0, T, NOISE)
-  assert reference.relative_error(x_t, X_T) < reference.FORWARD_TOLERANCE
+  reference.assert_matches("q_sample", x_t, X_T, reference.FORWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["mean", "variance", "log_variance", "pred_xstart"])
 def test_prediction_matches_reference(name):
-  error = reference.relative_error(prediction(False)[name], toy.recorded(f"pmv/{name}"))
-  assert error < reference.FORWARD_TOLERANCE
+  reference.assert_matches(
+    "p_mean_variance",
+    prediction(False)[name],
+    toy.recorded(f"pmv/{name}"),
+    reference.FORWARD_TOLERANCE,
+  )
 
 
 @pytest.mark.parametrize("name", ["mean", "pred_xstart"])
 def test_clipped_prediction_matches_reference(name):
-  expected = toy.recorded(f"pmv_clip/{name}")
-  error = reference.relative_error(prediction(True)[name], expected)
-  assert error < reference.FORWARD_TOLERANCE
+  reference.assert_matches(
+    "p_mean_variance, clipped",
+    prediction(True)[name],
+    toy.recorded(f"pmv_clip/{name}"),
+    reference.FORWARD_TOLERANCE,
+  )
 
 
 @pytest.mark.parametrize("term", ["mse", "vb", "loss"])
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("version", LOSS_WEIGHTS)
 def test_losses_match_reference(version, name, term):
-  expected = toy.RECORDED[f"loss/{version}/{name}/{term}"]
-  error = reference.relative_error(losses(version, name)[term], expected)
-  assert error < reference.FORWARD_TOLERANCE
+  reference.assert_matches(
+    f"training losses of {version}, {PREDICTIONS[name]} prediction",
+    losses(version, name)[term],
+    toy.RECORDED[f"loss/{version}/{name}/{term}"],
+    reference.FORWARD_TOLERANCE,
+  )
 
 
 # The bound of a sample spans nine orders of magnitude. At step 0 a level of small
@@ -94,15 +110,28 @@ def test_losses_match_reference(version, name, term):
 @pytest.mark.parametrize("version", LOSS_WEIGHTS)
 def test_the_losses_of_each_sample_match_reference(version, name, term):
   expected = toy.RECORDED[f"loss/{version}/{name}/{term}"]
-  rtol = 2e-5 if term == "mse" else 2e-3
-  np.testing.assert_allclose(losses(version, name)[term], expected, rtol=rtol)
+  reference.assert_matches(
+    "training losses, squared error of each sample"
+    if term == "mse"
+    else "training losses, variational bound of each sample",
+    losses(version, name)[term],
+    expected,
+    2e-5 if term == "mse" else 2e-3,
+    each=True,
+  )
 
 
 def test_variational_bound_matches_reference():
   bound, _ = GaussianDiffusion.create().variational_bound(
     output(), X0, X_T, T, clip_denoised=True
   )
-  np.testing.assert_allclose(bound, toy.RECORDED["vb_bpd"], rtol=2e-3)
+  expected = toy.RECORDED["vb_bpd"]
+  reference.assert_matches(
+    "variational bound", bound, expected, reference.FORWARD_TOLERANCE
+  )
+  reference.assert_matches(
+    "variational bound, of each sample", bound, expected, 2e-3, each=True
+  )
 
 
 # The parametrisations, by their definitions.

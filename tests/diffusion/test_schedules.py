@@ -17,7 +17,13 @@ SPACINGS = [key.removeprefix("spacing/") for key in RECORDED if "spacing/" in ke
 def test_betas_match_reference(schedule):
   betas = make_betas(schedule, 1000)
   assert betas.dtype == np.float64
-  np.testing.assert_allclose(betas, RECORDED[f"{schedule}/betas"], rtol=1e-12)
+  reference.assert_matches(
+    f"{schedule} schedule, each beta",
+    betas,
+    RECORDED[f"{schedule}/betas"],
+    1e-12,
+    each=True,
+  )
 
 
 @pytest.mark.parametrize("num_timesteps", [20, 50, 400, 4000])
@@ -43,7 +49,9 @@ def test_the_cosine_schedule_is_capped_at_its_end():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_spaced_timesteps_match_reference(spacing):
   timesteps = spaced_timesteps(1000, spacing)
-  np.testing.assert_array_equal(timesteps, RECORDED[f"spacing/{spacing}"])
+  reference.assert_matches(
+    "respaced timesteps", timesteps, RECORDED[f"spacing/{spacing}"], 0
+  )
 
 
 def test_no_spacing_keeps_every_timestep():

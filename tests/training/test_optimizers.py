@@ -65,7 +65,12 @@ def adan_steps(weight_decay, scale):
 def test_adan_matches_reference(weight_decay, scale, tensor, step):
   expected = ADAN[f"wd{weight_decay}/scale{scale}/{step}/param/{tensor}"]
   actual = adan_steps(weight_decay, scale)[step][tensor]
-  assert reference.relative_error(actual, expected) < ADAN_TOLERANCE
+  reference.assert_matches(
+    "Adan, six steps at three gradient sizes and two weight decays",
+    actual,
+    expected,
+    ADAN_TOLERANCE,
+  )
 
 
 def test_the_moment_decays_are_those_recorded():

@@ -1,0 +1,63 @@
+"""Converts checkpoints of the released PyTorch code, and back.
+
+python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
+python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
+
+DIR is a workdir that mdt_jax.sample takes. Back, the averaged parameters are written
+under the released names and shapes, to a .pt, .pth or .safetensors file.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from absl import flags
+
+from mdt_jax import cli
+from mdt_jax.conversion import workdirs
+
+INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
+OUTPUT = flags.DEFINE_string("output", None, "Workdir; with --to_torch a file.")
+TO_TORCH = flags.DEFINE_bool("to_torch", False, "From a workdir to a PyTorch file.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
+DECODE_DEPTH = flags.DEFINE_integer(
+  "decode_depth", None, "Decode blocks of an MDT v1; 2, as released, by default."
+)
+NUM_HEADS = flags.DEFINE_integer(
+  "num_heads", None, "Heads of a DiT; those of the published sizes by default."
+)
+STEP = flags.DEFINE_integer("step", None, "Step to convert back; the latest.")
+EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Average to convert back.")
+flags.mark_flags_as_required(["input", "output"])
+
+logger = logging.getLogger("mdt_jax")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  output = Path(OUTPUT.value)
+  if TO_TORCH.value:
+    step = workdirs.to_torch_file(
+      INPUT.value,
+      output,
+      overwrite=OVERWRITE.value,
+      step=STEP.value,
+      ema_decay=EMA_DECAY.value,
+    )
+    logger.info("step %d of %s: %s", step, INPUT.value, output)
+  else:
+    config = workdirs.from_torch_file(
+      INPUT.value,
+      output,
+      overwrite=OVERWRITE.value,
+      decode_depth=DECODE_DEPTH.value,
+      num_heads=NUM_HEADS.value,
+    )
+    logger.info(
+      "%s: python -m mdt_jax.sample --checkpoint=%s", config.model.name, output
+    )
+
+
+if __name__ == "__main__":
+  cli.run(main)

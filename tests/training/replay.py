@@ -1,0 +1,78 @@
+"""One step of a tiny run on all devices: python -m tests.training.replay FILE.npz"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from mdt_jax import config as settings
+from mdt_jax.training import sharding, step
+from mdt_jax.training.state import init_state
+from tests.training.tiny import tiny_config
+
+NUM_KEEP = 10
+
+
+def replay() -> dict[str, np.ndarray]:
+  """The draws, losses and parameters of a step, by name."""
+  config = tiny_config(batch_size=16, seed=5)
+  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
+  optimizer, _ = settings.make_optimizer(config)
+  timestep_sampler = settings.make_timestep_sampler(config)
+  mesh = sharding.make_mesh()
+
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32),
+    "label": rng.integers(0, 10, 16).astype(np.int32),
+  }
+  batch = sharding.put_batch(batch, sharding.over_batch(mesh))
+  init = functools.partial(
+    init_state,
+    model=model,
+    optimizer=optimizer,
+    ema_decays=config.ema_decays,
+    timestep_sampler=timestep_sampler,
+  )
+  key = jax.random.key(config.seed)
+  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(key)
+
+  def losses(state, batch):
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    draws = step.draw(key, batch, model, timestep_sampler, None)
+    return draws, {
+      "loss": step.pass_losses(model, diffusion, state.params, draws, None)["loss"],
+      "masked_loss": step.pass_losses(model, diffusion, state.params, draws, NUM_KEEP)[
+        "loss"
+      ],
+    }
+
+  # Fresh parameters give zero everywhere: look after a few steps.
+  train_step = step.make_train_step(
+    model,
+    diffusion,
+    optimizer,
+    timestep_sampler,
+    seed=config.seed,
+    ema_decays=config.ema_decays,
+  )
+  train_step = jax.jit(train_step, static_argnames="num_keep")
+  for _ in range(3):
+    state, metrics = train_step(state, batch, NUM_KEEP)
+  draws, found = jax.jit(losses)(state, batch)
+  arrays = {f"draws/{name}": value for name, value in vars(draws).items()}
+  arrays |= {f"losses/{name}": value for name, value in found.items()}
+  arrays |= {f"metrics/{name}": value for name, value in metrics.items()}
+  arrays |= {
+    f"params/{jax.tree_util.keystr(path)}": value
+    for path, value in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  assert len(draws.noise.sharding.device_set) == jax.device_count()
+  return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+if __name__ == "__main__":
+  np.savez(sys.argv[1], **replay())

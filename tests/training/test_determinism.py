@@ -1,0 +1,67 @@
+"""A seed is a run: on any number of devices, today and tomorrow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DRAWS = ("x0", "t", "weights", "noise", "labels", "mask_noise")
+
+
+def replay(folder, name, num_devices):
+  """What tests.training.replay finds on so many simulated devices."""
+  path = folder / f"{name}.npz"
+  flags = f"--xla_force_host_platform_device_count={num_devices}"
+  subprocess.run(
+    [sys.executable, "-m", "tests.training.replay", path],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    check=True,
+  )
+  with np.load(path) as data:
+    return {key: data[key] for key in data.files}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("replay")
+  return {
+    "one": replay(folder, "one", 1),
+    "eight": replay(folder, "eight", 8),
+    "eight again": replay(folder, "again", 8),
+  }
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_on_one_and_on_eight_devices_are_bit_equal(runs, name):
+  one, eight = runs["one"][f"draws/{name}"], runs["eight"][f"draws/{name}"]
+  assert one.dtype == eight.dtype
+  assert one.tobytes() == eight.tobytes()
+
+
+@pytest.mark.parametrize("name", ["loss", "masked_loss"])
+def test_losses_on_one_and_on_eight_devices_agree(runs, name):
+  """After three steps of training, so also the gradients of both agree."""
+  one, eight = runs["one"][f"losses/{name}"], runs["eight"][f"losses/{name}"]
+  np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rerun_on_as_many_devices_is_bit_equal(runs):
+  first, second = runs["eight"], runs["eight again"]
+  assert first.keys() == second.keys()
+  assert not [k for k in first if first[k].tobytes() != second[k].tobytes()]
+
+
+def test_draws_are_of_a_training_step(runs):
+  """Else equal zeros would pass for equal draws."""
+  draws = {name: runs["one"][f"draws/{name}"] for name in DRAWS}
+  assert draws["noise"].std() > 0.9
+  assert len(np.unique(draws["t"])) > 8
+  assert (draws["labels"] == 10).any()
+  assert runs["one"]["losses/loss"].std() > 0
