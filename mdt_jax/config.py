@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from mdt_jax.data.sources import Source, create_source
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
@@ -184,6 +185,25 @@ def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
       **settings, learning_rate=learning_rate, frozen=make_model(config).frozen
     )
   return optimizer, learning_rate
+
+
+def make_source(config: ConfigDict) -> Source:
+  """The labelled images of a run."""
+  source = create_source(
+    config.data.source,
+    path=config.data.path,
+    image_size=config.model.input_size,
+    channels=config.model.in_channels,
+    max_unreadable=config.data.max_unreadable,
+  )
+  if source.num_classes > config.model.num_classes:
+    raise SettingError(
+      "config.model.num_classes",
+      config.model.num_classes,
+      f"the data has labels 0 … {source.num_classes - 1}: "
+      f"must be at least {source.num_classes}",
+    )
+  return source
 
 
 def kept_lengths(config: ConfigDict) -> KeptLengths | None:

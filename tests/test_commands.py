@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -169,3 +170,56 @@ def test_bad_sampling_flags_are_one_line_and_exit_code_2(
 ):
   assert_refused(sample(trained, tmp_path / "out", flag), *texts)
   assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_converted_and_sampled(tmp_path):
+  source = ROOT / "tests" / "fixtures" / "mdt_v2.pt"
+  folder, back = tmp_path / "run", tmp_path / "back.safetensors"
+  code, out, err = run("mdt_jax.convert", f"--input={source}", f"--output={folder}")
+  assert code == 0, err
+  assert f"--checkpoint={folder}" in out
+  code, _, err = sample(folder, tmp_path / "samples", "--labels=1", "--steps=2")
+  assert code == 0, err
+  with np.load(tmp_path / "samples" / "latents.npz") as data:
+    assert data["arr_0"].shape == (1, 12, 12, 4)
+  code, _, err = run(
+    "mdt_jax.convert", "--to_torch", f"--input={folder}", f"--output={back}"
+  )
+  assert code == 0, err
+  assert back.exists()
+
+
+def test_a_conversion_that_cannot_be_is_one_line_and_exit_code_2(tmp_path):
+  (tmp_path / "model.pt").write_text("no checkpoint")
+  flags = [f"--input={tmp_path / 'model.pt'}", f"--output={tmp_path / 'run'}"]
+  assert_refused(run("mdt_jax.convert", *flags), "--input", "model.pt")
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_bound_of_a_checkpoint_is_written(trained, tmp_path):
+  flags = ["--num_images=4", "--steps=3", f"--output={tmp_path}"]
+  code, out, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  assert code == 0, err
+  assert "bits a dimension" in out
+  found = json.loads((tmp_path / "bpd.json").read_text())
+  assert found["images"] == 4
+  assert len(found["vb"]) == 3
+  assert found["total_bpd"] == pytest.approx(sum(found["vb"]) + found["prior_bpd"])
+
+
+@pytest.mark.parametrize(
+  ("flag", "texts"),
+  [
+    ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
+    ("--num_images=0", ["--num_images = 0"]),
+    ("--data_path=nowhere --data_source=folder", ["nowhere"]),
+    ("--steps=0", ["0"]),
+  ],
+)
+def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
+  trained, tmp_path, flag, texts
+):
+  output = tmp_path / "out"
+  flags = [f"--checkpoint={trained}", f"--output={output}", *flag.split()]
+  assert_refused(run("mdt_jax.evaluate", *flags), *texts)
+  assert not output.exists()

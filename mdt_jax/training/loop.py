@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
 from mdt_jax.data.loader import create_loader
-from mdt_jax.data.sources import Source, create_source
+from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
   settings.check(config, jax.device_count())
-  source = _create_source(config)
+  source = settings.make_source(config)
   kept_lengths = settings.kept_lengths(config)
   workdir = Path(workdir).absolute()
   mesh = sharding.make_mesh()
@@ -169,24 +169,6 @@ def stop_signals() -> Iterator[list[int]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def _create_source(config: ConfigDict) -> Source:
-  source = create_source(
-    config.data.source,
-    path=config.data.path,
-    image_size=config.model.input_size,
-    channels=config.model.in_channels,
-    max_unreadable=config.data.max_unreadable,
-  )
-  if source.num_classes > config.model.num_classes:
-    raise SettingError(
-      "config.model.num_classes",
-      config.model.num_classes,
-      f"the data has labels 0 … {source.num_classes - 1}: "
-      f"must be at least {source.num_classes}",
-    )
-  return source
 
 
 def _start(

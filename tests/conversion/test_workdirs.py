@@ -90,7 +90,7 @@ def listing(folder):
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
   (tmp_path / "mine.txt").write_text("kept")
   before = listing(tmp_path)
-  with pytest.raises(SettingError, match="--output = .*: must be empty, or --overwr"):
+  with pytest.raises(SettingError, match=r"--output = .*: must be empty, or --overwr"):
     from_torch_file(fixture("mdt_v1"), tmp_path)
   assert listing(tmp_path) == before
 
@@ -116,7 +116,7 @@ def test_a_file_that_misses_a_tensor_writes_nothing(tmp_path):
   tensors = torch.load(fixture("mdt_v1"), weights_only=True)
   del tensors["mask_token"]
   torch.save(tensors, tmp_path / "model.pt")
-  with pytest.raises(SettingError, match="taken for MDT .*: mask_token is missing"):
+  with pytest.raises(SettingError, match=r"taken for MDT .*: mask_token is missing"):
     from_torch_file(tmp_path / "model.pt", tmp_path / "run")
   assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
@@ -130,7 +130,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 def test_a_file_that_is_there_is_refused_and_kept(converted, tmp_path):
   path = tmp_path / "model.pt"
   path.write_text("kept")
-  with pytest.raises(SettingError, match="--output = .*: is there already"):
+  with pytest.raises(SettingError, match=r"--output = .*: is there already"):
     to_torch_file(converted / "mdt_v1", path)
   assert path.read_text() == "kept"
 

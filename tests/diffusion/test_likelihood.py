@@ -40,10 +40,11 @@ def bound(clip_denoised):
 @pytest.mark.parametrize("clip_denoised", [True, False])
 def test_bound_matches_reference(clip_denoised, term):
   expected = RECORDED[f"{'clip' if clip_denoised else 'free'}/{term}"]
-  # The recorded prior is the rest of terms near 1 that cancel in float32.
-  tolerance = 2e-2 if term == "prior_bpd" else 1e-4
   reference.assert_matches(
-    f"calc_bpd, {term}", bound(clip_denoised)[term], expected, tolerance
+    f"calc_bpd, {term}",
+    bound(clip_denoised)[term],
+    expected,
+    reference.LOOP_TOLERANCE,
   )
 
 
