@@ -86,7 +86,8 @@ def load_vae(
     dtype: compute type, float32 or bfloat16.
 
   Returns:
-    (model, params): the module and its parameters, float32 NumPy arrays.
+    (model, params): the module and its parameters, float32 NumPy arrays; before many
+    calls, `jax.device_put` them once.
 
   Raises:
     SettingError: nothing is there, files are broken, a setting of the config is not

@@ -158,7 +158,13 @@ def decode(model: AutoencoderKL, params: Params, latents: Array) -> Array:
 def decode_in_slices(
   model: AutoencoderKL, params: Params, latents: Array, slice_size: int = 8
 ) -> Array:
-  """As `decode`, `slice_size` images at a time, in the memory of that many."""
+  """As `decode`, `slice_size` images at a time, in the memory of that many.
+
+  Raises:
+    SettingError: slice_size is below 1.
+  """
+  if slice_size < 1:
+    raise SettingError("slice_size", slice_size, "must be at least 1")
 
   def decode_one(latent: Array) -> Array:
     return decode(model, params, latent[None])[0]
@@ -190,7 +196,7 @@ def decode_in_tiles(
     (B, H, W, out_channels) float32.
 
   Raises:
-    SettingError: the overlap leaves nothing of a tile.
+    SettingError: the overlap is negative, or leaves nothing of a tile.
   """
   if not 0 <= overlap < tile_size:
     raise SettingError("overlap", overlap, f"must lie in [0, tile_size = {tile_size})")
