@@ -1,0 +1,397 @@
+"""The autoencoder of Stable Diffusion (arXiv 2112.10752): images to latents and back.
+
+The network, its names and its defaults are those of diffusers' `AutoencoderKL`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax.errors import SettingError
+
+Array = jax.Array
+Dtype = Any
+Params = dict[str, Any]
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class AutoencoderKL(nn.Module):
+  """A convolutional autoencoder with a Gaussian posterior for each latent.
+
+  Attributes:
+    in_channels: channels of the images that go in.
+    out_channels: channels of the images that come out.
+    block_out_channels: width of each level, the finest first; every level but the
+      last halves height and width. Divisible by norm_num_groups.
+    layers_per_block: residual blocks of a level (the decoder has one more).
+    latent_channels: channels of the latents, C.
+    norm_num_groups: groups of each GroupNorm.
+    scaling_factor: of latents, to about unit variance; see `scale`.
+    shift_factor: what is subtracted before that.
+    mid_block_attention: attention over all places at the coarsest level.
+    use_quant_conv: a 1x1 convolution after the encoder.
+    use_post_quant_conv: a 1x1 convolution before the decoder.
+    dtype: compute type; parameters, softmax and GroupNorm's statistics stay float32.
+  """
+
+  in_channels: int = 3
+  out_channels: int = 3
+  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+  layers_per_block: int = 2
+  latent_channels: int = 4
+  norm_num_groups: int = 32
+  scaling_factor: float = 0.18215
+  shift_factor: float = 0.0
+  mid_block_attention: bool = True
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+  dtype: Dtype = jnp.float32
+
+  @property
+  def downsampling(self) -> int:
+    """Height of an image over height of its latents."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  def check(self) -> None:
+    """Raises SettingError where the attributes cannot make a network."""
+    sizes = "in_channels out_channels layers_per_block latent_channels norm_num_groups"
+    for name in sizes.split():
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise SettingError(name, value, "must be an integer of at least 1")
+    widths = self.block_out_channels
+    if not widths or not all(
+      isinstance(width, int) and width > 0 and width % self.norm_num_groups == 0
+      for width in widths
+    ):
+      raise SettingError(
+        "block_out_channels",
+        widths,
+        "must be one integer or more, each at least 1 and divisible by "
+        f"norm_num_groups = {self.norm_num_groups}",
+      )
+    for name in ("scaling_factor", "shift_factor"):
+      if not isinstance(getattr(self, name), int | float):
+        raise SettingError(name, getattr(self, name), "must be a number")
+    if self.scaling_factor == 0:
+      raise SettingError("scaling_factor", self.scaling_factor, "must not be 0")
+
+  def setup(self) -> None:
+    self.check()
+    shared = dict(
+      block_out_channels=self.block_out_channels,
+      groups=self.norm_num_groups,
+      attention=self.mid_block_attention,
+      dtype=self.dtype,
+    )
+    moments = 2 * self.latent_channels  # mean and logarithm of the variance
+    self.encoder = Encoder(moments, layers=self.layers_per_block, **shared)
+    self.decoder = Decoder(
+      self.out_channels, layers=self.layers_per_block + 1, **shared
+    )
+    if self.use_quant_conv:
+      self.quant_conv = nn.Conv(moments, (1, 1), dtype=self.dtype)
+    if self.use_post_quant_conv:
+      self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+
+  def __call__(self, images: Array) -> Array:
+    """Images (B, H, W, in_channels) through the mean of their latents and back."""
+    return self.decode(self.encode(images)[0])
+
+  def encode(self, images: Array) -> tuple[Array, Array]:
+    """The posterior of the latents.
+
+    Args:
+      images: (B, H, W, in_channels) in [-1, 1].
+
+    Returns:
+      (mean, logvar), each (B, h, w, C) float32, with h = H // downsampling; not
+      scaled. logvar, the logarithm of the variance, lies in LOGVAR_RANGE.
+    """
+    moments = self.encoder(images.astype(self.dtype))
+    if self.use_quant_conv:
+      moments = self.quant_conv(moments)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def decode(self, latents: Array) -> Array:
+    """Latents (B, h, w, C), not scaled, to images (B, H, W, out_channels).
+
+    Returns:
+      float32, about [-1, 1]; not clipped. H = h * downsampling.
+    """
+    latents = latents.astype(self.dtype)
+    if self.use_post_quant_conv:
+      latents = self.post_quant_conv(latents)
+    return self.decoder(latents).astype(jnp.float32)
+
+  def scale(self, latents: Array) -> Array:
+    """What a diffusion model is trained on: latents of about unit variance."""
+    return (latents - self.shift_factor) * self.scaling_factor
+
+  def unscale(self, latents: Array) -> Array:
+    """The inverse of `scale`, for `decode`."""
+    return latents / self.scaling_factor + self.shift_factor
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode(model: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
+  """`model.encode`, compiled once for each model and shape."""
+  return model.apply({"params": params}, images, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def decode(model: AutoencoderKL, params: Params, latents: Array) -> Array:
+  """`model.decode`, compiled once for each model and shape."""
+  return model.apply({"params": params}, latents, method="decode")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slice_size"))
+def decode_in_slices(
+  model: AutoencoderKL, params: Params, latents: Array, slice_size: int = 8
+) -> Array:
+  """As `decode`, `slice_size` images at a time, in the memory of that many.
+
+  Raises:
+    SettingError: slice_size is below 1.
+  """
+  if slice_size < 1:
+    raise SettingError("slice_size", slice_size, "must be at least 1")
+
+  def decode_one(latent: Array) -> Array:
+    return decode(model, params, latent[None])[0]
+
+  return jax.lax.map(decode_one, latents, batch_size=slice_size)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tile_size", "overlap"))
+def decode_in_tiles(
+  model: AutoencoderKL,
+  params: Params,
+  latents: Array,
+  tile_size: int = 64,
+  overlap: int = 16,
+) -> Array:
+  """As `decode`, one tile of large images at a time, in the memory of a tile.
+
+  Neighbours are cross-faded where they overlap. The outcome differs from `decode`:
+  GroupNorm and attention see one tile only.
+
+  Args:
+    model: the autoencoder.
+    params: its parameters.
+    latents: (B, h, w, C); any size.
+    tile_size: side of a tile, in latents.
+    overlap: the least that neighbours have in common, in latents.
+
+  Returns:
+    (B, H, W, out_channels) float32.
+
+  Raises:
+    SettingError: the overlap is negative, or leaves nothing of a tile.
+  """
+  if not 0 <= overlap < tile_size:
+    raise SettingError("overlap", overlap, f"must lie in [0, tile_size = {tile_size})")
+  batch, height, width, channels = latents.shape
+  if max(height, width) <= tile_size:
+    return decode(model, params, latents)
+  factor = model.downsampling
+  tops, row_weights = _tiles(height, tile_size, overlap, factor)
+  lefts, column_weights = _tiles(width, tile_size, overlap, factor)
+  tile_shape = (batch, min(height, tile_size), min(width, tile_size), channels)
+
+  def add_tile(images: Array, place: Array) -> tuple[Array, None]:
+    row, column = place
+    top, left = tops[row], lefts[column]
+    tile = jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape)
+    weights = row_weights[row][:, None] * column_weights[column]
+    decoded = decode(model, params, tile) * weights[..., None]
+    corner = (0, factor * top, factor * left, 0)
+    sums = decoded + jax.lax.dynamic_slice(images, corner, decoded.shape)
+    return jax.lax.dynamic_update_slice(images, sums, corner), None
+
+  places = np.indices((len(tops), len(lefts))).reshape(2, -1).T
+  blank = jnp.zeros((batch, factor * height, factor * width, model.out_channels))
+  return jax.lax.scan(add_tile, blank, places)[0]
+
+
+def _tiles(
+  length: int, tile_size: int, overlap: int, factor: int
+) -> tuple[Array, Array]:
+  """Tiles of equal size, evenly spread along an axis, and how they are blended.
+
+  Returns:
+    starts (n,), in latents, and weights (n, factor * tile size), float32: ramps over
+    the overlaps, which sum to 1 at each pixel.
+  """
+  tile_size = min(tile_size, length)
+  count = 1 + math.ceil((length - tile_size) / (tile_size - overlap))
+  starts = np.linspace(0, length - tile_size, count).round().astype(int)
+  inside = np.arange(factor * tile_size)
+  # The distance to the nearest edge of the tile that is no edge of the image.
+  before = np.where(starts[:, None] > 0, inside + 0.5, np.inf)
+  after = np.where(starts[:, None] < length - tile_size, inside[::-1] + 0.5, np.inf)
+  ramps = np.minimum(before, after).clip(max=max(1, factor * overlap))
+  pixels = factor * starts[:, None] + inside
+  sums = np.bincount(pixels.ravel(), ramps.ravel())
+  return jnp.asarray(starts), jnp.asarray(ramps / sums[pixels], jnp.float32)
+
+
+class Encoder(nn.Module):
+  """Images (B, H, W, …) to features (B, h, w, out_features), from fine to coarse."""
+
+  out_features: int
+  block_out_channels: tuple[int, ...]
+  layers: int
+  groups: int
+  attention: bool
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    widths = self.block_out_channels
+    x = _conv(widths[0], self.dtype, "conv_in")(x)
+    for i, width in enumerate(widths):
+      resample = "down" if i < len(widths) - 1 else "none"
+      name = f"down_blocks_{i}"
+      x = Level(width, self.layers, self.groups, resample, self.dtype, name=name)(x)
+    x = MidBlock(self.groups, self.attention, self.dtype, name="mid_block")(x)
+    x = nn.silu(_norm(self.groups, self.dtype, "conv_norm_out")(x))
+    return _conv(self.out_features, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+  """Latents (B, h, w, C) to images (B, H, W, out_features), from coarse to fine."""
+
+  out_features: int
+  block_out_channels: tuple[int, ...]
+  layers: int
+  groups: int
+  attention: bool
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    widths = self.block_out_channels[::-1]
+    x = _conv(widths[0], self.dtype, "conv_in")(x)
+    x = MidBlock(self.groups, self.attention, self.dtype, name="mid_block")(x)
+    for i, width in enumerate(widths):
+      resample = "up" if i < len(widths) - 1 else "none"
+      name = f"up_blocks_{i}"
+      x = Level(width, self.layers, self.groups, resample, self.dtype, name=name)(x)
+    x = nn.silu(_norm(self.groups, self.dtype, "conv_norm_out")(x))
+    return _conv(self.out_features, self.dtype, "conv_out")(x)
+
+
+class Level(nn.Module):
+  """Residual blocks of one width, then half ("down") or twice ("up") the size."""
+
+  features: int
+  layers: int
+  groups: int
+  resample: str
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    for i in range(self.layers):
+      x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
+    if self.resample == "down":
+      x = Downsample(self.dtype, name="downsamplers_0")(x)
+    elif self.resample == "up":
+      x = Upsample(self.dtype, name="upsamplers_0")(x)
+    return x
+
+
+class MidBlock(nn.Module):
+  """A residual block, attention where asked, and another residual block."""
+
+  groups: int
+  attention: bool
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    width = x.shape[-1]
+    x = ResnetBlock(width, self.groups, self.dtype, name="resnets_0")(x)
+    if self.attention:
+      x = SpatialAttention(self.groups, self.dtype, name="attentions_0")(x)
+    return ResnetBlock(width, self.groups, self.dtype, name="resnets_1")(x)
+
+
+class ResnetBlock(nn.Module):
+  """Twice GroupNorm, SiLU and convolution, added to the input."""
+
+  features: int
+  groups: int
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    h = x
+    for i in (1, 2):
+      h = nn.silu(_norm(self.groups, self.dtype, f"norm{i}")(h))
+      h = _conv(self.features, self.dtype, f"conv{i}")(h)
+    if x.shape[-1] != self.features:
+      x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+    return x + h
+
+
+class SpatialAttention(nn.Module):
+  """Self-attention of one head over all places of (B, h, w, D), added to the input."""
+
+  groups: int
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    batch, height, width, dim = x.shape
+    h = _norm(self.groups, self.dtype, "group_norm")(x)
+    h = h.reshape(batch, height * width, 1, dim)
+    query, key, value = (
+      nn.Dense(dim, dtype=self.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v")
+    )
+    h = jax.nn.dot_product_attention(query, key, value)  # its softmax is in float32
+    return x + nn.Dense(dim, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+  """A convolution of stride 2, padded at the bottom and on the right alone."""
+
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    padding = ((0, 1), (0, 1))
+    conv = _conv(x.shape[-1], self.dtype, "conv", strides=2, padding=padding)
+    return conv(x)
+
+
+class Upsample(nn.Module):
+  """Each pixel becomes four, then a convolution."""
+
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return _conv(x.shape[-1], self.dtype, "conv")(x)
+
+
+def _conv(features: int, dtype: Dtype, name: str, **options: Any) -> nn.Conv:
+  options = {"padding": 1, **options}
+  return nn.Conv(features, (3, 3), dtype=dtype, name=name, **options)
+
+
+def _norm(groups: int, dtype: Dtype, name: str) -> nn.GroupNorm:
+  return nn.GroupNorm(
+    groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name
+  )
