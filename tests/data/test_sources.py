@@ -9,6 +9,7 @@ from absl import logging
 from PIL import Image
 
 from mdt_jax.data import sources
+from mdt_jax.data.files import ARRAY_EXTENSIONS, open_files
 from mdt_jax.errors import SettingError
 
 SIZE = 8
@@ -25,7 +26,12 @@ def write_array(path, array):
 
 
 def open_folder(path, image_size=SIZE, channels=3, max_unreadable=10):
-  return sources.FolderSource(path, image_size, channels, max_unreadable)
+  return sources.ImageSource(open_files(path), image_size, channels, max_unreadable)
+
+
+def open_arrays(path, image_size=4, channels=4, max_unreadable=10):
+  files = open_files(path, extensions=ARRAY_EXTENSIONS)
+  return sources.ArraySource(files, image_size, channels, max_unreadable)
 
 
 def labels(source):
@@ -178,12 +184,12 @@ def test_image_is_centre_cropped(tmp_path):
 def test_array_is_taken_unchanged(tmp_path):
   latent = np.random.default_rng(0).normal(size=(4, 4, 5)).astype(np.float32) * 30
   write_array(tmp_path / "x.npy", latent)
-  np.testing.assert_array_equal(open_folder(tmp_path, 4, 5)[0]["image"], latent)
+  np.testing.assert_array_equal(open_arrays(tmp_path, 4, 5)[0]["image"], latent)
 
 
 def test_half_precision_array_becomes_float32(tmp_path):
   write_array(tmp_path / "x.npy", np.ones((4, 4, 4), np.float16))
-  assert open_folder(tmp_path, 4, 4)[0]["image"].dtype == np.float32
+  assert open_arrays(tmp_path)[0]["image"].dtype == np.float32
 
 
 # Unreadable files.
@@ -249,9 +255,9 @@ def test_decompression_bomb_is_left_out(three, monkeypatch):
   ids=["shape", "integers", "not finite", "pickle"],
 )
 def test_wrong_array_is_left_out(tmp_path, array):
-  write_array(tmp_path / "0.npy", array)
-  write_array(tmp_path / "1.npy", np.ones((4, 4, 4), np.float32))
-  assert values(open_folder(tmp_path, 4, 4)) == [1, 1]
+  write_array(tmp_path / "0.npy", np.ones((4, 4, 4), np.float32))
+  write_array(tmp_path / "1.npy", array)
+  assert values(open_arrays(tmp_path)) == [1, 1]
 
 
 def test_truncated_array_is_left_out(tmp_path):
@@ -259,7 +265,7 @@ def test_truncated_array_is_left_out(tmp_path):
     write_array(tmp_path / f"{value}.npy", np.full((4, 4, 4), value, np.float32))
   path = tmp_path / "0.npy"
   path.write_bytes(path.read_bytes()[:-8])
-  assert values(open_folder(tmp_path, 4, 4)) == [1, 1]
+  assert values(open_arrays(tmp_path)) == [1, 1]
 
 
 def test_as_many_unreadable_files_as_allowed_are_accepted(three):
@@ -323,7 +329,7 @@ def test_file_in_place_of_a_folder_is_refused(three):
 def test_folder_without_images_is_refused(tmp_path):
   (tmp_path / "notes.txt").write_text("nothing here")
   with pytest.raises(
-    SettingError, match=r"^config.data.path = .*expected images .*\.png.*\.npy.*none"
+    SettingError, match=r"^config.data.path = .*expected .*\.png.* files, found none"
   ):
     open_folder(tmp_path)
 
@@ -336,12 +342,18 @@ def test_images_both_at_the_top_and_in_subfolders_are_refused(three):
     open_folder(three)
 
 
-def test_images_beside_arrays_are_refused(three):
-  write_array(three / "x.npy", np.zeros((SIZE, SIZE, 3), np.float32))
+def test_arrays_of_another_shape_than_the_model_s_are_refused(tmp_path):
+  write_array(tmp_path / "x.npy", np.zeros((4, 4, 3), np.float32))
   with pytest.raises(
-    SettingError, match=r"^config.data.path = .*images or .npy files, found 3 .* 1 .npy"
+    SettingError,
+    match=r"^config.data.path = .*holds arrays of shape \(4, 4, 3\), where",
   ):
-    open_folder(three)
+    open_arrays(tmp_path)
+
+
+def test_arrays_beside_images_are_ignored(three):
+  write_array(three / "x.npy", np.zeros((SIZE, SIZE, 3), np.float32))
+  assert len(open_folder(three)) == 3
 
 
 def test_flat_names_of_which_some_have_underscores_are_refused(three):
@@ -355,7 +367,7 @@ def test_flat_names_of_which_some_have_underscores_are_refused(three):
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_of_other_channels_are_refused(three, channels):
   with pytest.raises(
-    SettingError, match=rf"^config.model.in_channels = {channels}: accepted are 1 and 3"
+    SettingError, match=rf"^config.model.in_channels = {channels}: accepted are 1, 3"
   ):
     open_folder(three, channels=channels)
 
@@ -388,13 +400,14 @@ def test_digits_are_created_by_name():
   assert isinstance(create("digits"), sources.DigitsSource)
 
 
-def test_folder_is_created_by_name(three):
-  assert len(create("folder", three)) == 3
+def test_images_are_created_by_name(three):
+  assert len(create("images", three)) == 3
 
 
 def test_unknown_source_is_refused():
   with pytest.raises(
-    SettingError, match=r"^config.data.source = 'imagenet': accepted are digits, folder"
+    SettingError,
+    match=r"^config.data.source = 'imagenet': accepted are digits, images",
   ):
     create("imagenet")
 
