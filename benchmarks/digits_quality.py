@@ -25,6 +25,9 @@ def measure(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
   classifier = SVC(gamma=0.001).fit(real, real_labels)
   samples = images.reshape(len(images), -1) / 255 * 16
 
+  if min(np.bincount(labels)[np.unique(labels)]) < 2:
+    raise app.UsageError("--samples: each class must have at least two images")
+
   def spread(x: np.ndarray) -> float:
     return pairwise_distances(x).sum() / (len(x) * (len(x) - 1))
 

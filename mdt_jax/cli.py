@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from mdt_jax.errors import SettingError
 
 EXIT_BAD_SETTING = 2
+EXIT_INTERRUPTED = 130  # as a shell gives for Ctrl-C
 
 # TensorFlow writes our event files and nothing else: its notices say nothing here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,6 +32,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       main(argv)
     except SettingError as error:
       _refuse(str(error))
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.exit(EXIT_INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
 
@@ -51,9 +55,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, SettingError) as error:
     _refuse(str(error))
+  except OSError as error:  # a config file that is not there
+    _refuse(f"--config = {error.filename!r}: {error.strerror}")
   except (AttributeError, KeyError) as error:
     # ml_collections: a config file, or a flag, names a field that there is not.
     text = str(error)
+    if "get_config" in text:
+      _refuse("--config: the file has no function get_config()")
     unknown = re.search(r'Key "(\w+)" does not exist', text) or re.match(
       r"[\\'\"]*(\w+)[\\'\"]*($|\\n|\n)", text
     )

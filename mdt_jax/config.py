@@ -10,20 +10,24 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mdt_jax.data.sources import Source, create_source
+from mdt_jax.data.sources import Source, Subset, create_source, split_indices
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.models.mdt import MDT
-from mdt_jax.models.presets import create_model
+from mdt_jax.models.presets import DTYPES, create_model
 from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
+
+if TYPE_CHECKING:
+  from mdt_jax.data.autoencoder import Autoencoder
 
 MAX_MASK_RATIO = 0.8
 
@@ -48,7 +52,7 @@ def default_config() -> ConfigDict:
   c.model.decode_depth = placeholder(int)  # blocks after the side-interpolater
   c.model.mlp_ratio = 4.0
   c.model.label_dropout = 0.1  # needed for guidance
-  c.model.dtype = "float32"  # compute type: float32, bfloat16 or float16
+  c.model.dtype = "float32"  # compute type: float32 or bfloat16
   c.model.remat = "none"  # recompute in the backward pass: none, full or dots
   c.model.unroll = 1  # blocks compiled in a row; -1: all, faster on CPUs
 
@@ -81,10 +85,14 @@ def default_config() -> ConfigDict:
   c.ema_decays = (0.9999,)  # averages of the parameters; the first is sampled
 
   c.data = ConfigDict()
-  c.data.source = "folder"  # folder, or digits (bundled)
-  c.data.path = placeholder(str)  # of the folder: images or .npy latents, by class
-  c.data.flip = True  # mirror images at random; never done to latents
-  c.data.max_unreadable = 100  # files that may be left out before the run stops
+  c.data.source = "latents"  # latents (of mdt_jax.encode), images, arrays, or digits
+  c.data.path = placeholder(str)  # folder; images: also tar files, or tfds:NAME
+  c.data.split = "train"  # of a data set of TFDS
+  c.data.validation = 0.0  # share of the examples that are held out of training
+  c.data.vae = placeholder(str)  # folder or hub id: encodes images, decodes samples
+  c.data.flip = True  # mirror images at random; arrays are used as they stand
+  c.data.max_unreadable = 100  # examples that may be left out before the run stops
+  c.data.num_workers = 0  # processes that read; 0: threads of this one
   c.data.num_threads = 8  # batches read at a time; 0: in the main thread
 
   c.sampling = ConfigDict()  # of the pictures, and the defaults of mdt_jax.sample
@@ -118,6 +126,11 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
     _at_least(config, name, 1)
   for name in ("seed", "sample_every", "num_samples"):
     _at_least(config, name, 0)
+  if config.seed >= 2**32:
+    raise SettingError("config.seed", config.seed, "must be below 2**32")
+  for name in ("max_unreadable", "num_threads", "num_workers"):
+    if config.data[name] < 0:
+      raise SettingError(f"config.data.{name}", config.data[name], "must be at least 0")
   make_model(config)
   make_diffusion(config)
   kept_lengths(config)
@@ -132,7 +145,10 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
       f"must be divisible by {num_devices} devices x config.accumulation_steps = "
       f"{config.accumulation_steps}, so by {parts}",
     )
-  if not config.ema_decays or not all(0 <= decay < 1 for decay in config.ema_decays):
+  decays = config.ema_decays
+  if not decays or not all(
+    isinstance(decay, (int, float)) and 0 <= decay < 1 for decay in decays
+  ):
     raise SettingError(
       "config.ema_decays", config.ema_decays, "must be one or more numbers in [0, 1)"
     )
@@ -187,13 +203,62 @@ def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
   return optimizer, learning_rate
 
 
-def make_source(config: ConfigDict) -> Source:
-  """The labelled images of a run."""
+def sampled_decay(config: ConfigDict) -> float:
+  """The decay of the averaged parameters that are sampled."""
+  decay = config.sampling.ema_decay
+  return config.ema_decays[0] if decay is None else decay
+
+
+def encodes_images(config: ConfigDict) -> bool:
+  """Whether images are encoded on the device, at each visit."""
+  return config.data.source == "images" and config.data.vae is not None
+
+
+def holds_pixels(config: ConfigDict) -> bool:
+  """Whether the network works on pixels, and not on latents."""
+  return config.data.source in ("digits", "images") and config.data.vae is None
+
+
+def make_autoencoder(
+  config: ConfigDict, sharding: Sharding | None = None
+) -> Autoencoder | None:
+  """The autoencoder of a run, if it has one."""
+  if config.data.vae is None:
+    return None
+  from mdt_jax.data.autoencoder import Autoencoder
+
+  autoencoder = Autoencoder.load(
+    config.data.vae, DTYPES[config.model.dtype], sharding=sharding
+  )
+  if autoencoder.model.latent_channels != config.model.in_channels:
+    raise SettingError(
+      "config.model.in_channels",
+      config.model.in_channels,
+      f"must be {autoencoder.model.latent_channels}, the latent channels of "
+      f"config.data.vae = {config.data.vae!r}",
+    )
+  return autoencoder
+
+
+def make_source(
+  config: ConfigDict, autoencoder: Autoencoder | None = None, *, held_out: bool = False
+) -> Source:
+  """The labelled examples of a run.
+
+  Args:
+    config: see `default_config`.
+    autoencoder: of `make_autoencoder`; where images are encoded it makes them larger.
+    held_out: the examples for validation, not those for training.
+  """
+  image_size, channels = config.model.input_size, config.model.in_channels
+  if encodes_images(config):
+    image_size, channels = image_size * autoencoder.model.downsampling, 3
   source = create_source(
     config.data.source,
     path=config.data.path,
-    image_size=config.model.input_size,
-    channels=config.model.in_channels,
+    split=config.data.split,
+    image_size=image_size,
+    channels=channels,
     max_unreadable=config.data.max_unreadable,
   )
   if source.num_classes > config.model.num_classes:
@@ -203,7 +268,13 @@ def make_source(config: ConfigDict) -> Source:
       f"the data has labels 0 … {source.num_classes - 1}: "
       f"must be at least {source.num_classes}",
     )
-  return source
+  share = config.data.validation
+  if not 0 <= share <= 0.5:
+    raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
+  training, validation = split_indices(len(source), share)
+  if held_out and not len(validation):
+    raise SettingError("config.data.validation", share, "holds no example out")
+  return Subset(source, validation if held_out else training) if share else source
 
 
 def kept_lengths(config: ConfigDict) -> KeptLengths | None:

@@ -1,7 +1,8 @@
 """Scores a checkpoint: python -m mdt_jax.evaluate --checkpoint=WORKDIR --metrics=bpd
 
 bpd: the variational bound on the negative log likelihood, in bits a dimension, of
-images of the run's data; its terms by timestep go to WORKDIR/evaluation/bpd.json.
+examples of the run's data, the held-out ones if there are any; its terms by timestep go
+to WORKDIR/evaluation/bpd.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mdt_jax import cli
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation import likelihood
-from mdt_jax.training.checkpoints import load_ema
+from mdt_jax.training.checkpoints import load_ema, workdir_of
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.", required=True)
 METRICS = flags.DEFINE_list("metrics", ["bpd"], "Scores: bpd.")
@@ -48,10 +49,12 @@ def main(argv: list[str]) -> None:
   config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
   config.data.source = DATA_SOURCE.value or config.data.source
   config.data.path = DATA_PATH.value or config.data.path
-  source = settings.make_source(config)
+  autoencoder = settings.make_autoencoder(config)
+  held_out = config.data.validation > 0
+  source = settings.make_source(config, autoencoder, held_out=held_out)
   count = min(NUM_IMAGES.value, len(source))
   batches = likelihood.bounds(
-    likelihood.make_bound(config, STEPS.value),
+    likelihood.make_bound(config, STEPS.value, autoencoder),
     params,
     source,
     np.linspace(0, len(source) - 1, count).astype(int),
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> None:
     name: np.concatenate([terms[name] for terms in found]).mean(axis=0).tolist()
     for name in found[0]
   }
-  output = Path(OUTPUT.value or Path(CHECKPOINT.value) / "evaluation")
+  output = Path(OUTPUT.value or workdir_of(CHECKPOINT.value) / "evaluation")
   output.mkdir(parents=True, exist_ok=True)
   path = output / "bpd.json"
   path.write_text(json.dumps({"step": step, "images": count, **means}) + "\n")

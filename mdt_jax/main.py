@@ -23,8 +23,6 @@ WORKDIR = flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
-EXIT_INTERRUPTED = 130
-
 
 def main(argv: list[str]) -> None:
   del argv
@@ -32,7 +30,7 @@ def main(argv: list[str]) -> None:
     loop.train(_load_config(), WORKDIR.value)
   except loop.Interrupted as stop:
     loop.logger.info("%s; the same command goes on from there", stop)
-    sys.exit(EXIT_INTERRUPTED)
+    sys.exit(cli.EXIT_INTERRUPTED)
 
 
 def _load_config() -> ConfigDict:

@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
     ("--config.modle=1", ["modle"]),
     ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
     ("--config.batch_size=many", ["batch_size", "many"]),
-    ("--config.data.source=folder", ["config.data.path"]),
+    ("--config.data.source=images", ["config.data.path"]),
     ("batch_size=3", ["batch_size=3"]),
   ],
 )
@@ -212,7 +212,7 @@ def test_the_bound_of_a_checkpoint_is_written(trained, tmp_path):
   [
     ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
     ("--num_images=0", ["--num_images = 0"]),
-    ("--data_path=nowhere --data_source=folder", ["nowhere"]),
+    ("--data_path=nowhere --data_source=images", ["nowhere"]),
     ("--steps=0", ["0"]),
   ],
 )

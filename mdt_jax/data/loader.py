@@ -20,6 +20,7 @@ def create_loader(
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  num_workers: int = 0,
   num_threads: int = 8,
   prefetch: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -32,20 +33,22 @@ def create_loader(
   number of processes nor on where the iterator started.
 
   Args:
-    source: labelled images. uint8 images are scaled to [-1, 1]; float images are
-      latents, which are neither scaled nor flipped.
+    source: labelled examples. uint8 images are scaled to [-1, 1]; float images are
+      neither scaled nor flipped; latents of `LatentSource` come as their moments.
     seed: seed of the order and of the flips, >= 0.
     batch_size: examples in the global batch, over all processes.
     flip: whether to mirror images left to right at random, drawn anew at each visit.
     start_step: the step of the first batch; earlier ones are not read.
     process_index: this process, in [0, process_count).
     process_count: processes that share the global batch.
+    num_workers: processes that read; 0 reads in this one.
     num_threads: batches read at the same time; 0 reads in the caller's thread.
     prefetch: batches held ready in memory, >= num_threads.
 
   Yields:
-    "image" float32 (batch_size // process_count, H, W, C) and "label" int32
-    (batch_size // process_count,).
+    "image" float32 (batch_size // process_count, H, W, C), or "moments"
+    (batch_size // process_count, 2, H, W, C) in the type they are stored in, and
+    "label" int32 (batch_size // process_count,).
 
   Raises:
     SettingError: where the processes cannot share the batch evenly, or the seed is
@@ -65,14 +68,13 @@ def create_loader(
   if flip:
     # After `repeat`: the draw goes by the place in the stream, so each visit has one.
     stream = stream.random_map(transforms.random_flip)
+  else:
+    stream = stream.map(transforms.without_draws)
   # Local batches of all processes in turn; this process takes every process_count-th.
-  batches = stream.batch(batch_size // process_count).map(_to_float)
+  batches = stream.batch(batch_size // process_count).map(transforms.pixels_to_float)
   batches = batches[start_step * process_count + process_index :: process_count]
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-  return iter(batches.to_iter_dataset(options))
-
-
-def _to_float(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  if batch["image"].dtype != np.uint8:
-    return batch
-  return {**batch, "image": transforms.to_float(batch["image"])}
+  batches = batches.to_iter_dataset(options)
+  if num_workers:
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return iter(batches)

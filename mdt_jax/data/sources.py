@@ -150,18 +150,18 @@ class ImageSource(TolerantSource):
   def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
     super().__init__(files.path, max_unreadable)
     check_choice("config.model.in_channels", channels, (1, 3))
-    self._files = files
+    self.files = files
     self.num_classes = len(files.classes)
     self.image_shape = (image_size, image_size, channels)
 
   def __len__(self) -> int:
-    return len(self._files)
+    return len(self.files)
 
   def name(self, index: int) -> str:
-    return os.path.join(self._path, self._files.name(index))
+    return os.path.join(self._path, self.files.name(index))
 
   def load(self, index: int) -> dict[str, np.ndarray]:
-    data, label = self._files.read(index)
+    data, label = self.files.read(index)
     return {"image": self._decode(data), "label": np.int32(label)}
 
   def _decode(self, data: bytes) -> np.ndarray:
@@ -189,7 +189,7 @@ class ArraySource(ImageSource):
 
   def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
     TolerantSource.__init__(self, files.path, max_unreadable)
-    self._files = files
+    self.files = files
     self.num_classes = len(files.classes)
     self.image_shape = (image_size, image_size, channels)
     try:
@@ -210,6 +210,27 @@ class ArraySource(ImageSource):
     if not np.isfinite(array).all():
       raise ValueError("expected finite numbers")  # One NaN would end a training run.
     return array
+
+
+class Subset:
+  """Some examples of a source."""
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    self._source, self._indices = source, indices
+    self.num_classes, self.image_shape = source.num_classes, source.image_shape
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return self._source[int(self._indices[index])]
+
+
+def split_indices(length: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+  """Indices for training, and those for validation: `share` of them, evenly spread."""
+  count = round(length * share)
+  held_out = np.linspace(0, length - 1, count).round().astype(int)
+  return np.setdiff1d(np.arange(length), held_out), held_out
 
 
 def create_source(

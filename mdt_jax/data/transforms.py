@@ -42,20 +42,43 @@ def to_float(image: np.ndarray) -> np.ndarray:
   return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def pixels_to_float(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A batch, with uint8 images scaled to [-1, 1]."""
+  if "image" not in batch or batch["image"].dtype != np.uint8:
+    return batch
+  return {**batch, "image": to_float(batch["image"])}
+
+
 def random_flip(
   example: dict[str, np.ndarray], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
   """Mirrors an image left to right with probability 1/2; a `grain` random map.
 
   Args:
-    example: "image" (H, W, C) and anything else. Only uint8 images are mirrored:
-      floats are latents, and the mirror of a latent is not the latent of the mirror.
+    example: "image" (H, W, C), or "views" (2, 2, H, W, C), moments of the latents of
+      an image and of its mirror, and anything else. Of images only uint8 ones are
+      mirrored: floats may be latents, and the mirror of a latent is not the latent of
+      the mirror.
     rng: decides; one number is drawn.
 
   Returns:
-    A new example; the argument is left as it is.
+    A new example, with "moments" (2, H, W, C) in place of "views"; the argument is
+    left as it is.
   """
+  flip = rng.random() < 0.5
+  if "views" in example:
+    return _choose_view(example, int(flip))
   image = example["image"]
-  if image.dtype == np.uint8 and rng.random() < 0.5:
+  if flip and image.dtype == np.uint8:
     image = image[:, ::-1]
   return {**example, "image": image}
+
+
+def without_draws(example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The example as it is, not mirrored; the form is that of `random_flip`."""
+  return _choose_view(example, 0) if "views" in example else example
+
+
+def _choose_view(example: dict[str, np.ndarray], view: int) -> dict[str, np.ndarray]:
+  rest = {name: value for name, value in example.items() if name != "views"}
+  return {**rest, "moments": example["views"][view]}

@@ -13,7 +13,7 @@ MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singul
 
 
 def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
-  """Noise variances beta_t, (num_timesteps,) float64 in (0, 1].
+  """Noise variances beta_t, (num_timesteps,) float64 in (0, 1).
 
   "linear": Ho et al. (arXiv 2006.11239), rescaled to any number of steps.
   "cosine": Nichol and Dhariwal (arXiv 2102.09672), equation 17.
@@ -24,9 +24,9 @@ def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
   if schedule == "linear":
     scale = 1000 / num_timesteps
     betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
-    if betas[-1] > 1:
+    if betas[-1] >= 1:  # nothing of the image would be left
       raise SettingError(
-        "num_timesteps", num_timesteps, "must be at least 20 for the linear schedule"
+        "num_timesteps", num_timesteps, "must be at least 21 for the linear schedule"
       )
     return betas
   edges = np.arange(num_timesteps + 1) / num_timesteps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,33 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
 from mdt_jax.data.sources import Source
-from mdt_jax.data.transforms import to_float
+from mdt_jax.data.transforms import pixels_to_float, without_draws
 from mdt_jax.diffusion.likelihood import calc_bpd
+
+if TYPE_CHECKING:
+  from mdt_jax.data.autoencoder import Autoencoder
 
 Array = jax.Array
 Params = Any
-# (params, images (B, H, W, C), labels (B,), ids (B,), seed) -> terms of `calc_bpd`
-Bound = Callable[[Params, Array, Array, Array, Array], dict[str, Array]]
+# (params, batch, ids (B,), seed) -> terms of `calc_bpd`
+Bound = Callable[[Params, dict[str, Array], Array, Array], dict[str, Array]]
 
 
-def make_bound(config: ConfigDict, num_steps: int | None = None) -> Bound:
+def make_bound(
+  config: ConfigDict,
+  num_steps: int | None = None,
+  autoencoder: Autoencoder | None = None,
+) -> Bound:
   """The jitted bound of a run's network, conditioned on the labels.
 
   Args:
     config: of the run.
     num_steps: of a respaced process; None for every timestep, as released.
+    autoencoder: encodes images, where the run does so.
 
   Returns:
-    (params, images, labels, ids, seed) -> terms of `calc_bpd`. The noise of an image
-    derives from (seed, its id), whatever the batch.
+    (params, batch, ids, seed) -> terms of `calc_bpd`. The noise of an image derives
+    from (seed, its id), whatever the batch; of latents the means are taken.
   """
   model = settings.make_model(config)
   spacing = "" if num_steps is None else str(num_steps)
@@ -38,18 +46,27 @@ def make_bound(config: ConfigDict, num_steps: int | None = None) -> Bound:
 
   @jax.jit
   def bound(
-    params: Params, images: Array, labels: Array, ids: Array, seed: Array
+    params: Params, batch: dict[str, Array], ids: Array, seed: Array
   ) -> dict[str, Array]:
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
     return calc_bpd(
-      lambda x, t: model.apply({"params": params}, x, t, labels),
+      lambda x, t: model.apply({"params": params}, x, t, batch["label"]),
       diffusion,
-      images,
+      batch["moments"][:, 0] if "moments" in batch else batch["image"],
       keys,
-      clip_denoised=model.in_channels in (1, 3),
+      clip_denoised=settings.holds_pixels(config),
     )
 
-  return bound
+  if not settings.encodes_images(config):
+    return bound
+
+  def bound_of_images(
+    params: Params, batch: dict[str, Array], ids: Array, seed: Array
+  ) -> dict[str, Array]:
+    moments = autoencoder.moments(batch["image"])
+    return bound(params, {"moments": moments, "label": batch["label"]}, ids, seed)
+
+  return bound_of_images
 
 
 def bounds(
@@ -78,14 +95,11 @@ def bounds(
     count = min(batch_size, len(indices) - start)
     # The last batch is filled up, so that one compilation serves all.
     ids = indices[(start + np.arange(batch_size)) % len(indices)]
-    examples = [source[int(i)] for i in ids]
-    images = np.stack([example["image"] for example in examples])
-    if images.dtype == np.uint8:
-      images = to_float(images)
+    examples = [without_draws(source[int(i)]) for i in ids]
+    batch = jax.tree.map(lambda *arrays: np.stack(arrays), *examples)
     terms = bound(
       params,
-      jnp.asarray(images, jnp.float32),
-      jnp.asarray([example["label"] for example in examples], jnp.int32),
+      pixels_to_float(batch),
       jnp.asarray(ids, jnp.uint32),
       jnp.asarray(seed, jnp.uint32),
     )

@@ -13,11 +13,6 @@ CAPTION_HEIGHT = 14
 MARGIN = 2
 
 
-def is_image(channels: int) -> bool:
-  """Whether so many channels are grey or RGB pixels, and no latents."""
-  return channels in (1, 3)
-
-
 def to_uint8(images: np.ndarray) -> np.ndarray:
   """[-1, 1] to 0 … 255, clipped and truncated as the released code does."""
   return np.clip((images + 1) * 127.5, 0, 255).astype(np.uint8)

@@ -59,7 +59,8 @@ class MDT(nn.Module):
     label_dropout: share of labels dropped in training, for guidance.
     learn_sigma: 2C output channels, the second half for the variance.
     dtype: compute type; parameters, softmax and LayerNorm stay float32.
-    remat: "none", "full" or "dots": which activations are computed again.
+    remat: "none", "full" or "dots": which activations are computed again. On CPUs
+      it saves memory only where unroll is 1.
     unroll: blocks of a stack compiled one after another in each turn of the loop;
       -1 for all (faster on CPUs, longer to compile).
   """
@@ -119,6 +120,8 @@ class MDT(nn.Module):
         self.hidden_size,
         f"must be divisible by num_heads = {self.num_heads} and by 4",
       )
+    if not self.mlp_ratio * self.hidden_size >= 1:
+      raise SettingError("mlp_ratio", self.mlp_ratio, "must be above 0")
     if not 0 <= self.label_dropout < 1:
       raise SettingError("label_dropout", self.label_dropout, "must lie in [0, 1)")
     if self.unroll < -1 or self.unroll == 0:
@@ -149,8 +152,10 @@ class MDT(nn.Module):
     """
     block = Block
     if REMAT_POLICIES[self.remat] is not None:
-      # A scan already keeps XLA from merging the two computations.
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+      # A rolled scan keeps XLA from merging the two computations by itself.
+      block = nn.remat(
+        Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll != 1
+      )
     scanned = nn.scan(
       block,
       variable_axes={"params": 0},

@@ -25,7 +25,7 @@ DECODE_DEPTHS = {
   "MDTv2": dict(S=6, B=6, L=4, XL=4),
 }
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def _presets() -> dict[str, dict[str, Any]]:
@@ -49,7 +49,7 @@ def create_model(name: str, **overrides: Any) -> MDT:
   Args:
     name: a key of MODELS, such as "MDTv2-S/2".
     **overrides: attributes of MDT; None keeps the preset's value. `dtype` may be a
-      name: "float32", "bfloat16" or "float16".
+      name: "float32" or "bfloat16".
 
   Raises:
     SettingError: unknown name or attribute, or attributes that do not fit together.

@@ -84,6 +84,12 @@ class Checkpoints:
     self._manager.close()
 
 
+def workdir_of(path: str | Path) -> Path:
+  """The workdir that `path`, or the folder "checkpoints" in it, is."""
+  folder = Path(path).expanduser().absolute()
+  return folder.parent if folder.name == FOLDER else folder
+
+
 def save_model(
   workdir: str | Path, config: ConfigDict, params: Params, step: int = 0
 ) -> None:
@@ -123,9 +129,7 @@ def load_ema(
   Raises:
     SettingError: there is no checkpoint, or none of that step or decay.
   """
-  folder = Path(path).absolute()
-  if folder.name != FOLDER:
-    folder = folder / FOLDER
+  folder = workdir_of(path) / FOLDER
   if not folder.is_dir():
     raise SettingError(
       "--checkpoint", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
@@ -144,7 +148,7 @@ def load_ema(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
     ).config
     config = config_from_dict(saved)
-    decay = ema_decay or config.sampling.ema_decay or config.ema_decays[0]
+    decay = ema_decay if ema_decay is not None else settings.sampled_decay(config)
     check_choice("--ema_decay", decay, config.ema_decays)
     model = settings.make_model(config)
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

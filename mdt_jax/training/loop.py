@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tqdm
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
@@ -31,7 +32,10 @@ from mdt_jax.training.state import TrainState, init_state
 if TYPE_CHECKING:
   from clu.metric_writers import MetricWriter
 
+  from mdt_jax.data.autoencoder import Autoencoder
+
 logger = logging.getLogger("mdt_jax")
+STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
 
 
 class Interrupted(Exception):
@@ -53,21 +57,27 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
   settings.check(config, jax.device_count())
-  source = settings.make_source(config)
-  kept_lengths = settings.kept_lengths(config)
-  workdir = Path(workdir).absolute()
+  workdir = Path(workdir).expanduser().absolute()
+  if workdir.exists() and not workdir.is_dir():
+    raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
   mesh = sharding.make_mesh()
+  autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
+  source = settings.make_source(config, autoencoder)
+  kept_lengths = settings.kept_lengths(config)
   is_main = jax.process_index() == 0
 
-  with contextlib.closing(Checkpoints(workdir, config.checkpoints_to_keep)) as saved:
+  with (
+    stop_signals() as stop,
+    contextlib.closing(Checkpoints(workdir, config.checkpoints_to_keep)) as saved,
+  ):
     state, train_step = _start(config, mesh, saved)
     start = int(state.step)
-    if is_main:
-      settings.write(config, workdir)
     logger.info("%s", _summary(config, source, state, kept_lengths))
     if start >= config.num_steps:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
       return state
+    if is_main:
+      settings.write(config, workdir)
 
     loader = create_loader(
       source,
@@ -77,6 +87,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       start_step=start,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      num_workers=config.data.num_workers,
       num_threads=config.data.num_threads,
       prefetch=config.data.num_threads,
     )
@@ -84,28 +95,40 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     progress = Progress(config, writer, start)
     draw_samples = None
     if is_main and config.sample_every and config.num_samples:
-      draw_samples = _sample_drawer(config, workdir, writer)
+      draw_samples = _sample_drawer(config, workdir, writer, autoencoder)
 
-    with stop_signals() as stop:
-      for n in range(start, config.num_steps):
-        try:
-          batch = next(loader)
-        except SettingError:  # too many unreadable files: what is done stays done
+    for n in range(start, config.num_steps):
+      try:
+        batch = next(loader)
+      except SettingError:  # too many unreadable files: what is done stays done
+        if n > start and jax.process_count() == 1:  # a save needs every process
           saved.save(n, state, config)
-          raise
-        batch = sharding.put_batch(batch, sharding.over_batch(mesh))
-        num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
-        state, metrics = train_step(state, batch, num_keep)
-        done = n + 1
-        progress.add(done, metrics)
-        if stop or done % config.checkpoint_every == 0 or done == config.num_steps:
-          saved.save(done, state, config)
-        if stop:
-          raise Interrupted(f"stopped after step {done}, which is saved")
-        if draw_samples and _is_due(done, config.sample_every, config.num_steps):
-          draw_samples(done, state)
+        raise
+      batch = sharding.put_batch(batch, sharding.over_batch(mesh))
+      if settings.encodes_images(config):
+        batch["moments"] = autoencoder.moments(batch.pop("image"))
+      num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
+      state, metrics = train_step(state, batch, num_keep)
+      done = n + 1
+      progress.add(done, metrics)
+      stops = _any_process(stop, done)
+      if stops or done % config.checkpoint_every == 0 or done == config.num_steps:
+        saved.save(done, state, config)
+      if stops:
+        raise Interrupted(f"stopped after step {done}, which is saved")
+      if draw_samples and _is_due(done, config.sample_every, config.num_steps):
+        draw_samples(done, state)
     writer.close()
   return state
+
+
+def _any_process(stop: list[int], done: int) -> bool:
+  """Whether a process was asked to stop: all stop, and save, after the same step."""
+  if jax.process_count() == 1:
+    return bool(stop)
+  if done % STEPS_BETWEEN_AGREEMENTS:  # agreeing waits for the devices
+    return False
+  return bool(multihost_utils.process_allgather(np.array(bool(stop))).any())
 
 
 class Progress:
@@ -229,21 +252,25 @@ def _summary(
 
 
 def _sample_drawer(
-  config: ConfigDict, workdir: Path, writer: MetricWriter
+  config: ConfigDict,
+  workdir: Path,
+  writer: MetricWriter,
+  autoencoder: Autoencoder | None,
 ) -> Callable[[int, TrainState], None]:
   """Draws config.num_samples images with the averaged parameters, for a look."""
   generator = generate.make_generator(config)
   labels = np.arange(config.num_samples) % config.model.num_classes
-  decay = str(config.sampling.ema_decay or config.ema_decays[0])
+  decay = str(settings.sampled_decay(config))
   folder = workdir / "samples"
 
   def draw(done: int, state: TrainState) -> None:
     (arrays,) = generate.generate_batches(
       generator, state.ema[decay], labels, seed=config.seed, batch_size=len(labels)
     )
-    convert = (
-      images.to_uint8 if images.is_image(arrays.shape[-1]) else images.latent_preview
-    )
+    if autoencoder is not None:
+      arrays = autoencoder.decode(arrays)
+    is_pixels = autoencoder is not None or settings.holds_pixels(config)
+    convert = images.to_uint8 if is_pixels else images.latent_preview
     grid = images.make_grid(convert(arrays), [str(label) for label in labels])
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / f"step_{done:07d}.png")

@@ -131,10 +131,14 @@ def create_optimizer(
       AdamW; 0.98, 0.92, 0.99 for Adan).
     eps: added to the denominator.
     weight_decay: decoupled.
-    clip_norm: largest global norm of the gradient; None for no limit.
+    clip_norm: largest norm of the gradient of all trained parameters; None for no
+      limit.
     frozen: top-level parameters that stay as they are.
   """
   check_choice("name", name, OPTIMIZERS)
+  for setting, decay in dict(b1=b1, b2=b2, b3=b3).items():
+    if decay is not None and not 0 <= decay < 1:
+      raise SettingError(setting, decay, "must lie in [0, 1)")
   settings = dict(eps=eps, weight_decay=weight_decay)
   settings |= {k: b for k, b in dict(b1=b1, b2=b2).items() if b is not None}
   if name == "adamw":
@@ -144,11 +148,9 @@ def create_optimizer(
   else:
     settings |= {} if b3 is None else {"b3": b3}
     optimizer = adan(learning_rate, **settings)
-  if frozen:
-    optimizer = _without_frozen(optimizer, tuple(frozen))
-  if clip_norm is None:
-    return optimizer
-  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+  if clip_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+  return _without_frozen(optimizer, tuple(frozen)) if frozen else optimizer
 
 
 def _without_frozen(

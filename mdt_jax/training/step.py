@@ -62,14 +62,14 @@ def draw(
 
   Args:
     key: random key of the step.
-    batch: "image" (B, H, W, C) float32 and "label" (B,) int32.
+    batch: what `draw_images` takes, and "label" (B,) int32.
     model: for its classes, label dropout and number of tokens.
     timestep_sampler: draws the timesteps.
     loss_history: its state.
   """
-  x0, labels = batch["image"], batch["label"]
-  size = x0.shape[0]
-  t_key, noise_key, label_key, mask_key = jax.random.split(key, 4)
+  labels, size = batch["label"], batch["label"].shape[0]
+  t_key, noise_key, label_key, mask_key, latent_key = jax.random.split(key, 5)
+  x0 = draw_images(latent_key, batch)
   t, weights = timestep_sampler.sample(t_key, size, loss_history)
   return Draws(
     x0=x0,
@@ -86,6 +86,20 @@ def draw(
   )
 
 
+def draw_images(key: Array, batch: dict[str, Array]) -> Array:
+  """x0 (B, H, W, C) float32: "image", or a draw from the posterior of latents.
+
+  Args:
+    key: random key of the draw.
+    batch: "image" (B, H, W, C) float32, or "moments" (B, 2, H, W, C), mean and
+      deviation of each latent, of any float type.
+  """
+  if "image" in batch:
+    return batch["image"]
+  mean, deviation = jnp.unstack(batch["moments"].astype(jnp.float32), axis=1)
+  return mean + deviation * jax.random.normal(key, mean.shape)
+
+
 def pass_losses(
   model: MDT,
   diffusion: GaussianDiffusion,
@@ -93,7 +107,7 @@ def pass_losses(
   draws: Draws,
   num_keep: int | None,
 ) -> dict[str, Array]:
-  """Weighted losses (B,) of the unmasked pass, or of the masked one with `num_keep`."""
+  """Losses (B,) of the unmasked pass, or of the masked one with `num_keep`."""
   which = 0 if num_keep is None else 1
   noise = draws.noise[:, which]
   mask = None
@@ -107,8 +121,7 @@ def pass_losses(
     draws.labels[:, which],
     mask,
   )
-  losses = diffusion.training_losses(output, draws.x0, x_t, draws.t, noise)
-  return {name: loss * draws.weights for name, loss in losses.items()}
+  return diffusion.training_losses(output, draws.x0, x_t, draws.t, noise)
 
 
 def make_train_step(
@@ -148,7 +161,9 @@ def make_train_step(
       masked = pass_losses(model, diffusion, params, draws, num_keep)
       total = total + masked["loss"]
       losses |= {f"masked_{name}": loss for name, loss in masked.items()}
-    return total.mean(), (losses, total)
+    losses = {name: loss * draws.weights for name, loss in losses.items()}
+    # The timestep sampler learns from losses without its own weights.
+    return (total * draws.weights).mean(), (losses, total)
 
   def gradients_of(
     params: Params, draws: Draws, num_keep: int | None
@@ -179,7 +194,8 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
 
     metrics = _loss_metrics(losses, draws.t, diffusion.num_timesteps)
-    metrics["gradient_norm"] = jnp.stack([optax.tree.norm(gradients), 1.0])
+    trained = {k: g for k, g in gradients.items() if k not in model.frozen}
+    metrics["gradient_norm"] = jnp.stack([optax.tree.norm(trained), 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
     return TrainState(

@@ -260,7 +260,7 @@ def test_dit_takes_no_mask():
 BAD = [
   ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, MDT, MDTv2"),
   ("MDT-S/2", "remat", "some", "accepted are none, full, dots"),
-  ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16, float16"),
+  ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16"),
   *(
     ("MDT-S/2", attribute, 0, "must be at least 1")
     for attribute in (
@@ -278,6 +278,7 @@ BAD = [
   ("MDT-S/2", "hidden_size", 390, "must be divisible by num_heads = 6 and by 4"),
   ("MDT-S/2", "label_dropout", -0.1, "must lie in [0, 1)"),
   ("MDT-S/2", "label_dropout", 1.0, "must lie in [0, 1)"),
+  ("MDT-S/2", "mlp_ratio", 0.0, "must be above 0"),
   ("MDT-S/2", "unroll", 0, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "unroll", -2, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "decode_depth", 0, "must lie in [1, depth = 12]"),

@@ -143,7 +143,7 @@ def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
     (data / f"{i + 90}.png").write_bytes(b"no image")
   config = tiny_config(
     **{
-      "data.source": "folder",
+      "data.source": "images",
       "data.path": str(data.parent),
       "data.max_unreadable": 0,
       "num_steps": 20,

@@ -189,11 +189,13 @@ def test_frozen_parameters_stay_under_weight_decay(name):
   np.testing.assert_array_equal(after["pos_embed"], params["pos_embed"])
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", ["adamw", "adan"])
-def test_parameters_beside_frozen_ones_train_as_they_would_alone(name):
+def test_parameters_beside_frozen_ones_train_as_they_would_alone(name, clip_norm):
   params, gradients = random_params(), random_gradients(3)
-  both = create_optimizer(name, 0.1, weight_decay=0.1, frozen=["pos_embed"])
-  alone = create_optimizer(name, 0.1, weight_decay=0.1)
+  shared = dict(weight_decay=0.1, clip_norm=clip_norm)
+  both = create_optimizer(name, 0.1, **shared, frozen=["pos_embed"])
+  alone = create_optimizer(name, 0.1, **shared)
   assert_same(
     steps(both, params, gradients)[-1]["blocks"],
     steps(alone, params["blocks"], [g["blocks"] for g in gradients])[-1],
@@ -208,6 +210,7 @@ def test_parameters_beside_frozen_ones_train_as_they_would_alone(name):
       "name = 'sgd': accepted are adamw, adan",
     ),
     (lambda: create_optimizer("adamw", 0.1, b3=0.9), "b3 = 0.9: is of adan alone"),
+    (lambda: create_optimizer("adamw", 0.1, b1=1.5), "b1 = 1.5: must lie in [0, 1)"),
     (
       lambda: learning_rate_schedule("step", 0.1, 10),
       "schedule = 'step': accepted are constant, cosine, linear",

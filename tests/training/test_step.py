@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as settings
-from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.training import step
 from mdt_jax.training.state import TrainState
 from tests import reference
@@ -190,16 +189,42 @@ def test_loss_second_moment_sampler_learns_from_the_step():
   assert int(after.loss_history.counts.sum()) == config.batch_size
 
 
-def test_weights_of_the_timestep_sampler_scale_the_losses():
-  config = tiny_config()
-  model, diffusion = settings.make_model(config), GaussianDiffusion.create()
+def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
+  """Else the sampler would learn from its own weights."""
+  config = tiny_config(timestep_sampler="loss-second-moment")
+  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
   sampler = settings.make_timestep_sampler(config)
-  draws = step.draw(jax.random.key(0), make_batch(config), model, sampler, None)
-  params = make_state(config).params
-  once = step.pass_losses(model, diffusion, params, draws, None)["loss"]
-  draws = draws.replace(weights=draws.weights * 3)
-  thrice = step.pass_losses(model, diffusion, params, draws, None)["loss"]
-  np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+  rng = np.random.default_rng(0)
+  num_timesteps = config.diffusion.num_timesteps
+  history = sampler.init().replace(
+    losses=rng.uniform(0.1, 2, (num_timesteps, 10)).astype(np.float32),
+    counts=np.full(num_timesteps, 10, np.int32),
+  )
+  state = make_state(config).replace(loss_history=history)
+  after, metrics = make_step(config)(state, make_batch(config), None)
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  draws = step.draw(key, make_batch(config), model, sampler, history)
+  assert np.std(draws.weights) > 0.1
+  losses = step.pass_losses(model, diffusion, state.params, draws, None)["loss"]
+  mean = step.mean_metrics(metrics)["loss"]
+  np.testing.assert_allclose(mean, np.mean(losses * draws.weights), rtol=1e-4)
+  changed = np.asarray(after.loss_history.losses) != history.losses
+  recorded = np.sort(np.asarray(after.loss_history.losses)[changed])
+  np.testing.assert_allclose(recorded, np.sort(losses), rtol=1e-4)
+
+
+def test_latents_are_drawn_from_their_posterior():
+  """Anew at each step, and the same at a replayed one."""
+  rng = np.random.default_rng(0)
+  moments = rng.uniform(0.5, 1, (512, 2, 4, 4, 3)).astype(np.float16)
+  draws = [
+    np.asarray(step.draw_images(jax.random.key(seed), {"moments": moments}))
+    for seed in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(draws[0], draws[1])
+  assert np.abs(draws[0] - draws[2]).max() > 0.1
+  normal = (draws[0] - moments[:, 0]) / moments[:, 1]
+  np.testing.assert_allclose([normal.mean(), normal.std()], [0, 1], atol=0.03)
 
 
 def test_the_step_imports_neither_tensorflow_nor_torch():
