@@ -15,11 +15,14 @@ setup(
   python_requires=">=3.11,<3.14",
   install_requires=[
     "absl-py",
+    "array-record",
     "clu",
     "flax",
     "grain",
+    "importlib-resources",  # tensorflow-datasets imports it without saying so
     "jax>=0.7",
     "ml-collections",
+    "ml-dtypes",
     "numpy",
     "optax>=0.2.7",  # optax.tree.norm
     "orbax-checkpoint",
@@ -37,6 +40,7 @@ setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "torch": ["torch>=2.6"],  # to read and write .pt files
+    "hub": ["huggingface-hub"],  # to load a VAE by its name
     # One known PyTorch, so that a test run does not depend on the day.
     "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
   },

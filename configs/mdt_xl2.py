@@ -3,8 +3,7 @@
 python -m mdt_jax.main --config=configs/mdt_xl2.py --workdir=runs/mdt_xl2 \\
   --config.data.path=LATENTS
 
-LATENTS: one subfolder a class, with a .npy of shape (32, 32, 4) for each image, the
-VAE's latent times 0.18215.
+LATENTS: output of python -m mdt_jax.encode, images of 256x256 (docs/data.md).
 Hardware meant: a TPU v4-64 or v5p-32, or 64 GPUs as in the paper, with
 --config.model.dtype=bfloat16.
 Paper: FID 16.42 after 400,000 steps and 6.23 after 6.5 million without guidance; 1.79

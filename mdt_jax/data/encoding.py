@@ -96,6 +96,8 @@ def encode(
       refuses. Finished shards stay, and the same call goes on after them.
   """
   output = Path(output)
+  if is_finished(plan, output):
+    return True
   _begin(plan, output)
   for shard in range(process_index, plan.num_shards, process_count):
     indices = plan.shard_images(shard)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from mdt_jax.data import sources, transforms
 from mdt_jax.errors import SettingError
@@ -76,5 +77,7 @@ def create_loader(
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)
   if num_workers:
+    if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its flags there
+      flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(batches)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mdt_jax.data import transforms
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, open_files
@@ -166,7 +166,11 @@ class ImageSource(TolerantSource):
 
   def _decode(self, data: bytes) -> np.ndarray:
     size, _, channels = self.image_shape
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+      opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its own message names an object in memory
+      raise UnidentifiedImageError("no image of a known kind") from None
+    with opened as image:
       image.load()  # Image.open reads the header only; this finds truncated files.
       if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 8.
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))

@@ -1,6 +1,7 @@
 """Sources: what they hold, what they refuse, and what they leave out."""
 
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -172,6 +173,57 @@ def test_every_mode_becomes_the_declared_shape(tmp_path, mode, channels):
   image = source[0]["image"]
   assert (image.shape, image.dtype) == ((SIZE, SIZE, channels), np.uint8)
   assert source.image_shape == image.shape
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+  values = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
+  Image.fromarray(values).save(tmp_path / "x.png")
+  image = open_folder(tmp_path, image_size=4, channels=1)[0]["image"]
+  np.testing.assert_array_equal(image[0, :, 0], [0, 1, 127, 255])
+
+
+def test_a_palette_becomes_its_colours(tmp_path):
+  Image.new("RGB", (SIZE, SIZE), (200, 10, 90)).quantize(4).save(tmp_path / "x.png")
+  assert open_folder(tmp_path)[0]["image"][3, 4].tolist() == [200, 10, 90]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+  frames = [Image.new("L", (SIZE, SIZE), value) for value in (40, 80, 120)]
+  frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+  assert values(open_folder(tmp_path, channels=1)) == [40]
+
+
+@pytest.mark.parametrize("size", [(40, 1), (1, 40), (1, 1)])
+def test_an_image_one_pixel_high_or_wide_is_cropped(tmp_path, size):
+  write_image(tmp_path / "x.png", 5, size)
+  assert (open_folder(tmp_path)[0]["image"] == 5).all()
+
+
+def test_an_image_too_narrow_to_be_cropped_is_left_out(three, monkeypatch):
+  """Its smaller side would be scaled to the size, and the other one to a billion."""
+  write_image(three / "2.png", 2, (5000, 1))
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+  assert values(open_folder(three)) == [1, 3, 3]
+
+
+def test_sources_go_to_worker_processes(three):
+  source = pickle.loads(pickle.dumps(open_folder(three)))
+  assert values(source) == [1, 2, 3]
+
+
+def test_a_split_shares_out_every_example_once():
+  training, validation = sources.split_indices(1000, 0.1)
+  assert len(validation) == 100
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate([training, validation])), np.arange(1000)
+  )
+  assert np.diff(validation).max() <= 11
+
+
+def test_a_subset_holds_the_examples_asked_for(three):
+  subset = sources.Subset(open_folder(three), np.array([2, 0]))
+  assert values(subset) == [3, 1]
+  assert (subset.num_classes, subset.image_shape) == (1, (SIZE, SIZE, 3))
 
 
 def test_image_is_centre_cropped(tmp_path):

@@ -74,6 +74,57 @@ def test_small_image_is_enlarged_without_overshoot_or_shift():
   )
 
 
+def _released_crop(image, size):
+  """The definition of the released data loader, one line for each of its steps.
+
+  While the smaller side is at least twice `size`: halve both sides (rounded down) with
+  a box filter. Then scale by size / smaller side (rounded) with a bicubic filter. Then
+  cut `size` rows and columns out, beginning at half the surplus, rounded down.
+  """
+  while min(image.size) >= 2 * size:
+    image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+  ratio = size / min(image.size)
+  new_size = [round(side * ratio) for side in image.size]
+  pixels = np.array(image.resize(new_size, Image.Resampling.BICUBIC))
+  top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+  return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_crop_equals_the_released_one_byte_for_byte(seed):
+  rng = np.random.default_rng(seed)
+  width, height = rng.integers(1, 200, 2) * 2 + 1
+  size = int(rng.choice([16, 24, 32, 64]))
+  pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+  image = Image.fromarray(pixels)
+  cropped = np.array(transforms.center_crop(image, size))
+  assert cropped.tobytes() == _released_crop(image, size).tobytes()
+
+
+def example_of_latents():
+  return {"views": np.arange(2 * 2 * 12).reshape(2, 2, 2, 2, 3), "label": 1}
+
+
+def test_flip_chooses_the_latents_of_the_image_or_of_its_mirror():
+  example = example_of_latents()
+  found = [
+    transforms.random_flip(example, np.random.default_rng(seed)) for seed in range(40)
+  ]
+  chosen = [int((f["moments"] == example["views"][1]).all()) for f in found]
+  assert 10 < sum(chosen) < 30
+  assert all(
+    (f["moments"] == example["views"][c]).all()
+    for f, c in zip(found, chosen, strict=True)
+  )
+  assert all(set(f) == {"moments", "label"} for f in found)
+
+
+def test_without_draws_the_latents_are_those_of_the_image():
+  example = example_of_latents()
+  found = transforms.without_draws(example)
+  np.testing.assert_array_equal(found["moments"], example["views"][0])
+
+
 def test_crop_keeps_the_mode():
   assert transforms.center_crop(Image.new("RGB", (30, 20)), 8).mode == "RGB"
 

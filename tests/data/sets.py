@@ -1,0 +1,85 @@
+"""A small set of latents whose values are known, and how to write it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from mdt_jax.data import encoding, latents
+from mdt_jax.errors import SettingError
+
+LATENT_SHAPE = (4, 4, 3)
+NUM_IMAGES, NUM_CLASSES, NUM_SHARDS = 24, 5, 3
+BATCH_SIZE = 3
+
+
+class Images:
+  """Images 4x4x3 that tell their number, and have names; some cannot be read."""
+
+  def __init__(self, unreadable=(), max_unreadable=10):
+    self.files = self
+    self._unreadable = unreadable
+    self._max_unreadable = max_unreadable
+    self.left_out = []
+
+  def __len__(self):
+    return NUM_IMAGES
+
+  def name(self, index):
+    return f"class/{index}.png"
+
+  def load(self, index):
+    if index in self._unreadable:
+      raise OSError("truncated")
+    image = np.full((4, 4, 3), index, np.uint8)
+    return {"image": image, "label": np.int32(index % NUM_CLASSES)}
+
+  def leave_out(self, index, error):
+    self.left_out.append(index)
+    if len(self.left_out) > self._max_unreadable:
+      raise SettingError("config.data.max_unreadable", self._max_unreadable, "exceeded")
+
+
+def views(index):
+  """The moments of an image and of its mirror, float16."""
+  rng = np.random.default_rng(index)
+  return rng.uniform(0.1, 2, (2, 2, *LATENT_SHAPE)).astype(np.float16)
+
+
+def encode_fn(images):
+  return np.stack([views(int(image[0, 0, 0])) for image in images])
+
+
+def plan(**changes):
+  card = {
+    "format": latents.FORMAT,
+    "classes": [f"class {i}" for i in range(NUM_CLASSES)],
+    "latent_shape": list(LATENT_SHAPE),
+    "dtype": "float16",
+    **changes,
+  }
+  return encoding.Plan(card, NUM_IMAGES, NUM_SHARDS)
+
+
+def write(output, source=None, encode=encode_fn, **settings):
+  encoding.encode(
+    plan(), source or Images(), encode, output, batch_size=BATCH_SIZE, **settings
+  )
+  return output
+
+
+def write_slowly(output):
+  """Long enough to be killed at any moment; python -m tests.data.sets OUTPUT"""
+
+  def encode(images):
+    time.sleep(0.03)
+    return encode_fn(images)
+
+  print("begun", flush=True)
+  write(output, encode=encode)
+
+
+if __name__ == "__main__":
+  write_slowly(sys.argv[1])

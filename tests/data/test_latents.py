@@ -1,0 +1,192 @@
+"""Sets of latents: records, cards, and what is refused of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mdt_jax.data import encoding, latents, loader
+from mdt_jax.errors import SettingError
+from tests.data import sets
+
+CHANNELS = sets.LATENT_SHAPE[-1]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+  return sets.write(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+  """A copy to be damaged."""
+  return shutil.copytree(original, tmp_path / "set")
+
+
+def open_set(folder, max_unreadable=10):
+  return latents.LatentSource(folder, 4, CHANNELS, max_unreadable)
+
+
+@pytest.mark.parametrize("dtype", latents.DTYPES)
+def test_a_record_comes_back(dtype):
+  layout = latents.Layout((3, 3, 2), dtype)
+  views = np.random.default_rng(0).standard_normal(layout.shape)
+  views = views.astype(latents.DTYPES[dtype])
+  found, label, name = layout.unpack(layout.pack(views, 70_000, "ä/1.png"))
+  assert (found.tobytes(), label, name) == (views.tobytes(), 70_000, "ä/1.png")
+  assert found.dtype == latents.DTYPES[dtype]
+
+
+def test_a_record_cut_short_is_an_error():
+  layout = latents.Layout((3, 3, 2), "float16")
+  record = layout.pack(np.zeros(layout.shape, np.float16), 1, "")
+  with pytest.raises(ValueError, match="record of 147 bytes, where 148 are expected"):
+    layout.unpack(record[:-1])
+
+
+def test_examples_are_those_encoded(original):
+  source = open_set(original)
+  assert len(source) == sets.NUM_IMAGES
+  assert source.num_classes == sets.NUM_CLASSES
+  for index in (0, 7, sets.NUM_IMAGES - 1):
+    example = source[index]
+    np.testing.assert_array_equal(example["views"], sets.views(index))
+    assert example["label"] == index % sets.NUM_CLASSES
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, CHANNELS), (4, CHANNELS + 1)])
+def test_latents_of_another_shape_than_the_model_s_are_refused(
+  original, size, channels
+):
+  with pytest.raises(SettingError, match=r"holds arrays of shape \(4, 4, 3\), where"):
+    latents.LatentSource(original, size, channels, 0)
+
+
+def test_a_missing_shard_is_named(folder):
+  (folder / latents.shard_name(1, sets.NUM_SHARDS)).unlink()
+  with pytest.raises(SettingError, match="misses latents-00001-of-00003"):
+    open_set(folder)
+
+
+def test_a_shard_cut_short_is_named(folder):
+  path = folder / latents.shard_name(2, sets.NUM_SHARDS)
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(SettingError, match=r"latents-00002-of-00003\S+ has \d+ bytes"):
+    open_set(folder)
+
+
+def test_a_card_that_disagrees_with_its_shards_is_refused(folder):
+  card = latents.read_card(folder)
+  card["shards"][0]["images"] += 1
+  (folder / latents.CARD).write_text(json.dumps(card))
+  with pytest.raises(SettingError, match=r"latents-00000\S+ holds 8 records.*says 9"):
+    open_set(folder)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [(None, "holds no card.json"), ("{", "cannot be read"), ("{}", "is not of 'mdt_jax")],
+)
+def test_a_folder_without_a_card_is_refused(folder, text, message):
+  (folder / latents.CARD).unlink()
+  if text is not None:
+    (folder / latents.CARD).write_text(text)
+  with pytest.raises(SettingError, match=rf"^config.data.path = .*{message}"):
+    open_set(folder)
+
+
+def damage(folder, shard=1):
+  """Turns over a byte in the middle of a shard, which keeps its length."""
+  path = folder / latents.shard_name(shard, sets.NUM_SHARDS)
+  data = bytearray(path.read_bytes())
+  start = data.find(sets.views(10).tobytes())
+  data[start + 5] ^= 255
+  path.write_bytes(data)
+
+
+def test_a_damaged_record_is_left_out_and_named(folder, monkeypatch):
+  from absl import logging
+
+  lines = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+  damage(folder)
+  source = open_set(folder)
+  np.testing.assert_array_equal(source[10]["views"], sets.views(11))
+  (line,) = lines
+  assert "record 2 of" in line and "latents-00001-of-00003" in line
+
+
+def test_more_damaged_records_than_allowed_stop_the_run(folder):
+  damage(folder)
+  with pytest.raises(SettingError, match=r"^config.data.max_unreadable = 0: 1 files"):
+    open_set(folder, max_unreadable=0)[10]
+
+
+def test_verifying_finds_a_damaged_shard(folder):
+  assert encoding.verify(folder) == sets.NUM_IMAGES
+  damage(folder)
+  with pytest.raises(SettingError, match=r"latents-00001\S+ has checksum"):
+    encoding.verify(folder)
+
+
+def test_statistics_are_those_of_draws(original):
+  found = encoding.statistics(open_set(original))
+  rng = np.random.default_rng(0)
+  views = np.stack([sets.views(i) for i in range(sets.NUM_IMAGES)]).astype(np.float64)
+  mean, deviation = views[:, :, 0], views[:, :, 1]
+  draws = mean + deviation * rng.standard_normal((200, *mean.shape))
+  np.testing.assert_allclose(found["mean"], draws.mean((0, 1, 2, 3, 4)), atol=0.01)
+  np.testing.assert_allclose(found["deviation"], draws.std((0, 1, 2, 3, 4)), rtol=0.01)
+
+
+# In the loader.
+
+
+def take(folder, count, **settings):
+  settings = {"num_threads": 2, "prefetch": 2, **settings}
+  batches = loader.create_loader(
+    open_set(folder), seed=3, batch_size=8, flip=True, **settings
+  )
+  return list(itertools.islice(batches, count))
+
+
+def assert_same(found, expected):
+  for a, b in zip(found, expected, strict=True):
+    assert a["label"].tobytes() == b["label"].tobytes()
+    assert a["moments"].tobytes() == b["moments"].tobytes()
+
+
+def test_a_batch_holds_moments_as_they_are_stored(original):
+  (batch,) = take(original, 1)
+  found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+  assert found == {
+    "moments": ((8, 2, *sets.LATENT_SHAPE), np.float16),
+    "label": ((8,), np.int32),
+  }
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_200_batches_are_the_same_from_any_number_of_processes(original, process_count):
+  parts = [
+    take(original, 200, process_index=index, process_count=process_count)
+    for index in range(process_count)
+  ]
+  joined = [
+    {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+    for step in zip(*parts, strict=True)
+  ]
+  assert_same(joined, take(original, 200))
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_200_batches_are_the_same_from_any_number_of_workers(original, num_workers):
+  assert_same(take(original, 200, num_workers=num_workers), take(original, 200))
+
+
+def test_a_late_start_with_workers_continues_exactly(original):
+  whole = take(original, 8)
+  assert_same(take(original, 3, start_step=5, num_workers=2), whole[5:])
