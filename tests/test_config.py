@@ -90,6 +90,12 @@ BAD = [
   ("seed", -1, "must be at least 0"),
   ("log_every", 0, "must be at least 1"),
   ("ema_decays", (1.0,), "must be one or more numbers in [0, 1)"),
+  ("ema_decays", ("a",), "must be one or more numbers in [0, 1)"),
+  ("seed", 2**32, "must be below 2**32"),
+  ("data.num_threads", -1, "must be at least 0"),
+  ("data.num_workers", -1, "must be at least 0"),
+  ("model.mlp_ratio", 0.0, "must be above 0"),
+  ("optimizer.b1", 1.5, "must lie in [0, 1)"),
   ("ema_decays", (), "must be one or more numbers in [0, 1)"),
   ("diffusion.schedule", "sqrt", "accepted are linear, cosine"),
   ("diffusion.prediction", "x", "accepted are epsilon, x0, v"),
@@ -132,6 +138,50 @@ def test_guidance_without_label_dropout_is_refused():
   config = tiny_config(**{"model.label_dropout": 0.0})
   with pytest.raises(SettingError, match=r"config\.sampling\.cfg_scale = 3\.8"):
     settings.check(config)
+
+
+@pytest.mark.parametrize(
+  ("source", "vae", "pixels", "encodes"),
+  [
+    ("digits", None, True, False),
+    ("images", None, True, False),
+    ("images", "folder", False, True),
+    ("latents", None, False, False),
+    ("latents", "folder", False, False),
+    ("arrays", None, False, False),
+  ],
+)
+def test_what_the_network_works_on_follows_from_the_data(source, vae, pixels, encodes):
+  config = tiny_config(**{"data.source": source, "data.vae": vae})
+  assert settings.holds_pixels(config) == pixels
+  assert settings.encodes_images(config) == encodes
+
+
+def test_examples_held_out_are_not_trained_on():
+  config = tiny_config(**{"data.validation": 0.1})
+  training = settings.make_source(config)
+  validation = settings.make_source(config, held_out=True)
+  assert (len(training), len(validation)) == (1617, 180)
+  images = {training[i]["image"].tobytes() for i in range(len(training))}
+  held_out = [validation[i]["image"].tobytes() for i in range(len(validation))]
+  assert sum(image in images for image in held_out) < 5  # but for equal digits
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.6])
+def test_a_share_that_cannot_be_held_out_is_refused(share):
+  with pytest.raises(SettingError, match=r"config\.data\.validation"):
+    settings.make_source(tiny_config(**{"data.validation": share}))
+
+
+def test_nothing_held_out_cannot_be_validated_on():
+  with pytest.raises(SettingError, match="holds no example out"):
+    settings.make_source(tiny_config(), held_out=True)
+
+
+def test_an_autoencoder_of_other_channels_than_the_network_s_is_refused():
+  vae = str(CONFIGS.parent / "tests" / "fixtures" / "vae")
+  with pytest.raises(SettingError, match=r"config\.model\.in_channels = 1: must be 4"):
+    settings.make_autoencoder(tiny_config(**{"data.vae": vae}))
 
 
 def test_an_unknown_field_cannot_be_set():

@@ -56,6 +56,13 @@ def test_a_state_comes_back_bit_for_bit(saved):
   assert_same(state, restored)
 
 
+def test_a_decay_of_zero_is_no_missing_one(tmp_path):
+  """It is the parameters themselves."""
+  config = tiny_config(ema_decays=(0.9, 0.0))
+  state = save(tmp_path, config)
+  assert_same(load_ema(tmp_path, ema_decay=0.0)[1], state.ema["0.0"])
+
+
 @pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
 def test_sampling_loads_the_average_asked_for(saved, decay, expected):
   folder, _, state = saved

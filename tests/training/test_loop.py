@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 from mdt_jax.errors import SettingError
+from mdt_jax.pipeline import Pipeline
 from mdt_jax.training import loop
 from mdt_jax.training.checkpoints import Checkpoints
+from tests import reference
 from tests.training.tiny import tiny_config
 
 
@@ -155,3 +159,94 @@ def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
   checkpoints = Checkpoints(tmp_path / "run", 2)
   assert checkpoints.latest_step() == 3
   checkpoints.close()
+
+
+def test_a_finished_run_keeps_its_config_file(tmp_path):
+  loop.train(tiny_config(num_steps=2), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  loop.train(tiny_config(num_steps=1), tmp_path)
+  assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+  (tmp_path / "run").write_text("kept")
+  with pytest.raises(SettingError, match=r"--workdir = .*must be a folder"):
+    loop.train(tiny_config(), tmp_path / "run")
+
+
+# Latents.
+
+VAE = reference.FIXTURES / "vae"
+PHOTOS = 24
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Smooth images in two classes, and the set of their latents."""
+  from PIL import Image
+
+  folder = tmp_path_factory.mktemp("photos")
+  rng = np.random.default_rng(0)
+  for i in range(PHOTOS):
+    (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((40, 36), Image.Resampling.BICUBIC)
+    image.save(folder / "images" / "ab"[i % 2] / f"{i}.png")
+  code = (
+    "import sys; from mdt_jax import cli, encode; "
+    f"sys.argv = ['encode', '--source={folder / 'images'}', '--vae={VAE}', "
+    f"'--output={folder / 'latents'}', '--image_size=32', '--batch_size=8', "
+    "'--num_shards=2']; cli.run(encode.main)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+  return folder
+
+
+def latent_config(photos, source, **changes):
+  return tiny_config(
+    **{
+      "model.input_size": 4,
+      "model.in_channels": 4,
+      "model.num_classes": 2,
+      "masking.num_lengths": 1,
+      "data.source": source,
+      "data.path": str(photos / source),
+      "data.flip": True,
+      "num_steps": 3,
+      **changes,
+    }
+  )
+
+
+def test_images_encoded_at_each_visit_train_as_their_stored_latents(photos, tmp_path):
+  """The same images, flips and posterior draws; only the storage rounds."""
+  stored = loop.train(latent_config(photos, "latents"), tmp_path / "stored")
+  changes = {"data.vae": str(VAE)}
+  encoded = loop.train(latent_config(photos, "images", **changes), tmp_path / "visit")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+    stored.ema,
+    encoded.ema,
+  )
+
+
+def test_pictures_of_latents_are_decoded(photos, tmp_path):
+  from PIL import Image
+
+  changes = {"data.vae": str(VAE), "sample_every": 3, "num_samples": 1}
+  loop.train(latent_config(photos, "latents", **changes), tmp_path)
+  with Image.open(tmp_path / "samples" / "step_0000003.png") as picture:
+    assert picture.size[0] >= 64  # 32 pixels, enlarged; a latent would be 4
+  images = Pipeline.from_checkpoint(tmp_path)([0, 1], num_steps=2)
+  assert images.shape == (2, 32, 32, 3)
+  undecoded = Pipeline.from_checkpoint(tmp_path, vae="none")
+  assert undecoded([0, 1], num_steps=2).shape == (2, 4, 4, 4)
+
+
+def test_latents_of_another_size_are_refused_before_anything_is_written(
+  photos, tmp_path
+):
+  config = latent_config(photos, "latents", **{"model.input_size": 8})
+  with pytest.raises(SettingError, match=r"holds arrays of shape \(4, 4, 4\), where"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
