@@ -13,6 +13,16 @@ from absl import logging as absl_logging
 
 from mdt_jax.errors import SettingError
 
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT of process 0, where there are several."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Find the three above: TPU pod, Slurm, GKE, Open MPI."
+)
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all.")
+
 EXIT_BAD_SETTING = 2
 EXIT_INTERRUPTED = 130  # as a shell gives for Ctrl-C
 
@@ -29,6 +39,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if len(argv) > 1:
       _refuse(f"unknown argument {argv[1]!r}: settings are given as --name=value")
     try:
+      _join()
       main(argv)
     except SettingError as error:
       _refuse(str(error))
@@ -37,6 +48,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(EXIT_INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _join() -> None:
+  """Joins the other processes, if there are any; only the first one logs."""
+  from mdt_jax.training import distributed  # imports JAX
+
+  if JOIN_TIMEOUT.value < 1:
+    raise SettingError("--join_timeout", JOIN_TIMEOUT.value, "must be at least 1")
+  distributed.start(
+    COORDINATOR_ADDRESS.value,
+    NUM_PROCESSES.value,
+    PROCESS_ID.value,
+    detect=DISTRIBUTED.value,
+    timeout=JOIN_TIMEOUT.value,
+  )
+  if distributed.process_index() > 0:
+    logging.getLogger("mdt_jax").setLevel(logging.WARNING)
 
 
 def _plain_log_lines() -> None:

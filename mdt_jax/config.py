@@ -25,6 +25,7 @@ from mdt_jax.models.masking import KeptLengths
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.presets import DTYPES, create_model
 from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
+from mdt_jax.training.sharding import mesh_shape
 
 if TYPE_CHECKING:
   from mdt_jax.data.autoencoder import Autoencoder
@@ -95,6 +96,11 @@ def default_config() -> ConfigDict:
   c.data.num_workers = 0  # processes that read; 0: threads of this one
   c.data.num_threads = 8  # batches read at a time; 0: in the main thread
 
+  c.mesh = ConfigDict()  # devices along each axis; one axis may be -1: what is left
+  c.mesh.data = -1  # share the batch, hold copies of the state
+  c.mesh.fsdp = 1  # share the batch and the state
+  c.mesh.tensor = 1  # share heads and hidden units, of the same images
+
   c.sampling = ConfigDict()  # of the pictures, and the defaults of mdt_jax.sample
   c.sampling.method = "ddpm"  # ddpm or ddim
   c.sampling.num_steps = 250
@@ -118,7 +124,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
 
   Args:
     config: as `default_config`.
-    num_devices: devices that share a batch.
+    num_devices: devices of the run.
   """
   for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
     _at_least(config, name, 1)
@@ -137,14 +143,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
   make_optimizer(config)
   make_timestep_sampler(config)
   _check_sampling(config)
-  parts = num_devices * config.accumulation_steps
-  if config.batch_size % parts:
-    raise SettingError(
-      "config.batch_size",
-      config.batch_size,
-      f"must be divisible by {num_devices} devices x config.accumulation_steps = "
-      f"{config.accumulation_steps}, so by {parts}",
-    )
+  _check_mesh(config, num_devices)
   decays = config.ema_decays
   if not decays or not all(
     isinstance(decay, (int, float)) and 0 <= decay < 1 for decay in decays
@@ -330,6 +329,31 @@ def _check_sampling(config: ConfigDict) -> None:
       )
     if sampling.ema_decay is not None:
       check_choice("ema_decay", sampling.ema_decay, config.ema_decays)
+
+
+def _check_mesh(config: ConfigDict, num_devices: int) -> None:
+  mesh = config.mesh
+  data, fsdp, tensor = mesh_shape((mesh.data, mesh.fsdp, mesh.tensor), num_devices)
+  parts = data * fsdp * config.accumulation_steps
+  if config.batch_size % parts:
+    raise SettingError(
+      "config.batch_size",
+      config.batch_size,
+      f"must be divisible by {data * fsdp} devices that share a batch x "
+      f"config.accumulation_steps = {config.accumulation_steps}, so by {parts}",
+    )
+  model = make_model(config)
+  if model.hidden_size % fsdp:
+    raise SettingError(
+      "config.mesh.fsdp", fsdp, f"must divide the width of {model.hidden_size}"
+    )
+  hidden = int(model.hidden_size * model.mlp_ratio)
+  if model.num_heads % tensor or hidden % tensor:
+    raise SettingError(
+      "config.mesh.tensor",
+      tensor,
+      f"must divide the {model.num_heads} heads and the {hidden} hidden units",
+    )
 
 
 def _at_least(config: ConfigDict, name: str, least: int) -> None:

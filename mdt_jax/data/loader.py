@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,8 +20,7 @@ def create_loader(
   batch_size: int,
   flip: bool,
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   num_workers: int = 0,
   num_threads: int = 8,
   prefetch: int = 8,
@@ -29,9 +29,8 @@ def create_loader(
 
   The source is shuffled anew for each epoch and repeated for ever; batches run across
   the ends of epochs. Row j of the global batch of step s is element s * batch_size + j
-  of that stream, flip included, and process p holds the rows from p * local to
-  (p + 1) * local - 1. A batch therefore depends on `seed` and s alone, not on the
-  number of processes nor on where the iterator started.
+  of that stream, flip included. A batch therefore depends on `seed` and s alone, not on
+  the number of processes nor on where the iterator started.
 
   Args:
     source: labelled examples. uint8 images are scaled to [-1, 1]; float images are
@@ -40,27 +39,22 @@ def create_loader(
     batch_size: examples in the global batch, over all processes.
     flip: whether to mirror images left to right at random, drawn anew at each visit.
     start_step: the step of the first batch; earlier ones are not read.
-    process_index: this process, in [0, process_count).
-    process_count: processes that share the global batch.
+    rows: R rows of the global batch that this process reads, see
+      `training.sharding.local_rows`; None for all.
     num_workers: processes that read; 0 reads in this one.
     num_threads: batches read at the same time; 0 reads in the caller's thread.
     prefetch: batches held ready in memory, >= num_threads.
 
   Yields:
-    "image" float32 (batch_size // process_count, H, W, C), or "moments"
-    (batch_size // process_count, 2, H, W, C) in the type they are stored in, and
-    "label" int32 (batch_size // process_count,).
+    "image" float32 (R, H, W, C), or "moments" (R, 2, H, W, C) in the type they are
+    stored in, and "label" int32 (R,).
 
   Raises:
-    SettingError: where the processes cannot share the batch evenly, or the seed is
-      negative; from the iterator, what the source raises.
+    SettingError: the batch size or the seed is out of range; from the iterator, what
+      the source raises.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise SettingError(
-      "config.batch_size",
-      batch_size,
-      f"accepted is a positive multiple of the number of processes, {process_count}",
-    )
+  if batch_size < 1:
+    raise SettingError("config.batch_size", batch_size, "must be at least 1")
   if seed < 0:
     raise SettingError("config.seed", seed, "accepted is a whole number from 0")
   # `seed` derives a seed for each later transformation. Given to `shuffle` directly,
@@ -71,9 +65,10 @@ def create_loader(
     stream = stream.random_map(transforms.random_flip)
   else:
     stream = stream.map(transforms.without_draws)
-  # Local batches of all processes in turn; this process takes every process_count-th.
-  batches = stream.batch(batch_size // process_count).map(transforms.pixels_to_float)
-  batches = batches[start_step * process_count + process_index :: process_count]
+  if rows is not None:
+    stream = _Rows(stream, batch_size, rows)
+  batches = stream.batch(batch_size if rows is None else len(rows))
+  batches = batches.map(transforms.pixels_to_float)[start_step:]
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)
   if num_workers:
@@ -81,3 +76,21 @@ def create_loader(
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(batches)
+
+
+class _Rows(grain.MapDataset):
+  """Of each `batch_size` elements in turn, those at the places `rows`."""
+
+  def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+    super().__init__(stream)
+    self._batch_size = batch_size
+    self._rows = [int(row) for row in rows]
+
+  def __len__(self) -> int:
+    return len(self._parent) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int | slice) -> Any:
+    if isinstance(index, slice):
+      return self.slice(index)
+    step, place = divmod(index, len(self._rows))
+    return self._parent[step * self._batch_size + self._rows[place]]

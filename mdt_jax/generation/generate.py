@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from mdt_jax import config as settings
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.diffusion.samplers import sample
 from mdt_jax.errors import SettingError
+from mdt_jax.training.sharding import fetch
 
 Array = jax.Array
 Params = Any
@@ -82,12 +82,9 @@ def generate_batches(
     # The last batch is filled up, so that one compilation serves all.
     ids = (start + np.arange(batch_size)) % len(labels)
     images = generator(
-      params,
-      jnp.asarray(labels[ids], jnp.int32),
-      jnp.asarray(ids, jnp.uint32),
-      jnp.asarray(seed, jnp.uint32),
+      params, labels[ids].astype(np.int32), ids.astype(np.uint32), np.uint32(seed)
     )
-    yield np.asarray(images)[:count]
+    yield fetch(images)[:count]
 
 
 def check_labels(setting: str, labels: np.ndarray, num_classes: int) -> None:

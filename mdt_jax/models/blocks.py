@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.embeddings import linear_init, normal_init
+from mdt_jax.models.spread import linear, spread_batch
 
 Array = jax.Array
 Dtype = Any
@@ -53,11 +54,12 @@ class Modulation(nn.Module):
 
   @nn.compact
   def __call__(self, c: Array) -> list[Array]:
-    out = nn.Dense(
+    out = linear(
       self.count * c.shape[-1],
+      "linear",
+      "modulation/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
-      name="linear",
     )(nn.silu(c))
     return jnp.split(out, self.count, axis=-1)
 
@@ -78,10 +80,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, position_index: Array | None) -> Array:
     """x (B, K, D) -> (B, K, D); position_index (1 or B, K, K) into the table."""
-    b, k, d = x.shape
+    dim = x.shape[-1]
     dense = dict(kernel_init=linear_init, dtype=self.dtype)
-    qkv = nn.Dense(3 * d, name="qkv", **dense)(x)
-    query, key, value = jnp.unstack(qkv.reshape(b, k, 3, self.num_heads, -1), axis=2)
+    # Heads are an axis of their own, so that devices can share them.
+    heads = (3, self.num_heads, dim // self.num_heads)
+    qkv = linear(heads, "qkv", **dense)(x)
+    query, key, value = jnp.unstack(qkv, axis=2)
     bias = None
     if self.bias_rows:
       table = self.param(
@@ -93,7 +97,7 @@ class Attention(nn.Module):
       bias = jnp.asarray(table)[position_index]
       bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
     out = jax.nn.dot_product_attention(query, key, value, bias=bias)
-    return nn.Dense(d, name="proj", **dense)(out.reshape(b, k, d))
+    return linear(dim, "proj", axis=(-2, -1), **dense)(out)
 
 
 class Block(nn.Module):
@@ -117,9 +121,10 @@ class Block(nn.Module):
     """x (B, K, D), c (B, D), skip (B, K, D) where `long_skip` is set."""
     dim = x.shape[-1]
     dense = dict(kernel_init=linear_init, dtype=self.dtype)
+    x = spread_batch(x)
     if self.long_skip:
       joined = jnp.concatenate([x, skip], axis=-1)
-      x = nn.Dense(dim, name="skip", **dense)(joined)
+      x = linear(dim, "skip", **dense)(joined)
 
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(
       6, self.dtype, name="modulation"
@@ -129,8 +134,8 @@ class Block(nn.Module):
     x = x + gate1[:, None] * h
 
     h = modulate(layer_norm(x), shift2, scale2)
-    h = nn.Dense(int(dim * self.mlp_ratio), name="fc1", **dense)(h)
-    h = nn.Dense(dim, name="fc2", **dense)(nn.gelu(h, approximate=True))
+    h = linear(int(dim * self.mlp_ratio), "fc1", **dense)(h)
+    h = linear(dim, "fc2", **dense)(nn.gelu(h, approximate=True))
     x = x + gate2[:, None] * h
     return x, (x if self.emit else None)
 
@@ -147,11 +152,12 @@ class FinalLayer(nn.Module):
     batch, length, _ = x.shape
     p, grid = self.patch_size, int(length**0.5)
     shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-    x = nn.Dense(
+    x = linear(
       p * p * self.out_channels,
+      "linear",
+      "final_layer/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
-      name="linear",
     )(modulate(layer_norm(x), shift, scale))
     x = x.reshape(batch, grid, grid, p, p, self.out_channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models.spread import gather, linear, parameter_axes
+
 Array = jax.Array
 Dtype = Any
 
@@ -70,8 +72,12 @@ class PatchEmbed(nn.Module):
     p = self.patch_size
     patches = images.reshape(b, h // p, p, w // p, p, c)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
-    return nn.Dense(
-      self.hidden_size, kernel_init=linear_init, dtype=self.dtype, name="linear"
+    return linear(
+      self.hidden_size,
+      "linear",
+      "patch_embed/",
+      kernel_init=linear_init,
+      dtype=self.dtype,
     )(patches)
 
 
@@ -86,8 +92,12 @@ class TimestepEmbed(nn.Module):
     x = timestep_frequencies(t).astype(self.dtype)
     for name in ("fc1", "fc2"):
       x = nn.silu(x) if name == "fc2" else x
-      x = nn.Dense(
-        self.hidden_size, kernel_init=normal_init, dtype=self.dtype, name=name
+      x = linear(
+        self.hidden_size,
+        name,
+        "timestep_embed/",
+        kernel_init=normal_init,
+        dtype=self.dtype,
       )(x)
     return x
 
@@ -110,4 +120,5 @@ class LabelEmbed(nn.Module):
     if train and self.dropout > 0:
       key = self.make_rng("label_dropout")
       labels = drop_labels(key, labels, self.num_classes, self.dropout)
-    return jnp.asarray(table, self.dtype)[labels]
+    table = gather(jnp.asarray(table, self.dtype), parameter_axes("label_embed/table"))
+    return table[labels]

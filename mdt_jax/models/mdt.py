@@ -24,6 +24,7 @@ from mdt_jax.models.embeddings import (
   sincos_positions,
 )
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
+from mdt_jax.models.spread import gather, parameter_axes
 
 Array = jax.Array
 Dtype = Any
@@ -205,7 +206,8 @@ class MDT(nn.Module):
     positions = sincos_positions(self.hidden_size, self.input_size // self.patch_size)
 
     def position_param(name: str) -> Array:
-      return self.param(name, lambda key: jnp.asarray(positions)).astype(self.dtype)
+      param = self.param(name, lambda key: jnp.asarray(positions))
+      return gather(param.astype(self.dtype), parameter_axes(name))
 
     tokens = PatchEmbed(
       self.patch_size, self.hidden_size, self.dtype, name="patch_embed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import signal
 import threading
@@ -25,9 +24,10 @@ from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
-from mdt_jax.training import sharding, step
+from mdt_jax.training import distributed, sharding, step
 from mdt_jax.training.checkpoints import Checkpoints
-from mdt_jax.training.state import TrainState, init_state
+from mdt_jax.training.program import Program, make_program
+from mdt_jax.training.state import TrainState
 
 if TYPE_CHECKING:
   from clu.metric_writers import MetricWriter
@@ -56,11 +56,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     SettingError: before anything is written, for a setting that cannot be used.
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
+  distributed.check_same_config(config)
   settings.check(config, jax.device_count())
   workdir = Path(workdir).expanduser().absolute()
   if workdir.exists() and not workdir.is_dir():
     raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(**config.mesh)
   autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
   source = settings.make_source(config, autoencoder)
   kept_lengths = settings.kept_lengths(config)
@@ -69,10 +70,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   with (
     stop_signals() as stop,
     contextlib.closing(Checkpoints(workdir, config.checkpoints_to_keep)) as saved,
+    sharding.use_mesh(mesh),
   ):
-    state, train_step = _start(config, mesh, saved)
+    program = make_program(config, mesh)
+    state = _first_state(config, program, saved)
     start = int(state.step)
-    logger.info("%s", _summary(config, source, state, kept_lengths))
+    logger.info("%s", _summary(config, mesh, source, state, kept_lengths))
     if start >= config.num_steps:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
       return state
@@ -85,8 +88,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       batch_size=config.batch_size,
       flip=config.data.flip,
       start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=sharding.local_rows(mesh, config.batch_size),
       num_workers=config.data.num_workers,
       num_threads=config.data.num_threads,
       prefetch=config.data.num_threads,
@@ -94,8 +96,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     writer = _create_writer(workdir if is_main else None)
     progress = Progress(config, writer, start)
     draw_samples = None
-    if is_main and config.sample_every and config.num_samples:
-      draw_samples = _sample_drawer(config, workdir, writer, autoencoder)
+    if config.sample_every and config.num_samples:
+      draw_samples = _sample_drawer(config, mesh, workdir, writer, autoencoder)
 
     for n in range(start, config.num_steps):
       try:
@@ -104,13 +106,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         if n > start and jax.process_count() == 1:  # a save needs every process
           saved.save(n, state, config)
         raise
-      batch = sharding.put_batch(batch, sharding.over_batch(mesh))
-      if settings.encodes_images(config):
-        batch["moments"] = autoencoder.moments(batch.pop("image"))
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
-      state, metrics = train_step(state, batch, num_keep)
       done = n + 1
-      progress.add(done, metrics)
+      with jax.transfer_guard("disallow"):  # but for what is asked for by name
+        batch = sharding.put_batch(batch, mesh, config.batch_size)
+        if settings.encodes_images(config):
+          batch["moments"] = autoencoder.moments(batch.pop("image"))
+        state, metrics = program.step(state, batch, num_keep)
+        progress.add(done, metrics)
       stops = _any_process(stop, done)
       if stops or done % config.checkpoint_every == 0 or done == config.num_steps:
         saved.save(done, state, config)
@@ -194,50 +197,21 @@ def stop_signals() -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
-def _start(
-  config: ConfigDict, mesh: jax.sharding.Mesh, saved: Checkpoints
-) -> tuple[TrainState, step.TrainStep]:
-  """The state to start from, saved or fresh, and the jitted step."""
-  model = settings.make_model(config)
-  optimizer, learning_rate = settings.make_optimizer(config)
-  timestep_sampler = settings.make_timestep_sampler(config)
-  init = functools.partial(
-    init_state,
-    model=model,
-    optimizer=optimizer,
-    ema_decays=config.ema_decays,
-    timestep_sampler=timestep_sampler,
-  )
-  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
-  key = jax.random.key(config.seed)
+def _first_state(
+  config: ConfigDict, program: Program, saved: Checkpoints
+) -> TrainState:
+  """The state to start from, saved or fresh."""
   latest = saved.latest_step()
   if latest is None:
-    state = init(key)
-  else:
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.replicated(mesh)
-      ),
-      jax.eval_shape(init, key),
-    )
-    state = saved.restore(abstract, config)
-    logger.info("going on from the checkpoint of step %d", latest)
-  train_step = step.make_train_step(
-    model,
-    settings.make_diffusion(config),
-    optimizer,
-    timestep_sampler,
-    seed=config.seed,
-    ema_decays=config.ema_decays,
-    accumulation_steps=config.accumulation_steps,
-    learning_rate=learning_rate,
-  )
-  train_step = jax.jit(train_step, static_argnames="num_keep", donate_argnames="state")
-  return state, train_step
+    return program.init(jax.random.key(config.seed))
+  state = saved.restore(program.state, config)
+  logger.info("going on from the checkpoint of step %d", latest)
+  return state
 
 
 def _summary(
   config: ConfigDict,
+  mesh: jax.sharding.Mesh,
   source: Source,
   state: TrainState,
   kept_lengths: KeptLengths | None,
@@ -247,19 +221,26 @@ def _summary(
   if kept_lengths:
     masked = "kept tokens " + ", ".join(map(str, kept_lengths.lengths))
   devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+  if jax.device_count() > 1:
+    devices += " as " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
   data = f"{len(source)} images, {source.num_classes} classes"
   return f"{config.model.name}\n{table}\n{data}; {masked}; {devices}"
 
 
 def _sample_drawer(
   config: ConfigDict,
+  mesh: jax.sharding.Mesh,
   workdir: Path,
   writer: MetricWriter,
   autoencoder: Autoencoder | None,
 ) -> Callable[[int, TrainState], None]:
-  """Draws config.num_samples images with the averaged parameters, for a look."""
+  """Draws config.num_samples images with the averaged parameters, for a look.
+
+  All processes draw, and the first one writes.
+  """
   generator = generate.make_generator(config)
-  labels = np.arange(config.num_samples) % config.model.num_classes
+  count, shards = config.num_samples, sharding.batch_shards(mesh)
+  labels = np.arange(-(-count // shards) * shards) % config.model.num_classes
   decay = str(settings.sampled_decay(config))
   folder = workdir / "samples"
 
@@ -269,9 +250,12 @@ def _sample_drawer(
     )
     if autoencoder is not None:
       arrays = autoencoder.decode(arrays)
+    if jax.process_index() > 0:
+      return
     is_pixels = autoencoder is not None or settings.holds_pixels(config)
     convert = images.to_uint8 if is_pixels else images.latent_preview
-    grid = images.make_grid(convert(arrays), [str(label) for label in labels])
+    captions = [str(label) for label in labels[:count]]
+    grid = images.make_grid(convert(arrays[:count]), captions)
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / f"step_{done:07d}.png")
     writer.write_images(done, {"samples": np.asarray(grid)[None]})

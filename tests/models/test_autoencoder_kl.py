@@ -58,15 +58,22 @@ def rms_error(actual, expected):
 @pytest.mark.parametrize("moment", ["mean", "logvar"])
 @pytest.mark.parametrize("name", FIXTURES)
 def test_encode_matches_reference(name, moment):
-  expected = recorded(name, moment)
-  error = reference.relative_error(encoded(name)[moment], expected)
-  assert error < reference.FORWARD_TOLERANCE
+  reference.assert_matches(
+    f"autoencoder ({name}), {moment} of the posterior",
+    encoded(name)[moment],
+    recorded(name, moment),
+    reference.FORWARD_TOLERANCE,
+  )
 
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_decode_matches_reference(name):
-  error = reference.relative_error(decoded(name), recorded(name, "decoded"))
-  assert error < reference.FORWARD_TOLERANCE
+  reference.assert_matches(
+    f"autoencoder ({name}), decoded images",
+    decoded(name),
+    recorded(name, "decoded"),
+    reference.FORWARD_TOLERANCE,
+  )
 
 
 def test_bfloat16_is_close_to_float32():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from mdt_jax import config as settings
 from mdt_jax.training import sharding, step
-from mdt_jax.training.state import init_state
+from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 
 NUM_KEEP = 10
@@ -20,7 +19,6 @@ def replay() -> dict[str, np.ndarray]:
   """The draws, losses and parameters of a step, by name."""
   config = tiny_config(batch_size=16, seed=5)
   model, diffusion = settings.make_model(config), settings.make_diffusion(config)
-  optimizer, _ = settings.make_optimizer(config)
   timestep_sampler = settings.make_timestep_sampler(config)
   mesh = sharding.make_mesh()
 
@@ -29,16 +27,9 @@ def replay() -> dict[str, np.ndarray]:
     "image": rng.uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32),
     "label": rng.integers(0, 10, 16).astype(np.int32),
   }
-  batch = sharding.put_batch(batch, sharding.over_batch(mesh))
-  init = functools.partial(
-    init_state,
-    model=model,
-    optimizer=optimizer,
-    ema_decays=config.ema_decays,
-    timestep_sampler=timestep_sampler,
-  )
-  key = jax.random.key(config.seed)
-  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(key)
+  batch = sharding.put_batch(batch, mesh, config.batch_size)
+  program = make_program(config, mesh)
+  state = program.init(jax.random.key(config.seed))
 
   def losses(state, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -51,17 +42,8 @@ def replay() -> dict[str, np.ndarray]:
     }
 
   # Fresh parameters give zero everywhere: look after a few steps.
-  train_step = step.make_train_step(
-    model,
-    diffusion,
-    optimizer,
-    timestep_sampler,
-    seed=config.seed,
-    ema_decays=config.ema_decays,
-  )
-  train_step = jax.jit(train_step, static_argnames="num_keep")
   for _ in range(3):
-    state, metrics = train_step(state, batch, NUM_KEEP)
+    state, metrics = program.step(state, batch, NUM_KEEP)
   draws, found = jax.jit(losses)(state, batch)
   arrays = {f"draws/{name}": value for name, value in vars(draws).items()}
   arrays |= {f"losses/{name}": value for name, value in found.items()}

@@ -1,0 +1,65 @@
+"""Ten steps of a tiny run: python -m tests.training.ten_steps FOLDER DATA,FSDP,TENSOR …
+
+One run for each mesh, over all devices of all processes; see launch/local_processes.py
+for what makes several. FOLDER gets losses and parameters of each, MESH.npz.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mdt_jax.training import distributed, loop, sharding
+from tests.training.tiny import tiny_config
+
+NUM_STEPS = 10
+
+
+def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
+  """Losses by step and the last parameters, by name."""
+  data, fsdp, tensor = map(int, sizes.split(","))
+  config = tiny_config(
+    **{
+      "num_steps": NUM_STEPS,
+      "batch_size": 16,
+      "seed": 5,
+      "masking.num_lengths": 1,
+      "checkpoint_every": 5,
+      "sample_every": NUM_STEPS,
+      "num_samples": 3,
+      "mesh.data": data,
+      "mesh.fsdp": fsdp,
+      "mesh.tensor": tensor,
+    }
+  )
+  metrics = []
+  add = loop.Progress.add
+
+  def recording(self, done, found):
+    metrics.append(jax.device_get(found))
+    add(self, done, found)
+
+  loop.Progress.add = recording
+  try:
+    state = loop.train(config, workdir)
+  finally:
+    loop.Progress.add = add
+  arrays = {
+    f"losses/{name}": np.stack([found[name] for found in metrics])
+    for name in ("loss", "masked_loss", "gradient_norm")
+  }
+  for path, array in jax.tree_util.tree_leaves_with_path(state.params):
+    arrays[f"params/{jax.tree_util.keystr(path)}"] = sharding.fetch(array)
+  return arrays
+
+
+if __name__ == "__main__":
+  distributed.start()
+  folder = Path(sys.argv[1])
+  for sizes in sys.argv[2:]:
+    found = run(sizes, folder / sizes)
+    if jax.process_index() == 0:
+      np.savez(folder / f"{sizes}.npz", **found)

@@ -1,0 +1,77 @@
+"""The same run on one device, on eight, and in several processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MESHES = ("8,1,1", "1,8,1", "2,4,1", "2,2,2")
+
+
+def ten_steps(folder, *meshes, processes=1, devices=8):
+  """Runs `tests.training.ten_steps` in so many processes; mesh -> what it found."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    # Not optimized, it compiles in half the time.
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0",
+  }
+  running = []
+  for index in range(processes):
+    if processes > 1:
+      environment |= {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(index),
+      }
+    command = [sys.executable, "-m", "tests.training.ten_steps", folder, *meshes]
+    running.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+  assert [process.wait(timeout=600) for process in running] == [0] * processes
+  return {mesh: dict(np.load(folder / f"{mesh}.npz")) for mesh in meshes}
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("one")
+  return ten_steps(folder, "1,1,1", devices=1)["1,1,1"]
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory):
+  return ten_steps(tmp_path_factory.mktemp("eight"), *MESHES)
+
+
+def assert_same_run(found, expected):
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_run_moves_its_parameters(one_device):
+  losses = one_device["losses/loss"]
+  assert losses.shape == (10, 2)
+  assert len(np.unique(losses[:, 0])) == 10
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_do_as_one(one_device, eight_devices, mesh):
+  assert_same_run(eight_devices[mesh], one_device)
+
+
+@pytest.mark.parametrize(
+  ("processes", "devices", "mesh"), [(2, 4, "2,4,1"), (4, 2, "-1,2,2")]
+)
+def test_several_processes_do_as_one(one_device, tmp_path, processes, devices, mesh):
+  found = ten_steps(tmp_path, mesh, processes=processes, devices=devices)
+  assert_same_run(found[mesh], one_device)
