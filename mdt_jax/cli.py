@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.errors import SettingError
 
@@ -48,6 +49,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(EXIT_INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def load_config(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
+  """The config of a flag of `config_flags.DEFINE_config_file`, named "config"."""
+  try:
+    return holder.value.copy_and_resolve_references()
+  except OSError:  # what a missing file gives, at its first use
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    raise SettingError(
+      "--config", path, "must be a Python file with get_config()"
+    ) from None
 
 
 def _join() -> None:

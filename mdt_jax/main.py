@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from mdt_jax import cli
-from mdt_jax.errors import SettingError
 from mdt_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -27,20 +26,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
   del argv
   try:
-    loop.train(_load_config(), WORKDIR.value)
+    loop.train(cli.load_config(CONFIG), WORKDIR.value)
   except loop.Interrupted as stop:
     loop.logger.info("%s; the same command goes on from there", stop)
     sys.exit(cli.EXIT_INTERRUPTED)
-
-
-def _load_config() -> ConfigDict:
-  try:
-    return CONFIG.value.copy_and_resolve_references()
-  except OSError:  # what a missing file gives, at its first use
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    raise SettingError(
-      "--config", path, "must be a Python file with get_config()"
-    ) from None
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         raise
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
       done = n + 1
+      batch = sharding.put_batch(batch, mesh, config.batch_size)
       with jax.transfer_guard("disallow"):  # but for what is asked for by name
-        batch = sharding.put_batch(batch, mesh, config.batch_size)
         if settings.encodes_images(config):
           batch["moments"] = autoencoder.moments(batch.pop("image"))
         state, metrics = program.step(state, batch, num_keep)

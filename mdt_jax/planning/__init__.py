@@ -1,0 +1,1 @@
+"""Plans for machines that are not at hand: does a run fit, and how fast may it be?"""

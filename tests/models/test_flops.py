@@ -1,0 +1,64 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mdt_jax
+from mdt_jax.models import flops
+from mdt_jax.models.masking import random_token_mask
+
+
+def product_flops(jaxpr):
+  """2 x the elements of the result x the length of the sums, of all products."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      total += equation.params.get("length", 1) * product_flops(inner)
+  return total
+
+
+def traced_flops(model, num_keep):
+  size = model.input_size
+  x = jnp.zeros((1, size, size, model.in_channels))
+  t = y = jnp.zeros((1,), jnp.int32)
+  mask = None
+  if num_keep is not None:
+    mask = random_token_mask(jax.random.key(0), 1, model.num_tokens, num_keep)
+  params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)
+  return product_flops(jax.make_jaxpr(model.apply)(params, x, t, y, mask).jaxpr)
+
+
+SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channels=3)
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes", "num_keep"),
+  [
+    ("DiT-S/2", dict(depth=3), None),
+    ("MDT-S/2", dict(depth=5, decode_depth=2), None),
+    ("MDT-S/2", dict(depth=5, decode_depth=2, mlp_ratio=3.0), 10),
+    ("MDTv2-S/2", dict(depth=6, decode_depth=2), None),
+    ("MDTv2-S/4", dict(depth=6, decode_depth=2, learn_sigma=False), 3),
+  ],
+)
+def test_flops_are_those_of_the_products_in_the_program(name, sizes, num_keep):
+  model = mdt_jax.create_model(name, **{**SMALL, **sizes})
+  assert flops.forward_flops(model, num_keep) == traced_flops(model, num_keep)
+
+
+def test_a_step_is_three_forwards_of_each_pass():
+  model = mdt_jax.create_model("MDTv2-S/2")
+  both = flops.forward_flops(model) + flops.forward_flops(model, 160)
+  assert flops.train_flops(model, 160) == 3 * both
+  assert flops.train_flops(model) == 3 * flops.forward_flops(model)
+
+
+def test_mdtv2_xl_is_the_size_that_papers_give():
+  """DiT-XL/2 is 118.6 GFLOPs in its paper, counting a multiply and add as one."""
+  model = mdt_jax.create_model("DiT-XL/2")
+  assert flops.forward_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)

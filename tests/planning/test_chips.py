@@ -1,0 +1,40 @@
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.planning.chips import CHIPS, SLICES, parse_topology
+
+
+@pytest.mark.parametrize(
+  ("name", "topology", "kind", "count"),
+  [
+    ("v5e:16x16", "v5e:16x16", "v5e", 256),
+    ("v4:4x4x4", "v4:4x4x4", "v4", 64),
+    ("v5e-256", "v5e:16x16", "v5e", 256),
+    ("v4-8", "v4:2x2x1", "v4", 4),
+    ("cpu:8", "cpu:8", "cpu", 8),
+  ],
+)
+def test_topologies_by_shape_and_by_name(name, topology, kind, count):
+  found = parse_topology(name)
+  assert (found.name, found.kind, found.num_devices) == (topology, kind, count)
+
+
+def test_every_slice_is_known():
+  for name, shape in SLICES.items():
+    assert parse_topology(name) == parse_topology(shape)
+
+
+@pytest.mark.parametrize(
+  "name", ["v9:2x2", "v5e:16", "v5e:4x4x4", "v4:0x2x2", "cpu:x", "h200:8", "", "v5e-7"]
+)
+def test_an_unknown_topology_lists_those_known(name):
+  with pytest.raises(SettingError, match=r"accepted are v4:XxYxZ, .*v5e-256.*cpu:N$"):
+    parse_topology(name)
+
+
+def test_chips_are_in_units_of_one():
+  for chip in CHIPS.values():
+    assert chip.flops > 1e14
+    assert chip.memory > 1e10
+    assert 1e11 < chip.network < chip.bandwidth < 1e13
+    assert chip.source.startswith("https://")

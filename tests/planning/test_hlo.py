@@ -1,0 +1,83 @@
+import pytest
+
+from mdt_jax.planning import hlo
+
+# A loop of 5 turns that gathers, as XLA writes it for CPUs and GPUs, and around it the
+# other kinds of collectives and of groups.
+LOOP = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[], f32[2,3])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %p = (s32[], f32[2,3]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %five), direction=LT
+}
+
+%inside (q: f32[2,3]) -> f32[4,3] {
+  %q = f32[2,3]{1,0} parameter(0)
+  ROOT %g = bf16[4,3]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1},{2,3}}
+}
+
+%body (p.1: (s32[], f32[2,3])) -> (s32[], f32[2,3]) {
+  %p.1 = (s32[], f32[2,3]{1,0}) parameter(0)
+  %x = f32[2,3]{1,0} get-tuple-element(%p.1), index=1
+  %start = bf16[4,3]{1,0} fusion(%x), kind=kCustom, calls=%inside
+  ROOT %t = (s32[], f32[2,3]{1,0}) tuple(%x)
+}
+
+ENTRY %main (w: f32[8]) -> f32[8] {
+  %w = f32[8]{0} parameter(0)
+  %r = (f32[8]{0}, f32[2]{0}) all-reduce(%w, %w), channel_id=2, REDUCE, to_apply=%add
+  %s = f32[2]{0} reduce-scatter(%w), channel_id=3, replica_groups=[2,4]<=[8]
+  %c = f32[8]{0} collective-permute(%w), channel_id=4, source_target_pairs={{0,1}}
+  %gs = (f32[4], f32[8]) all-gather-start(%w), channel_id=5, replica_groups={{0,1}}
+  %gd = f32[8]{0} all-gather-done(%gs)
+  ROOT %loop = (s32[], f32[2,3]{1,0}) while(%c), condition=%cond, body=%bodyTRIPS
+}
+"""
+
+
+def module(trips="", reduce="replica_groups=mesh['a'=2,'b'=4] {'b'}"):
+  return LOOP.replace("TRIPS", trips).replace("REDUCE", reduce)
+
+
+def test_a_loop_counts_each_turn():
+  found = hlo.collectives(module(), 8)["all-gather"]
+  # Half of 4 x 3 bfloat16 goes out in each turn; half of 8 float32 before.
+  assert (found.calls, found.sent) == (5 + 1, 5 * 12 + 16)
+
+
+def test_turns_that_xla_writes_down_are_taken():
+  trips = ', backend_config={"known_trip_count":{"n":"7"}}'
+  assert hlo.collectives(module(trips), 8)["all-gather"].calls == 7 + 1
+
+
+def test_every_kind_sends_what_a_ring_does():
+  found = hlo.collectives(module(), 8)
+  assert found["all-reduce"].sent == pytest.approx(2 * 3 / 4 * 40)
+  assert found["reduce-scatter"].sent == pytest.approx(3 / 4 * 4 * 8)
+  assert found["collective-permute"].sent == 32
+  assert "all-to-all" not in found
+
+
+def test_without_groups_all_devices_take_part():
+  found = hlo.collectives(module(reduce="replica_groups={}"), 8)
+  assert found["all-reduce"].sent == pytest.approx(2 * 7 / 8 * 40)
+
+
+def test_one_collective_in_several_fusions_counts_once():
+  again = module().replace("fusion(%x)", "fusion(%x), calls=%inside", 1)
+  assert again != module()
+  assert hlo.collectives(again, 8)["all-gather"].calls <= 2 * 5 + 1
+  twice = module().replace(
+    "ROOT %g =",
+    "%g2 = bf16[4,3]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1}}\n"
+    "  ROOT %g =",
+  )
+  assert hlo.collectives(twice, 8)["all-gather"].calls == 5 + 1
