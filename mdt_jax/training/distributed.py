@@ -69,6 +69,8 @@ def start(
         coordinator_address,
         num_processes,
         process_id,
+        # All is said; looking for a cluster, JAX would take some devices away.
+        cluster_detection_method="deactivate" if None not in given else None,
         initialization_timeout=2 * timeout,  # `_deadline` speaks first
       )
     except (ValueError, RuntimeError) as error:
