@@ -3,6 +3,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import mdt_jax
 from mdt_jax.models import flops
@@ -17,8 +18,12 @@ def product_flops(jaxpr):
       (contracted, _), _ = equation.params["dimension_numbers"]
       lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
-    for inner in jax.core.jaxprs_in_params(equation.params):
-      total += equation.params.get("length", 1) * product_flops(inner)
+    for value in jax.tree.leaves(
+      equation.params, is_leaf=lambda x: isinstance(x, (ClosedJaxpr, Jaxpr))
+    ):
+      if isinstance(value, (ClosedJaxpr, Jaxpr)):
+        inner = getattr(value, "jaxpr", value)
+        total += equation.params.get("length", 1) * product_flops(inner)
   return total
 
 

@@ -1,0 +1,105 @@
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.training import distributed
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 3
+
+
+def free_address():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def run_python(code, *args):
+  return subprocess.Popen(
+    [sys.executable, "-c", code, *args],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_alone_nothing_is_started(monkeypatch):
+  for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    monkeypatch.delenv(name, raising=False)
+  distributed.start()
+  assert distributed.process_index() == 0
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (("host:1", None, 0), "--num_processes = None: must be given with the other two"),
+    ((None, 2, 0), "--coordinator_address = None: must be given with the other two"),
+    (("host:1", 2, None), "--process_id = None: must be given with the other two"),
+    (("host", 2, 0), "--coordinator_address = 'host': must be HOST:PORT"),
+    (("host:port", 2, 0), "--coordinator_address = 'host:port': must be HOST:PORT"),
+    (("host:1", 0, 0), "--num_processes = 0: must be at least 1"),
+    (("host:1", 2, 2), "--process_id = 2: must lie in [0, 2)"),
+  ],
+)
+def test_an_incomplete_or_impossible_start_is_refused(given, message):
+  with pytest.raises(SettingError, match=f"^{re.escape(message)}$"):
+    distributed.start(*given)
+
+
+def test_environment_that_is_no_number_is_refused(monkeypatch):
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+  with pytest.raises(SettingError, match=r"^--num_processes = 'two': must be a whole"):
+    distributed.start("host:1")
+
+
+START = (
+  "import sys; from mdt_jax.training import distributed;"
+  f"distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout={TIMEOUT})"
+)
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_a_process_that_stays_alone_says_where_it_waited(index):
+  address = free_address()
+  process = run_python(START, address, index)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == distributed.EXIT_TRY_AGAIN
+  assert errors.splitlines()[-1] == (
+    f"error: --coordinator_address = '{address}': the processes did not meet there "
+    f"within {TIMEOUT} s"
+  )
+
+
+COMPARE = """
+import sys
+from mdt_jax.errors import SettingError
+from mdt_jax.training import distributed
+from tests.training.tiny import tiny_config
+index = int(sys.argv[2])
+distributed.start(sys.argv[1], 2, index, timeout=120)
+distributed.check_same_config(tiny_config(seed=3))
+try:
+  distributed.check_same_config(tiny_config(seed=index, num_samples=4 + index))
+except SettingError as error:
+  print(error, file=sys.stderr)
+"""
+
+
+def test_processes_that_disagree_all_name_the_difference():
+  address = free_address()
+  processes = [run_python(COMPARE, address, str(index)) for index in range(2)]
+  errors = [process.communicate(timeout=120)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0]
+  for text in errors:
+    line = text.splitlines()[-1]
+    assert "must be the same on every process" in line
+    assert "config.num_samples is 4 on process 0 and 5 on 1" in line
+    assert "config.seed is 0 on process 0 and 1 on 1" in line
