@@ -7,7 +7,9 @@ overridden on the command line: --config.batch_size=64.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,6 +27,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
   del argv
+  if jax.config.jax_compilation_cache_dir is None:
+    # The next start of this run compiles nothing.
+    cache = Path(WORKDIR.value).expanduser().absolute() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
   try:
     loop.train(cli.load_config(CONFIG), WORKDIR.value)
   except loop.Interrupted as stop:
