@@ -89,6 +89,15 @@ def tf1_resize(images: Array, size: tuple[int, int]) -> Array:
   return images
 
 
+def local_shardings() -> tuple[NamedSharding, NamedSharding]:
+  """Over this process's devices: the first axis spread, and whole on each."""
+  mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+  return (
+    NamedSharding(mesh, PartitionSpec("data")),
+    NamedSharding(mesh, PartitionSpec()),
+  )
+
+
 class FeatureExtractor:
   """A feature function, jitted, with batches spread over this process's devices.
 
@@ -101,11 +110,11 @@ class FeatureExtractor:
   def __init__(self, function: FeatureFn, params: Any = None, batch_size: int = 64):
     if batch_size < 1:
       raise SettingError("batch_size", batch_size, "must be at least 1")
-    devices = jax.local_devices()
-    mesh = Mesh(np.asarray(devices), ("data",))
-    self.batch_size = -(-batch_size // len(devices)) * len(devices)
-    self._over_batch = NamedSharding(mesh, PartitionSpec("data"))
-    self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    self.batch_size = (
+      -(-batch_size // jax.local_device_count()) * jax.local_device_count()
+    )
+    self._over_batch, replicated = local_shardings()
+    self._params = jax.device_put(params, replicated)
     self._function = jax.jit(function, out_shardings=self._over_batch)
 
   def __call__(self, images: np.ndarray) -> dict[str, Array]:

@@ -7,19 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, check_choice
 
 Array = jax.Array
+
+INCEPTION_METRICS = ("fid", "sfid", "is", "precision", "recall")  # of ADM
+PIXEL_METRICS = ("frechet", "accuracy", "diversity")  # without a network
+METRICS = (*INCEPTION_METRICS, *PIXEL_METRICS)
 
 NUM_NEIGHBOURS = 3  # of precision and recall
 SPLIT_SIZE = 5000  # of the Inception score
 _ROWS_A_BLOCK = 1024  # features added to a covariance at a time
 _DISTANCES_A_BLOCK = 2**25  # computed at a time: 128 MB
+
+
+def check_metrics(setting: str, names: Sequence[str], has_inception: bool) -> None:
+  """Raises SettingError for a score that is none, or needs a network not given."""
+  if not names:
+    raise SettingError(setting, "", f"must be some of {', '.join(METRICS)}")
+  for name in names:
+    check_choice(setting, name, METRICS)
+    if name in INCEPTION_METRICS and not has_inception:
+      raise SettingError(
+        setting, name, "needs the weights of Inception: see docs/evaluation.md"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +74,7 @@ class RunningStatistics:
     """
     self._join()
     if self.count < 2:
-      raise SettingError(
-        "images", self.count, "a covariance needs at least 2 images"
-      )
+      raise SettingError("images", self.count, "a covariance needs at least 2 images")
     return Statistics(self._mean, self._scatter / (self.count - 1))
 
   def _join(self) -> None:

@@ -1,4 +1,4 @@
-"""The Inception v3 of 2015 that FID and its relatives are defined on (arXiv 1512.00567).
+"""The Inception v3 of 2015 that FID is defined on (arXiv 1512.00567).
 
 It is the network of classify_image_graph_def.pb, which differs from the one of other
 releases: averages over 3x3 pixels leave the padding out, the last block takes a maximum
