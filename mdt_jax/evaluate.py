@@ -102,12 +102,14 @@ def main(argv: list[str]) -> None:
 
 def _chosen_metrics() -> list[str]:
   """Those asked for; else those that what is given suffices for."""
-  names = METRICS.value
-  if names is None and INCEPTION.value:
+  if METRICS.value is not None:
+    names = list(dict.fromkeys(METRICS.value))
+  elif INCEPTION.value:
     names = list(metrics.INCEPTION_METRICS)
-  elif names is None:
-    alone = not (SAMPLES.value or REFERENCE.value)
-    names = [BPD] if alone else list(metrics.PIXEL_METRICS)
+  elif SAMPLES.value or REFERENCE.value:
+    names = list(metrics.PIXEL_METRICS)
+  else:
+    names = [BPD]
   for name in names:
     check_choice("--metrics", name, [*metrics.METRICS, BPD])
   if BPD in names and not CHECKPOINT.value:
@@ -115,7 +117,7 @@ def _chosen_metrics() -> list[str]:
   if names != [BPD]:
     of_images = [name for name in names if name != BPD]
     metrics.check_metrics("--metrics", of_images, INCEPTION.value is not None)
-  return list(dict.fromkeys(names))
+  return names
 
 
 def _check_numbers() -> None:
@@ -182,9 +184,11 @@ def _override_sampling(config: ConfigDict) -> None:
     name, _, text = setting.partition("=")
     check_choice("--sampling", name, sorted(config.sampling))
     try:
-      config.update_from_flattened_dict({f"sampling.{name}": json.loads(text)})
+      value = json.loads(text)
     except json.JSONDecodeError:
-      config.sampling[name] = text
+      value = text
+    try:
+      config.sampling[name] = value
     except TypeError:
       kind = type(config.sampling[name]).__name__
       raise SettingError("--sampling", setting, f"must be {kind}") from None

@@ -90,19 +90,25 @@ def load_inception(path: str | Path, setting: str = "--inception") -> Params:
     raise SettingError(setting, error.value, error.accepted) from None
 
 
-def convert_inception(source: str | Path, target: str | Path) -> None:
+def convert_inception(
+  source: str | Path, target: str | Path, *, overwrite: bool = False
+) -> None:
   """Writes a .safetensors file of `source`, which needs neither torch nor TensorFlow.
 
   Args:
     source: .pth or .pt (opened with weights_only=True, needs torch), .pb, or
       .safetensors.
     target: must end in .safetensors.
+    overwrite: replace that file.
 
   Raises:
     SettingError: as `load_inception` does, before anything is written.
   """
-  if Path(target).suffix != ".safetensors":
+  target = Path(target)
+  if target.suffix != ".safetensors":
     raise SettingError("--output", str(target), "must end in .safetensors")
+  if target.exists() and not overwrite:
+    raise SettingError("--output", str(target), "is there already: give --overwrite")
   write_tensors(target, _read(source))
 
 

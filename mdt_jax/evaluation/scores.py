@@ -71,7 +71,7 @@ class Summary:
   Attributes:
     statistics: name of features -> their mean and covariance.
     features: name of features -> (N, D) float32.
-    labels: (N,), if there are any.
+    labels: (N,), if there are any and a score needs them.
   """
 
   statistics: dict[str, Statistics]
@@ -156,7 +156,7 @@ def summarize(
           if not done:
             kept[name] = np.empty((len(images), features.shape[1]), np.float32)
           kept[name][done : done + rows] = features[:rows]
-      if labels is not None:
+      if labels is not None and set(names) & set(_LABELLED):
         all_labels.append(labels[:rows])
       done += rows
       bar.update(rows)
@@ -295,9 +295,10 @@ def _check_number(count: int, names: Sequence[str]) -> None:
 def _read_statistics(path: Path, setting: str) -> tuple[Summary, bool]:
   """What a file holds of a summary, and whether it holds images."""
   try:
-    with np.load(path, allow_pickle=False) as file:
-      if not isinstance(file, np.lib.npyio.NpzFile):
-        raise SettingError(setting, str(path), "must be an .npz file")
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+      raise SettingError(setting, str(path), "must be an .npz file")
+    with loaded as file:
       statistics = {
         name: Statistics(*(file[key].astype(np.float64) for key in keys))
         for name, keys in _FILE_NAMES.items()
