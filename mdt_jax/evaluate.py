@@ -14,10 +14,11 @@ scores.json (bpd: bpd.json). Formats: docs/evaluation.md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tqdm
@@ -29,6 +30,7 @@ from mdt_jax import config as settings
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation import likelihood, metrics, scores
 from mdt_jax.evaluation.during_training import MAX_REAL_IMAGES
+from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.images import (
   GeneratedImages,
   ImageStream,
@@ -37,6 +39,9 @@ from mdt_jax.evaluation.images import (
   make_draw,
 )
 from mdt_jax.training.checkpoints import load_ema, workdir_of
+
+if TYPE_CHECKING:
+  from mdt_jax.data.autoencoder import Autoencoder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
 SAMPLES = flags.DEFINE_string(
@@ -87,17 +92,31 @@ def main(argv: list[str]) -> None:
   _check_numbers()
   if not (CHECKPOINT.value or SAMPLES.value):
     raise SettingError("--samples", None, "must be given, or --checkpoint")
-  config = params = step = None
-  if CHECKPOINT.value:
-    config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
-    config.data.source = DATA_SOURCE.value or config.data.source
-    config.data.path = DATA_PATH.value or config.data.path
-    config.data.vae = VAE.value or config.data.vae
+  run = _load_run() if CHECKPOINT.value else None
   if BPD in names:
-    _measure_bpd(config, params, step)
+    _measure_bpd(run)
     names.remove(BPD)
   if names:
-    _measure_scores(names, config, params, step)
+    _measure_scores(names, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A checkpoint and what belongs to it."""
+
+  config: ConfigDict
+  params: Any
+  step: int
+  autoencoder: Autoencoder | None
+
+
+def _load_run() -> Run:
+  config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
+  config.data.source = DATA_SOURCE.value or config.data.source
+  config.data.path = DATA_PATH.value or config.data.path
+  config.data.vae = VAE.value or config.data.vae
+  _override_sampling(config)
+  return Run(config, params, step, settings.make_autoencoder(config))
 
 
 def _chosen_metrics() -> list[str]:
@@ -131,9 +150,7 @@ def _check_numbers() -> None:
     raise SettingError("--save_statistics", SAVE_STATISTICS.value, "must end in .npz")
 
 
-def _measure_scores(
-  names: list[str], config: ConfigDict | None, params: Any, step: int | None
-) -> None:
+def _measure_scores(names: list[str], run: Run | None) -> None:
   inception = None
   if INCEPTION.value:
     from mdt_jax.conversion.torch_inception import load_inception
@@ -141,8 +158,8 @@ def _measure_scores(
     inception = load_inception(INCEPTION.value)
   extract = scores.make_extractor(names, inception, BATCH_SIZE.value)
   # Opened before the reference is computed, so that what is wrong is told at once.
-  samples = _open_samples(config, params)
-  real = _read_real(scores.of_real_images(names), config, extract)
+  samples = _open_samples(run)
+  real = _read_real(scores.of_real_images(names), run, extract)
   if SAVE_STATISTICS.value:
     scores.save_statistics(SAVE_STATISTICS.value, real)
     logger.info("statistics of the reference: %s", SAVE_STATISTICS.value)
@@ -157,23 +174,22 @@ def _measure_scores(
       "images": len(samples),
       "samples": SAMPLES.value,
       "checkpoint": CHECKPOINT.value,
-      "step": step,
-      "sampling": None if SAMPLES.value else config.sampling.to_dict(),
+      "step": run and run.step,
+      "sampling": None if SAMPLES.value else run.config.sampling.to_dict(),
       "reference": REFERENCE.value,
       "inception": INCEPTION.value,
     },
   )
 
 
-def _open_samples(config: ConfigDict | None, params: Any) -> ImageStream:
+def _open_samples(run: Run | None) -> ImageStream:
   if SAMPLES.value:
     return NpzImages(SAMPLES.value)
-  _override_sampling(config)
   return GeneratedImages(
-    make_draw(config, settings.make_autoencoder(config)),
-    params,
+    make_draw(run.config, run.autoencoder),
+    run.params,
     NUM_IMAGES.value or DRAWN_IMAGES,
-    config.model.num_classes,
+    run.config.model.num_classes,
     SEED.value,
   )
 
@@ -196,27 +212,26 @@ def _override_sampling(config: ConfigDict) -> None:
 
 
 def _read_real(
-  names: list[str], config: ConfigDict | None, extract: scores.FeatureExtractor
+  names: list[str], run: Run | None, extract: FeatureExtractor
 ) -> scores.Summary:
   if not names:
     return scores.Summary({}, {})
   if REFERENCE.value:
     return scores.read_reference(REFERENCE.value, names, extract, progress="reference")
-  if config is None:
+  if run is None:
     raise SettingError("--reference", None, "must be given")
-  source = settings.make_source(config, settings.make_autoencoder(config))
+  source = settings.make_source(run.config, run.autoencoder)
   images = SourceImages(source, MAX_REAL_IMAGES)
   return scores.summarize(images, extract, names, progress="data")
 
 
-def _measure_bpd(config: ConfigDict, params: Any, step: int) -> None:
-  autoencoder = settings.make_autoencoder(config)
-  held_out = config.data.validation > 0
-  source = settings.make_source(config, autoencoder, held_out=held_out)
+def _measure_bpd(run: Run) -> None:
+  held_out = run.config.data.validation > 0
+  source = settings.make_source(run.config, run.autoencoder, held_out=held_out)
   count = min(NUM_IMAGES.value or BPD_IMAGES, len(source))
   batches = likelihood.bounds(
-    likelihood.make_bound(config, STEPS.value, autoencoder),
-    params,
+    likelihood.make_bound(run.config, STEPS.value, run.autoencoder),
+    run.params,
     source,
     np.linspace(0, len(source) - 1, count).astype(int),
     seed=SEED.value,
@@ -236,9 +251,9 @@ def _measure_bpd(config: ConfigDict, params: Any, step: int) -> None:
     means["total_bpd"],
     means["prior_bpd"],
     count,
-    step,
+    run.step,
   )
-  _write("bpd.json", {"step": step, "images": count, **means})
+  _write("bpd.json", {"step": run.step, "images": count, **means})
 
 
 def _write(name: str, found: dict[str, Any]) -> None:

@@ -273,9 +273,9 @@ def local_copy(params: Params) -> Params:
   All processes must call it.
   """
   arrays = jax.tree.map(jnp.asarray, params)
-  if not all(array.is_fully_replicated for array in jax.tree.leaves(arrays)):
-    mesh = jax.tree.leaves(arrays)[0].sharding.mesh
-    whole = NamedSharding(mesh, PartitionSpec())
+  sharded = [x for x in jax.tree.leaves(arrays) if not x.is_fully_replicated]
+  if sharded:
+    whole = NamedSharding(sharded[0].sharding.mesh, PartitionSpec())
     arrays = jax.jit(lambda tree: tree, out_shardings=whole)(arrays)
   _, replicated = local_shardings()
   local = jax.tree.map(lambda array: array.addressable_data(0), arrays)

@@ -215,11 +215,13 @@ def precision_recall(
 
 def _radii(features: Array, num_neighbours: int) -> Array:
   """(N,) squared distance of each feature to its k-th nearest neighbour."""
-  blocks = [
-    _kth_smallest(block, features, num_neighbours)
+  # The nearest is the feature itself. XLA on CPUs would sort whole rows if it saw, in
+  # the function it compiles, that one of the smallest alone is wanted.
+  nearest = [
+    _smallest(block, features, num_neighbours + 1)
     for block in _blocks(features, len(features))
   ]
-  return jnp.concatenate(blocks)
+  return jnp.concatenate(nearest)[:, num_neighbours]
 
 
 def _share_inside(points: Array, features: Array, radii: Array) -> float:
@@ -237,9 +239,9 @@ def _blocks(points: Array, num_features: int) -> list[Array]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _kth_smallest(block: Array, features: Array, k: int) -> Array:
-  # The nearest is the feature itself.
-  return -jax.lax.top_k(-_squared_distances(block, features), k + 1)[0][:, k]
+def _smallest(block: Array, features: Array, count: int) -> Array:
+  """(N, count) smallest squared distances, in rising order."""
+  return -jax.lax.top_k(-_squared_distances(block, features), count)[0]
 
 
 @jax.jit
