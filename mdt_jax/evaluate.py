@@ -20,9 +20,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import tqdm
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import cli
@@ -36,8 +38,9 @@ from mdt_jax.evaluation.images import (
   ImageStream,
   NpzImages,
   SourceImages,
-  make_draw,
 )
+from mdt_jax.generation import generate
+from mdt_jax.training import sharding
 from mdt_jax.training.checkpoints import load_ema, workdir_of
 
 if TYPE_CHECKING:
@@ -156,14 +159,16 @@ def _measure_scores(names: list[str], run: Run | None) -> None:
     from mdt_jax.conversion.torch_inception import load_inception
 
     inception = load_inception(INCEPTION.value)
-  extract = scores.make_extractor(names, inception, BATCH_SIZE.value)
+  mesh = sharding.make_mesh()
+  extract = scores.make_extractor(names, inception, BATCH_SIZE.value, mesh)
   # Opened before the reference is computed, so that what is wrong is told at once.
-  samples = _open_samples(run)
+  samples = _open_samples(run, mesh)
   real = _read_real(scores.of_real_images(names), run, extract)
   if SAVE_STATISTICS.value:
     scores.save_statistics(SAVE_STATISTICS.value, real)
     logger.info("statistics of the reference: %s", SAVE_STATISTICS.value)
-  generated = scores.summarize(samples, extract, names, progress="samples")
+  with sharding.use_mesh(mesh):
+    generated = scores.summarize(samples, extract, names, progress="samples")
   found = scores.score(names, real, generated)
   for name, value in found.items():
     logger.info("%-10s %10.4f", name, value)
@@ -182,14 +187,15 @@ def _measure_scores(names: list[str], run: Run | None) -> None:
   )
 
 
-def _open_samples(run: Run | None) -> ImageStream:
+def _open_samples(run: Run | None, mesh: Mesh) -> ImageStream:
   if SAMPLES.value:
     return NpzImages(SAMPLES.value)
   return GeneratedImages(
-    make_draw(run.config, run.autoencoder),
-    run.params,
+    run.config,
+    generate.make_generator(run.config),
+    jax.device_put(run.params, sharding.replicated(mesh)),
     NUM_IMAGES.value or DRAWN_IMAGES,
-    run.config.model.num_classes,
+    run.autoencoder,
     SEED.value,
   )
 

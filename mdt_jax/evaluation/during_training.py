@@ -6,16 +6,16 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
 from mdt_jax.conversion.torch_inception import load_inception
 from mdt_jax.data.sources import Source
 from mdt_jax.evaluation import scores
-from mdt_jax.evaluation.images import GeneratedImages, SourceImages, make_draw
+from mdt_jax.evaluation.images import GeneratedImages, SourceImages
 from mdt_jax.evaluation.scores import Summary
+from mdt_jax.generation import generate
 
 if TYPE_CHECKING:
   from mdt_jax.data.autoencoder import Autoencoder
@@ -28,10 +28,11 @@ logger = logging.getLogger("mdt_jax")
 class Evaluator:
   """Samples with the averaged parameters, and scores what comes out.
 
-  Every process must take part: each samples its share of the images.
+  Of several processes all must take part.
 
   Args:
     config: of the run.
+    mesh: its devices, which share the work.
     source: its data, real images where `config.eval.reference` names none.
     autoencoder: decodes latents.
 
@@ -40,7 +41,11 @@ class Evaluator:
   """
 
   def __init__(
-    self, config: ConfigDict, source: Source, autoencoder: Autoencoder | None = None
+    self,
+    config: ConfigDict,
+    mesh: Mesh,
+    source: Source,
+    autoencoder: Autoencoder | None = None,
   ):
     self._config = config
     self._names = settings.eval_metrics(config)
@@ -48,9 +53,10 @@ class Evaluator:
     if config.eval.inception is not None:
       inception = load_inception(config.eval.inception, "config.eval.inception")
     self._extract = scores.make_extractor(
-      self._names, inception, config.eval.batch_size
+      self._names, inception, config.eval.batch_size, mesh
     )
-    self._draw = make_draw(config, autoencoder)
+    self._generator = generate.make_generator(config)
+    self._autoencoder = autoencoder
     self._real = self._read_real(source)
 
   def __call__(self, done: int, ema: Mapping[str, Any]) -> dict[str, float]:
@@ -60,18 +66,15 @@ class Evaluator:
       done: steps done.
       ema: averaged parameters by decay, of a `TrainState`.
     """
-    generated = scores.summarize(
-      GeneratedImages(
-        self._draw,
-        ema[str(settings.sampled_decay(self._config))],
-        self._config.eval.num_images,
-        self._config.model.num_classes,
-        self._config.seed,
-      ),
-      self._extract,
-      self._names,
-      join=_join_processes,
+    images = GeneratedImages(
+      self._config,
+      self._generator,
+      ema[str(settings.sampled_decay(self._config))],
+      self._config.eval.num_images,
+      self._autoencoder,
+      self._config.seed,
     )
+    generated = scores.summarize(images, self._extract, self._names)
     found = scores.score(self._names, self._real, generated)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
     logger.info("step %d  %s", done, shown)
@@ -88,10 +91,3 @@ class Evaluator:
         reference, names, self._extract, setting="config.eval.reference"
       )
     return Summary({}, {})
-
-
-def _join_processes(parts: Any) -> Any:
-  """Rows of all processes, one process after the other, on each of them."""
-  if jax.process_count() == 1:
-    return parts
-  return multihost_utils.process_allgather(parts, tiled=True)

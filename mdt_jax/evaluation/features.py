@@ -1,4 +1,4 @@
-"""Images to features: in batches over the local devices, by any function.
+"""Images to features: in batches over the devices, by any function.
 
 What is computed of an image is a `FeatureFn`. Two are here: `inception_features`, which
 FID, sFID, the Inception score, precision and recall are of, and `pixel_features`, which
@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mdt_jax.errors import SettingError
 from mdt_jax.models.inception import IMAGE_SIZE, Inception
+from mdt_jax.training import sharding
 
 Array = jax.Array
 # (parameters, images (B, H, W, C) in [0, 255], uint8 or float32) -> name: (B, D)
@@ -89,32 +90,33 @@ def tf1_resize(images: Array, size: tuple[int, int]) -> Array:
   return images
 
 
-def local_shardings() -> tuple[NamedSharding, NamedSharding]:
-  """Over this process's devices: the first axis spread, and whole on each."""
-  mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
-  return (
-    NamedSharding(mesh, PartitionSpec("data")),
-    NamedSharding(mesh, PartitionSpec()),
-  )
-
-
 class FeatureExtractor:
-  """A feature function, jitted, with batches spread over this process's devices.
+  """A feature function, jitted, with batches spread over the devices.
+
+  Of several processes all must call it, with the same images.
 
   Args:
     function: any `FeatureFn`.
     params: its first argument; copied to every device.
-    batch_size: images at a time, over all devices; rounded up to their number.
+    batch_size: images at a time, over all devices; rounded up to a multiple of those
+      that share a batch.
+    mesh: of `training.sharding.make_mesh`; all devices unless given.
   """
 
-  def __init__(self, function: FeatureFn, params: Any = None, batch_size: int = 64):
+  def __init__(
+    self,
+    function: FeatureFn,
+    params: Any = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+  ):
     if batch_size < 1:
       raise SettingError("batch_size", batch_size, "must be at least 1")
-    self.batch_size = (
-      -(-batch_size // jax.local_device_count()) * jax.local_device_count()
-    )
-    self._over_batch, replicated = local_shardings()
-    self._params = jax.device_put(params, replicated)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    shards = sharding.batch_shards(mesh)
+    self.batch_size = -(-batch_size // shards) * shards
+    self._over_batch = sharding.over_batch(mesh)
+    self._params = jax.device_put(params, sharding.replicated(mesh))
     self._function = jax.jit(function, out_shardings=self._over_batch)
 
   def __call__(self, images: np.ndarray) -> dict[str, Array]:
@@ -122,5 +124,8 @@ class FeatureExtractor:
     count = len(images)
     # A shorter batch is filled up, so that one compilation serves all.
     filled = np.resize(images, (self.batch_size, *images.shape[1:]))
-    found = self._function(self._params, jax.device_put(filled, self._over_batch))
+    placed = jax.make_array_from_callback(
+      filled.shape, self._over_batch, lambda rows: filled[rows]
+    )
+    found = self._function(self._params, placed)
     return {name: values[:count] for name, values in found.items()}

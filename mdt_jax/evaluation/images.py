@@ -7,23 +7,18 @@ any number of images takes the memory of one batch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.features import local_shardings
 from mdt_jax.generation import generate
 from mdt_jax.generation.images import to_uint8
 
@@ -33,13 +28,10 @@ if TYPE_CHECKING:
 IMAGES, LABELS = "arr_0", "arr_1"  # members of an .npz, as ADM names them
 # (images (B, H, W, C) in [0, 255], uint8 or float32; labels (B,) or None)
 Batch = tuple[np.ndarray, np.ndarray | None]
-Params = Any
-# (params, labels (B,), ids (B,), seed) -> uint8 images (B, H, W, C)
-Draw = Callable[[Params, np.ndarray, np.ndarray, int], np.ndarray]
 
 
 class ImageStream(Protocol):
-  """Images, some number at a time."""
+  """Images, some number at a time; the last batch may be shorter."""
 
   def __len__(self) -> int: ...
 
@@ -70,7 +62,6 @@ class NpzImages:
     return self.shape[0]
 
   def batches(self, batch_size: int) -> Iterator[Batch]:
-    """All images in their order; the last batch may be shorter."""
     with self._open() as member:
       self._read_header(member)
       for start in range(0, len(self), batch_size):
@@ -184,7 +175,6 @@ class SourceImages:
     return len(self._indices)
 
   def batches(self, batch_size: int) -> Iterator[Batch]:
-    """The last batch may be shorter."""
     for start in range(0, len(self), batch_size):
       indices = self._indices[start : start + batch_size]
       examples = [self._source[int(i)] for i in indices]
@@ -200,83 +190,53 @@ class SourceImages:
 class GeneratedImages:
   """Images that a network draws: the classes in turn, image i from (seed, i).
 
-  Of several processes each draws its part of every batch: all must read the stream,
-  and their batches, joined in the order of the processes, are the whole one.
-
-  Args:
-    draw: of `make_draw`.
-    params: averaged parameters, on any devices and however they are sharded.
-    num_images: of all processes together.
-    num_classes: of the network.
-    seed: in [0, 2**32).
-  """
-
-  def __init__(
-    self, draw: Draw, params: Params, num_images: int, num_classes: int, seed: int = 0
-  ):
-    self._draw, self._params = draw, local_copy(params)
-    self._num_images, self._num_classes, self._seed = num_images, num_classes, seed
-
-  def __len__(self) -> int:
-    return self._num_images
-
-  def batches(self, batch_size: int) -> Iterator[Batch]:
-    """`batch_size` images of this process each; the last batch is filled up."""
-    whole = batch_size * jax.process_count()
-    offset = batch_size * jax.process_index()
-    for start in range(0, len(self), whole):
-      ids = (start + offset + np.arange(batch_size)) % len(self)
-      labels = ids % self._num_classes
-      yield self._draw(self._params, labels, ids, self._seed), labels
-
-
-def make_draw(config: ConfigDict, autoencoder: Autoencoder | None = None) -> Draw:
-  """The compiled way from labels to uint8 images.
+  Of several processes all must read the stream, and each gets the whole batches.
 
   Args:
     config: of the run; `config.sampling` says how images are drawn.
+    generator: of `generation.generate.make_generator(config)`.
+    params: averaged parameters; images are drawn where they lie, spread over the
+      devices inside `training.sharding.use_mesh`.
+    num_images: how many.
     autoencoder: decodes latents.
+    seed: in [0, 2**32).
 
   Raises:
     SettingError: the network draws latents, and nothing decodes them.
   """
-  if autoencoder is None and not settings.holds_pixels(config):
-    raise SettingError(
-      "config.data.vae", None, "must be given: images are scored, not latents"
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    generator: generate.Generator,
+    params: Any,
+    num_images: int,
+    autoencoder: Autoencoder | None = None,
+    seed: int = 0,
+  ):
+    if autoencoder is None and not settings.holds_pixels(config):
+      raise SettingError(
+        "config.data.vae", None, "must be given: images are scored, not latents"
+      )
+    self._generator, self._params, self._seed = generator, params, seed
+    self._labels = np.arange(num_images) % config.model.num_classes
+    self._autoencoder = autoencoder
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def batches(self, batch_size: int) -> Iterator[Batch]:
+    drawn = generate.generate_batches(
+      self._generator,
+      self._params,
+      self._labels,
+      seed=self._seed,
+      batch_size=batch_size,
     )
-  generator = generate.make_generator(config)
-  over_batch, _ = local_shardings()
-  if autoencoder is not None:
-    autoencoder = dataclasses.replace(
-      autoencoder, params=local_copy(autoencoder.params)
-    )
-
-  def draw(
-    params: Params, labels: np.ndarray, ids: np.ndarray, seed: int
-  ) -> np.ndarray:
-    images = generator(
-      params,
-      jax.device_put(labels.astype(np.int32), over_batch),
-      jax.device_put(ids.astype(np.uint32), over_batch),
-      np.uint32(seed),
-    )
-    if autoencoder is not None:
-      images = autoencoder.decode(images)
-    return to_uint8(np.asarray(images))
-
-  return draw
-
-
-def local_copy(params: Params) -> Params:
-  """Parameters, however they are sharded, whole on each device of this process.
-
-  All processes must call it.
-  """
-  arrays = jax.tree.map(jnp.asarray, params)
-  sharded = [x for x in jax.tree.leaves(arrays) if not x.is_fully_replicated]
-  if sharded:
-    whole = NamedSharding(sharded[0].sharding.mesh, PartitionSpec())
-    arrays = jax.jit(lambda tree: tree, out_shardings=whole)(arrays)
-  _, replicated = local_shardings()
-  local = jax.tree.map(lambda array: array.addressable_data(0), arrays)
-  return jax.device_put(local, replicated)
+    start = 0
+    for arrays in drawn:
+      labels = self._labels[start : start + len(arrays)]
+      start += len(arrays)
+      if self._autoencoder is not None:
+        arrays = self._autoencoder.decode(arrays)
+      yield to_uint8(arrays), labels

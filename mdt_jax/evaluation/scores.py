@@ -10,13 +10,14 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import classifier, metrics
@@ -34,6 +35,7 @@ from mdt_jax.evaluation.metrics import (
   RunningStatistics,
   Statistics,
 )
+from mdt_jax.training.sharding import fetch
 
 # Score -> the features that a Gaussian is fitted to.
 _STATISTICS = {"fid": "pool3", "sfid": "spatial", "frechet": "pixels"}
@@ -90,14 +92,17 @@ class Summary:
 
 
 def make_extractor(
-  names: Sequence[str], inception: Params = None, batch_size: int = 64
+  names: Sequence[str],
+  inception: Params = None,
+  batch_size: int = 64,
+  mesh: Mesh | None = None,
 ) -> FeatureExtractor:
   """The features that these scores are of.
 
   Args:
     names: of `metrics.METRICS`.
     inception: parameters, of `conversion.torch_inception.load_inception`.
-    batch_size: images at a time, over all local devices.
+    batch_size, mesh: see `FeatureExtractor`.
   """
   functions: list[FeatureFn] = []
   if set(names) & set(INCEPTION_METRICS):
@@ -111,7 +116,7 @@ def make_extractor(
       found |= function(params, images)
     return found
 
-  return FeatureExtractor(features, inception, batch_size)
+  return FeatureExtractor(features, inception, batch_size, mesh)
 
 
 def summarize(
@@ -119,7 +124,6 @@ def summarize(
   extract: FeatureExtractor,
   names: Sequence[str],
   *,
-  join: Callable[[Any], Any] = lambda part: part,
   progress: str | None = None,
 ) -> Summary:
   """Passes images through a feature function once, for all the scores named.
@@ -129,7 +133,6 @@ def summarize(
       for precision and recall, 4 kB for the Inception score, nothing for the others.
     extract: gives the features.
     names: of `metrics.METRICS`.
-    join: makes whole batches of those of several processes.
     progress: what a progress bar is called; None for no bar.
 
   Raises:
@@ -146,20 +149,18 @@ def summarize(
     total=len(images), unit="image", desc=progress, disable=progress is None
   ) as bar:
     for found, labels in _found(images, extract):
-      wanted = {name: np.asarray(found[name]) for name in {*statistics, *kept}}
-      wanted, labels = join((wanted, labels))
-      rows = min(len(next(iter(wanted.values()))), len(images) - done)
-      for name, features in wanted.items():
+      for name in sorted({*statistics, *kept}):  # alike in all processes
+        features = fetch(found[name])
         if name in statistics:
-          statistics[name].add(features[:rows])
+          statistics[name].add(features)
         if name in kept:
           if not done:
             kept[name] = np.empty((len(images), features.shape[1]), np.float32)
-          kept[name][done : done + rows] = features[:rows]
+          kept[name][done : done + len(features)] = features
       if labels is not None and set(names) & set(_LABELLED):
-        all_labels.append(labels[:rows])
-      done += rows
-      bar.update(rows)
+        all_labels.append(labels)
+      done += len(features)
+      bar.update(len(features))
   return Summary(
     {name: running.result() for name, running in statistics.items()},
     kept,

@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
   source = settings.make_source(config, autoencoder)
   kept_lengths = settings.kept_lengths(config)
-  evaluate = Evaluator(config, source, autoencoder) if config.eval.every else None
+  evaluate = Evaluator(config, mesh, source, autoencoder) if config.eval.every else None
   is_main = jax.process_index() == 0
 
   with (

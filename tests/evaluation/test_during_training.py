@@ -10,6 +10,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.during_training import Evaluator
 from mdt_jax.training import loop
 from mdt_jax.training.checkpoints import load_ema
+from mdt_jax.training.sharding import make_mesh
 from tests.training.tiny import tiny_config
 
 EVAL = {
@@ -51,7 +52,7 @@ def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
 
 def test_scores_are_of_the_averaged_parameters(workdir):
   config, params, _ = load_ema(workdir)
-  evaluate = Evaluator(config, settings.make_source(config))
+  evaluate = Evaluator(config, make_mesh(), settings.make_source(config))
   found = evaluate(3, {"0.9": params})
   for tag, points in read_scalars(workdir).items():
     assert points[3] == pytest.approx(found[tag], rel=1e-3), tag
@@ -61,7 +62,7 @@ def test_a_reference_may_be_given(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
   config = tiny_config(**EVAL, **{"eval.reference": str(tmp_path / "real.npz")})
-  evaluate = Evaluator(config, source=None)
+  evaluate = Evaluator(config, make_mesh(), source=None)
   found = evaluate._real.statistics["pixels"].mean
   expected = images.reshape(30, -1).mean(axis=0) / 255
   np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -185,26 +185,6 @@ def test_scores_of_labelled_images_need_labels(files, name):
     score([name], real, unlabelled)
 
 
-def test_batches_of_processes_are_cut_to_the_number_of_images(files):
-  """Joined, they may hold more rows than images are left."""
-
-  def twice(parts):
-    return tuple(
-      {k: np.repeat(v, 2, axis=0) for k, v in part.items()}
-      if isinstance(part, dict)
-      else np.repeat(part, 2)
-      for part in parts
-    )
-
-  images = NpzImages(files / "real.npz")
-  found = summarize(images, extractor(), ["accuracy"], join=twice)
-  expected = summary(files / "real.npz", ["accuracy"])
-  assert len(found.labels) == len(found.features["pixels"]) == 60
-  np.testing.assert_array_equal(
-    found.features["pixels"][:16:2], expected.features["pixels"][:8]
-  )
-
-
 def test_both_kinds_of_scores_are_taken_in_one_pass():
   extract = scores.make_extractor(PIXEL_METRICS)
   assert set(extract(photos(3, 0)[0])) == {"pixels"}
