@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small MDTv2 on handwritten digits and draws some: minutes on two cores.
+# Trains a small MDTv2 on handwritten digits, draws some and scores them: minutes on
+# two cores.
 # A rerun goes on from the last checkpoint.  WORKDIR: where to (runs/digits)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
@@ -9,11 +10,13 @@ install
 python="$VENV/bin/python"
 "$python" -m mdt_jax.main --config=configs/digits.py --workdir="$WORKDIR"
 "$python" -m mdt_jax.sample --checkpoint="$WORKDIR" --num_images=500 --batch_size=250
-"$python" -m benchmarks.digits_quality --samples="$WORKDIR/samples/samples.npz"
+"$python" -m mdt_jax.evaluate --checkpoint="$WORKDIR" \
+  --samples="$WORKDIR/samples/samples.npz"
 
 cat <<EOF
 
 picture:      $WORKDIR/samples/samples.png
+scores:       $WORKDIR/evaluation/scores.json
 checkpoint:   $WORKDIR/checkpoints
 TensorBoard:  $VENV/bin/tensorboard --logdir=$WORKDIR/tensorboard
 EOF

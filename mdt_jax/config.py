@@ -21,6 +21,7 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.evaluation.metrics import check_metrics
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.presets import DTYPES, create_model
@@ -111,6 +112,15 @@ def default_config() -> ConfigDict:
   c.sampling.clip_denoised = False  # clip x0 to [-1, 1] at each step; for pixels
   c.sampling.ema_decay = placeholder(float)  # which average; None: the first
 
+  c.eval = ConfigDict()  # scores of sampled images during training: docs/evaluation.md
+  c.eval.every = 0  # steps between them; 0: none
+  c.eval.metrics = "fid"  # by commas: fid sfid is precision recall need Inception's
+  # weights; frechet accuracy diversity are for small data
+  c.eval.num_images = 10_000  # sampled as config.sampling says; papers take 50,000
+  c.eval.batch_size = 64  # images at a time, over the devices of a process
+  c.eval.reference = placeholder(str)  # .npz of images or statistics; None: the data
+  c.eval.inception = placeholder(str)  # file of weights
+
   c.log_every = 100  # steps between log lines and TensorBoard points
   c.checkpoint_every = 10_000
   c.checkpoints_to_keep = 2
@@ -126,12 +136,13 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
     config: as `default_config`.
     num_devices: devices of the run.
   """
-  for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
-    _at_least(config, name, 1)
-  for name in ("checkpoint_every", "checkpoints_to_keep"):
-    _at_least(config, name, 1)
-  for name in ("seed", "sample_every", "num_samples"):
-    _at_least(config, name, 0)
+  with named_in_errors("config"):
+    for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
+      _at_least(config, name, 1)
+    for name in ("checkpoint_every", "checkpoints_to_keep"):
+      _at_least(config, name, 1)
+    for name in ("seed", "sample_every", "num_samples"):
+      _at_least(config, name, 0)
   if config.seed >= 2**32:
     raise SettingError("config.seed", config.seed, "must be below 2**32")
   for name in ("max_unreadable", "num_threads", "num_workers"):
@@ -144,6 +155,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
   make_timestep_sampler(config)
   _check_sampling(config)
   _check_mesh(config, num_devices)
+  _check_eval(config)
   decays = config.ema_decays
   if not decays or not all(
     isinstance(decay, (int, float)) and 0 <= decay < 1 for decay in decays
@@ -356,9 +368,23 @@ def _check_mesh(config: ConfigDict, num_devices: int) -> None:
     )
 
 
+def eval_metrics(config: ConfigDict) -> list[str]:
+  """The scores that are taken during training."""
+  return config.eval.metrics.split(",")
+
+
+def _check_eval(config: ConfigDict) -> None:
+  with named_in_errors("config.eval"):
+    for name, least in (("every", 0), ("num_images", 2), ("batch_size", 1)):
+      _at_least(config.eval, name, least)
+    if config.eval.every:
+      has_inception = config.eval.inception is not None
+      check_metrics("metrics", eval_metrics(config), has_inception)
+
+
 def _at_least(config: ConfigDict, name: str, least: int) -> None:
   if config[name] < least:
-    raise SettingError(f"config.{name}", config[name], f"must be at least {least}")
+    raise SettingError(name, config[name], f"must be at least {least}")
 
 
 @contextlib.contextmanager

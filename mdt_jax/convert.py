@@ -2,9 +2,12 @@
 
 python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
 python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
+python -m mdt_jax.convert --inception --input=FILE.pth --output=inception.safetensors
 
 DIR is a workdir that mdt_jax.sample takes. Back, the averaged parameters are written
-under the released names and shapes, to a .pt, .pth or .safetensors file.
+under the released names and shapes, to a .pt, .pth or .safetensors file. With
+--inception the weights of FID's network, as pytorch-fid and torch-fidelity have them or
+in the frozen graph (.pb) that they come from, become a file for mdt_jax.evaluate.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from pathlib import Path
 from absl import flags
 
 from mdt_jax import cli
-from mdt_jax.conversion import workdirs
+from mdt_jax.conversion import torch_inception, workdirs
 
 INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
 OUTPUT = flags.DEFINE_string("output", None, "Workdir; with --to_torch a file.")
 TO_TORCH = flags.DEFINE_bool("to_torch", False, "From a workdir to a PyTorch file.")
+INCEPTION = flags.DEFINE_bool("inception", False, "Weights of FID's network.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
 DECODE_DEPTH = flags.DEFINE_integer(
   "decode_depth", None, "Decode blocks of an MDT v1; 2, as released, by default."
@@ -37,7 +41,10 @@ logger = logging.getLogger("mdt_jax")
 def main(argv: list[str]) -> None:
   del argv
   output = Path(OUTPUT.value)
-  if TO_TORCH.value:
+  if INCEPTION.value:
+    torch_inception.convert_inception(INPUT.value, output, overwrite=OVERWRITE.value)
+    logger.info("%s", output)
+  elif TO_TORCH.value:
     step = workdirs.to_torch_file(
       INPUT.value,
       output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,24 @@ def relative_error(actual: Any, expected: np.ndarray) -> float:
   actual = np.asarray(actual)
   assert actual.shape == expected.shape, (actual.shape, expected.shape)
   return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@functools.cache
+def inception_tensors() -> dict[str, np.ndarray]:
+  """Random weights that inception.npz was recorded with, by pytorch-fid's names."""
+  shapes = json.loads((FIXTURES / "inception_params.json").read_text())
+  seed = int(load("inception")["seed"])
+  return {name: _inception_tensor(name, shape, seed) for name, shape in shapes.items()}
+
+
+def _inception_tensor(name: str, shape: list[int], seed: int) -> np.ndarray:
+  rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+  if name.endswith("running_var"):
+    tensor = rng.uniform(0.5, 1.5, shape)
+  elif name.endswith("bn.weight"):
+    tensor = rng.uniform(0.8, 1.2, shape)
+  elif len(shape) > 1:
+    tensor = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+  else:
+    tensor = 0.1 * rng.standard_normal(shape)
+  return tensor.astype(np.float32)

@@ -26,6 +26,7 @@ SETTINGS = {
   "sampling.num_steps": 3,
   "checkpoint_every": 2,
   "sample_every": 0,
+  "eval.every": 0,
 }
 
 
@@ -223,3 +224,99 @@ def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
   flags = [f"--checkpoint={trained}", f"--output={output}", *flag.split()]
   assert_refused(run("mdt_jax.evaluate", *flags), *texts)
   assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sampled")
+  rng = np.random.default_rng(0)
+  labels = np.arange(40) % 10
+  np.savez(folder / "grey.npz", rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels)
+  np.savez(folder / "colour.npz", rng.integers(0, 256, (4, 32, 32, 3), np.uint8))
+  np.savez(folder / "floats.npz", np.full((9, 8, 8, 3), np.nan))
+  return folder
+
+
+def test_samples_of_a_file_are_scored_against_the_data_of_a_run(
+  trained, sampled, tmp_path
+):
+  flags = [f"--samples={sampled / 'grey.npz'}", f"--output={tmp_path}"]
+  code, out, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  assert code == 0, err
+  found = json.loads((tmp_path / "scores.json").read_text())
+  assert found["images"] == 40
+  assert list(found["scores"]) == ["frechet", "accuracy", "diversity"]
+  for name, value in found["scores"].items():
+    assert [name, f"{value:.4f}"] in [line.split() for line in out.splitlines()]
+
+
+def test_a_checkpoint_is_sampled_and_scored_in_one_go(trained, tmp_path):
+  flags = ["--metrics=frechet,bpd", "--num_images=12", "--sampling=num_steps=2"]
+  flags += [f"--output={tmp_path}", f"--save_statistics={tmp_path / 'real.npz'}"]
+  code, _, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  assert code == 0, err
+  found = json.loads((tmp_path / "scores.json").read_text())
+  assert found["images"] == 12
+  assert found["sampling"]["num_steps"] == 2
+  assert found["step"] == json.loads((tmp_path / "bpd.json").read_text())["step"]
+  flags = [f"--reference={tmp_path / 'real.npz'}", *flags[1:4], "--metrics=frechet"]
+  code, _, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  assert code == 0, err
+  again = json.loads((tmp_path / "scores.json").read_text())
+  assert again["scores"] == {"frechet": found["scores"]["frechet"]}
+
+
+def test_converted_weights_of_inception_give_the_scores_of_adm(sampled, tmp_path):
+  from safetensors.numpy import save_file
+
+  from tests import reference
+
+  source, weights = tmp_path / "fid.safetensors", tmp_path / "inception.safetensors"
+  save_file(reference.inception_tensors(), source)
+  flags = [f"--input={source}", f"--output={weights}"]
+  code, _, err = run("mdt_jax.convert", "--inception", *flags)
+  assert code == 0, err
+  colour = sampled / "colour.npz"
+  flags = [f"--samples={colour}", f"--reference={colour}", f"--inception={weights}"]
+  flags += [f"--output={tmp_path}", "--batch_size=4"]
+  code, _, err = run("mdt_jax.evaluate", *flags)
+  assert code == 0, err
+  found = json.loads((tmp_path / "scores.json").read_text())["scores"]
+  assert found["fid"] == pytest.approx(0, abs=1e-6)
+  assert found["sfid"] == pytest.approx(0, abs=1e-6)
+  assert found["is"] >= 1
+  assert (found["precision"], found["recall"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+  ("flag", "texts"),
+  [
+    ("--samples=nowhere.npz", ["--samples = 'nowhere.npz'", "must be a file"]),
+    ("--samples={}/floats.npz", ["image 0 holds numbers from nan", "floats.npz"]),
+    ("--samples={}/grey.npz --metrics=fid", ["--metrics = 'fid': needs the weights"]),
+    ("--samples={}/grey.npz --metrics=bpd", ["--metrics = 'bpd'", "--checkpoint"]),
+    ("--metrics=frechet", ["--samples = None: must be given, or --checkpoint"]),
+  ],
+)
+def test_samples_that_cannot_be_scored_are_one_line_and_exit_code_2(
+  sampled, tmp_path, flag, texts
+):
+  flags = [text.format(sampled) for text in flag.split()]
+  flags += [f"--reference={sampled / 'grey.npz'}", f"--output={tmp_path / 'out'}"]
+  result = run("mdt_jax.evaluate", *flags)
+  assert_refused(result, *texts)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "texts"),
+  [
+    ("--sampling=steps=2", ["--sampling = 'steps'", "num_steps"]),
+    ("--sampling=num_steps=many", ["--sampling = 'num_steps=many'", "int"]),
+  ],
+)
+def test_bad_settings_of_drawn_samples_are_one_line(trained, tmp_path, flag, texts):
+  flags = ["--metrics=frechet", flag, f"--output={tmp_path / 'out'}"]
+  result = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  assert_refused(result, *texts)
+  assert not (tmp_path / "out").exists()

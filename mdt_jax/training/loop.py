@@ -22,6 +22,7 @@ from mdt_jax import config as settings
 from mdt_jax.data.loader import create_loader
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.during_training import Evaluator
 from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.training import distributed, sharding, step
@@ -65,6 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
   source = settings.make_source(config, autoencoder)
   kept_lengths = settings.kept_lengths(config)
+  evaluate = Evaluator(config, mesh, source, autoencoder) if config.eval.every else None
   is_main = jax.process_index() == 0
 
   with (
@@ -121,6 +123,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         raise Interrupted(f"stopped after step {done}, which is saved")
       if draw_samples and _is_due(done, config.sample_every, config.num_steps):
         draw_samples(done, state)
+      if evaluate and _is_due(done, config.eval.every, config.num_steps):
+        writer.write_scalars(done, evaluate(done, state.ema))
     writer.close()
   return state
 

@@ -1,0 +1,93 @@
+"""Scores of a network while it trains, as `config.eval` says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdt_jax import config as settings
+from mdt_jax.conversion.torch_inception import load_inception
+from mdt_jax.data.sources import Source
+from mdt_jax.evaluation import scores
+from mdt_jax.evaluation.images import GeneratedImages, SourceImages
+from mdt_jax.evaluation.scores import Summary
+from mdt_jax.generation import generate
+
+if TYPE_CHECKING:
+  from mdt_jax.data.autoencoder import Autoencoder
+
+MAX_REAL_IMAGES = 10_000  # of the data, where no reference is given
+
+logger = logging.getLogger("mdt_jax")
+
+
+class Evaluator:
+  """Samples with the averaged parameters, and scores what comes out.
+
+  Of several processes all must take part.
+
+  Args:
+    config: of the run.
+    mesh: its devices, which share the work.
+    source: its data, real images where `config.eval.reference` names none.
+    autoencoder: decodes latents.
+
+  Raises:
+    SettingError: a file that is named cannot be used, or images are missing.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    mesh: Mesh,
+    source: Source,
+    autoencoder: Autoencoder | None = None,
+  ):
+    self._config = config
+    self._names = settings.eval_metrics(config)
+    inception = None
+    if config.eval.inception is not None:
+      inception = load_inception(config.eval.inception, "config.eval.inception")
+    self._extract = scores.make_extractor(
+      self._names, inception, config.eval.batch_size, mesh
+    )
+    self._generator = generate.make_generator(config)
+    self._autoencoder = autoencoder
+    self._real = self._read_real(source)
+
+  def __call__(self, done: int, ema: Mapping[str, Any]) -> dict[str, float]:
+    """Scores by the name of their TensorBoard tag, "eval/fid".
+
+    Args:
+      done: steps done.
+      ema: averaged parameters by decay, of a `TrainState`.
+    """
+    images = GeneratedImages(
+      self._config,
+      self._generator,
+      ema[str(settings.sampled_decay(self._config))],
+      self._config.eval.num_images,
+      self._autoencoder,
+      self._config.seed,
+    )
+    generated = scores.summarize(images, self._extract, self._names)
+    found = scores.score(self._names, self._real, generated)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+    logger.info("step %d  %s", done, shown)
+    return {f"eval/{name}": value for name, value in found.items()}
+
+  def _read_real(self, source: Source) -> Summary:
+    names = scores.of_real_images(self._names)
+    reference = self._config.eval.reference
+    if names and reference is None:
+      images = SourceImages(source, MAX_REAL_IMAGES, "config.eval.reference")
+      return scores.summarize(images, self._extract, names)
+    if names:
+      return scores.read_reference(
+        reference, names, self._extract, setting="config.eval.reference"
+      )
+    return Summary({}, {})

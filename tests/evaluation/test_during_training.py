@@ -1,0 +1,90 @@
+"""config.eval: scores of the averaged parameters, in TensorBoard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax import config as settings
+from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.during_training import Evaluator
+from mdt_jax.training import loop
+from mdt_jax.training.checkpoints import load_ema
+from mdt_jax.training.sharding import make_mesh
+from tests.training.tiny import tiny_config
+
+EVAL = {
+  "num_steps": 3,
+  "masking.num_lengths": 1,
+  "eval.every": 2,
+  "eval.metrics": "frechet,accuracy",
+  "eval.num_images": 20,
+  "eval.batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  loop.train(tiny_config(**EVAL), folder)
+  return folder
+
+
+def read_scalars(workdir):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.util.tensor_util import make_ndarray
+
+  events = EventAccumulator(str(workdir / "tensorboard"), {"tensors": 0})
+  events.Reload()
+  return {
+    tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in points}
+    for tag, points in (
+      (tag, events.Tensors(tag)) for tag in events.Tags()["tensors"] if "eval/" in tag
+    )
+  }
+
+
+def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
+  scalars = read_scalars(workdir)
+  assert set(scalars) == {"eval/frechet", "eval/accuracy"}
+  assert all(set(points) == {2, 3} for points in scalars.values())
+
+
+def test_scores_are_of_the_averaged_parameters(workdir):
+  config, params, _ = load_ema(workdir)
+  evaluate = Evaluator(config, make_mesh(), settings.make_source(config))
+  found = evaluate(3, {"0.9": params})
+  for tag, points in read_scalars(workdir).items():
+    assert points[3] == pytest.approx(found[tag], rel=1e-3), tag
+
+
+def test_a_reference_may_be_given(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
+  config = tiny_config(**EVAL, **{"eval.reference": str(tmp_path / "real.npz")})
+  evaluate = Evaluator(config, make_mesh(), source=None)
+  found = evaluate._real.statistics["pixels"].mean
+  expected = images.reshape(30, -1).mean(axis=0) / 255
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("setting", "value", "message"),
+  [
+    ("eval.metrics", "fid", r"config\.eval\.metrics = 'fid': needs the weights"),
+    ("eval.metrics", "kid", r"config\.eval\.metrics = 'kid': accepted are"),
+    ("eval.metrics", "", r"config\.eval\.metrics = ''"),
+    ("eval.every", -1, r"config\.eval\.every = -1: must be at least 0"),
+    ("eval.num_images", 1, r"config\.eval\.num_images = 1: must be at least 2"),
+    ("eval.batch_size", 0, r"config\.eval\.batch_size = 0: must be at least 1"),
+    ("eval.reference", "nowhere.npz", r"config\.eval\.reference = 'nowhere\.npz'"),
+    ("eval.inception", "nowhere.pth", r"config\.eval\.inception = 'nowhere\.pth'"),
+  ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_written(
+  tmp_path, setting, value, message
+):
+  config = tiny_config(**(EVAL | {setting: value}))
+  with pytest.raises(SettingError, match=message):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
