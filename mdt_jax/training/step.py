@@ -149,7 +149,9 @@ def make_train_step(
 
   Returns:
     (state, batch, num_keep) -> (state, metrics), where num_keep is the number of
-    tokens of the masked pass, or None for no masked pass.
+    tokens of the masked pass, or None for no masked pass. A step whose loss or gradient
+    is not finite changes the step number alone; the metric "skipped" counts it, and the
+    others leave it out.
   """
 
   def loss_fn(
@@ -195,11 +197,12 @@ def make_train_step(
 
     metrics = _loss_metrics(losses, draws.t, diffusion.num_timesteps)
     trained = {k: g for k, g in gradients.items() if k not in model.frozen}
-    metrics["gradient_norm"] = jnp.stack([optax.tree.norm(trained), 1.0])
+    norm = optax.tree.norm(trained)
+    metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
-    return TrainState(
-      step=state.step + 1,
+    updated = TrainState(
+      step=state.step,
       params=params,
       opt_state=opt_state,
       ema={
@@ -207,7 +210,12 @@ def make_train_step(
         for decay in ema_decays
       },
       loss_history=timestep_sampler.update(state.loss_history, draws.t, total),
-    ), metrics
+    )
+    finite = jnp.isfinite(total.mean()) & jnp.isfinite(norm)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}
+    metrics["skipped"] = jnp.stack([1.0 - finite, 1.0])
+    return state.replace(step=state.step + 1), metrics
 
   return train_step
 

@@ -238,3 +238,27 @@ def test_the_step_imports_neither_tensorflow_nor_torch():
   )
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_its_number_alone(value):
+  config = smooth_config()
+  state = make_state(config)
+  batch = make_batch(config)
+  batch["image"][3, 0, 0] = value
+  after, metrics = make_step(config)(state, batch, NUM_KEEP)
+  assert after.step == state.step + 1
+  for old, new in zip(
+    jax.tree.leaves(state.replace(step=None)),
+    jax.tree.leaves(after.replace(step=None)),
+    strict=True,
+  ):
+    assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+  # Nothing but the count reaches the logs.
+  assert step.mean_metrics(metrics) == {"skipped": 1.0}
+
+
+def test_a_finite_step_is_not_skipped():
+  state, after, metrics = run_once()
+  assert step.mean_metrics(metrics)["skipped"] == 0
+  assert distance(state.params, after.params) > 0
