@@ -93,7 +93,7 @@ def load_vae(
     SettingError: nothing is there, files are broken, a setting of the config is not
       supported, or tensors are missing, left over or of another shape.
   """
-  folder = Path(name_or_folder)
+  folder = Path(name_or_folder).expanduser()
   if not folder.is_dir():
     folder = _download(str(name_or_folder))
   if not (folder / CONFIG_FILE).is_file() and (folder / SUBFOLDER).is_dir():
@@ -188,27 +188,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_weights(path: Path) -> Tensors:
   """Named arrays of a .safetensors or .bin file; no code in it is run."""
   try:
-    return read_tensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+    return read_tensors(path)
   except SettingError as error:
     raise SettingError(SETTING, str(path), error.accepted) from None
-
-
-def _read_bin(path: Path) -> Tensors:
-  try:
-    import torch
-  except ImportError:
-    raise SettingError(
-      SETTING, str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
-    ) from None
-  try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # NumPy has no bfloat16; parameters are float32 here in any case.
-    return {str(name): t.detach().float().numpy() for name, t in loaded.items()}
-  except Exception as error:  # torch raises many kinds for a file that is none
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise SettingError(
-      SETTING, str(path), f"no weights that are safe to load: {reason}"
-    ) from None
 
 
 def _modern(tensors: Tensors) -> Tensors:

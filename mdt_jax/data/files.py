@@ -61,6 +61,7 @@ def open_files(
   path = str(path or "")
   if path.startswith(TFDS_PREFIX):
     return TfdsFiles(path, split)
+  path = os.path.expanduser(path)
   tars = _list_tars(path)
   if tars:
     return TarFiles(path, tars, extensions)
