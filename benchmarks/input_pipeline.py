@@ -292,7 +292,7 @@ def measure(folder: str) -> Iterator[dict[str, Any]]:
 def show(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
   """Prints each measurement as it comes, and returns them all."""
   print(
-    f"{'':<40}{'images/s':>10}{'from':>9}{'to':>9}{'x step':>9}{'MB':>7}{'a worker':>10}"
+    f"{'':<40}{'images/s':>10}{'from':>9}{'to':>9}{'x step':>9}{'MB':>7}{'worker':>8}"
   )
   shown = []
   for entry in found:
@@ -301,7 +301,7 @@ def show(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     own, worker = entry["peak_bytes"] / 1e6, entry["peak_bytes_of_a_worker"] / 1e6
     print(
       f"{entry['what']:<40}{rate:>10.2f}{min(repeats):>9.2f}{max(repeats):>9.2f}"
-      f"{rate / shown[0]['images_per_second']:>9.1f}{own:>7.0f}{worker:>10.0f}",
+      f"{rate / shown[0]['images_per_second']:>9.1f}{own:>7.0f}{worker:>8.0f}",
       flush=True,
     )
   return shown

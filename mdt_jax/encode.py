@@ -205,12 +205,18 @@ def _write_reference_batch(path: Path) -> None:
   indices = np.linspace(0, len(source) - 1, count).round().astype(int)
   images = np.empty((count, *source.image_shape), np.uint8)
   labels = np.empty(count, np.int32)
-  for row, index in enumerate(tqdm.tqdm(indices, unit="image")):
-    example = source[int(index)]
+  row = 0
+  for index in map(int, tqdm.tqdm(indices, unit="image")):
+    try:
+      example = source.load(index)
+    except Exception as error:  # Pillow's decoders raise nearly every type.
+      source.leave_out(index, error)
+      continue
     images[row], labels[row] = example["image"], example["label"]
+    row += 1
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(path, images, labels)
-  logger.info("%d images of %d pixels: %s", count, IMAGE_SIZE.value, path)
+  np.savez(path, images[:row], labels[:row])
+  logger.info("%d images of %d pixels: %s", row, IMAGE_SIZE.value, path)
 
 
 def _open_source() -> ImageSource:

@@ -33,6 +33,7 @@ WEIGHT_FILES = (
   "diffusion_pytorch_model.safetensors",
   "diffusion_pytorch_model.bin",
 )
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where a folder is empty or not there
 SUBFOLDER = "vae"  # of a whole pipeline
 
 # diffusers' settings -> our attributes; the others are of no effect here.
@@ -103,7 +104,11 @@ def load_vae(
     path = folder / weights
     if path.is_file():
       return model, _from_tensors(_read_weights(path), model, path)
-  raise SettingError(SETTING, str(folder), f"holds no {' or '.join(WEIGHT_FILES)}")
+  raise SettingError(
+    SETTING,
+    str(folder),
+    f"holds no {' or '.join(WEIGHT_FILES)}; {_by_hand(DEFAULT_ID, 'it')}",
+  )
 
 
 def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
@@ -157,7 +162,11 @@ def _read_config(path: Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise SettingError(SETTING, str(path.parent), f"holds no {CONFIG_FILE}") from None
+    raise SettingError(
+      SETTING,
+      str(path.parent),
+      f"holds no {CONFIG_FILE}; {_by_hand(DEFAULT_ID, 'it')}",
+    ) from None
   except (OSError, ValueError) as error:
     raise SettingError(SETTING, str(path), f"no JSON file: {error}") from None
   if not isinstance(config, dict):
@@ -243,16 +252,20 @@ def _check_tensors(
     )
 
 
+def _by_hand(name: str, where: str) -> str:
+  return (
+    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} of https://huggingface.co/{name} "
+    f"into {where}"
+  )
+
+
 def _download(name: str) -> Path:
   """A folder with the files of a model on the Hugging Face hub."""
   if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
     raise SettingError(
-      SETTING, name, "must be a folder or the id of a model: owner/name"
+      SETTING, name, f"there is no such folder; {_by_hand(DEFAULT_ID, 'it')}"
     )
-  by_hand = (
-    f"no such folder; to have it without the hub, put {CONFIG_FILE} and "
-    f"{WEIGHT_FILES[0]} of https://huggingface.co/{name} into one and name that"
-  )
+  by_hand = f"there is no such folder; {_by_hand(name, 'one, and name that')}"
   try:
     from huggingface_hub import snapshot_download
   except ImportError:

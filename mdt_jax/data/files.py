@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from mdt_jax.errors import SettingError
 
@@ -291,5 +292,11 @@ def _label_files(
       )
     class_of = [name.split("_")[0] if not bare else "" for name in files]
     classes = sorted(set(class_of))
+  empty = sorted(set(classes) - set(class_of))
+  if empty:
+    shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+    logging.warning(
+      "%d of %d classes in %s have no images: %s", len(empty), len(classes), path, shown
+    )
   label_of = {name: label for label, name in enumerate(classes)}
   return np.array([label_of[name] for name in class_of], np.int32), classes

@@ -266,13 +266,14 @@ def test_config_that_is_none_is_refused(text, tmp_path):
 def test_missing_config_is_named(tmp_path):
   write_folder(tmp_path)
   (tmp_path / "config.json").unlink()
-  assert expect_error(tmp_path).endswith("holds no config.json")
+  message = expect_error(tmp_path)
+  assert "holds no config.json; put config.json and diffusion_pytorch_model" in message
 
 
 def test_missing_weights_are_named(tmp_path):
   write_folder(tmp_path)
   (tmp_path / SAFETENSORS).unlink()
-  assert expect_error(tmp_path).endswith(f"holds no {SAFETENSORS} or {BIN}")
+  assert f"holds no {SAFETENSORS} or {BIN}; put config.json" in expect_error(tmp_path)
 
 
 # Tensors that do not fit
