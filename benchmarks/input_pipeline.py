@@ -7,7 +7,8 @@ Measures, each in a process of its own, several times over:
 - JPEG images of ImageNet's usual size read and cropped a second, by threads;
 - images encoded a second (each with its mirror), with a small autoencoder of random
   weights, and with --vae=DIR or, of random weights, --sd_size;
-- the most memory that each took.
+- the CPU time of an image in the process that trains, which does not depend on what
+  else the machine does, and the most memory of that process and of a worker.
 
 The latent set is synthetic, in ImageNet's format: moments (2, 2, 32, 32, 4) float16.
 """
@@ -57,6 +58,13 @@ class Timing(NamedTuple):
 
   repeats: int
   seconds: float
+
+
+class Rate(NamedTuple):
+  """Images a second, and seconds of this process's CPU time for one."""
+
+  images_per_second: float
+  cpu_seconds: float
 
 
 class _Blank:
@@ -117,7 +125,7 @@ def read_all(folder: str) -> None:
 
 def time_loader(
   folder: str, num_workers: int, batch_size: int, cached: bool, timing: Timing
-) -> list[float]:
+) -> list[Rate]:
   """Latents a second of a loader."""
   from mdt_jax.data import latents, loader
 
@@ -135,7 +143,7 @@ def time_loader(
     return _rates(lambda: next(batches), batch_size, timing, prepare)
 
 
-def time_step(timing: Timing) -> list[float]:
+def time_step(timing: Timing) -> list[Rate]:
   """Images a second of MDTv2-S/2's training step, both passes, blocks unrolled."""
   import jax
 
@@ -163,7 +171,7 @@ def time_step(timing: Timing) -> list[float]:
     return _rates(step, STEP_BATCH, timing)
 
 
-def time_reading(folder: str, num_threads: int, timing: Timing) -> list[float]:
+def time_reading(folder: str, num_threads: int, timing: Timing) -> list[Rate]:
   """JPEG files decoded and cropped a second."""
   from mdt_jax.data.files import open_files
   from mdt_jax.data.sources import ImageSource
@@ -177,7 +185,7 @@ def time_reading(folder: str, num_threads: int, timing: Timing) -> list[float]:
     return _rates(read, len(source), timing)
 
 
-def time_encoding(vae: str | tuple[int, ...], timing: Timing) -> list[float]:
+def time_encoding(vae: str | tuple[int, ...], timing: Timing) -> list[Rate]:
   """Images encoded a second in float32, each with its mirror.
 
   Args:
@@ -216,20 +224,22 @@ def _rates(
   num_images: int,
   timing: Timing,
   prepare: Callable[[], Any] = lambda: None,
-) -> list[float]:
-  """Images a second of each repeat; a call of `work` handles `num_images`."""
+) -> list[Rate]:
+  """The rate of each repeat; a call of `work` handles `num_images`."""
   rates = []
   for _ in range(timing.repeats):
     prepare()
-    start, calls = time.perf_counter(), 0
+    start, cpu_start, calls = time.perf_counter(), time.process_time(), 0
     while (passed := time.perf_counter() - start) < timing.seconds:
       work()
       calls += 1
-    rates.append(num_images * calls / passed)
+    cpu_seconds = time.process_time() - cpu_start
+    images = num_images * calls
+    rates.append(Rate(images / passed, cpu_seconds / images))
   return rates
 
 
-def _measure(work: Callable[..., list[float]], arguments: tuple) -> dict[str, Any]:
+def _measure(work: Callable[..., list[Rate]], arguments: tuple) -> dict[str, Any]:
   rates = work(*arguments)
   unit = 1 if platform.system() == "Darwin" else 1024
   peaks = [
@@ -237,14 +247,15 @@ def _measure(work: Callable[..., list[float]], arguments: tuple) -> dict[str, An
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
   ]
   return {
-    "images_per_second": statistics.median(rates),
-    "repeats": rates,
+    "images_per_second": statistics.median(rate.images_per_second for rate in rates),
+    "cpu_seconds": statistics.median(rate.cpu_seconds for rate in rates),
+    "repeats": [rate.images_per_second for rate in rates],
     "peak_bytes": peaks[0],
     "peak_bytes_of_a_worker": peaks[1],
   }
 
 
-def alone(work: Callable[..., list[float]], *arguments: Any) -> dict[str, Any]:
+def alone(work: Callable[..., list[Rate]], *arguments: Any) -> dict[str, Any]:
   """What `work` measures, and its memory, in a fresh process."""
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -289,21 +300,27 @@ def measure(folder: str) -> Iterator[dict[str, Any]]:
     yield {"what": f"encoded, {name}", **alone(time_encoding, vae, timing)}
 
 
+COLUMNS = ("images/s", "from", "to", "x step", "CPU ms", "MB", "worker MB")
+
+
 def show(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
   """Prints each measurement as it comes, and returns them all."""
-  print(
-    f"{'':<40}{'images/s':>10}{'from':>9}{'to':>9}{'x step':>9}{'MB':>7}{'worker':>8}"
-  )
+  print(f"{'':<40}" + "".join(f"{column:>10}" for column in COLUMNS))
   shown = []
   for entry in found:
     shown.append(entry)
-    rate, repeats = entry["images_per_second"], entry["repeats"]
-    own, worker = entry["peak_bytes"] / 1e6, entry["peak_bytes_of_a_worker"] / 1e6
-    print(
-      f"{entry['what']:<40}{rate:>10.2f}{min(repeats):>9.2f}{max(repeats):>9.2f}"
-      f"{rate / shown[0]['images_per_second']:>9.1f}{own:>7.0f}{worker:>8.0f}",
-      flush=True,
+    rate = entry["images_per_second"]
+    numbers = (
+      f"{rate:.2f}",
+      f"{min(entry['repeats']):.2f}",
+      f"{max(entry['repeats']):.2f}",
+      f"{rate / shown[0]['images_per_second']:.1f}",
+      f"{1e3 * entry['cpu_seconds']:.3f}",
+      f"{entry['peak_bytes'] / 1e6:.0f}",
+      f"{entry['peak_bytes_of_a_worker'] / 1e6:.0f}",
     )
+    line = f"{entry['what']:<40}" + "".join(f"{number:>10}" for number in numbers)
+    print(line, flush=True)
   return shown
 
 
