@@ -22,7 +22,7 @@ from mdt_jax.models.autoencoder_kl import AutoencoderKL
 
 VAE = flags.DEFINE_string("vae", None, "Folder or hub id.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 128, "Side of the crops, in pixels.")
-STEPS = flags.DEFINE_integer("steps", 600, "Of the training of the small autoencoder.")
+STEPS = flags.DEFINE_integer("steps", 200, "Of the training of the small autoencoder.")
 
 COLOURED = ("astronaut", "chelsea", "coffee", "rocket")
 GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page")
@@ -91,6 +91,9 @@ def train(images: np.ndarray, steps: int) -> Autoencoder:
 
 
 def report(vae: Autoencoder, images: np.ndarray) -> None:
+  """Prints errors of mean and deviation over the posterior's deviation (medians, and
+  the 99th percentile of the mean's), and those of decoded means in levels of 255.
+  """
   moments = np.concatenate([np.asarray(vae.moments(image[None])) for image in images])
   mean, deviation = moments[:, 0], moments[:, 1]
   decoded = vae.decode(mean)
@@ -106,8 +109,8 @@ def report(vae: Autoencoder, images: np.ndarray) -> None:
     rounded = moments.astype(dtype).astype(np.float32)
     off = np.abs(rounded - moments) / deviation[:, None]
     print(
-      f"{name:<16}{off[:, 0].mean():>10.1e}{np.quantile(off[:, 0], 0.99):>10.1e}"
-      f"{off[:, 1].mean():>12.1e}{_pixels(vae.decode(rounded[:, 0]), decoded)}"
+      f"{name:<16}{np.median(off[:, 0]):>10.1e}{np.quantile(off[:, 0], 0.99):>10.1e}"
+      f"{np.median(off[:, 1]):>12.1e}{_pixels(vae.decode(rounded[:, 0]), decoded)}"
     )
   draw = vae.decode(mean + deviation * noise)
   print(f"{'posterior draw':<16}{'':>32}{_pixels(draw, decoded)}")

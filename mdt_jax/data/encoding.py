@@ -316,6 +316,10 @@ def _records(
   def finish(pending: tuple[Any, list, int]) -> Iterator[bytes]:
     views, read, count = pending
     for moments, (_, label, name) in zip(np.asarray(views), read, strict=False):
+      if not np.isfinite(moments).all():  # one would end a training run
+        raise SettingError(
+          "--dtype", layout.dtype, f"the latents of {name} are not finite in it"
+        )
       yield layout.pack(moments, label, name)
     progress(count)
 

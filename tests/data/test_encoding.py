@@ -188,6 +188,14 @@ def test_a_damaged_card_is_refused(tmp_path, name, text):
     sets.write(tmp_path)
 
 
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+  def encode(images):
+    return np.full((len(images), 2, 2, *sets.LATENT_SHAPE), np.inf, np.float16)
+
+  with pytest.raises(SettingError, match=r"^--dtype = 'float16': the latents of class"):
+    sets.write(tmp_path, encode=encode)
+
+
 def test_too_little_memory_on_the_devices_is_told(tmp_path):
   def encode(images):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
