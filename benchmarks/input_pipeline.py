@@ -216,7 +216,8 @@ def time_encoding(vae: str | tuple[int, ...], timing: Timing) -> list[Rate]:
     for views in (images, np.ascontiguousarray(images[:, :, ::-1])):
       jax.block_until_ready(autoencoder.moments(views))
 
-  return _rates(encode, ENCODE_BATCH, timing, prepare=encode)
+  encode()  # compiles
+  return _rates(encode, ENCODE_BATCH, timing)
 
 
 def _rates(
