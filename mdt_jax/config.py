@@ -272,6 +272,8 @@ def make_source(
     channels=channels,
     max_unreadable=config.data.max_unreadable,
   )
+  if autoencoder is not None and config.data.source == "latents":
+    _check_scale(config, autoencoder, source.card)
   if source.num_classes > config.model.num_classes:
     raise SettingError(
       "config.model.num_classes",
@@ -286,6 +288,21 @@ def make_source(
   if held_out and not len(validation):
     raise SettingError("config.data.validation", share, "holds no example out")
   return Subset(source, validation if held_out else training) if share else source
+
+
+def _check_scale(
+  config: ConfigDict, autoencoder: Autoencoder, card: dict[str, Any]
+) -> None:
+  """Raises where latents would be decoded at another scale than they are stored in."""
+  for name in ("scaling_factor", "shift_factor"):
+    own, stored = getattr(autoencoder.model, name), card[name]
+    if own != stored:
+      raise SettingError(
+        "config.data.vae",
+        config.data.vae,
+        f"has {name} = {own}, where the latents were made with {stored} "
+        f"(by {card['vae']})",
+      )
 
 
 def kept_lengths(config: ConfigDict) -> KeptLengths | None:

@@ -2,7 +2,8 @@
 
 DIR gets ArrayRecord shards of latents and a card, for config.data.source=latents. The
 same command goes on after a stop. Several machines share the work: give each the same
-command with its --process_index and the --process_count.
+command and a folder that all see, with its --process_index and the --process_count, or
+with --distributed.
 
 python -m mdt_jax.encode --statistics --output=DIR     mean and deviation by channel
 python -m mdt_jax.encode --verify --output=DIR         compares checksums
@@ -11,8 +12,10 @@ python -m mdt_jax.encode --reference_batch=FILE.npz --source=…    images for e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -45,8 +48,12 @@ NUM_THREADS = flags.DEFINE_integer("num_threads", 8, "That read and crop images.
 MAX_UNREADABLE = flags.DEFINE_integer(
   "max_unreadable", 100, "Images that may be left out before the run stops."
 )
-PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "This process, from 0.")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "Processes at work.")
+PROCESS_INDEX = flags.DEFINE_integer(
+  "process_index", None, "This process, from 0. None: as --distributed says, or 0."
+)
+PROCESS_COUNT = flags.DEFINE_integer(
+  "process_count", None, "Processes at work. None: as --distributed says, or 1."
+)
 STATISTICS = flags.DEFINE_bool("statistics", False, "Of the set in --output.")
 VERIFY = flags.DEFINE_bool("verify", False, "The set in --output.")
 REFERENCE_BATCH = flags.DEFINE_string(
@@ -60,26 +67,45 @@ logger = logging.getLogger("mdt_jax")
 def main(argv: list[str]) -> None:
   del argv
   if REFERENCE_BATCH.value:
-    _write_reference_batch(Path(REFERENCE_BATCH.value))
+    with _named_as_flags(path="--source"):
+      _write_reference_batch(Path(REFERENCE_BATCH.value).expanduser())
   elif VERIFY.value or STATISTICS.value:
-    _look_at(_required("output", OUTPUT.value))
+    with _named_as_flags(path="--output"):
+      _look_at(Path(_required("output", OUTPUT.value)).expanduser())
   else:
-    _encode()
+    with _named_as_flags(path="--source"):
+      _encode()
+
+
+@contextlib.contextmanager
+def _named_as_flags(path: str) -> Iterator[None]:
+  """Names settings of the data, in errors, as this command has them."""
+  names = {
+    "config.data.path": path,
+    "config.data.max_unreadable": "--max_unreadable",
+  }
+  try:
+    yield
+  except SettingError as error:
+    setting = names.get(error.setting, error.setting)
+    raise SettingError(setting, error.value, error.accepted) from None
 
 
 def _encode() -> None:
   from mdt_jax.data.autoencoder import Autoencoder
 
-  output = Path(_required("output", OUTPUT.value))
+  output = Path(_required("output", OUTPUT.value)).expanduser()
   check_choice("--dtype", DTYPE.value, latents.DTYPES)
   compute_dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
   check_choice("--compute_dtype", COMPUTE_DTYPE.value, compute_dtypes)
   _check_numbers()
   source = _open_source()
-  mesh = sharding.make_mesh()
-  if BATCH_SIZE.value % jax.device_count():
+  process_index, process_count = _process()
+  devices = jax.local_devices()
+  mesh = sharding.make_mesh(devices=devices)
+  if BATCH_SIZE.value % len(devices):
     raise SettingError(
-      "--batch_size", BATCH_SIZE.value, f"must be divisible by {jax.device_count()}"
+      "--batch_size", BATCH_SIZE.value, f"must be divisible by {len(devices)} devices"
     )
   vae = Autoencoder.load(
     _required("vae", VAE.value),
@@ -128,7 +154,7 @@ def _encode() -> None:
     placed = (jax.device_put(view, over_batch) for view in (images, mirrored))
     return store(*(vae.moments(view) for view in placed))
 
-  shards = range(PROCESS_INDEX.value, plan.num_shards, PROCESS_COUNT.value)
+  shards = range(process_index, plan.num_shards, process_count)
   total = sum(len(plan.shard_images(shard)) for shard in shards)
   with tqdm.tqdm(total=total, unit="image") as bar:
     finished = encoding.encode(
@@ -138,20 +164,19 @@ def _encode() -> None:
       output,
       batch_size=BATCH_SIZE.value,
       num_threads=NUM_THREADS.value,
-      process_index=PROCESS_INDEX.value,
-      process_count=PROCESS_COUNT.value,
+      process_index=process_index,
+      process_count=process_count,
       progress=bar.update,
     )
   if not finished:
     logger.info("this process is done; others are still at work on %s", output)
     return
   card = latents.read_card(output)
-  logger.info(
-    "%d images in %s, %d left out", card["images"], output, len(card["left_out"])
-  )
+  left_out = sum(len(shard["left_out"]) for shard in card["shards"])
+  logger.info("%d images in %s, %d left out", card["images"], output, left_out)
 
 
-def _look_at(output: str) -> None:
+def _look_at(output: Path) -> None:
   """Verifies a set, and writes its statistics."""
   count = latents.read_card(output)["images"]
   if VERIFY.value:
@@ -163,7 +188,7 @@ def _look_at(output: str) -> None:
     source = latents.LatentSource(output, shape[0], shape[-1], MAX_UNREADABLE.value)
     with tqdm.tqdm(total=count, unit="image") as bar:
       found = encoding.statistics(source, bar.update)
-    path = Path(output) / "statistics.json"
+    path = output / "statistics.json"
     path.write_text(json.dumps(found) + "\n")
     for name, values in found.items():
       logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in values))
@@ -173,17 +198,25 @@ def _look_at(output: str) -> None:
 def _write_reference_batch(path: Path) -> None:
   """Crops, spread evenly over the source, in the form of ADM's reference batches."""
   _check_numbers()
+  if path.suffix != ".npz":
+    raise SettingError("--reference_batch", str(path), "must end in .npz")
   source = _open_source()
   count = min(NUM_IMAGES.value, len(source))
   indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-  examples = [source[int(i)] for i in tqdm.tqdm(indices, unit="image")]
+  images = np.empty((count, *source.image_shape), np.uint8)
+  labels = np.empty(count, np.int32)
+  row = 0
+  for index in map(int, tqdm.tqdm(indices, unit="image")):
+    try:
+      example = source.load(index)
+    except Exception as error:  # Pillow's decoders raise nearly every type.
+      source.leave_out(index, error)
+      continue
+    images[row], labels[row] = example["image"], example["label"]
+    row += 1
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(
-    path,
-    np.stack([example["image"] for example in examples]),
-    np.array([example["label"] for example in examples], np.int32),
-  )
-  logger.info("%d images of %d pixels: %s", count, IMAGE_SIZE.value, path)
+  np.savez(path, images[:row], labels[:row])
+  logger.info("%d images of %d pixels: %s", row, IMAGE_SIZE.value, path)
 
 
 def _open_source() -> ImageSource:
@@ -192,21 +225,30 @@ def _open_source() -> ImageSource:
 
 
 def _check_numbers() -> None:
-  for name in (
-    "image_size",
-    "batch_size",
-    "num_threads",
-    "process_count",
-    "num_images",
-  ):
+  for name in ("image_size", "batch_size", "num_threads", "num_images"):
     if flags.FLAGS[name].value < 1:
       raise SettingError(f"--{name}", flags.FLAGS[name].value, "must be at least 1")
+  if MAX_UNREADABLE.value < 0:
+    raise SettingError("--max_unreadable", MAX_UNREADABLE.value, "must be at least 0")
   if NUM_SHARDS.value is not None and NUM_SHARDS.value < 1:
     raise SettingError("--num_shards", NUM_SHARDS.value, "must be at least 1")
+
+
+def _process() -> tuple[int, int]:
+  """(index, count) of the processes that share the work."""
+  if (PROCESS_INDEX.value is None) != (PROCESS_COUNT.value is None):
+    given = "index" if PROCESS_COUNT.value is None else "count"
+    missing = "count" if PROCESS_COUNT.value is None else "index"
+    raise SettingError(f"--process_{missing}", None, f"goes with --process_{given}")
+  if PROCESS_COUNT.value is None:
+    return jax.process_index(), jax.process_count()
+  if PROCESS_COUNT.value < 1:
+    raise SettingError("--process_count", PROCESS_COUNT.value, "must be at least 1")
   if not 0 <= PROCESS_INDEX.value < PROCESS_COUNT.value:
     raise SettingError(
       "--process_index", PROCESS_INDEX.value, f"must lie in [0, {PROCESS_COUNT.value})"
     )
+  return PROCESS_INDEX.value, PROCESS_COUNT.value
 
 
 def _required(name: str, value: str | None) -> str:

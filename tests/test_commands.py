@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,3 +321,113 @@ def test_bad_settings_of_drawn_samples_are_one_line(trained, tmp_path, flag, tex
   result = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
   assert_refused(result, *texts)
   assert not (tmp_path / "out").exists()
+
+
+VAE = ROOT / "tests" / "fixtures" / "vae"
+
+
+def encode(output, *flags):
+  return run("mdt_jax.encode", f"--output={output}", *flags)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+  """Two classes of two images each, and one that is cut short."""
+  folder = tmp_path_factory.mktemp("photographs")
+  rng = np.random.default_rng(0)
+  for name in ("ant/1.png", "ant/2.png", "bee/1.png", "bee/2.png", "bee/cut.png"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(folder / name)
+  cut = folder / "bee" / "cut.png"
+  cut.write_bytes(cut.read_bytes()[:200])
+  return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(photographs, tmp_path_factory):
+  output = tmp_path_factory.mktemp("encoded")
+  code, out, err = encode(
+    output, f"--source={photographs}", f"--vae={VAE}", "--image_size=16"
+  )
+  assert code == 0, err
+  assert "cut.png" in err
+  assert f"4 images in {output}, 1 left out" in out
+  return output
+
+
+def test_a_finished_set_is_not_encoded_again(photographs, encoded):
+  before = sorted((path, path.stat().st_mtime_ns) for path in encoded.iterdir())
+  code, out, err = encode(
+    encoded, f"--source={photographs}", f"--vae={VAE}", "--image_size=16"
+  )
+  assert code == 0, err
+  assert "nothing to do" in out
+  assert sorted((p, p.stat().st_mtime_ns) for p in encoded.iterdir()) == before
+
+
+def test_a_set_is_verified_and_its_statistics_are_written(encoded, tmp_path):
+  copy = shutil.copytree(encoded, tmp_path / "set")
+  code, out, err = encode(copy, "--verify", "--statistics")
+  assert code == 0, err
+  assert "4 images" in out and "every checksum agrees" in out
+  found = json.loads((copy / "statistics.json").read_text())
+  assert len(found["mean"]) == len(found["deviation"]) == 4
+
+
+def test_a_reference_batch_has_adm_s_form(photographs, tmp_path):
+  path = tmp_path / "reference.npz"
+  code, _, err = run(
+    "mdt_jax.encode",
+    f"--source={photographs}",
+    f"--reference_batch={path}",
+    "--image_size=8",
+    "--num_images=3",
+  )
+  assert code == 0, err
+  with np.load(path) as data:
+    # The last of the three cannot be read.
+    assert (data["arr_0"].shape, data["arr_0"].dtype) == ((2, 8, 8, 3), np.uint8)
+    assert data["arr_1"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ("flags", "texts"),
+  [
+    (["--source="], ["--source = '': must be given"]),
+    (["--source=nowhere"], ["--source = 'nowhere': expected a folder"]),
+    (
+      ["--vae=./nowhere"],
+      [
+        "--vae = './nowhere': there is no such folder",
+        "config.json and diffusion_pytorch_model.safetensors of https://",
+      ],
+    ),
+    (["--dtype=float8"], ["--dtype = 'float8': accepted are float16, bfloat16"]),
+    (["--compute_dtype=half"], ["--compute_dtype = 'half'", "float32, bfloat16"]),
+    (["--image_size=17"], ["--image_size = 17: must be divisible by 8"]),
+    (["--max_unreadable=0"], ["--max_unreadable = 0: 1 files cannot be read", "cut"]),
+    (["--process_index=1"], ["--process_count = None: goes with --process_index"]),
+    (
+      ["--process_index=2", "--process_count=2"],
+      ["--process_index = 2: must lie in [0, 2)"],
+    ),
+  ],
+)
+def test_bad_encoding_flags_are_one_line_and_exit_code_2(
+  photographs, tmp_path, flags, texts
+):
+  given = [f"--source={photographs}", f"--vae={VAE}", "--image_size=16", *flags]
+  assert_refused(encode(tmp_path / "out", *given), *texts)
+
+
+def test_a_folder_of_another_set_is_refused_and_kept(photographs, encoded):
+  before = sorted(encoded.iterdir())
+  given = [f"--source={photographs}", f"--vae={VAE}", "--image_size=16"]
+  result = encode(encoded, *given, "--dtype=bfloat16")
+  assert_refused(result, str(encoded), "dtype = 'float16', not 'bfloat16'")
+  assert sorted(encoded.iterdir()) == before
+
+
+@pytest.mark.parametrize("flag", ["--verify", "--statistics"])
+def test_what_is_no_set_cannot_be_looked_at(tmp_path, flag):
+  assert_refused(encode(tmp_path, flag), f"--output = {str(tmp_path)!r}: holds no card")

@@ -85,7 +85,7 @@ def from_torch(
 
 
 def read_tensors(path: str | Path) -> Tensors:
-  """Named arrays of a .pt, .pth or .safetensors file; no code in it is run."""
+  """Named arrays of a .pt, .pth, .bin or .safetensors file; no code in it is run."""
   path = Path(path)
   if not path.is_file():
     raise SettingError("--input", str(path), "must be a file")
@@ -99,7 +99,8 @@ def read_tensors(path: str | Path) -> Tensors:
       raise SettingError(
         "--input", str(path), f"no safetensors file: {error}"
       ) from None
-  check_suffix("--input", path)
+  if path.suffix != ".bin":  # as diffusers names what torch.save writes
+    check_suffix("--input", path)
   torch = _import_torch("--input", path)
   try:
     # Checkpoints of DiT's training hold their command line, as a plain Namespace.

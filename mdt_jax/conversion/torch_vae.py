@@ -33,6 +33,7 @@ WEIGHT_FILES = (
   "diffusion_pytorch_model.safetensors",
   "diffusion_pytorch_model.bin",
 )
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where a folder is empty or not there
 SUBFOLDER = "vae"  # of a whole pipeline
 
 # diffusers' settings -> our attributes; the others are of no effect here.
@@ -93,7 +94,7 @@ def load_vae(
     SettingError: nothing is there, files are broken, a setting of the config is not
       supported, or tensors are missing, left over or of another shape.
   """
-  folder = Path(name_or_folder)
+  folder = Path(name_or_folder).expanduser()
   if not folder.is_dir():
     folder = _download(str(name_or_folder))
   if not (folder / CONFIG_FILE).is_file() and (folder / SUBFOLDER).is_dir():
@@ -103,7 +104,11 @@ def load_vae(
     path = folder / weights
     if path.is_file():
       return model, _from_tensors(_read_weights(path), model, path)
-  raise SettingError(SETTING, str(folder), f"holds no {' or '.join(WEIGHT_FILES)}")
+  raise SettingError(
+    SETTING,
+    str(folder),
+    f"holds no {' or '.join(WEIGHT_FILES)}; {_by_hand(DEFAULT_ID, 'it')}",
+  )
 
 
 def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
@@ -157,7 +162,11 @@ def _read_config(path: Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise SettingError(SETTING, str(path.parent), f"holds no {CONFIG_FILE}") from None
+    raise SettingError(
+      SETTING,
+      str(path.parent),
+      f"holds no {CONFIG_FILE}; {_by_hand(DEFAULT_ID, 'it')}",
+    ) from None
   except (OSError, ValueError) as error:
     raise SettingError(SETTING, str(path), f"no JSON file: {error}") from None
   if not isinstance(config, dict):
@@ -188,27 +197,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_weights(path: Path) -> Tensors:
   """Named arrays of a .safetensors or .bin file; no code in it is run."""
   try:
-    return read_tensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+    return read_tensors(path)
   except SettingError as error:
     raise SettingError(SETTING, str(path), error.accepted) from None
-
-
-def _read_bin(path: Path) -> Tensors:
-  try:
-    import torch
-  except ImportError:
-    raise SettingError(
-      SETTING, str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
-    ) from None
-  try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # NumPy has no bfloat16; parameters are float32 here in any case.
-    return {str(name): t.detach().float().numpy() for name, t in loaded.items()}
-  except Exception as error:  # torch raises many kinds for a file that is none
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise SettingError(
-      SETTING, str(path), f"no weights that are safe to load: {reason}"
-    ) from None
 
 
 def _modern(tensors: Tensors) -> Tensors:
@@ -261,16 +252,20 @@ def _check_tensors(
     )
 
 
+def _by_hand(name: str, where: str) -> str:
+  return (
+    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} of https://huggingface.co/{name} "
+    f"into {where}"
+  )
+
+
 def _download(name: str) -> Path:
   """A folder with the files of a model on the Hugging Face hub."""
   if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
     raise SettingError(
-      SETTING, name, "must be a folder or the id of a model: owner/name"
+      SETTING, name, f"there is no such folder; {_by_hand(DEFAULT_ID, 'it')}"
     )
-  by_hand = (
-    f"no such folder; to have it without the hub, put {CONFIG_FILE} and "
-    f"{WEIGHT_FILES[0]} of https://huggingface.co/{name} into one and name that"
-  )
+  by_hand = f"there is no such folder; {_by_hand(name, 'one, and name that')}"
   try:
     from huggingface_hub import snapshot_download
   except ImportError:

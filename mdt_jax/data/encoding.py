@@ -8,7 +8,9 @@ without talking to each other, and the result is the same however often it was s
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -92,8 +94,9 @@ def encode(
     Whether the set is finished.
 
   Raises:
-    SettingError: another set lies in `output`; too many unreadable images; the disk
-      refuses. Finished shards stay, and the same call goes on after them.
+    SettingError: another set lies in `output`, or another process is at work on the
+      same shard; too many unreadable images; the disk refuses; the devices have too
+      little memory. Finished shards stay, and the same call goes on after them.
   """
   output = Path(output)
   if is_finished(plan, output):
@@ -110,6 +113,12 @@ def encode(
       _write_shard(
         path, _records(plan.layout, encode_fn, batches, batch_size, progress)
       )
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise SettingError(
+        "--batch_size", batch_size, "takes more memory than the devices have"
+      ) from None
     except (OSError, RuntimeError) as error:
       raise SettingError(
         "--output",
@@ -122,11 +131,12 @@ def encode(
 
 def is_finished(plan: Plan, output: str | Path) -> bool:
   """Whether `output` holds the whole set; raises where it holds another one."""
-  card = Path(output) / latents.CARD
-  if not card.exists():
+  output = Path(output)
+  if not (output / latents.CARD).exists():
     return False
-  _check_same(plan.card, json.loads(card.read_text()), Path(output))
-  return True
+  card = _read_json(output, latents.CARD)
+  _check_same(plan.card, card, output)
+  return all(_is_whole(output, shard) for shard in card["shards"])
 
 
 def bytes_missing(plan: Plan, output: str | Path) -> int:
@@ -169,7 +179,8 @@ def verify(path: str | Path, progress: Progress = lambda count: None) -> int:
         "--output",
         str(path),
         f"{shard['file']} has checksum {found[:12]}, where {latents.CARD} says "
-        f"{shard['sha256'][:12]}",
+        f"{shard['sha256'][:12]}; delete it, and the command that made the set makes "
+        "it anew",
       )
     progress(shard["images"])
   return card["images"]
@@ -199,15 +210,43 @@ def statistics(
 def _begin(plan: Plan, output: Path) -> None:
   """Claims the folder for this plan; raises where it holds something else."""
   output.mkdir(parents=True, exist_ok=True)
-  begun = output / BEGUN
-  if begun.exists():
-    _check_same(plan.card, json.loads(begun.read_text()), output)
-  elif any(not path.name.startswith(".") for path in output.iterdir()):
+  names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+  if latents.CARD in names:
+    _reopen(plan, output)
+  elif not names:
+    _write_json(output / BEGUN, plan.card)
+  elif BEGUN not in names:
     raise SettingError(
       "--output", str(output), "must be empty, or hold a set begun with these settings"
     )
-  else:
-    _write_json(begun, plan.card)
+  _check_same(plan.card, _read_json(output, BEGUN), output)
+
+
+def _reopen(plan: Plan, output: Path) -> None:
+  """A finished set that has lost shards becomes one that has to be gone on with."""
+  shards = _read_json(output, latents.CARD)["shards"]
+  _write_json(output / BEGUN, plan.card)
+  for shard in shards:
+    if _is_whole(output, shard):
+      _write_json(_sidecar(output / shard["file"]), shard)
+  (output / latents.CARD).unlink(missing_ok=True)
+
+
+def _is_whole(output: Path, shard: dict[str, Any]) -> bool:
+  path = output / shard["file"]
+  return path.is_file() and path.stat().st_size == shard["bytes"]
+
+
+def _read_json(output: Path, name: str) -> dict[str, Any]:
+  try:
+    found = json.loads((output / name).read_text())
+  except (OSError, ValueError) as error:
+    raise SettingError(
+      "--output", str(output), f"{name} cannot be read: {error}"
+    ) from None
+  if not isinstance(found, dict):
+    raise SettingError("--output", str(output), f"{name} must hold a dict")
+  return found
 
 
 def _check_same(card: dict[str, Any], found: dict[str, Any], output: Path) -> None:
@@ -232,11 +271,8 @@ def _finish(plan: Plan, output: Path) -> bool:
     shards = [json.loads(_sidecar(path).read_text()) for path in paths]
   except FileNotFoundError:  # not all are there, or another process has finished
     return card_path.exists()
-  left_out = [name for shard in shards for name in shard.pop("left_out")]
   images = sum(shard["images"] for shard in shards)
-  _write_json(
-    card_path, {**plan.card, "images": images, "left_out": left_out, "shards": shards}
-  )
+  _write_json(card_path, {**plan.card, "images": images, "shards": shards})
   for path in [output / BEGUN, *(_sidecar(path) for path in paths)]:
     path.unlink(missing_ok=True)
   return True
@@ -280,6 +316,10 @@ def _records(
   def finish(pending: tuple[Any, list, int]) -> Iterator[bytes]:
     views, read, count = pending
     for moments, (_, label, name) in zip(np.asarray(views), read, strict=False):
+      if not np.isfinite(moments).all():  # one would end a training run
+        raise SettingError(
+          "--dtype", layout.dtype, f"the latents of {name} are not finite in it"
+        )
       yield layout.pack(moments, label, name)
     progress(count)
 
@@ -307,30 +347,49 @@ def _write_shard(path: Path, records: Iterator[bytes | str]) -> None:
 
   partial = path.with_name(f".{path.name}.partial")
   count, left_out = 0, []
-  try:
-    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+  with _claim(partial, path):
     try:
-      for record in records:
-        if isinstance(record, str):
-          left_out.append(record)
-        else:
-          writer.write(record)
-          count += 1
+      writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+      try:
+        for record in records:
+          if isinstance(record, str):
+            left_out.append(record)
+          else:
+            writer.write(record)
+            count += 1
+      finally:
+        writer.close()
+      with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+      entry = {
+        "file": path.name,
+        "images": count,
+        "bytes": partial.stat().st_size,
+        "sha256": _sha256(partial),
+        "left_out": left_out,
+      }
+      _write_json(_sidecar(path), entry)
+      os.replace(partial, path)
     finally:
-      writer.close()
-    with open(partial, "rb") as file:
-      os.fsync(file.fileno())
-    entry = {
-      "file": path.name,
-      "images": count,
-      "bytes": partial.stat().st_size,
-      "sha256": _sha256(partial),
-      "left_out": left_out,
-    }
-    _write_json(_sidecar(path), entry)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+      partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _claim(partial: Path, path: Path) -> Iterator[None]:
+  """Keeps other processes off a shard; one that is killed lets go of it."""
+  with open(partial, "ab") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise SettingError(
+        "--output",
+        str(path.parent),
+        f"another process is at work on {path.name}; each needs its own "
+        "--process_index",
+      ) from None
+    except OSError as error:  # a file system without locks
+      logger.warning("%s cannot be locked (%s)", path.name, error)
+    yield
 
 
 def _sidecar(path: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from mdt_jax.errors import SettingError
 
@@ -61,6 +62,7 @@ def open_files(
   path = str(path or "")
   if path.startswith(TFDS_PREFIX):
     return TfdsFiles(path, split)
+  path = os.path.expanduser(path)
   tars = _list_tars(path)
   if tars:
     return TarFiles(path, tars, extensions)
@@ -175,7 +177,7 @@ class TfdsFiles:
     return example["image"], int(example["label"])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # ImageNet has 1.3 million
 class _TarEntry:
   """A file inside a tar file, or inside a tar file in it."""
 
@@ -290,5 +292,11 @@ def _label_files(
       )
     class_of = [name.split("_")[0] if not bare else "" for name in files]
     classes = sorted(set(class_of))
+  empty = sorted(set(classes) - set(class_of))
+  if empty:
+    shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+    logging.warning(
+      "%d of %d classes in %s have no images: %s", len(empty), len(classes), path, shown
+    )
   label_of = {name: label for label, name in enumerate(classes)}
   return np.array([label_of[name] for name in class_of], np.int32), classes

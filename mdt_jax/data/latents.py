@@ -8,7 +8,9 @@ and of its mirror, as a diffusion sees them (shifted and scaled), its label and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,14 @@ class Layout:
   latent_shape: tuple[int, int, int]
   dtype: str
 
-  @property
+  @functools.cached_property
   def shape(self) -> tuple[int, ...]:
     """(image or mirror, mean or deviation, H, W, C)."""
     return (2, 2, *self.latent_shape)
 
-  @property
+  @functools.cached_property
   def moment_bytes(self) -> int:
-    return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
+    return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
   def pack(self, views: np.ndarray, label: int, name: str) -> bytes:
     """A record of `views`, of this shape and dtype."""
@@ -56,7 +58,7 @@ class Layout:
     end = self.moment_bytes + LABEL_BYTES
     if len(record) < end:
       raise ValueError(f"record of {len(record)} bytes, where {end} are expected")
-    views = np.frombuffer(record, DTYPES[self.dtype], int(np.prod(self.shape)))
+    views = np.frombuffer(record, DTYPES[self.dtype], math.prod(self.shape))
     label = int.from_bytes(record[self.moment_bytes : end], "little")
     return views.reshape(self.shape), label, record[end:].decode()
 

@@ -70,16 +70,21 @@ def write(output, source=None, encode=encode_fn, **settings):
   return output
 
 
-def write_slowly(output):
-  """Long enough to be killed at any moment; python -m tests.data.sets OUTPUT"""
+def write_slowly(output, process_index=0, process_count=1):
+  """Long enough to be killed at any moment; python -m tests.data.sets OUTPUT …"""
 
   def encode(images):
     time.sleep(0.03)
     return encode_fn(images)
 
   print("begun", flush=True)
-  write(output, encode=encode)
+  write(
+    output,
+    encode=encode,
+    process_index=int(process_index),
+    process_count=int(process_count),
+  )
 
 
 if __name__ == "__main__":
-  write_slowly(sys.argv[1])
+  write_slowly(*sys.argv[1:])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_card_counts_what_is_there(whole):
   assert card["images"] == sum(shard["images"] for shard in card["shards"]) == 24
   for shard in card["shards"]:
     assert (whole / shard["file"]).stat().st_size == shard["bytes"]
-  assert card["left_out"] == []
+    assert shard["left_out"] == []
 
 
 def test_encoding_again_gives_the_same_bytes(whole, tmp_path):
@@ -138,6 +139,79 @@ def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
   assert {k: v for k, v in found.items() if k not in leftovers} == contents(whole)
 
 
+def test_processes_that_begin_together_agree(whole, tmp_path):
+  """One may find the other's beginning where it has just seen an empty folder."""
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.data.sets", tmp_path, str(index), "2"],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    assert process.wait(60) == 0, process.stderr.read()
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_a_shard_that_another_process_writes_is_refused_and_left_alone(tmp_path):
+  def encode(images):
+    with pytest.raises(SettingError, match="another process is at work on latents-0"):
+      sets.write(tmp_path)
+    return sets.encode_fn(images)
+
+  sets.write(tmp_path, encode=encode)
+  assert encoding.verify(tmp_path) == sets.NUM_IMAGES
+
+
+@pytest.mark.parametrize("harm", ["remove", "cut"])
+def test_a_lost_shard_of_a_finished_set_alone_is_made_anew(whole, tmp_path, harm):
+  sets.write(tmp_path)
+  path = tmp_path / latents.shard_name(1, sets.NUM_SHARDS)
+  if harm == "remove":
+    path.unlink()
+  else:
+    path.write_bytes(path.read_bytes()[:-100])
+  calls = []
+  sets.write(tmp_path, encode=counting(calls))
+  assert len(calls) == 3
+  assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("name", [latents.CARD, encoding.BEGUN])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_card_is_refused(tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(SettingError, match=rf"^--output = .*: {name} "):
+    sets.write(tmp_path)
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+  def encode(images):
+    return np.full((len(images), 2, 2, *sets.LATENT_SHAPE), np.inf, np.float16)
+
+  with pytest.raises(SettingError, match=r"^--dtype = 'float16': the latents of class"):
+    sets.write(tmp_path, encode=encode)
+
+
+def test_too_little_memory_on_the_devices_is_told(tmp_path):
+  def encode(images):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  with pytest.raises(SettingError, match=r"^--batch_size = 3: takes more memory"):
+    sets.write(tmp_path, encode=encode)
+
+
+def test_a_failure_of_the_devices_is_not_taken_for_one_of_the_disk(tmp_path):
+  def encode(images):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    sets.write(tmp_path, encode=encode)
+
+
 def test_a_full_disk_is_told_and_loses_no_finished_shard(whole, tmp_path):
   """Played by a limit on the size of a file, between those of two shards."""
   code = (
@@ -181,7 +255,8 @@ def test_too_little_room_is_refused_before_anything_is_encoded(tmp_path, monkeyp
 def test_unreadable_images_are_left_out_and_on_the_card(tmp_path):
   sets.write(tmp_path, sets.Images(unreadable=(0, 9, 10, 11)))
   card = latents.read_card(tmp_path)
-  assert card["left_out"] == [f"class/{i}.png" for i in (0, 9, 10, 11)]
+  left_out = [name for shard in card["shards"] for name in shard["left_out"]]
+  assert left_out == [f"class/{i}.png" for i in (0, 9, 10, 11)]
   source = latents.LatentSource(tmp_path, 4, 3, 0)
   assert len(source) == card["images"] == 20
   labels = [int(source[i]["label"]) for i in range(20)]

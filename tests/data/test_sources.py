@@ -59,6 +59,17 @@ def warnings(monkeypatch):
   return lines
 
 
+def test_an_empty_class_folder_keeps_its_label_and_is_named(tmp_path, warnings):
+  for name in ("ant", "bee", "cat"):
+    (tmp_path / name).mkdir()
+  write_image(tmp_path / "ant" / "1.png", 1)
+  write_image(tmp_path / "cat" / "1.png", 2)
+  files = open_files(tmp_path)
+  assert [files.read(i)[1] for i in range(2)] == [0, 2]
+  (line,) = warnings
+  assert line == f"1 of 3 classes in {tmp_path} have no images: bee"
+
+
 # Digits.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,4 +250,14 @@ def test_latents_of_another_size_are_refused_before_anything_is_written(
   config = latent_config(photos, "latents", **{"model.input_size": 8})
   with pytest.raises(SettingError, match=r"holds arrays of shape \(4, 4, 4\), where"):
     loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_of_another_scale_than_the_latents_is_refused(photos, tmp_path):
+  shutil.copytree(VAE, tmp_path / "vae")
+  path = tmp_path / "vae" / "config.json"
+  path.write_text(path.read_text().replace("0.18215", "0.13025"))
+  changes = {"data.vae": str(tmp_path / "vae")}
+  with pytest.raises(SettingError, match=r"scaling_factor = 0.13025, where .* 0.18215"):
+    loop.train(latent_config(photos, "latents", **changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
