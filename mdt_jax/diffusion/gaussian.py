@@ -18,8 +18,8 @@ import numpy as np
 from mdt_jax.diffusion.schedules import (
   SPACINGS,
   make_betas,
-  spaced_timesteps,
   solver_timesteps,
+  spaced_timesteps,
 )
 from mdt_jax.errors import SettingError, check_choice
 
@@ -83,7 +83,8 @@ class GaussianDiffusion:
     Args:
       schedule, num_timesteps: of the original process; see `schedules.make_betas`.
       spacing: which timesteps are kept: a text of `schedules.spaced_timesteps`, or
-        "uniform20", "log_snr20" or "karras20" for so many of `schedules.solver_timesteps`.
+        "uniform20", "log_snr20", "karras20" for so many of
+        `schedules.solver_timesteps`.
       prediction, variance, loss_weight, min_snr_gamma: see the attributes.
 
     Raises:

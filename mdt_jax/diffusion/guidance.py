@@ -78,6 +78,4 @@ def guided(
   if interval == WHOLE:
     return guided_fn
   # A sampler's call has one timestep for all its samples: one branch runs.
-  return lambda x, t: jax.lax.cond(
-    is_guided(t).any(), guided_fn, conditional_fn, x, t
-  )
+  return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, conditional_fn, x, t)

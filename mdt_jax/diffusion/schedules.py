@@ -122,7 +122,9 @@ def solver_timesteps(
   check_choice("spacing", spacing, SPACINGS)
   num_timesteps = len(alphas_cumprod)
   if not 1 <= count <= num_timesteps:
-    raise SettingError("spacing", f"{spacing}{count}", f"must have 1 to {num_timesteps}")
+    raise SettingError(
+      "spacing", f"{spacing}{count}", f"must have 1 to {num_timesteps}"
+    )
   levels = log_snr(alphas_cumprod)
   noisiest = max(np.flatnonzero(levels >= MIN_LOG_SNR), default=num_timesteps - 1)
   share = np.linspace(0, 1, count) if count > 1 else np.ones(1)

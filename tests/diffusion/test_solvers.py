@@ -9,7 +9,6 @@ import pytest
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.samplers import sample
-from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.diffusion.solvers import SOLVERS
 from tests.diffusion import toy
 
@@ -53,7 +52,7 @@ def error(method, spacing, schedule="linear"):
   return np.sqrt(np.mean((np.asarray(x_0) - solution(diffusion, x_T)) ** 2))
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
 def test_the_error_falls_with_the_order_of_the_solver(method, order, spacing):
   coarse, fine = (error(method, f"{spacing}{count}") for count in (40, 160))
