@@ -142,7 +142,7 @@ def _guided_fn(
 
 
 def _switch(first: ModelFn, then: ModelFn, from_timestep: int) -> ModelFn:
-  """`first` at timesteps from `from_timestep` up, where sampling begins, else `then`."""
+  """`first` at timesteps from `from_timestep` up, where sampling begins."""
   return lambda x, t: jax.lax.cond(t[0] >= from_timestep, first, then, x, t)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +90,8 @@ class ShardedImages:
       progress: show a bar with the time left.
     """
     self._partial.mkdir(parents=True, exist_ok=True)
-    _write_json(self._partial / "settings.json", self._settings)
+    path = self._partial / "settings.json"
+    _write_json(path, self._settings, self._process_index)
     mine = range(self._process_index, self._request.num_blocks, self._process_count)
     missing = [block for block in mine if not self._path(block).exists()]
     total, left = (
@@ -189,17 +189,17 @@ class ShardedImages:
     grid.save(self.folder / "samples.png")
 
 
-def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Any], None], process: int = 0) -> None:
   """Writes beside `path`, then renames: a kill leaves no half of a file under it."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = path.with_name(f".{path.name}.{process}.tmp")
   with open(temporary, "wb") as file:
     write(file)
   temporary.replace(path)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: dict[str, Any], process: int = 0) -> None:
   text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-  _write_whole(path, lambda file: file.write(text.encode()))
+  _write_whole(path, lambda file: file.write(text.encode()), process)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
