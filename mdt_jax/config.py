@@ -21,7 +21,7 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import WHOLE
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
-from mdt_jax.diffusion.solvers import SOLVERS
+from mdt_jax.diffusion.solvers import SOLVERS, SPACING_OF
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.metrics import check_metrics
@@ -195,7 +195,7 @@ def make_sampled_diffusion(config: ConfigDict) -> GaussianDiffusion:
   """The process of a run, with the steps that config.sampling takes."""
   sampling = config.sampling
   is_solver = sampling.method in SOLVERS
-  spacing = sampling.spacing or ("log_snr" if is_solver else "uniform")
+  spacing = sampling.spacing or SPACING_OF.get(sampling.method, "uniform")
   if spacing == "uniform" and not is_solver:
     spacing = ""  # as released
   return make_diffusion(config, f"{spacing}{sampling.num_steps}")
