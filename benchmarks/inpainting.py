@@ -9,12 +9,12 @@ table goes to docs/sampling.md, with a picture.
 from __future__ import annotations
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from benchmarks.samplers import DOCS, machine, write_table
-from mdt_jax import Pipeline
+from mdt_jax import Pipeline, cli
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.generation.images import make_grid
 
@@ -86,4 +86,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from mdt_jax import Pipeline
+from mdt_jax import Pipeline, cli
+from mdt_jax.evaluation.metrics import frechet_distance
 from mdt_jax.generation.images import make_grid
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
@@ -47,18 +48,6 @@ RUNS = [
   ],
 ]
 SHOWN = [("ddpm", 250), ("ddim", 20), ("dpm++", 10), ("dpm++", 20), ("dpm++sde", 20)]
-
-
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-  """Of the normal distributions with the moments of x (N, D) and y (M, D)."""
-  covariances = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-  values, vectors = np.linalg.eigh(covariances[0])
-  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-  # tr (AB)^(1/2), with A^(1/2) B A^(1/2) symmetric.
-  cross = np.linalg.eigvalsh(root @ covariances[1] @ root)
-  distance = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2)
-  distance += sum(map(np.trace, covariances)) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
-  return float(distance)
 
 
 def machine() -> str:
@@ -125,4 +114,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)
