@@ -21,8 +21,8 @@ from mdt_jax.generation.images import make_grid
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
 
 PER_CLASS = 20
-SAMPLERS = (("dpm++", 20), ("ddpm", 50))
-INTERPOLATIONS = (0.0, 0.25, 0.5, 1.0)  # shares of the steps
+SAMPLERS = (("dpm++", 20, 1), ("ddpm", 50, 1), ("ddpm", 20, 10))  # steps, repeats
+INTERPOLATIONS = (0.0, 0.25, 1.0)  # shares of the steps
 # Without its label the network has the left half alone to go by.
 CONDITIONS = {
   "label, scale 2": dict(cfg_scale=2.0),
@@ -48,11 +48,11 @@ def main(argv: list[str]) -> None:
   lines = [
     f"{machine()} (`python -m benchmarks.inpainting`); {len(images)} digits.",
     "",
-    "| sampler | steps | given | side-interpolater | recognised | error |",
-    "| --- | --- | --- | --- | --- | --- |",
+    "| sampler | steps | repeats | given | side-interpolater | recognised | error |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
   ]
   shown = []
-  for method, steps in SAMPLERS:
+  for method, steps, repeats in SAMPLERS:
     for given, settings in CONDITIONS.items():
       for share in INTERPOLATIONS:
         painted = pipeline.draw(
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
           inpaint=images,
           mask=mask,
           interpolation=share,
+          repeats=repeats,
           method=method,
           num_steps=steps,
           batch_size=len(labels),
@@ -70,8 +71,8 @@ def main(argv: list[str]) -> None:
         recognised = np.mean(classifier.predict(pixels) == labels)
         error = painted[:, mask].astype(float) - images[:, mask]
         lines.append(
-          f"| {method} | {steps} | {given} | first {share:.0%} | {recognised:.1%} | "
-          f"{np.sqrt(np.mean(error**2)):.1f} |"
+          f"| {method} | {steps} | {repeats} | {given} | first {share:.0%} | "
+          f"{recognised:.1%} | {np.sqrt(np.mean(error**2)):.1f} |"
         )
         print(lines[-1], flush=True)
         if (method, share) == (SAMPLERS[0][0], 0.25):

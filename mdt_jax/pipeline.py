@@ -18,6 +18,7 @@ from PIL import Image
 
 from mdt_jax import config as settings
 from mdt_jax.data.transforms import to_float
+from mdt_jax.diffusion.solvers import SOLVERS
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import editing, generate, images
 from mdt_jax.generation.generate import BlockGenerator, Request, Task
@@ -219,6 +220,7 @@ class Pipeline:
     inpaint: editing.ImageLike | None = None,
     mask: editing.ImageLike | None = None,
     interpolation: float | None = None,
+    repeats: int | None = None,
     edit: editing.ImageLike | None = None,
     strength: float | None = None,
     **sampling: Any,
@@ -232,6 +234,8 @@ class Pipeline:
       inpaint, mask: image to be painted in, and where; see `inpaint`.
       interpolation: of inpainting, the share of the steps, from the first, in which
         the side-interpolater predicts the hidden tokens from the visible ones alone.
+      repeats: of inpainting, how often each step is taken, so that what is painted
+        fits what is visible (RePaint); 1 by default, more with ddpm or ddim alone.
       edit: image to be edited; see `edit`.
       strength: of editing, the noise it starts from, above 0 and up to 1, as a share
         of the process.
@@ -248,6 +252,7 @@ class Pipeline:
     for name, value, needed, given in (
       ("mask", mask, "inpaint", inpaint),
       ("interpolation", interpolation, "inpaint", inpaint),
+      ("repeats", repeats, "inpaint", inpaint),
       ("strength", strength, "edit", edit),
     ):
       if value is not None and given is None:
@@ -255,7 +260,9 @@ class Pipeline:
     if inpaint is not None and edit is not None:
       raise SettingError("edit", edit, "must be left out, as an image is inpainted")
     if inpaint is not None:
-      return self._plan_inpainting(config, request, inpaint, mask, interpolation)
+      return self._plan_inpainting(
+        config, request, inpaint, mask, interpolation, 1 if repeats is None else repeats
+      )
     if edit is not None:
       return self._plan_editing(config, request, edit, strength)
     return Plan(self, config, generate.DRAW, request)
@@ -267,6 +274,7 @@ class Pipeline:
     image: editing.ImageLike,
     mask: editing.ImageLike | None,
     interpolation: float | None,
+    repeats: int,
   ) -> Plan:
     pixels = self._read_image("inpaint", image, len(request.labels))
     hidden_pixels = editing.read_mask("mask", mask, self.image_shape[0])
@@ -278,6 +286,8 @@ class Pipeline:
     tokens = editing.hidden_tokens(hidden, model.patch_size)
     if interpolation is None:
       interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
+    if repeats < 1 or (repeats > 1 and config.sampling.method in SOLVERS):
+      raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
     if not 0 <= interpolation <= 1:
       raise SettingError("interpolation", interpolation, "must lie in [0, 1]")
     if interpolation and not model.takes_mask:
@@ -288,6 +298,7 @@ class Pipeline:
       "inpaint",
       # With no token hidden there is nothing to interpolate.
       interpolation=interpolation if tokens.any() else 0.0,
+      repeats=repeats,
       num_keep=int(np.count_nonzero(~tokens)),
     )
     request = dataclasses.replace(

@@ -55,6 +55,9 @@ INTERPOLATION = flags.DEFINE_float(
   None,
   "Share of the first steps in which the side-interpolater predicts what is hidden.",
 )
+REPEATS = flags.DEFINE_integer(
+  "repeats", None, "How often each step of inpainting is taken (RePaint); 1."
+)
 EDIT = flags.DEFINE_string("edit", None, "Image to be turned into other classes.")
 STRENGTH = flags.DEFINE_float("strength", None, "How much it is changed, up to 1.")
 VAE = flags.DEFINE_string(
@@ -95,6 +98,7 @@ def main(argv: list[str]) -> None:
     inpaint=_path(INPAINT.value),
     mask=_path(MASK.value),
     interpolation=INTERPOLATION.value,
+    repeats=REPEATS.value,
     edit=_path(EDIT.value),
     strength=STRENGTH.value,
     **{name: value for name, value in sampling.items() if value is not None},

@@ -88,7 +88,9 @@ MASK = np.zeros((8, 8), bool)
 MASK[:, 4:] = True
 
 
-@pytest.mark.parametrize("arguments", [{}, dict(interpolation=1.0, cfg_scale=1.0)])
+@pytest.mark.parametrize(
+  "arguments", [{}, dict(interpolation=1.0, repeats=3, cfg_scale=1.0)]
+)
 def test_inpainting_keeps_the_visible_pixels_and_paints_the_rest(pipeline, arguments):
   painted = pixels_of(
     pipeline.inpaint(Image.fromarray(IMAGE), MASK, [3, 5], **arguments)
@@ -130,6 +132,8 @@ def test_an_edit_of_little_strength_stays_near_its_image(pipeline):
     (dict(inpaint=IMAGE, mask=MASK, interpolation=2.0), "must lie in [0, 1]"),
     (dict(inpaint=IMAGE, mask=MASK, edit=IMAGE), "must be left out"),
     (dict(inpaint=IMAGE[None, ..., None].repeat(2, 0), mask=MASK), "must be 1, as"),
+    (dict(inpaint=IMAGE, mask=MASK, repeats=0), "repeats = 0: must be 1"),
+    (dict(inpaint=IMAGE, mask=MASK, repeats=2, method="heun"), "ddpm or ddim"),
     (dict(edit=IMAGE, strength=0.0), "strength = 0.0: must be above 0"),
     (dict(edit=IMAGE, mask=MASK), "goes with an image to inpaint"),
   ],

@@ -30,6 +30,7 @@ def sample(
   noise: Array | None = None,
   num_steps: int | None = None,
   hold: Callable[[Array, Array], Array] | None = None,
+  repeats: int = 1,
 ) -> Array:
   """Samples x_0 from x_T. To be jitted by the caller, with the network inside.
 
@@ -50,6 +51,9 @@ def sample(
       start from.
     hold: (x (B, H, W, C), step ()) -> x; changes the latent before each call of the
       network, to hold what is known of it.
+    repeats: take each step so often, with its noise added again in between, so that
+      the rest fits what is held (RePaint, arXiv 2201.09865, with jumps of one step);
+      "ddpm" and "ddim" alone.
 
   Returns:
     (B, H, W, C) float32.
@@ -57,6 +61,8 @@ def sample(
   check_choice("method", method, METHODS)
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
+  if repeats < 1 or (repeats > 1 and method in SOLVERS):
+    raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
   x_T = jnp.asarray(x_T, jnp.float32)
   num_steps = diffusion.num_timesteps if num_steps is None else num_steps
 
@@ -67,12 +73,20 @@ def sample(
     t = jnp.full((x.shape[0],), step)
     return model_fn(x, diffusion.model_timesteps(t)).astype(jnp.float32), t
 
-  def ancestral(x: Array, inputs: tuple[Array, Array | None]) -> tuple[Array, None]:
-    step, given = inputs
+  def ancestral(
+    x: Array, inputs: tuple[Array, Array, Array | None]
+  ) -> tuple[Array, None]:
+    step, repeat, given = inputs
+    if repeats > 1:
+      beta = jnp.asarray(diffusion.betas, jnp.float32)[step]
+      again = draw(step + (repeats + repeat) * diffusion.num_timesteps, None)
+      noisier = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * again
+      x = jnp.where(repeat > 0, noisier, x)
     x = x if hold is None else hold(x, step)
     output, t = predict(x, step)
     # No noise is added by the last step.
-    drawn = jnp.where(step > 0, draw(step, given), 0)
+    number = step + repeat * diffusion.num_timesteps
+    drawn = jnp.where(step > 0, draw(number, given), 0)
     step_fn = _ddpm_step if method == "ddpm" else _ddim_step
     return step_fn(diffusion, output, x, t, drawn, eta, clip_denoised), None
 
@@ -95,8 +109,9 @@ def sample(
     state = (x_T, x_T, jnp.zeros_like(x_T))
     (x_0, _, _), _ = jax.lax.scan(solve, state, (rows, noise))
     return x_0
-  steps = jnp.arange(num_steps, dtype=jnp.int32)[::-1]
-  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, noise))
+  steps = jnp.arange(num_steps, dtype=jnp.int32)[::-1].repeat(repeats)
+  repeat = jnp.tile(jnp.arange(repeats, dtype=jnp.int32), num_steps)
+  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, repeat, noise))
   return x_0
 
 

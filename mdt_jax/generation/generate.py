@@ -38,12 +38,14 @@ class Task:
       intermediate step (SDEdit, arXiv 2108.01073).
     interpolation: of "inpaint", the share of the steps, from the first, in which the
       side-interpolater predicts the hidden tokens from the visible ones.
+    repeats: of "inpaint", how often each step is taken; see `samplers.sample`.
     num_keep: of "inpaint", the number of tokens that are not wholly hidden.
     strength: of "edit", where the noise starts, as a share of the process.
   """
 
   kind: str = "draw"
   interpolation: float = 0.0
+  repeats: int = 1
   num_keep: int = 0
   strength: float = 1.0
 
@@ -109,6 +111,7 @@ def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
       clip_denoised=sampling.clip_denoised,
       num_steps=num_steps,
       hold=hold,
+      repeats=task.repeats,
     )
     if task.kind == "inpaint":
       return jnp.where(given["hidden"][..., None], x_0, given["image"])
