@@ -13,7 +13,7 @@ from absl import flags
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from benchmarks.samplers import DOCS, machine, write_table
+from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, cli
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.generation.images import make_grid
@@ -22,7 +22,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=
 
 PER_CLASS = 20
 SAMPLERS = (("dpm++", 20, 1), ("ddpm", 50, 1), ("ddpm", 20, 10))  # steps, repeats
-INTERPOLATIONS = (0.0, 0.25, 1.0)  # shares of the steps
+INTERPOLATIONS = (0.0, 0.25, 1.0)  # shares of the process
 # Without its label the network has the left half alone to go by.
 CONDITIONS = {
   "label, scale 2": dict(cfg_scale=2.0),
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         print(lines[-1], flush=True)
         if (method, share) == (SAMPLERS[0][0], 0.25):
           shown.append(painted[::PER_CLASS])
-  write_table("inpainting", lines)
+  write_table("sampling.md", "inpainting", lines)
   hidden = np.where(mask[..., None], 128, images[::PER_CLASS]).astype(np.uint8)
   rows = [images[::PER_CLASS], hidden, *shown]
   names = ["real", "hidden", "label", "no label"]

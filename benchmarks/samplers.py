@@ -7,18 +7,14 @@ picture. Two random halves of the real digits set the scale.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, cli
 from mdt_jax.evaluation.metrics import frechet_distance
 from mdt_jax.generation.images import make_grid
@@ -28,7 +24,6 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images of each sampler.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images at a time.")
 CFG_SCALES = flags.DEFINE_list("cfg_scales", ["2", "1"], "Guidance scales.")
 
-DOCS = Path(__file__).parents[1] / "docs"
 # (sampler, steps, spacing)
 RUNS = [
   ("ddpm", 250, None),
@@ -48,24 +43,6 @@ RUNS = [
   ],
 ]
 SHOWN = [("ddpm", 250), ("ddim", 20), ("dpm++", 10), ("dpm++", 20), ("dpm++sde", 20)]
-
-
-def machine() -> str:
-  """The line under which figures stand."""
-  return (
-    f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "
-    f"jax {importlib.metadata.version('jax')}"
-  )
-
-
-def write_table(name: str, lines: list[str]) -> None:
-  """Replaces a table of docs/sampling.md."""
-  page = DOCS / "sampling.md"
-  begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-  before, rest = page.read_text().split(begin)
-  _, after = rest.split(end)
-  page.write_text("\n".join([before + begin, *lines, end + after]))
-  print("\n".join(lines))
 
 
 def main(argv: list[str]) -> None:
@@ -107,7 +84,7 @@ def main(argv: list[str]) -> None:
       if scale == scales[0] and spacing in (None, "log_snr"):
         shown[method, steps] = images[:10]
     lines.append(f"| {' | '.join(map(str, cells))} |")
-  write_table("samplers", lines)
+  write_table("sampling.md", "samplers", lines)
   rows = np.concatenate([shown[run] for run in SHOWN])
   captions = [f"{m} {n}" if i == 0 else "" for m, n in SHOWN for i in range(10)]
   make_grid(rows, captions, columns=10).save(DOCS / "samplers.png", optimize=True)

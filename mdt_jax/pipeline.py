@@ -232,8 +232,9 @@ class Pipeline:
       seed: image i derives from (seed, i) alone; in [0, 2**32).
       batch_size: images that a device makes at a time.
       inpaint, mask: image to be painted in, and where; see `inpaint`.
-      interpolation: of inpainting, the share of the steps, from the first, in which
-        the side-interpolater predicts the hidden tokens from the visible ones alone.
+      interpolation: of inpainting, the share of the process, from full noise, in
+        which the side-interpolater predicts the hidden tokens from the visible ones
+        alone.
       repeats: of inpainting, how often each step is taken, so that what is painted
         fits what is visible (RePaint); 1 by default, more with ddpm or ddim alone.
       edit: image to be edited; see `edit`.

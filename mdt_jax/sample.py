@@ -53,7 +53,8 @@ MASK = flags.DEFINE_string("mask", None, "Image, white where to paint.")
 INTERPOLATION = flags.DEFINE_float(
   "interpolation",
   None,
-  "Share of the first steps in which the side-interpolater predicts what is hidden.",
+  "Share of the process, from full noise, in which the side-interpolater predicts "
+  "what is hidden.",
 )
 REPEATS = flags.DEFINE_integer(
   "repeats", None, "How often each step of inpainting is taken (RePaint); 1."

@@ -36,8 +36,8 @@ class Task:
   Attributes:
     kind: "draw" from noise alone; "inpaint" the hidden part; "edit" the whole from an
       intermediate step (SDEdit, arXiv 2108.01073).
-    interpolation: of "inpaint", the share of the steps, from the first, in which the
-      side-interpolater predicts the hidden tokens from the visible ones.
+    interpolation: of "inpaint", the share of the process, from full noise, in which
+      the side-interpolater predicts the hidden tokens from the visible ones.
     repeats: of "inpaint", how often each step is taken; see `samplers.sample`.
     num_keep: of "inpaint", the number of tokens that are not wholly hidden.
     strength: of "edit", where the noise starts, as a share of the process.
@@ -95,11 +95,11 @@ def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
         return jnp.where(given["hidden"][..., None], x, known)
 
     model_fn = _guided_fn(config, model, params, labels, None)
-    if num_first := round(task.interpolation * diffusion.num_timesteps):
+    if task.interpolation:
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
       masked_fn = _guided_fn(config, model, params, labels, mask)
-      from_timestep = int(diffusion.timesteps[-num_first])
-      model_fn = _switch(masked_fn, model_fn, from_timestep)
+      limit = (1 - task.interpolation) * diffusion.num_original_timesteps
+      model_fn = _switch(masked_fn, model_fn, limit)
 
     x_0 = sample(
       model_fn,
@@ -144,9 +144,11 @@ def _guided_fn(
   )
 
 
-def _switch(first: ModelFn, then: ModelFn, from_timestep: int) -> ModelFn:
-  """`first` at timesteps from `from_timestep` up, where sampling begins."""
-  return lambda x, t: jax.lax.cond(t[0] >= from_timestep, first, then, x, t)
+def _switch(first: ModelFn, then: ModelFn, limit: float) -> ModelFn:
+  """`first` at timesteps from `limit` up, where sampling begins, then `then`."""
+  if limit == 0:
+    return first
+  return lambda x, t: jax.lax.cond(t[0] >= limit, first, then, x, t)
 
 
 def _noised(
