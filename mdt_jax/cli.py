@@ -43,7 +43,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _join()
       main(argv)
     except SettingError as error:
-      _refuse(str(error))
+      _refuse(f"--{error}" if error.setting in flags.FLAGS else str(error))
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(EXIT_INTERRUPTED)

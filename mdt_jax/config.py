@@ -18,7 +18,10 @@ from ml_collections.config_dict import placeholder
 
 from mdt_jax.data.sources import Source, Subset, create_source, split_indices
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
+from mdt_jax.diffusion.guidance import WHOLE
 from mdt_jax.diffusion.samplers import METHODS
+from mdt_jax.diffusion.schedules import SPACINGS
+from mdt_jax.diffusion.solvers import SOLVERS, SPACING_OF
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.metrics import check_metrics
@@ -103,12 +106,14 @@ def default_config() -> ConfigDict:
   c.mesh.tensor = 1  # share heads and hidden units, of the same images
 
   c.sampling = ConfigDict()  # of the pictures, and the defaults of mdt_jax.sample
-  c.sampling.method = "ddpm"  # ddpm or ddim
-  c.sampling.num_steps = 250
+  c.sampling.method = "ddpm"  # ddpm, ddim, euler, heun, dpm++ or dpm++sde
+  c.sampling.num_steps = 250  # 10 to 30 for the last four; heun calls twice a step
+  c.sampling.spacing = placeholder(str)  # uniform, log_snr, karras; None: the method's
   c.sampling.eta = 0.0  # noise of ddim: 0 none, 1 as ddpm
   c.sampling.cfg_scale = 3.8  # guidance; 1: none
   c.sampling.cfg_power = 4.0  # of the power-cosine scale; 0: constant
   c.sampling.cfg_channels = 3  # leading channels guided, as released; 0: all
+  c.sampling.cfg_interval = WHOLE  # guide where t / T lies in it, ends included
   c.sampling.clip_denoised = False  # clip x0 to [-1, 1] at each step; for pixels
   c.sampling.ema_decay = placeholder(float)  # which average; None: the first
 
@@ -184,6 +189,16 @@ def make_diffusion(config: ConfigDict, spacing: str = "") -> GaussianDiffusion:
   """The process of a run, respaced for sampling where `spacing` is given."""
   with named_in_errors("config.diffusion"):
     return GaussianDiffusion.create(**config.diffusion, spacing=spacing)
+
+
+def make_sampled_diffusion(config: ConfigDict) -> GaussianDiffusion:
+  """The process of a run, with the steps that config.sampling takes."""
+  sampling = config.sampling
+  is_solver = sampling.method in SOLVERS
+  spacing = sampling.spacing or SPACING_OF.get(sampling.method, "uniform")
+  if spacing == "uniform" and not is_solver:
+    spacing = ""  # as released
+  return make_diffusion(config, f"{spacing}{sampling.num_steps}")
 
 
 def make_timestep_sampler(config: ConfigDict) -> TimestepSampler:
@@ -345,11 +360,18 @@ def _check_sampling(config: ConfigDict) -> None:
         f"must lie in [1, config.diffusion.num_timesteps = "
         f"{config.diffusion.num_timesteps}]",
       )
+    if sampling.spacing is not None:
+      check_choice("spacing", sampling.spacing, SPACINGS)
     if not 0 <= sampling.eta <= 1:
       raise SettingError("eta", sampling.eta, "must lie in [0, 1]")
     for name in ("cfg_scale", "cfg_power", "cfg_channels"):
       if not sampling[name] >= 0:
         raise SettingError(name, sampling[name], "must be 0 or more")
+    interval = sampling.cfg_interval
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+      raise SettingError(
+        "cfg_interval", tuple(interval), "must be (low, high), 0 <= low <= high <= 1"
+      )
     if sampling.cfg_scale != 1 and config.model.label_dropout == 0:
       raise SettingError(
         "cfg_scale",

@@ -156,6 +156,22 @@ def test_sampling_writes_a_grid_and_arrays(trained, tmp_path):
     assert grid.mode == "RGB"
 
 
+def test_inpainting_writes_images_that_keep_what_is_visible(trained, tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+  mask = np.zeros((8, 8), np.uint8)
+  mask[:, 4:] = 255
+  Image.fromarray(image).save(tmp_path / "image.png")
+  Image.fromarray(mask).save(tmp_path / "mask.png")
+  given = [f"--inpaint={tmp_path / 'image.png'}", f"--mask={tmp_path / 'mask.png'}"]
+  code, _, err = sample(trained, tmp_path, *given, "--labels=3,1", "--png")
+  assert code == 0, err
+  with np.load(tmp_path / "samples.npz") as data:
+    painted = data["arr_0"][..., 0]
+  assert (painted[:, :, :4] == image[:, :4]).all()
+  assert (painted[:, :, 4:] != image[:, 4:]).any()
+  assert len(list((tmp_path / "png").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize(
   ("flag", "texts"),
   [
@@ -163,7 +179,12 @@ def test_sampling_writes_a_grid_and_arrays(trained, tmp_path):
     ("--labels=three", ["--labels = 'three'"]),
     ("--num_images=0", ["--num_images = 0", "at least 1"]),
     ("--steps=2000", ["num_steps = 2000"]),
-    ("--sampler=euler", ["method = 'euler'", "ddpm, ddim"]),
+    ("--sampler=plms", ["method = 'plms'", "ddpm, ddim"]),
+    ("--batch_size=0", ["--batch_size = 0", "at least 1"]),
+    ("--cfg_interval=0.1", ["cfg_interval = (0.1,)", "(low, high)"]),
+    ("--mask=mask.png", ["--mask", "goes with an image to inpaint"]),
+    ("--inpaint=nowhere.png", ["--inpaint = 'nowhere.png'", "cannot be read"]),
+    ("--edit=README.md", ["--edit = 'README.md'", "no image"]),
     ("--checkpoint=nowhere", ["--checkpoint = 'nowhere'"]),
   ],
 )

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.diffusion.schedules import make_betas, spaced_timesteps
+from mdt_jax.diffusion.schedules import (
+  SPACINGS,
+  make_betas,
+  solver_timesteps,
+  spaced_timesteps,
+)
 from mdt_jax.errors import SettingError, check_choice
 
 Array = jax.Array
@@ -72,7 +78,14 @@ class GaussianDiffusion:
     loss_weight: str = "none",
     min_snr_gamma: float = 5.0,
   ) -> GaussianDiffusion:
-    """Builds a process from names; see `schedules` for schedule and spacing.
+    """Builds a process from names.
+
+    Args:
+      schedule, num_timesteps: of the original process; see `schedules.make_betas`.
+      spacing: which timesteps are kept: a text of `schedules.spaced_timesteps`, or
+        "uniform20", "log_snr20", "karras20" for so many of
+        `schedules.solver_timesteps`.
+      prediction, variance, loss_weight, min_snr_gamma: see the attributes.
 
     Raises:
       SettingError: an unknown name or a spacing that cannot be had.
@@ -83,7 +96,11 @@ class GaussianDiffusion:
     if min_snr_gamma <= 0:
       raise SettingError("min_snr_gamma", min_snr_gamma, "must be above 0")
     alphas_cumprod = np.cumprod(1 - make_betas(schedule, num_timesteps))
-    timesteps = spaced_timesteps(num_timesteps, spacing)
+    named = re.fullmatch(rf"({'|'.join(SPACINGS)})(\d+)", spacing)
+    if named:
+      timesteps = solver_timesteps(alphas_cumprod, named[1], int(named[2]))
+    else:
+      timesteps = spaced_timesteps(num_timesteps, spacing)
     kept = alphas_cumprod[timesteps]
     betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
     return cls(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+WHOLE = (0.0, 1.0)  # every timestep, as shares of T
 ModelFn = Callable[[Array, Array], Array]  # x_t (B, H, W, C), t (B,) -> output
 
 
@@ -31,6 +32,7 @@ def guided(
   scale: float,
   power: float = 4.0,
   channels: int | None = 3,
+  interval: tuple[float, float] = WHOLE,
   num_timesteps: int = 1000,
 ) -> ModelFn:
   """Turns a conditional network into the guided function that samplers take.
@@ -45,19 +47,35 @@ def guided(
     power: of the power-cosine scale; the paper's runs use 4, the demo 0.01.
     channels: how many leading channels are guided. The released code guides the
       first 3 of 4, kept from GLIDE; None guides every channel of the prediction.
+    interval: (low, high), of t / T, both included: timesteps outside are not guided
+      (arXiv 2404.07724), and a call without any inside runs no unconditional half.
     num_timesteps: T, of the original process.
   """
+
+  def conditional_fn(x: Array, t: Array) -> Array:
+    return network(x, t, labels)
+
   if scale == 1:
-    return lambda x, t: network(x, t, labels)
+    return conditional_fn
   both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
-  def model_fn(x: Array, t: Array) -> Array:
+  def is_guided(t: Array) -> Array:
+    low, high = (share * num_timesteps for share in interval)
+    return (t >= low) & (t <= high)
+
+  def guided_fn(x: Array, t: Array) -> Array:
     output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
     conditional, unconditional = jnp.split(output, 2)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    step_scale = power_cosine_scale(t, scale, power, num_timesteps)[:, None, None, None]
+    step_scale = power_cosine_scale(t, scale, power, num_timesteps)
+    if interval != WHOLE:
+      step_scale = jnp.where(is_guided(t), step_scale, 1)
+    step_scale = step_scale[:, None, None, None]
     base = unconditional[..., :count]
     epsilon = base + step_scale * (conditional[..., :count] - base)
     return jnp.concatenate([epsilon, conditional[..., count:]], axis=-1)
 
-  return model_fn
+  if interval == WHOLE:
+    return guided_fn
+  # A sampler's call has one timestep for all its samples: one branch runs.
+  return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, conditional_fn, x, t)

@@ -1,6 +1,8 @@
-"""DDPM and DDIM sampling, the whole loop one `lax.scan`."""
+"""Sampling: from noise to latents, the whole loop one `lax.scan`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,12 @@ import numpy as np
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn
+from mdt_jax.diffusion.solvers import SOLVERS, Rows, solver_rows
 from mdt_jax.errors import SettingError, check_choice
 
 Array = jax.Array
 
-METHODS = ("ddpm", "ddim")
+METHODS = ("ddpm", "ddim", *SOLVERS)
 
 
 def sample(
@@ -25,6 +28,9 @@ def sample(
   eta: float = 0.0,
   clip_denoised: bool = False,
   noise: Array | None = None,
+  num_steps: int | None = None,
+  hold: Callable[[Array, Array], Array] | None = None,
+  repeats: int = 1,
 ) -> Array:
   """Samples x_0 from x_T. To be jitted by the caller, with the network inside.
 
@@ -35,11 +41,19 @@ def sample(
     x_T: (B, H, W, C) standard normal noise to start from.
     key: random key of the noise of the steps, or (B,) keys, one a sample: then the
       noise of a sample does not depend on the rest of the batch.
-    method: "ddpm", ancestral sampling, or "ddim" (arXiv 2010.02502).
+    method: "ddpm", ancestral sampling; "ddim" (arXiv 2010.02502); or one of
+      `solvers.solver_rows`, which take fewer steps.
     eta: noise of DDIM: 0 is deterministic, 1 as much as DDPM.
     clip_denoised: clip each x0 predicted to [-1, 1]; for pixels.
-    noise: (S, B, H, W, C) noise of each step in the order they are taken, instead
-      of draws from `key`.
+    noise: (calls, B, H, W, C) noise of each call of the network, in order, instead of
+      draws from `key`.
+    num_steps: take the last so many steps only; x_T is then the latent that they
+      start from.
+    hold: (x (B, H, W, C), step ()) -> x; changes the latent before each call of the
+      network, to hold what is known of it.
+    repeats: take each step so often, with its noise added again in between, so that
+      the rest fits what is held (RePaint, arXiv 2201.09865, with jumps of one step);
+      "ddpm" and "ddim" alone.
 
   Returns:
     (B, H, W, C) float32.
@@ -47,22 +61,63 @@ def sample(
   check_choice("method", method, METHODS)
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
-  step_fn = _ddpm_step if method == "ddpm" else _ddim_step
+  if repeats < 1 or (repeats > 1 and method in SOLVERS):
+    raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
   x_T = jnp.asarray(x_T, jnp.float32)
-  batch = x_T.shape[0]
+  num_steps = diffusion.num_timesteps if num_steps is None else num_steps
 
-  def body(x: Array, inputs: tuple[Array, Array | None]) -> tuple[Array, None]:
-    step, given = inputs
-    drawn = step_noise(key, step, x.shape) if given is None else given
-    t = jnp.full((batch,), step)
-    output = model_fn(x, diffusion.model_timesteps(t)).astype(jnp.float32)
+  def draw(step: Array, given: Array | None) -> Array:
+    return step_noise(key, step, x_T.shape) if given is None else given
+
+  def predict(x: Array, step: Array) -> tuple[Array, Array]:
+    t = jnp.full((x.shape[0],), step)
+    return model_fn(x, diffusion.model_timesteps(t)).astype(jnp.float32), t
+
+  def ancestral(
+    x: Array, inputs: tuple[Array, Array, Array | None]
+  ) -> tuple[Array, None]:
+    step, repeat, given = inputs
+    if repeats > 1:
+      beta = jnp.asarray(diffusion.betas, jnp.float32)[step]
+      again = draw(step + (repeats + repeat) * diffusion.num_timesteps, None)
+      noisier = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * again
+      x = jnp.where(repeat > 0, noisier, x)
+    x = x if hold is None else hold(x, step)
+    output, t = predict(x, step)
     # No noise is added by the last step.
-    drawn = jnp.where(step > 0, drawn, 0)
+    number = step + repeat * diffusion.num_timesteps
+    drawn = jnp.where(step > 0, draw(number, given), 0)
+    step_fn = _ddpm_step if method == "ddpm" else _ddim_step
     return step_fn(diffusion, output, x, t, drawn, eta, clip_denoised), None
 
-  steps = jnp.arange(diffusion.num_timesteps, dtype=jnp.int32)[::-1]
-  x_0, _ = jax.lax.scan(body, x_T, (steps, noise))
+  def solve(
+    state: tuple[Array, Array, Array], inputs: tuple[Rows, Array | None]
+  ) -> tuple[tuple[Array, Array, Array], None]:
+    x, start, x0_before = state
+    row, given = inputs
+    x = x if hold is None else hold(x, row.step)
+    output, t = predict(x, row.step)
+    x0 = diffusion.p_mean_variance(output, x, t, clip_denoised).x0
+    start = jnp.where(row.corrects, start, x)
+    x = row.keep * start + row.now * x0 + row.before * x0_before
+    if is_random(method):
+      x += row.noise * draw(row.step, given)
+    return (x, start, x0), None
+
+  if method in SOLVERS:
+    rows = solver_rows(diffusion.alphas_cumprod[:num_steps], method)
+    state = (x_T, x_T, jnp.zeros_like(x_T))
+    (x_0, _, _), _ = jax.lax.scan(solve, state, (rows, noise))
+    return x_0
+  steps = jnp.arange(num_steps, dtype=jnp.int32)[::-1].repeat(repeats)
+  repeat = jnp.tile(jnp.arange(repeats, dtype=jnp.int32), num_steps)
+  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, repeat, noise))
   return x_0
+
+
+def is_random(method: str, eta: float = 0.0) -> bool:
+  """Whether the steps of a method add noise."""
+  return method in ("ddpm", "dpm++sde") or (method == "ddim" and eta > 0)
 
 
 def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""Noise schedules and respacing, float64 on the host."""
+"""Noise schedules, and which of their timesteps are sampled; float64 on the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import numpy as np
 from mdt_jax.errors import SettingError, check_choice
 
 SCHEDULES = ("linear", "cosine")
+SPACINGS = ("uniform", "log_snr", "karras")
 MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singular
+# log(alpha / sigma) where the linear schedule ends. The cosine one goes on to -10 in
+# its last four timesteps, where solvers would waste steps or leap beyond their order.
+MIN_LOG_SNR = -5.1
+KARRAS_RHO = 7
 
 
 def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
@@ -88,3 +93,52 @@ def _ddim_timesteps(num_timesteps: int, spacing: str, counts: list[str]) -> np.n
   raise SettingError(
     "spacing", spacing, f"no integer stride gives so many of {num_timesteps} steps"
   )
+
+
+def log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+  """lambda = log(alpha / sigma), half of the log signal-to-noise ratio."""
+  return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+
+
+def solver_timesteps(
+  alphas_cumprod: np.ndarray, spacing: str, count: int
+) -> np.ndarray:
+  """Timesteps for few steps of a high order.
+
+  Args:
+    alphas_cumprod: (T,) of the original process.
+    spacing: what the steps are even in: "uniform", the timestep; "log_snr",
+      log(alpha / sigma); "karras", (sigma / alpha)^(1/7) as EDM's are (arXiv
+      2206.00364, equation 5).
+    count: how many.
+
+  Returns:
+    `count` different increasing timesteps: 0, the last one above MIN_LOG_SNR, and
+    between them those that are nearest.
+
+  Raises:
+    SettingError: `count` is below 1 or above T.
+  """
+  check_choice("spacing", spacing, SPACINGS)
+  num_timesteps = len(alphas_cumprod)
+  if not 1 <= count <= num_timesteps:
+    raise SettingError(
+      "spacing", f"{spacing}{count}", f"must have 1 to {num_timesteps}"
+    )
+  levels = log_snr(alphas_cumprod)
+  noisiest = max(np.flatnonzero(levels >= MIN_LOG_SNR), default=num_timesteps - 1)
+  share = np.linspace(0, 1, count) if count > 1 else np.ones(1)
+  if spacing == "uniform":
+    nearest = share * noisiest
+  else:
+    if spacing == "log_snr":
+      wanted = levels[0] + share * (levels[noisiest] - levels[0])
+    else:
+      low, high = np.exp(-levels[[0, noisiest]]) ** (1 / KARRAS_RHO)
+      wanted = -KARRAS_RHO * np.log(low + share * (high - low))
+    # Levels fall with the timestep; np.interp wants them rising.
+    nearest = np.interp(-wanted, -levels, np.arange(num_timesteps))
+  order = np.arange(count)
+  # Neighbours that round to one timestep move apart, upwards and then back in range.
+  timesteps = np.maximum.accumulate(np.rint(nearest).astype(np.int64) - order) + order
+  return np.minimum(timesteps, num_timesteps - count + order)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,6 +21,16 @@ MARGIN = 2
 def to_uint8(images: np.ndarray) -> np.ndarray:
   """[-1, 1] to 0 … 255, clipped and truncated as the released code does."""
   return np.clip((images + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+def to_uint8_on_device(images: jax.Array) -> jax.Array:
+  """As `to_uint8`, before images come to the host."""
+  return jnp.clip((images + 1) * 127.5, 0, 255).astype(jnp.uint8)
+
+
+def to_pil(pixels: np.ndarray) -> Image.Image:
+  """A picture of uint8 pixels (H, W, 1 or 3)."""
+  return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def latent_preview(latents: np.ndarray) -> np.ndarray:
@@ -46,12 +61,65 @@ def make_grid(images: np.ndarray, captions: list[str], columns: int = 0) -> Imag
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
     x, y = MARGIN + i % columns * tile_w, i // columns * tile_h
     drawer.text((x, y), caption, fill="black", font=font)
-    tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     size = (width * factor, height * factor)
-    grid.paste(tile.resize(size, Image.Resampling.NEAREST), (x, y + CAPTION_HEIGHT))
+    grid.paste(
+      to_pil(image).resize(size, Image.Resampling.NEAREST), (x, y + CAPTION_HEIGHT)
+    )
   return grid
 
 
-def save_npz(path: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
-  """Writes arr_0 (images) and arr_1 (labels), the names that ADM's evaluator reads."""
-  np.savez(path, images, labels)
+def write_npz(
+  file: BinaryIO | Path,
+  images: Iterable[np.ndarray],
+  labels: np.ndarray,
+) -> None:
+  """Writes arr_0 (images) and arr_1 (labels), the names that ADM's evaluator reads.
+
+  The bytes depend on the arrays alone; one part of the images is in memory at a time.
+
+  Args:
+    file: to write to.
+    images: parts (n, H, W, C) of one type, together len(labels) images.
+    labels: (N,).
+
+  Raises:
+    ValueError: there are more or fewer images than labels.
+  """
+  images = iter(images)
+  first = next(images)
+  left = len(labels)
+  with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with _member(archive, "arr_0.npy") as member:
+      header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (len(labels), *first.shape[1:]),
+      }
+      np.lib.format.write_array_header_1_0(member, header)
+      part: np.ndarray | None = first
+      while part is not None:
+        if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+          raise ValueError(f"{part.dtype} {part.shape} after {first.dtype} images")
+        left -= len(part)
+        member.write(np.ascontiguousarray(part).data)
+        part = next(images, None)
+    if left:
+      raise ValueError(f"{len(labels) - left} images for {len(labels)} labels")
+    with _member(archive, "arr_1.npy") as member:
+      np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
+
+
+def read_npz(path: Path, count: int) -> Iterator[np.ndarray]:
+  """The images of a file of `write_npz`, up to `count` at a time."""
+  with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+    np.lib.format.read_magic(member)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    image_bytes = dtype.itemsize * math.prod(shape[1:])
+    while part := member.read(count * image_bytes):
+      yield np.frombuffer(part, dtype).reshape(-1, *shape[1:])
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> BinaryIO:
+  # With a date of its own a file would differ from one made later.
+  info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+  return archive.open(info, "w", force_zip64=True)

@@ -220,7 +220,7 @@ def _lower_sampler(config: ConfigDict, program: Program) -> Any:
   seed = jax.ShapeDtypeStruct(
     (), jnp.uint32, sharding=sharding.replicated(program.mesh)
   )
-  return make_generator(config).lower(program.state.params, labels, ids, seed)
+  return make_generator(config).lower(program.state.params, labels, ids, seed, {})
 
 
 def _does_not_fit(error: Exception) -> DoesNotFitError | None:

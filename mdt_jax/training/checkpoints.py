@@ -177,6 +177,7 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
   with config.unlocked():
     config.update(saved)
   config.ema_decays = tuple(saved["ema_decays"])
+  config.sampling.cfg_interval = tuple(config.sampling.cfg_interval)
   return config
 
 

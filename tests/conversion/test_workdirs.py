@@ -51,7 +51,7 @@ def test_a_converted_network_is_the_one_in_the_file(converted, name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_converted_network_samples(converted, name):
-  images = Pipeline.from_checkpoint(converted / name)([1, 2], num_steps=2)
+  images = Pipeline.from_checkpoint(converted / name).draw([1, 2], num_steps=2)
   assert images.shape == (2, 12, 12, 4)
   assert np.isfinite(images).all()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import guided, power_cosine_scale
+from mdt_jax.diffusion.samplers import sample
 
 LABELS = jnp.array([3, 5, 7])
 NULL = 10
@@ -110,3 +113,69 @@ def test_a_scale_of_one_is_the_conditional_output():
 @pytest.mark.parametrize(("scale", "samples"), [(1.0, 3), (3.8, 6)])
 def test_only_guidance_runs_the_unconditional_half(scale, samples):
   assert run(scale)[1].samples == samples
+
+
+# An interval.
+
+
+def run_in_interval(interval, t, counts=None):
+  """Guided outputs, compiled; `counts` gathers the samples of each call that ran."""
+
+  def network(x, t, y):
+    if counts is not None:
+      jax.debug.callback(lambda y: counts.append(len(y)), y)
+    return Network(8)(x, t, y)
+
+  model_fn = guided(
+    network, LABELS, NULL, scale=2.0, power=0.0, channels=None, interval=interval
+  )
+  output = jax.jit(model_fn)(jnp.zeros((3, 2, 2, 4)), t)
+  jax.effects_barrier()
+  return np.asarray(output)
+
+
+@pytest.mark.parametrize(
+  ("step", "samples"), [(99, 3), (100, 6), (400, 6), (600, 6), (601, 3), (999, 3)]
+)
+def test_outside_the_interval_the_unconditional_half_is_not_computed(step, samples):
+  counts = []
+  output = run_in_interval((0.1, 0.6), jnp.full(3, step), counts)
+  assert counts == [samples]
+  conditional, unconditional = halves()
+  expected = conditional.copy()
+  if samples == 6:
+    expected[..., :4] += (conditional - unconditional)[..., :4]
+  np.testing.assert_allclose(output, expected, rtol=1e-6)
+
+
+def test_each_sample_is_guided_by_its_own_timestep():
+  output = run_in_interval((0.3, 0.6), T)  # 0, 400 and 999
+  conditional, unconditional = halves()
+  expected = conditional.copy()
+  expected[1, ..., :4] += (conditional - unconditional)[1, ..., :4]
+  np.testing.assert_allclose(output, expected, rtol=1e-6)
+
+
+def test_the_whole_interval_has_no_branch():
+  def has_branch(interval):
+    model_fn = guided(Network(8), LABELS, NULL, scale=2.0, interval=interval)
+    return "cond[" in str(jax.make_jaxpr(model_fn)(jnp.zeros((3, 2, 2, 4)), T))
+
+  assert not has_branch((0.0, 1.0))
+  assert has_branch((0.0, 0.9))
+
+
+def test_a_sampler_guides_the_steps_inside_the_interval_alone():
+  counts = []
+
+  def network(x, t, y):
+    jax.debug.callback(lambda y: counts.append(len(y)), y)
+    return x
+
+  model_fn = guided(network, LABELS, NULL, scale=2.0, interval=(0.25, 0.75))
+  diffusion = GaussianDiffusion.create(spacing="9", variance="fixed_small")
+  x_T = jnp.ones((3, 2, 2, 4))
+  sample(model_fn, diffusion, x_T, jax.random.key(0), method="dpm++")
+  jax.effects_barrier()
+  # 0, 125, 250, …, 874, 999: those from 250 to 749 are guided.
+  assert sorted(counts) == [3] * 4 + [6] * 5

@@ -11,6 +11,7 @@ import pytest
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.samplers import sample
+from mdt_jax.diffusion.schedules import make_betas
 from mdt_jax.errors import SettingError
 from tests import reference
 from tests.diffusion import toy
@@ -150,7 +151,7 @@ def test_low_precision_outputs_are_sampled_in_float32():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (dict(method="euler"), "method = 'euler': accepted are ddpm, ddim"),
+    (dict(method="plms"), "method = 'plms': accepted are ddpm, ddim, euler, heun"),
     (dict(method="ddim", eta=1.1), "eta = 1.1: must lie in [0, 1]"),
     (dict(method="ddim", eta=-0.1), "eta = -0.1: must lie in [0, 1]"),
   ],
@@ -158,4 +159,57 @@ def test_low_precision_outputs_are_sampled_in_float32():
 def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
   with pytest.raises(SettingError) as error:
     sample(toy.network, GaussianDiffusion.create(), X_T, jax.random.key(0), **settings)
-  assert str(error.value) == message
+  assert str(error.value).startswith(message)
+
+
+# Steps taken again.
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_steps_taken_again_keep_the_variance_of_normal_images(method, eta):
+  """Noise that did not fit the step would add up, or die out."""
+  diffusion = GaussianDiffusion.create(
+    prediction="x0", variance="fixed_large", spacing="250"
+  )
+  alphas = jnp.asarray(np.cumprod(1 - make_betas("linear", 1000)), jnp.float32)
+
+  def posterior_mean(x, t):
+    return jnp.sqrt(alphas)[t][:, None, None, None] * x
+
+  x_T = jax.random.normal(jax.random.key(0), (4, 16, 16, 4))
+  x_0 = sample(
+    posterior_mean,
+    diffusion,
+    x_T,
+    jax.random.key(1),
+    method=method,
+    eta=eta,
+    repeats=4,
+  )
+  np.testing.assert_allclose(x_0.std(), 1, atol=0.06)
+
+
+def test_each_step_is_taken_so_often():
+  seen = []
+
+  def network(x, t):
+    jax.debug.callback(lambda t: seen.append(int(t[0])), t)
+    return toy.network(x, t)
+
+  diffusion = GaussianDiffusion.create(spacing="3")
+  sample(network, diffusion, X_T, jax.random.key(0), repeats=4)
+  jax.effects_barrier()
+  assert sorted(seen) == sorted(4 * diffusion.timesteps.tolist())
+
+
+@pytest.mark.parametrize("method", ["dpm++", "heun"])
+def test_solvers_take_each_step_once(method):
+  with pytest.raises(SettingError, match="repeats = 2: must be 1"):
+    sample(
+      toy.network,
+      GaussianDiffusion.create(),
+      X_T,
+      jax.random.key(0),
+      method=method,
+      repeats=2,
+    )

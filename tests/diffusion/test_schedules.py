@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mdt_jax.diffusion.schedules import MAX_BETA, make_betas, spaced_timesteps
+from mdt_jax.diffusion.schedules import (
+  MAX_BETA,
+  SPACINGS,
+  log_snr,
+  make_betas,
+  solver_timesteps,
+  spaced_timesteps,
+)
 from mdt_jax.errors import SettingError
 from tests import reference
 
 RECORDED = reference.load("diffusion")
-SPACINGS = [key.removeprefix("spacing/") for key in RECORDED if "spacing/" in key]
+RECORDED_TEXTS = [key.removeprefix("spacing/") for key in RECORDED if "spacing/" in key]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -46,7 +53,7 @@ def test_the_cosine_schedule_is_capped_at_its_end():
   assert make_betas("cosine", 1000)[-1] == MAX_BETA
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", RECORDED_TEXTS)
 def test_spaced_timesteps_match_reference(spacing):
   timesteps = spaced_timesteps(1000, spacing)
   reference.assert_matches(
@@ -124,3 +131,48 @@ def test_a_spacing_that_cannot_be_had_is_refused_with_what_is_accepted(spacing):
     f'spacing = {spacing!r}: accepted are "" (all 1000), "250", "100,50,25" or '
     '"ddim50", with at least one step and no more than there are'
   )
+
+
+# Timesteps of solvers.
+
+
+def alphas_cumprod(schedule, num_timesteps=1000):
+  return np.cumprod(1 - make_betas(schedule, num_timesteps))
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 250, 996])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_solver_timesteps_are_as_many_as_asked_for(schedule, spacing, count):
+  timesteps = solver_timesteps(alphas_cumprod(schedule), spacing, count)
+  assert len(timesteps) == count
+  assert (np.diff(timesteps) > 0).all()
+  assert timesteps[0] >= 0 and timesteps[-1] <= 999
+  if count < 250:
+    assert timesteps[-1] == {"linear": 999, "cosine": 995}[schedule]
+    assert count == 1 or timesteps[0] == 0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_solver_timesteps_are_even_in_what_is_said(schedule, spacing):
+  levels = log_snr(alphas_cumprod(schedule, 100_000))
+  timesteps = solver_timesteps(alphas_cumprod(schedule, 100_000), spacing, 20)
+  even_in = {
+    "uniform": timesteps,
+    "log_snr": levels[timesteps],
+    "karras": np.exp(-levels[timesteps] / 7),
+  }[spacing]
+  steps = np.diff(even_in)
+  np.testing.assert_allclose(steps, steps.mean(), rtol=0.15)
+
+
+@pytest.mark.parametrize("count", [0, 1001])
+def test_more_steps_than_there_are_cannot_be_had(count):
+  with pytest.raises(SettingError, match=f"log_snr{count}"):
+    solver_timesteps(alphas_cumprod("linear"), "log_snr", count)
+
+
+def test_log_snr_is_that_of_signal_and_noise():
+  a = np.array([0.9, 0.5, 0.1])
+  np.testing.assert_allclose(log_snr(a), np.log(np.sqrt(a) / np.sqrt(1 - a)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,12 +39,18 @@ def test_every_image_needs_a_caption():
     images.make_grid(np.zeros((2, 8, 8, 1), np.uint8), ["one"])
 
 
-def test_npz_has_the_names_that_adm_reads(tmp_path):
-  pictures, labels = np.zeros((2, 8, 8, 3), np.uint8), np.array([4, 2])
-  images.save_npz(tmp_path / "samples.npz", pictures, labels)
-  with np.load(tmp_path / "samples.npz", allow_pickle=False) as data:
-    assert data["arr_0"].shape == (2, 8, 8, 3)
-    assert data["arr_1"].tolist() == [4, 2]
+def test_pixels_are_the_same_made_on_the_device():
+  values = np.random.default_rng(0).uniform(-1.2, 1.2, 100_000).astype(np.float32)
+  on_device = jax.jit(images.to_uint8_on_device)(values)
+  np.testing.assert_array_equal(on_device, images.to_uint8(values))
+
+
+def test_an_npz_is_read_in_parts(tmp_path):
+  pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+  images.write_npz(tmp_path / "x.npz", [pictures[:3], pictures[3:]], np.arange(5))
+  parts = list(images.read_npz(tmp_path / "x.npz", 2))
+  assert [len(part) for part in parts] == [2, 2, 1]
+  np.testing.assert_array_equal(np.concatenate(parts), pictures)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 8])

@@ -238,10 +238,10 @@ def test_pictures_of_latents_are_decoded(photos, tmp_path):
   loop.train(latent_config(photos, "latents", **changes), tmp_path)
   with Image.open(tmp_path / "samples" / "step_0000003.png") as picture:
     assert picture.size[0] >= 64  # 32 pixels, enlarged; a latent would be 4
-  images = Pipeline.from_checkpoint(tmp_path)([0, 1], num_steps=2)
+  images = Pipeline.from_checkpoint(tmp_path).draw([0, 1], num_steps=2)
   assert images.shape == (2, 32, 32, 3)
   undecoded = Pipeline.from_checkpoint(tmp_path, vae="none")
-  assert undecoded([0, 1], num_steps=2).shape == (2, 4, 4, 4)
+  assert undecoded.draw([0, 1], num_steps=2).shape == (2, 4, 4, 4)
 
 
 def test_latents_of_another_size_are_refused_before_anything_is_written(

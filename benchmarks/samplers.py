@@ -1,0 +1,94 @@
+"""Samplers by steps: python -m benchmarks.samplers --checkpoint=runs/digits
+
+Draws digits with each sampler and writes the Frechet distance of their pixels to those
+of the real digits into the table of docs/sampling.md, and some of them into its
+picture. Two random halves of the real digits set the scale.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from absl import flags
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from benchmarks.tables import DOCS, machine, write_table
+from mdt_jax import Pipeline, cli
+from mdt_jax.evaluation.metrics import frechet_distance
+from mdt_jax.generation.images import make_grid
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images of each sampler.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images at a time.")
+CFG_SCALES = flags.DEFINE_list("cfg_scales", ["2", "1"], "Guidance scales.")
+
+# (sampler, steps, spacing)
+RUNS = [
+  ("ddpm", 250, None),
+  ("ddpm", 20, None),
+  ("ddim", 20, None),
+  *[
+    (method, steps, spacing)
+    for method, counts in (
+      ("dpm++", (10, 20, 30)),
+      ("dpm++sde", (10, 20, 30)),
+      ("euler", (20,)),
+      ("heun", (10,)),
+    )
+    for steps in counts
+    for spacing in ("uniform", "log_snr", "karras")
+    if steps == 20 or method == "heun" or spacing == "log_snr"
+  ],
+]
+SHOWN = [("ddpm", 250), ("ddim", 20), ("dpm++", 10), ("dpm++", 20), ("dpm++sde", 20)]
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  pipeline = Pipeline.from_checkpoint(CHECKPOINT.value)
+  real, real_labels = load_digits(return_X_y=True)
+  classifier = SVC(gamma=0.001).fit(real, real_labels)
+  order = np.random.default_rng(0).permutation(len(real))
+  halves = [real[half] for half in np.array_split(order, 2)]
+  labels = np.arange(NUM_IMAGES.value) % 10
+  scales = [float(scale) for scale in CFG_SCALES.value]
+  lines = [
+    f"{machine()} (`python -m benchmarks.samplers`); {len(labels)} images each. Two "
+    f"random halves of the real digits: {frechet_distance(*halves):.1f}.",
+    "",
+    "| sampler | steps | calls | timesteps even in |"
+    + "".join(f" scale {scale:g} | recognised |" for scale in scales),
+    "| --- | --- | --- | --- |" + " --- | --- |" * len(scales),
+  ]
+  shown = {}
+  for method, steps, spacing in RUNS:
+    cells = [method, steps, 2 * steps - 1 if method == "heun" else steps]
+    cells.append(spacing or "t (released)")
+    for scale in scales:
+      started = time.monotonic()
+      images = pipeline.draw(
+        labels,
+        method=method,
+        num_steps=steps,
+        spacing=spacing,
+        cfg_scale=scale,
+        batch_size=BATCH_SIZE.value,
+      )
+      pixels = images.reshape(len(images), -1) / 255 * 16
+      cells.append(f"{frechet_distance(pixels, real):.1f}")
+      cells.append(f"{np.mean(classifier.predict(pixels) == labels):.1%}")
+      seconds = time.monotonic() - started
+      print(*cells, f"{seconds:.0f} s", flush=True)
+      if scale == scales[0] and spacing in (None, "log_snr"):
+        shown[method, steps] = images[:10]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
+  write_table("sampling.md", "samplers", lines)
+  rows = np.concatenate([shown[run] for run in SHOWN])
+  captions = [f"{m} {n}" if i == 0 else "" for m, n in SHOWN for i in range(10)]
+  make_grid(rows, captions, columns=10).save(DOCS / "samplers.png", optimize=True)
+
+
+if __name__ == "__main__":
+  cli.run(main)

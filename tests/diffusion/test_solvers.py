@@ -1,0 +1,198 @@
+"""Solvers, against normal data: its score is known, and so is the solution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
+from mdt_jax.diffusion.samplers import sample
+from mdt_jax.diffusion.solvers import SOLVERS
+from tests.diffusion import toy
+
+MEAN, DEVIATION = 0.3, 0.5
+
+
+def process(spacing, schedule="linear", num_timesteps=100_000):
+  """Fine enough that steps fall where they should."""
+  return GaussianDiffusion.create(
+    schedule, num_timesteps, spacing, prediction="x0", variance="fixed_small"
+  )
+
+
+def posterior_mean(alphas_cumprod):
+  """E[x0 | x_t] where x0 ~ N(MEAN, DEVIATION^2): the best network there is."""
+  table = jnp.asarray(alphas_cumprod, jnp.float32)
+
+  def network(x, t):
+    a = table[t][:, None, None, None]
+    gain = jnp.sqrt(a) * DEVIATION**2 / (a * DEVIATION**2 + 1 - a)
+    return MEAN + gain * (x - jnp.sqrt(a) * MEAN)
+
+  return network
+
+
+def solution(diffusion, x):
+  """Of the ODE down to the last level, then the x0 predicted there."""
+  a = diffusion.alphas_cumprod[[0, -1]]
+  first, last = np.sqrt(a * DEVIATION**2 + 1 - a)
+  x = np.sqrt(a[0]) * MEAN + (x - np.sqrt(a[1]) * MEAN) * first / last
+  gain = np.sqrt(a[0]) * DEVIATION**2 / first**2
+  return MEAN + gain * (x - np.sqrt(a[0]) * MEAN)
+
+
+def error(method, spacing, schedule="linear"):
+  """Root mean square error of a solver with exact scores."""
+  diffusion = process(spacing, schedule)
+  x_T = np.random.default_rng(0).standard_normal((64, 2, 2, 1)).astype(np.float32)
+  network = posterior_mean(process("", schedule).alphas_cumprod)
+  x_0 = sample(network, diffusion, x_T, jax.random.key(0), method=method)
+  return np.sqrt(np.mean((np.asarray(x_0) - solution(diffusion, x_T)) ** 2))
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
+def test_the_error_falls_with_the_order_of_the_solver(method, order, spacing):
+  coarse, fine = (error(method, f"{spacing}{count}") for count in (40, 160))
+  assert order - 0.35 < np.log(coarse / fine) / np.log(4) < order + 0.6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("method", ["heun", "dpm++"])
+def test_twenty_steps_of_second_order_beat_eighty_of_first(method, schedule):
+  spacing = "log_snr" if method == "dpm++" else "uniform"
+  first_order = error("euler", f"{spacing}80", schedule)
+  assert error(method, f"{spacing}20", schedule) < first_order
+
+
+@pytest.mark.parametrize("spacing", ["uniform30", "log_snr20", "karras30"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_sde_draws_from_the_distribution_of_the_data(schedule, spacing):
+  network = posterior_mean(process("", schedule, 1000).alphas_cumprod)
+  x_T = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
+  x_0 = sample(
+    network,
+    process(spacing, schedule, 1000),
+    x_T,
+    jax.random.key(1),
+    method="dpm++sde",
+  )
+  np.testing.assert_allclose(x_0.mean(), MEAN, atol=0.02)
+  np.testing.assert_allclose(x_0.std(), DEVIATION, rtol=0.05)
+  # Its own noise, and not that of the start, is what is left.
+  assert abs(np.corrcoef(x_0.ravel(), x_T.ravel())[0, 1]) < 0.1
+
+
+# Networks that are not linear.
+
+X_T = toy.recorded("loop/z")
+
+
+def run(method, spacing, **settings):
+  diffusion = GaussianDiffusion.create(spacing=spacing)
+  return jax.jit(
+    lambda: sample(
+      toy.network, diffusion, X_T, jax.random.key(0), method=method, **settings
+    )
+  )()
+
+
+@pytest.mark.parametrize("spacing", ["10", "karras10", "log_snr10"])
+def test_euler_is_ddim_without_noise(spacing):
+  np.testing.assert_allclose(
+    run("euler", spacing), run("ddim", spacing), rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("method", ["dpm++", "heun", "euler"])
+def test_many_steps_agree_with_the_limit_of_ddim(method):
+  limit = run("ddim", "1000")
+  difference = jnp.abs(run(method, "500") - limit).max()
+  coarse = jnp.abs(run("ddim", "25") - limit).max()
+  assert difference < 0.02 * jnp.abs(limit).max()
+  assert difference < 0.1 * coarse
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("spacing", ["1", "uniform1", "2", "log_snr7"])
+def test_a_network_that_knows_the_image_samples_it(method, spacing):
+  image = toy.recorded("x0")[:2]
+  diffusion = GaussianDiffusion.create(
+    prediction="x0", variance="fixed_small", spacing=spacing
+  )
+  x_0 = sample(
+    lambda x, t: jnp.asarray(image), diffusion, X_T, jax.random.key(0), method=method
+  )
+  np.testing.assert_allclose(x_0, image, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("dpm++", 10), ("heun", 19)])
+def test_the_network_is_called_as_often_as_is_said(method, calls):
+  seen = []
+
+  def network(x, t):
+    jax.debug.callback(lambda t: seen.append(int(t[0])), t)
+    return toy.network(x, t)
+
+  diffusion = GaussianDiffusion.create(spacing="10")
+  sample(network, diffusion, X_T, jax.random.key(0), method=method)
+  jax.effects_barrier()
+  assert len(seen) == calls
+  assert set(seen) == set(diffusion.timesteps.tolist())
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", *SOLVERS])
+def test_the_last_steps_alone_start_from_the_latent_given(method):
+  image = toy.recorded("x0")[:2]
+  diffusion = GaussianDiffusion.create(
+    prediction="x0", variance="fixed_small", spacing="100"
+  )
+  seen = []
+
+  def network(x, t):
+    jax.debug.callback(lambda x, t: seen.append((int(t[0]), x)), x, t)
+    return jnp.asarray(image)
+
+  x = diffusion.q_sample(image, jnp.full((2,), 2), X_T)
+  x_0 = sample(network, diffusion, x, jax.random.key(0), method=method, num_steps=3)
+  jax.effects_barrier()
+  seen.sort(key=lambda call: -call[0])
+  np.testing.assert_array_equal(seen[0][1], x)
+  assert {t for t, _ in seen} == set(diffusion.timesteps[:3].tolist())
+  np.testing.assert_allclose(x_0, image, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", *SOLVERS])
+def test_what_is_held_is_seen_at_every_call(method):
+  seen = []
+
+  def network(x, t):
+    jax.debug.callback(lambda x: seen.append(float(x[0, 0, 0, 0])), x)
+    return toy.network(x, t)
+
+  diffusion = GaussianDiffusion.create(spacing="5")
+  sample(
+    network,
+    diffusion,
+    X_T,
+    jax.random.key(0),
+    method=method,
+    hold=lambda x, step: x.at[:, 0, 0, 0].set(step),
+  )
+  jax.effects_barrier()
+  assert set(seen) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_no_step_waits_for_the_host(method):
+  """One scan; the noise and the tables are made on the device or before."""
+  diffusion = GaussianDiffusion.create(spacing="10")
+  jaxpr = str(
+    jax.make_jaxpr(
+      lambda x, key: sample(toy.network, diffusion, x, key, method=method)
+    )(X_T, jax.random.key(0))
+  )
+  assert jaxpr.count("= scan[") == 1
+  assert "callback" not in jaxpr
