@@ -127,8 +127,13 @@ def default_config() -> ConfigDict:
   c.eval.inception = placeholder(str)  # file of weights
 
   c.log_every = 100  # steps between log lines and TensorBoard points
-  c.checkpoint_every = 10_000
-  c.checkpoints_to_keep = 2
+  c.checkpoint_every = 10_000  # steps
+  c.checkpoint_minutes = 0.0  # save as well when so many have passed; 0: by steps alone
+  c.checkpoints_to_keep = 2  # the last ones
+  c.checkpoint_keep_every = 0  # keep those of multiples of so many steps too; 0: none
+  c.save_failures = 5  # saves in a row that may fail, on a full disk, before it stops
+  c.grace_seconds = 60.0  # to save in, from SIGTERM or SIGINT until the process ends
+  c.max_skipped = 10  # steps with a loss or gradient not finite, before the run stops
   c.sample_every = 10_000  # steps between pictures; 0: none
   c.num_samples = 16  # images in a picture
   return c.lock()
@@ -146,8 +151,12 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
       _at_least(config, name, 1)
     for name in ("checkpoint_every", "checkpoints_to_keep"):
       _at_least(config, name, 1)
-    for name in ("seed", "sample_every", "num_samples"):
+    for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
       _at_least(config, name, 0)
+    for name in ("checkpoint_keep_every", "max_skipped"):
+      _at_least(config, name, 0)
+    for name in ("save_failures", "grace_seconds"):
+      _at_least(config, name, 1)
   if config.seed >= 2**32:
     raise SettingError("config.seed", config.seed, "must be below 2**32")
   for name in ("max_unreadable", "num_threads", "num_workers"):

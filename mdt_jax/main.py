@@ -6,6 +6,7 @@ overridden on the command line: --config.batch_size=64.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from mdt_jax import cli
-from mdt_jax.training import loop
+from mdt_jax.training import distributed, loop
+from mdt_jax.training.checkpoints import SaveError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Python file with get_config().", lock_config=True
@@ -33,9 +35,13 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
   try:
     loop.train(cli.load_config(CONFIG), WORKDIR.value)
+  except SaveError as error:
+    sys.exit(f"error: {error}")
   except loop.Interrupted as stop:
     loop.logger.info("%s; the same command goes on from there", stop)
-    sys.exit(cli.EXIT_INTERRUPTED)
+    # Taken away, and not stopped by hand: launchers start it once more.
+    by_hand = signal.SIGINT in stop.signals
+    sys.exit(cli.EXIT_INTERRUPTED if by_hand else distributed.EXIT_TRY_AGAIN)
 
 
 if __name__ == "__main__":

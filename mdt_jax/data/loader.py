@@ -57,9 +57,7 @@ def create_loader(
     raise SettingError("config.batch_size", batch_size, "must be at least 1")
   if seed < 0:
     raise SettingError("config.seed", seed, "accepted is a whole number from 0")
-  # `seed` derives a seed for each later transformation. Given to `shuffle` directly,
-  # it would make seed 1 run through the epochs of seed 0, one epoch ahead.
-  stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  stream = _shuffled(grain.MapDataset.source(source), seed)
   if flip:
     # After `repeat`: the draw goes by the place in the stream, so each visit has one.
     stream = stream.random_map(transforms.random_flip)
@@ -76,6 +74,20 @@ def create_loader(
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(batches)
+
+
+def batch_indices(
+  num_examples: int, seed: int, batch_size: int, step: int
+) -> list[int]:
+  """Indices into a source of that length, of the global batch of a step."""
+  stream = _shuffled(grain.MapDataset.range(num_examples), seed)
+  return [int(stream[step * batch_size + row]) for row in range(batch_size)]
+
+
+def _shuffled(examples: grain.MapDataset, seed: int) -> grain.MapDataset:
+  # `seed` derives a seed for each later transformation. Given to `shuffle` directly,
+  # it would make seed 1 run through the epochs of seed 0, one epoch ahead.
+  return examples.seed(seed).shuffle().repeat()
 
 
 class _Rows(grain.MapDataset):

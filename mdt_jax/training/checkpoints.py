@@ -2,86 +2,225 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import logging
+import math
+import os
+import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.training import seals
 from mdt_jax.training.state import Params, TrainState, init_params
 
 FOLDER = "checkpoints"  # inside a workdir
+DAMAGED = "damaged"  # beside it: checkpoints that were passed over
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+FIRST_PAUSE = 10  # seconds after a save that failed; doubled each time
+MAX_REASON = 300  # characters of an error of a library
+
+logger = logging.getLogger("mdt_jax")
+
 # Attributes of a network that do not change its parameters.
 _NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name")
+
+
+class SaveError(Exception):
+  """A checkpoint cannot be saved, however often it is tried."""
 
 
 class Checkpoints:
   """The checkpoints of a workdir: state, averages and config for some steps.
 
-  Saves are asynchronous and atomic: a step is there as a whole or not at all.
+  Saves are asynchronous and atomic: a step is there as a whole or not at all. A
+  finished one is sealed with checksums; a damaged one is put aside.
+
+  Args:
+    workdir: of the run.
+    to_keep: the last so many are kept.
+    keep_every: checkpoints of multiples of so many steps are kept besides.
+    max_failures: saves in a row that may fail, before `save` raises SaveError.
   """
 
-  def __init__(self, workdir: str | Path, to_keep: int):
-    self._manager = ocp.CheckpointManager(
-      Path(workdir).absolute() / FOLDER,
-      options=ocp.CheckpointManagerOptions(max_to_keep=to_keep),
-      item_names=("state", "ema", "config"),
+  def __init__(
+    self,
+    workdir: str | Path,
+    to_keep: int,
+    keep_every: int | None = None,
+    max_failures: int = 5,
+  ):
+    self._folder = Path(workdir).absolute() / FOLDER
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=to_keep, keep_period=keep_every
     )
+    self._manager = self._open()
+    self._max_failures = max_failures
+    self._failures = 0
+    self._try_again = -math.inf  # not before this time of the monotonic clock
+    self._sealer = futures.ThreadPoolExecutor(1, "seal")
+    self._sealed: futures.Future[None] | None = None
+    self._saving = 0  # step of the save under way
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, config: ConfigDict) -> None:
-    """Saves the state after `step` steps, unless that step is there already."""
-    if step in self._manager.all_steps():
+    """Saves the state after `step` steps, unless that step is there already.
+
+    A disk that is full, or refuses, is said loudly and waited for: training goes on
+    without this checkpoint, and saves are tried again after a pause that grows.
+
+    Raises:
+      SaveError: `max_failures` saves in a row failed.
+    """
+    self._end_of_save()
+    if time.monotonic() < self._try_again or step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state.replace(ema=None)),
-        ema=ocp.args.StandardSave(state.ema),
-        config=ocp.args.JsonSave(config.to_dict()),
-      ),
-    )
+    self._saving = step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state.replace(ema=None)),
+          ema=ocp.args.StandardSave(state.ema),
+          config=ocp.args.JsonSave(config.to_dict()),
+          versions=ocp.args.JsonSave(_versions()),
+        ),
+      )
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      self._failed(error)
+    else:
+      self._sealed = self._sealer.submit(self._seal, step)
+
+  def finish(self, step: int, state: TrainState, config: ConfigDict) -> None:
+    """Saves, and waits until the step is there; raises SaveError as `save` does."""
+    while True:
+      time.sleep(max(0.0, self._try_again - time.monotonic()))
+      self.save(step, state, config)
+      self._end_of_save()
+      if step in self._manager.all_steps():
+        return
 
   def restore(self, like: TrainState, config: ConfigDict) -> TrainState:
-    """The latest state.
+    """The latest state that is not damaged.
 
     Args:
       like: shapes, types and shardings of the state.
       config: of the run that goes on.
 
     Raises:
-      SettingError: the checkpoint is of another network, optimizer or averages.
+      SettingError: the checkpoint is of another network, optimizer or averages, or a
+        converted model; or every one is damaged.
     """
-    step = self.latest_step()
-    saved = self._manager.restore(
-      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config
-    workdir = str(self._manager.directory.parent)
-    _check_same_run(saved, config, workdir)
-    if "state" not in self._manager.item_metadata(step):
-      raise SettingError(
-        "--workdir",
-        workdir,
-        "holds a converted model, to be sampled; it has no state to train on from",
+    workdir = str(self._folder.parent)
+    while (step := self.latest_step()) is not None:
+      if damage := seals.damage(self._folder / str(step)):
+        self._put_aside(step, damage)
+        continue
+      saved = self._manager.restore(
+        step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+      ).config
+      _check_same_run(saved, config, workdir)
+      if "state" not in self._manager.item_metadata(step):
+        raise SettingError(
+          "--workdir",
+          workdir,
+          "holds a converted model, to be sampled; it has no state to train on from",
+        )
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(like.replace(ema=None)),
+          ema=ocp.args.StandardRestore(like.ema),
+        ),
       )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(like.replace(ema=None)),
-        ema=ocp.args.StandardRestore(like.ema),
-      ),
+      return restored.state.replace(ema=restored.ema)
+    raise SettingError(
+      "--workdir", workdir, f"every checkpoint is damaged; they are in {DAMAGED!r}"
     )
-    return restored.state.replace(ema=restored.ema)
 
   def close(self) -> None:
     """Waits for saves under way."""
+    self._end_of_save()
+    self._sealer.shutdown()
     self._manager.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+      self._folder,
+      options=self._options,
+      item_names=("state", "ema", "config", "versions"),
+    )
+
+  def _seal(self, step: int) -> None:
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      seals.seal(self._folder / str(step))
+
+  def _end_of_save(self) -> None:
+    """Waits for the save under way, if there is one, and takes note of its end."""
+    if self._sealed is None:
+      return
+    error = self._sealed.exception()
+    self._sealed = None
+    if error is None:
+      self._failures = 0
+    else:
+      self._failed(error)
+
+  def _failed(self, error: BaseException) -> None:
+    self._failures += 1
+    reason = " ".join(str(error).split())[:MAX_REASON]
+    if self._failures >= self._max_failures:
+      raise SaveError(
+        f"{self._folder}: {self._failures} saves in a row failed, the last of step "
+        f"{self._saving}: {reason}"
+      ) from error
+    pause = FIRST_PAUSE * 2 ** (self._failures - 1)
+    self._try_again = time.monotonic() + pause
+    logger.error(
+      "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s. Training goes on; saves are tried "
+      "again after %d s (failure %d of %d)",
+      self._saving,
+      reason,
+      pause,
+      self._failures,
+      self._max_failures,
+    )
+    with contextlib.suppress(Exception):  # which says the same once more
+      self._manager.close()
+    self._manager = self._open()  # and away with what is half-written
+
+  def _put_aside(self, step: int, damage: str) -> None:
+    """Moves a damaged checkpoint out of the way; nothing is deleted."""
+    aside = self._folder.with_name(DAMAGED) / f"{step}_{time.time_ns()}"
+    logger.warning(
+      "the checkpoint of step %d is passed over, and moved to %s: %s",
+      step,
+      aside,
+      damage,
+    )
+    if jax.process_index() == 0:
+      aside.parent.mkdir(exist_ok=True)
+      os.rename(self._folder / str(step), aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"put {step} aside")
+    self._manager.reload()
+
+
+def _versions() -> dict[str, str]:
+  """Of the packages that a checkpoint was made with, to be looked at."""
+  return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def workdir_of(path: str | Path) -> Path:
@@ -111,6 +250,7 @@ def save_model(
         config=ocp.args.JsonSave(config.to_dict()),
       ),
     )
+  seals.seal(Path(workdir).absolute() / FOLDER / str(step))
 
 
 def load_ema(

@@ -114,6 +114,30 @@ def check_same_config(config: ConfigDict) -> None:
     )
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """All processes leave the block well, or none does: no one waits for ever.
+
+  Raises:
+    SettingError: of this process; or, where it is well, that another one has raised.
+  """
+  error: SettingError | None = None
+  try:
+    yield
+  except SettingError as raised:
+    error = raised
+  if jax.process_count() > 1:
+    failed = np.ravel(multihost_utils.process_allgather(np.array(error is not None)))
+    if failed.any() and error is None:
+      error = SettingError(
+        "--process_id",
+        int(np.argmax(failed)),
+        "this process stopped with an error, so all do: its output says why",
+      )
+  if error is not None:
+    raise error
+
+
 def _as_json(config: ConfigDict) -> str:
   flat: dict[str, Any] = {}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import signal
 import threading
 import time
@@ -27,7 +29,9 @@ from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.training import distributed, sharding, step
 from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.lock import locked
 from mdt_jax.training.program import Program, make_program
+from mdt_jax.training.skipped import SkippedSteps
 from mdt_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -40,7 +44,15 @@ STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
 
 
 class Interrupted(Exception):
-  """The run was asked to stop; its state is saved."""
+  """The run was asked to stop; its state is saved.
+
+  Attributes:
+    signals: that asked for it; none where another process was asked.
+  """
+
+  def __init__(self, message: str, signals: list[int]):
+    super().__init__(message)
+    self.signals = signals
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -58,22 +70,27 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
   distributed.check_same_config(config)
-  settings.check(config, jax.device_count())
   workdir = Path(workdir).expanduser().absolute()
-  if workdir.exists() and not workdir.is_dir():
-    raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
-  mesh = sharding.make_mesh(**config.mesh)
-  autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
-  source = settings.make_source(config, autoencoder)
-  kept_lengths = settings.kept_lengths(config)
-  evaluate = Evaluator(config, mesh, source, autoencoder) if config.eval.every else None
   is_main = jax.process_index() == 0
-
-  with (
-    stop_signals() as stop,
-    contextlib.closing(Checkpoints(workdir, config.checkpoints_to_keep)) as saved,
-    sharding.use_mesh(mesh),
-  ):
+  with contextlib.ExitStack() as stack:
+    with distributed.together():
+      settings.check(config, jax.device_count())
+      if workdir.exists() and not workdir.is_dir():
+        raise SettingError(
+          "--workdir", str(workdir), "must be a folder, this is a file"
+        )
+      mesh = sharding.make_mesh(**config.mesh)
+      autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
+      source = settings.make_source(config, autoencoder)
+      kept_lengths = settings.kept_lengths(config)
+      evaluate = None
+      if config.eval.every:
+        evaluate = Evaluator(config, mesh, source, autoencoder)
+      if is_main:
+        stack.enter_context(locked(workdir))
+    stop = stack.enter_context(stop_signals(config.grace_seconds))
+    saved = stack.enter_context(contextlib.closing(_open_checkpoints(config, workdir)))
+    stack.enter_context(sharding.use_mesh(mesh))
     program = make_program(config, mesh)
     state = _first_state(config, program, saved)
     start = int(state.step)
@@ -97,10 +114,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
     writer = _create_writer(workdir if is_main else None)
     progress = Progress(config, writer, start)
+    skipped = SkippedSteps(config, workdir, len(source))
     draw_samples = None
     if config.sample_every and config.num_samples:
       draw_samples = _sample_drawer(config, mesh, workdir, writer, autoencoder)
 
+    last_save = time.monotonic()
     for n in range(start, config.num_steps):
       try:
         batch = next(loader)
@@ -116,11 +135,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
           batch["moments"] = autoencoder.moments(batch.pop("image"))
         state, metrics = program.step(state, batch, num_keep)
         progress.add(done, metrics)
-      stops = _any_process(stop, done)
-      if stops or done % config.checkpoint_every == 0 or done == config.num_steps:
+      skipped.add(n, metrics, saved.latest_step())
+      stops, is_late = _any_process(done, bool(stop), _is_late(config, last_save))
+      if stops or done == config.num_steps:
+        saved.finish(done, state, config)
+      elif is_late or done % config.checkpoint_every == 0:
         saved.save(done, state, config)
+        last_save = time.monotonic()
       if stops:
-        raise Interrupted(f"stopped after step {done}, which is saved")
+        raise Interrupted(f"stopped after step {done}, which is saved", stop)
       if draw_samples and _is_due(done, config.sample_every, config.num_steps):
         draw_samples(done, state)
       if evaluate and _is_due(done, config.eval.every, config.num_steps):
@@ -129,13 +152,29 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   return state
 
 
-def _any_process(stop: list[int], done: int) -> bool:
-  """Whether a process was asked to stop: all stop, and save, after the same step."""
+def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+  return Checkpoints(
+    workdir,
+    config.checkpoints_to_keep,
+    config.checkpoint_keep_every or None,
+    config.save_failures,
+  )
+
+
+def _is_late(config: ConfigDict, last_save: float) -> bool:
+  """Whether config.checkpoint_minutes have passed since a save."""
+  minutes = config.checkpoint_minutes
+  return minutes > 0 and time.monotonic() - last_save >= 60 * minutes
+
+
+def _any_process(done: int, *here: bool) -> tuple[bool, ...]:
+  """What holds on any process, the same on all: they stop and save together."""
   if jax.process_count() == 1:
-    return bool(stop)
+    return here
   if done % STEPS_BETWEEN_AGREEMENTS:  # agreeing waits for the devices
-    return False
-  return bool(multihost_utils.process_allgather(np.array(bool(stop))).any())
+    return (False,) * len(here)
+  found = multihost_utils.process_allgather(np.array(here))
+  return tuple(bool(any_of) for any_of in found.any(axis=0))
 
 
 class Progress:
@@ -178,15 +217,28 @@ class Progress:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-  """Gathers SIGINT and SIGTERM in the list it gives; a second one acts at once."""
+def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
+  """Gathers SIGINT and SIGTERM in the list it gives; a second one acts at once.
+
+  Args:
+    grace_seconds: from the first one until the process ends, saved or not; the last
+      finished checkpoint is there in any case.
+  """
   received: list[int] = []
   if threading.current_thread() is not threading.main_thread():
     yield received  # only the main thread may handle signals
     return
 
+  def end() -> None:
+    logger.error("not saved within %g s: the process ends", grace_seconds)
+    os._exit(distributed.EXIT_TRY_AGAIN)
+
+  timer = threading.Timer(min(grace_seconds, threading.TIMEOUT_MAX), end)
+  timer.daemon = True
+
   def handle(number: int, frame: object) -> None:
     received.append(number)
+    timer.start()
     logger.info("stopping after this step; once more to stop without saving")
     for other, handler in before.items():
       signal.signal(other, handler)
@@ -197,6 +249,7 @@ def stop_signals() -> Iterator[list[int]]:
   try:
     yield received
   finally:
+    timer.cancel()
     for number, handler in before.items():
       signal.signal(number, handler)
 

@@ -8,7 +8,14 @@ import pytest
 
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError
-from mdt_jax.training.checkpoints import Checkpoints, config_from_dict, load_ema
+from mdt_jax.training import checkpoints as checkpoints_module
+from mdt_jax.training import seals
+from mdt_jax.training.checkpoints import (
+  Checkpoints,
+  SaveError,
+  config_from_dict,
+  load_ema,
+)
 from mdt_jax.training.state import init_state
 from tests.training.tiny import tiny_config
 
@@ -140,3 +147,87 @@ def test_an_absent_step_or_average_is_refused_with_those_present(
 ):
   with pytest.raises(SettingError, match=rf"--{argument} = {value}: accepted are"):
     load_ema(saved[0], **{argument: value})
+
+
+# Damage and failures.
+
+
+def restore(folder, state, config):
+  checkpoints = Checkpoints(folder, 2)
+  try:
+    return checkpoints.restore(jax.eval_shape(lambda: state), config)
+  finally:
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(tmp_path, caplog):
+  config = tiny_config()
+  state = save(tmp_path, config, steps=(7, 8))
+  largest = max(
+    (path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(bytes(data))
+  assert_same(restore(tmp_path, state, config), state)
+  assert not (tmp_path / "checkpoints" / "8").exists()
+  (aside,) = (tmp_path / "damaged").iterdir()
+  assert aside.name.startswith("8_")
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_trained_on(tmp_path):
+  config = tiny_config()
+  state = save(tmp_path, config)
+  (tmp_path / "checkpoints" / "7" / "checksums.json").unlink()
+  with pytest.raises(SettingError, match="every checkpoint is damaged"):
+    restore(tmp_path, state, config)
+  assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def failing(monkeypatch, count):
+  """Lets the first `count` saves end in the error of a full disk."""
+  left = [count]
+  original = seals.seal
+
+  def seal(folder):
+    if left[0]:
+      left[0] -= 1
+      raise OSError(28, "No space left on device")
+    original(folder)
+
+  monkeypatch.setattr(seals, "seal", seal)
+  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
+
+
+def test_a_save_that_fails_is_tried_again(tmp_path, monkeypatch):
+  failing(monkeypatch, 2)
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
+  for step in (1, 2, 3):
+    checkpoints.save(step, state, config)
+  checkpoints.close()
+  assert seals.damage(tmp_path / "checkpoints" / "3") is None
+
+
+def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
+  failing(monkeypatch, 9)
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=2)
+  checkpoints.save(1, state, config)
+  with pytest.raises(SaveError, match=r"2 saves in a row failed.*No space left"):
+    checkpoints.save(2, state, config)
+    checkpoints.save(3, state, config)
+  checkpoints.close()
+
+
+def test_checkpoints_of_multiples_are_kept_besides_the_last(tmp_path):
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 1, keep_every=4)
+  for step in (3, 4, 5, 6):
+    checkpoints.save(step, state, config)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]

@@ -1,0 +1,64 @@
+"""Checksums of checkpoints: a flipped byte is noticed before anything trains on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+SEAL = "checksums.json"  # inside the folder of a checkpoint
+_CHUNK = 1 << 22
+
+
+def seal(folder: Path) -> None:
+  """Writes size and CRC-32 of every file of a finished checkpoint into its folder."""
+  files = {name: _checksum(folder / name) for name in _files(folder)}
+  partial = folder / f".{SEAL}.partial"
+  partial.write_text(json.dumps({"files": files, "seal": _of_names(files)}))
+  os.replace(partial, folder / SEAL)
+
+
+def damage(folder: Path) -> str | None:
+  """What is wrong with a checkpoint, in words; None where nothing is."""
+  try:
+    sealed = json.loads((folder / SEAL).read_text())
+    files = sealed["files"]
+    if sealed["seal"] != _of_names(files):
+      return f"{SEAL} is damaged"
+  except FileNotFoundError:
+    return f"{SEAL} is missing: it was not finished"
+  except (OSError, ValueError, KeyError, TypeError):
+    return f"{SEAL} is damaged"
+  for name, (size, checksum) in files.items():
+    path = folder / name
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != size:
+      return f"{name} has {path.stat().st_size} bytes, where {size} were written"
+    if _checksum(path) != [size, checksum]:
+      return f"{name} has other bytes than were written"
+  return None
+
+
+def _files(folder: Path) -> list[str]:
+  return sorted(
+    str(path.relative_to(folder))
+    for path in folder.rglob("*")
+    if path.is_file() and path.name not in (SEAL, f".{SEAL}.partial")
+  )
+
+
+def _checksum(path: Path) -> list[int]:
+  """[size, CRC-32]."""
+  size = checksum = 0
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK):
+      size += len(chunk)
+      checksum = zlib.crc32(chunk, checksum)
+  return [size, checksum]
+
+
+def _of_names(files: dict[str, list[int]]) -> int:
+  """A checksum of the checksums, so that the seal itself is guarded."""
+  return zlib.crc32(json.dumps(files, sort_keys=True).encode())
