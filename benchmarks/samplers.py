@@ -7,8 +7,6 @@ picture. Two random halves of the real digits set the scale.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 from absl import flags
 from sklearn.datasets import load_digits
@@ -22,6 +20,9 @@ from mdt_jax.generation.images import make_grid
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images of each sampler.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images at a time.")
+SEEDS = flags.DEFINE_integer(
+  "seeds", None, "Compare 250 steps of DDPM with 20 of DPM-Solver++ over these many."
+)
 CFG_SCALES = flags.DEFINE_list("cfg_scales", ["2", "1"], "Guidance scales.")
 
 # (sampler, steps, spacing)
@@ -42,6 +43,7 @@ RUNS = [
     if steps == 20 or method == "heun" or spacing == "log_snr"
   ],
 ]
+COMPARED = [("ddpm", 250), ("dpm++", 20)]
 SHOWN = [("ddpm", 250), ("ddim", 20), ("dpm++", 10), ("dpm++", 20), ("dpm++sde", 20)]
 
 
@@ -50,10 +52,47 @@ def main(argv: list[str]) -> None:
   pipeline = Pipeline.from_checkpoint(CHECKPOINT.value)
   real, real_labels = load_digits(return_X_y=True)
   classifier = SVC(gamma=0.001).fit(real, real_labels)
+  labels = np.arange(NUM_IMAGES.value) % 10
+
+  def measure(
+    method: str, steps: int, spacing: str | None, scale: float, seed: int = 0
+  ) -> tuple[np.ndarray, float, float]:
+    """Images, the Frechet distance of their pixels, and the share recognised."""
+    images = pipeline.draw(
+      labels,
+      seed=seed,
+      method=method,
+      num_steps=steps,
+      spacing=spacing,
+      cfg_scale=scale,
+      batch_size=BATCH_SIZE.value,
+    )
+    pixels = images.reshape(len(images), -1) / 255 * 16
+    recognised = float(np.mean(classifier.predict(pixels) == labels))
+    distance = frechet_distance(pixels, real)
+    print(method, steps, spacing, scale, seed, f"{distance:.1f}", flush=True)
+    return images, distance, recognised
+
+  scales = [float(scale) for scale in CFG_SCALES.value]
+  if SEEDS.value:
+    lines = [
+      f"{machine()} (`python -m benchmarks.samplers --seeds={SEEDS.value}`); "
+      f"{len(labels)} images each, scale {scales[0]:g}.",
+      "",
+      "| sampler | steps | mean | seed by seed |",
+      "| --- | --- | --- | --- |",
+    ]
+    for method, steps in COMPARED:
+      distances = [
+        measure(method, steps, None, scales[0], seed)[1] for seed in range(SEEDS.value)
+      ]
+      each = ", ".join(f"{distance:.1f}" for distance in distances)
+      lines.append(f"| {method} | {steps} | {np.mean(distances):.1f} | {each} |")
+    write_table("sampling.md", "seeds", lines)
+    return
+
   order = np.random.default_rng(0).permutation(len(real))
   halves = [real[half] for half in np.array_split(order, 2)]
-  labels = np.arange(NUM_IMAGES.value) % 10
-  scales = [float(scale) for scale in CFG_SCALES.value]
   lines = [
     f"{machine()} (`python -m benchmarks.samplers`); {len(labels)} images each. Two "
     f"random halves of the real digits: {frechet_distance(*halves):.1f}.",
@@ -67,20 +106,8 @@ def main(argv: list[str]) -> None:
     cells = [method, steps, 2 * steps - 1 if method == "heun" else steps]
     cells.append(spacing or "t (released)")
     for scale in scales:
-      started = time.monotonic()
-      images = pipeline.draw(
-        labels,
-        method=method,
-        num_steps=steps,
-        spacing=spacing,
-        cfg_scale=scale,
-        batch_size=BATCH_SIZE.value,
-      )
-      pixels = images.reshape(len(images), -1) / 255 * 16
-      cells.append(f"{frechet_distance(pixels, real):.1f}")
-      cells.append(f"{np.mean(classifier.predict(pixels) == labels):.1%}")
-      seconds = time.monotonic() - started
-      print(*cells, f"{seconds:.0f} s", flush=True)
+      images, distance, recognised = measure(method, steps, spacing, scale)
+      cells += [f"{distance:.1f}", f"{recognised:.1%}"]
       if scale == scales[0] and spacing in (None, "log_snr"):
         shown[method, steps] = images[:10]
     lines.append(f"| {' | '.join(map(str, cells))} |")
