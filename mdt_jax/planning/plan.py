@@ -94,13 +94,17 @@ def open_devices(topology: Topology) -> list[Any]:
       )
     return jax.devices()[: topology.num_devices]
   # Otherwise libtpu asks the network which TPU it runs on, and warns.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  # Both cores of a v4 chip are one device, as JAX has them on a real one.
+  options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
   try:
-    return list(topologies.get_topology_desc(topology.name, platform="tpu").devices)
+    found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
+    return list(found.devices)
   except RuntimeError as error:
     reason = str(error).strip().splitlines()[0]
     raise SettingError(
@@ -142,7 +146,7 @@ def make_plan(
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      raise _does_not_fit(error) or error from None
+      raise _does_not_fit(error, program) or error from None
   compile_seconds = time.monotonic() - start
   memory = _memory(compiled, program, what)
   limit = chip.memory if chip else None
@@ -223,14 +227,19 @@ def _lower_sampler(config: ConfigDict, program: Program) -> Any:
   return make_generator(config).lower(program.state.params, labels, ids, seed, {})
 
 
-def _does_not_fit(error: Exception) -> DoesNotFitError | None:
-  """What the TPU compiler says in words."""
-  used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-  if not used:
+def _does_not_fit(error: Exception, program: Program) -> DoesNotFitError | None:
+  """What the TPU compiler says in words: all that a program needs, or on its way."""
+  number = r"([\d.]+)([KMG])"
+  if found := re.search(rf"Used {number} of {number} hbm", str(error)):
+    at_rest = 0
+  elif found := re.search(
+    rf"temporaries \({number}\) exceeds available HBM \({number}\)", str(error)
+  ):
+    at_rest = _bytes_of(program.state)
+  else:
     return None
-  return DoesNotFitError(
-    float(used[1]) * _UNITS[used[2]], float(used[3]) * _UNITS[used[4]]
-  )
+  needed, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+  return DoesNotFitError(needed + at_rest, limit)
 
 
 def _memory(compiled: Any, program: Program, what: str) -> dict[str, int]:

@@ -1,0 +1,61 @@
+import pytest
+
+from mdt_jax.planning import plan
+from mdt_jax.planning.plan import DoesNotFitError, largest_batch
+from mdt_jax.training import sharding
+from mdt_jax.training.program import make_program
+from tests.training.tiny import tiny_config
+
+GIB = 2**30
+LIMITS = [1, 2, 5, 16, 17, 100]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("start", [1, 16])
+def test_the_largest_batch_is_found_to_an_eighth(limit, start):
+  tried = []
+
+  def plan_with(batch):
+    tried.append(batch)
+    if batch > limit:
+      raise DoesNotFitError(2, 1)
+    return f"plan of {batch}"
+
+  batch, found = largest_batch(plan_with, start)
+  assert found == f"plan of {batch}"
+  assert limit - max(1, limit // 8) <= batch <= limit
+  assert len(tried) == len(set(tried)) <= 10
+
+
+def test_where_nothing_fits_there_is_no_batch():
+  def plan_with(batch):
+    raise DoesNotFitError(2, 1)
+
+  assert largest_batch(plan_with) is None
+
+
+@pytest.fixture(scope="module")
+def program():
+  return make_program(tiny_config(), sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    ("Used 16.00G of 15.75G hbm. Exceeded hbm capacity by 256M.", 16 * GIB),
+    (
+      "the total memory required for HLO temporaries (31.00G) exceeds available HBM "
+      "(15.75G).",
+      31 * GIB,
+    ),
+  ],
+)
+def test_a_refusal_of_the_compiler_is_read(program, message, needed):
+  error = plan._does_not_fit(RuntimeError(message), program)
+  assert error.limit == 15.75 * GIB
+  assert error.needed == pytest.approx(needed, rel=1e-3)
+  assert str(error).endswith("GiB too much")
+
+
+def test_another_error_is_none_of_memory(program):
+  assert plan._does_not_fit(RuntimeError("UNIMPLEMENTED: sort"), program) is None
