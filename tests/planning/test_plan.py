@@ -24,7 +24,7 @@ def test_the_largest_batch_is_found_to_an_eighth(limit, start):
   batch, found = largest_batch(plan_with, start)
   assert found == f"plan of {batch}"
   assert limit - max(1, limit // 8) <= batch <= limit
-  assert len(tried) == len(set(tried)) <= 10
+  assert len(tried) == len(set(tried)) <= 12
 
 
 def test_where_nothing_fits_there_is_no_batch():
