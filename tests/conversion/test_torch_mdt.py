@@ -362,7 +362,7 @@ def test_directory_is_no_file(tmp_path):
   assert "must be a file" in expect_error(tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["", ".npz", ".ckpt", ".bin", ".PT.txt"])
+@pytest.mark.parametrize("suffix", ["", ".npz", ".ckpt", ".PT.txt"])
 def test_wrong_suffix_is_refused(suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes((reference.FIXTURES / "dit.pt").read_bytes())
