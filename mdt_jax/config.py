@@ -134,6 +134,7 @@ def default_config() -> ConfigDict:
   c.save_failures = 5  # saves in a row that may fail, on a full disk, before it stops
   c.grace_seconds = 60.0  # to save in, from SIGTERM or SIGINT until the process ends
   c.max_skipped = 10  # steps with a loss or gradient not finite, before the run stops
+  c.max_rollbacks = 0  # or goes back to a checkpoint, and leaves the batches since out
   c.sample_every = 10_000  # steps between pictures; 0: none
   c.num_samples = 16  # images in a picture
   return c.lock()
@@ -153,7 +154,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
       _at_least(config, name, 1)
     for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
       _at_least(config, name, 0)
-    for name in ("checkpoint_keep_every", "max_skipped"):
+    for name in ("checkpoint_keep_every", "max_skipped", "max_rollbacks"):
       _at_least(config, name, 0)
     for name in ("save_failures", "grace_seconds"):
       _at_least(config, name, 1)

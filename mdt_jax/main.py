@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mdt_jax import cli
-from mdt_jax.training import distributed, loop
+from mdt_jax.training import distributed, loop, replay
 from mdt_jax.training.checkpoints import SaveError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -23,6 +23,12 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for checkpoints, TensorBoard events and pictures."
+)
+REPLAY_STEP = flags.DEFINE_integer(
+  "replay_step",
+  None,
+  "Train nothing; look into this step, counted from 0, once more: which examples, "
+  "parameters and gradients are not finite. Writes WORKDIR/replay_STEP.json.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -33,6 +39,9 @@ def main(argv: list[str]) -> None:
     # The next start of this run compiles nothing.
     cache = Path(WORKDIR.value).expanduser().absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+  if REPLAY_STEP.value is not None:
+    replay.replay(cli.load_config(CONFIG), WORKDIR.value, REPLAY_STEP.value)
+    return
   try:
     loop.train(cli.load_config(CONFIG), WORKDIR.value)
   except SaveError as error:

@@ -9,11 +9,13 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -71,8 +73,10 @@ class Checkpoints:
     self._sealed: futures.Future[None] | None = None
     self._saving = 0  # step of the save under way
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+  def latest_step(self, until: int | None = None) -> int | None:
+    """Of the finished checkpoints, up to step `until`; None where there is none."""
+    steps = self._manager.all_steps()
+    return max((step for step in steps if until is None or step <= until), default=None)
 
   def save(self, step: int, state: TrainState, config: ConfigDict) -> None:
     """Saves the state after `step` steps, unless that step is there already.
@@ -111,20 +115,29 @@ class Checkpoints:
       if step in self._manager.all_steps():
         return
 
-  def restore(self, like: TrainState, config: ConfigDict) -> TrainState:
+  def put_aside_after(self, step: int) -> None:
+    """Moves the checkpoints of later steps out of the way, to train them anew."""
+    self._end_of_save()
+    while (latest := self.latest_step()) is not None and latest > step:
+      self._put_aside(latest, f"the run goes back to step {step}")
+
+  def restore(
+    self, like: TrainState, config: ConfigDict, until: int | None = None
+  ) -> TrainState:
     """The latest state that is not damaged.
 
     Args:
       like: shapes, types and shardings of the state.
       config: of the run that goes on.
+      until: of this step or an earlier one.
 
     Raises:
       SettingError: the checkpoint is of another network, optimizer or averages, or a
         converted model; or every one is damaged.
     """
     workdir = str(self._folder.parent)
-    while (step := self.latest_step()) is not None:
-      if damage := seals.damage(self._folder / str(step)):
+    while (step := self.latest_step(until)) is not None:
+      if damage := _damage_on_the_first_process(self._folder / str(step)):
         self._put_aside(step, damage)
         continue
       saved = self._manager.restore(
@@ -205,7 +218,7 @@ class Checkpoints:
     """Moves a damaged checkpoint out of the way; nothing is deleted."""
     aside = self._folder.with_name(DAMAGED) / f"{step}_{time.time_ns()}"
     logger.warning(
-      "the checkpoint of step %d is passed over, and moved to %s: %s",
+      "the checkpoint of step %d is moved to %s: %s",
       step,
       aside,
       damage,
@@ -216,6 +229,20 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"put {step} aside")
     self._manager.reload()
+
+
+def _damage_on_the_first_process(folder: Path) -> str:
+  """What is wrong with a checkpoint; one process reads it, and all are told."""
+  found = ""
+  if jax.process_index() == 0:
+    found = seals.damage(folder) or ""
+  if jax.process_count() > 1:
+    text = np.zeros(MAX_REASON, np.uint8)
+    encoded = np.frombuffer(found.encode()[:MAX_REASON], np.uint8)
+    text[: encoded.size] = encoded
+    text = multihost_utils.broadcast_one_to_all(text)
+    found = bytes(np.asarray(text)).rstrip(b"\0").decode(errors="replace")
+  return found
 
 
 def _versions() -> dict[str, str]:
@@ -260,14 +287,15 @@ def load_ema(
 
   Args:
     path: a workdir, or the folder "checkpoints" in it.
-    step: of the checkpoint; None for the latest.
+    step: of the checkpoint; None for the latest that is not damaged.
     ema_decay: which average; None for config.sampling.ema_decay, else the first.
 
   Returns:
     (config, params, step).
 
   Raises:
-    SettingError: there is no checkpoint, or none of that step or decay.
+    SettingError: there is no checkpoint, or none of that step or decay, or it is
+      damaged.
   """
   folder = workdir_of(path) / FOLDER
   if not folder.is_dir():
@@ -282,8 +310,7 @@ def load_ema(
     steps = manager.all_steps()
     if not steps:
       raise SettingError("--checkpoint", str(path), "holds no finished checkpoint")
-    step = max(steps) if step is None else step
-    check_choice("--step", step, sorted(steps))
+    step = _whole_step(folder, steps, step)
     saved = manager.restore(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
     ).config
@@ -309,6 +336,18 @@ def load_ema(
       ),
     ).ema
   return config, ema[str(decay)], step
+
+
+def _whole_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:
+  """The step asked for, or else the latest whose averages are not damaged."""
+  if asked is not None:
+    check_choice("--step", asked, sorted(steps))
+  for step in sorted(steps, reverse=True) if asked is None else [asked]:
+    damage = seals.damage(folder / str(step), items=("ema", "config"))
+    if damage is None:
+      return step
+    logger.warning("the checkpoint of step %d is passed over: %s", step, damage)
+  raise SettingError("--checkpoint", str(folder.parent), f"is damaged: {damage}")
 
 
 def config_from_dict(saved: dict[str, Any]) -> ConfigDict:

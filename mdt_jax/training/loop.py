@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     The last state.
 
   Raises:
-    SettingError: before anything is written, for a setting that cannot be used.
+    SettingError: before anything is written, for a setting that cannot be used; later,
+      once the state is saved, where too many steps are skipped or files unreadable.
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
   distributed.check_same_config(config)
@@ -101,17 +102,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if is_main:
       settings.write(config, workdir)
 
-    loader = create_loader(
-      source,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      flip=config.data.flip,
-      start_step=start,
-      rows=sharding.local_rows(mesh, config.batch_size),
-      num_workers=config.data.num_workers,
-      num_threads=config.data.num_threads,
-      prefetch=config.data.num_threads,
-    )
+    loader, offset = _open_loader(config, mesh, source, state)
     writer = _create_writer(workdir if is_main else None)
     progress = Progress(config, writer, start)
     skipped = SkippedSteps(config, workdir, len(source))
@@ -120,7 +111,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       draw_samples = _sample_drawer(config, mesh, workdir, writer, autoencoder)
 
     last_save = time.monotonic()
-    for n in range(start, config.num_steps):
+    rollbacks = 0
+    done = start
+    while done < config.num_steps:
+      n, done = done, done + 1
       try:
         batch = next(loader)
       except SettingError:  # too many unreadable files: what is done stays done
@@ -128,14 +122,24 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
           saved.save(n, state, config)
         raise
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
-      done = n + 1
       batch = sharding.put_batch(batch, mesh, config.batch_size)
       with jax.transfer_guard("disallow"):  # but for what is asked for by name
         if settings.encodes_images(config):
           batch["moments"] = autoencoder.moments(batch.pop("image"))
         state, metrics = program.step(state, batch, num_keep)
         progress.add(done, metrics)
-      skipped.add(n, metrics, saved.latest_step())
+      skipped.add(n, n + offset, metrics)
+      if done == config.num_steps:
+        skipped.look_at_all()
+      if skipped.too_many:
+        rollbacks += 1
+        if rollbacks > config.max_rollbacks or saved.latest_step(skipped.first) is None:
+          skipped.stop(saved.latest_step())
+        state = _go_back(config, program, saved, skipped, batch=n + offset)
+        done = int(state.step)
+        loader, offset = _open_loader(config, mesh, source, state)
+        progress.go_back(done)
+        continue
       stops, is_late = _any_process(done, bool(stop), _is_late(config, last_save))
       if stops or done == config.num_steps:
         saved.finish(done, state, config)
@@ -150,6 +154,56 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         writer.write_scalars(done, evaluate(done, state.ema))
     writer.close()
   return state
+
+
+def _open_loader(
+  config: ConfigDict, mesh: jax.sharding.Mesh, source: Source, state: TrainState
+) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+  """The batches from that of the next step on, and the offset of their numbers."""
+  offset = int(state.batch_offset)
+  loader = create_loader(
+    source,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    flip=config.data.flip,
+    start_step=int(state.step) + offset,
+    rows=sharding.local_rows(mesh, config.batch_size),
+    num_workers=config.data.num_workers,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.num_threads,
+  )
+  return loader, offset
+
+
+def _go_back(
+  config: ConfigDict,
+  program: Program,
+  saved: Checkpoints,
+  skipped: SkippedSteps,
+  batch: int,
+) -> TrainState:
+  """The last state before steps were skipped, to go on from with later batches.
+
+  Args:
+    config: of the run.
+    program: of the run.
+    saved: its checkpoints; there is one to go back to.
+    skipped: the steps; they are forgotten.
+    batch: the last one that was taken, and is left out with those since that state.
+  """
+  saved.put_aside_after(skipped.first)
+  state = saved.restore(program.state, config)
+  step = int(state.step)
+  logger.warning(
+    "too many steps are skipped: the run goes back to step %d, and leaves out the "
+    "batches %d to %d",
+    step,
+    step + int(state.batch_offset),
+    batch,
+  )
+  skipped.forget()
+  offset = np.int32(batch + 1 - step)
+  return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
 
 
 def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
@@ -195,6 +249,11 @@ class Progress:
     if _is_due(done, self._config.log_every, self._config.num_steps):
       self._report(done)
 
+  def go_back(self, done: int) -> None:
+    """Forgets what is not written yet, where the run goes back to step `done`."""
+    self._metrics = None
+    self._last_step, self._last_time = done, time.monotonic()
+
   def _report(self, done: int) -> None:
     means = step.mean_metrics(self._metrics)  # waits for the devices
     now = time.monotonic()
@@ -233,6 +292,11 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
     logger.error("not saved within %g s: the process ends", grace_seconds)
     os._exit(distributed.EXIT_TRY_AGAIN)
 
+  def restore() -> None:
+    for number, handler in before.items():
+      # None: set by other means than Python's, as jax.distributed does.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
   timer = threading.Timer(min(grace_seconds, threading.TIMEOUT_MAX), end)
   timer.daemon = True
 
@@ -240,8 +304,7 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
     received.append(number)
     timer.start()
     logger.info("stopping after this step; once more to stop without saving")
-    for other, handler in before.items():
-      signal.signal(other, handler)
+    restore()
 
   before = {
     number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
@@ -250,8 +313,7 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
     yield received
   finally:
     timer.cancel()
-    for number, handler in before.items():
-      signal.signal(number, handler)
+    restore()
 
 
 def _first_state(

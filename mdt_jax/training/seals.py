@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 SEAL = "checksums.json"  # inside the folder of a checkpoint
@@ -19,8 +20,13 @@ def seal(folder: Path) -> None:
   os.replace(partial, folder / SEAL)
 
 
-def damage(folder: Path) -> str | None:
-  """What is wrong with a checkpoint, in words; None where nothing is."""
+def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
+  """What is wrong with a checkpoint, in words; None where nothing is.
+
+  Args:
+    folder: of the checkpoint.
+    items: folders in it to look at; None for all that is there.
+  """
   try:
     sealed = json.loads((folder / SEAL).read_text())
     files = sealed["files"]
@@ -31,6 +37,8 @@ def damage(folder: Path) -> str | None:
   except (OSError, ValueError, KeyError, TypeError):
     return f"{SEAL} is damaged"
   for name, (size, checksum) in files.items():
+    if items is not None and Path(name).parts[0] not in items:
+      continue
     path = folder / name
     if not path.is_file():
       return f"{name} is missing"

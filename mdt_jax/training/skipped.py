@@ -6,6 +6,7 @@ import collections
 import json
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -20,11 +21,16 @@ STEPS_BEHIND = 8  # of the devices, so that looking does not make them wait
 logger = logging.getLogger("mdt_jax")
 
 
+class SkippedStep(NamedTuple):
+  step: int  # counted from 0; its draws follow from (config.seed, step)
+  batch: int  # of the data, counted from 0
+
+
 class SkippedSteps:
   """Looks at the metric "skipped" of each step, some steps later.
 
   Args:
-    config: of the run; `config.max_skipped` steps may be skipped in one start.
+    config: of the run; more than `config.max_skipped` steps are too many.
     workdir: takes the diagnosis.
     num_examples: of the data.
   """
@@ -33,49 +39,70 @@ class SkippedSteps:
     self._config = config
     self._path = workdir / DIAGNOSIS
     self._num_examples = num_examples
-    self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    self._steps: list[int] = []
+    self.forget()
 
-  def add(self, n: int, metrics: Metrics, last_saved: int | None) -> None:
-    """Takes the metrics of step n, counted from 0.
+  def forget(self) -> None:
+    """Counts from zero, as after going back to a checkpoint."""
+    self._pending: collections.deque[tuple[SkippedStep, jax.Array]]
+    self._pending = collections.deque()
+    self._found: list[SkippedStep] = []
+
+  def add(self, step: int, batch: int, metrics: Metrics) -> None:
+    """Takes the metrics of a step, see `SkippedStep`."""
+    self._pending.append((SkippedStep(step, batch), metrics["skipped"]))
+    while len(self._pending) > STEPS_BEHIND:
+      self._look()
+
+  def look_at_all(self) -> None:
+    """Waits for the devices, for the last steps of a run."""
+    while self._pending:
+      self._look()
+
+  @property
+  def too_many(self) -> bool:
+    return len(self._found) > self._config.max_skipped
+
+  @property
+  def first(self) -> int:
+    """The first step that was skipped."""
+    return self._found[0].step
+
+  def stop(self, last_saved: int | None) -> None:
+    """Writes the diagnosis and raises SettingError.
 
     Args:
-      n: the step; its draws and its batch follow from (config.seed, n).
-      metrics: of the step.
       last_saved: steps of the last checkpoint.
-
-    Raises:
-      SettingError: more than config.max_skipped steps were skipped; config, steps and
-        the batches' examples are in diagnosis.json.
     """
-    self._pending.append((n, metrics["skipped"]))
-    while len(self._pending) > STEPS_BEHIND:
-      n, skipped = self._pending.popleft()
-      if jax.device_get(skipped)[0] > 0:
-        self._steps.append(n)
-        logger.warning("step %d is skipped: its loss or gradient is not finite", n)
-    if len(self._steps) > self._config.max_skipped:
-      self._stop(last_saved)
-
-  def _stop(self, last_saved: int | None) -> None:
-    examples = {
-      n: batch_indices(
-        self._num_examples, self._config.seed, self._config.batch_size, n
-      )
-      for n in self._steps
-    }
+    config = self._config
     if jax.process_index() == 0:
       found = {
-        "config": self._config.to_dict(),
-        "skipped_steps": self._steps,
-        "examples": examples,
+        "config": config.to_dict(),
+        "skipped": [
+          skipped._asdict()
+          | {
+            "examples": batch_indices(
+              self._num_examples, config.seed, config.batch_size, skipped.batch
+            )
+          }
+          for skipped in self._found
+        ],
         "last_checkpoint": last_saved,
       }
       self._path.write_text(json.dumps(found, indent=2) + "\n")
-    shown = ", ".join(map(str, self._steps))
+    steps = ", ".join(str(skipped.step) for skipped in self._found)
+    batches = ", ".join(str(skipped.batch) for skipped in self._found)
     raise SettingError(
       "config.max_skipped",
-      self._config.max_skipped,
-      f"the loss or gradient of steps {shown} was not finite; the last checkpoint is "
-      f"of step {last_saved}; examples of these steps and config are in {self._path}",
+      config.max_skipped,
+      f"the loss or gradient of steps {steps} (batches {batches}) was not finite; the "
+      f"last checkpoint is of step {last_saved}; config and examples are in "
+      f"{self._path}; --replay_step={self.first} looks into the first one",
     )
+
+  def _look(self) -> None:
+    skipped, count = self._pending.popleft()
+    if jax.device_get(count)[0] > 0:
+      self._found.append(skipped)
+      logger.warning(
+        "step %d is skipped: its loss or gradient is not finite (batch %d)", *skipped
+      )

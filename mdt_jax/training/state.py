@@ -27,6 +27,8 @@ class TrainState:
     opt_state: of the optax transformation.
     ema: decay as text -> average of the parameters.
     loss_history: of the loss-second-moment timestep sampler, else None.
+    batch_offset: () int32; step n takes batch n + batch_offset of the data. It grows
+      where a run goes back and leaves batches out.
   """
 
   step: Array
@@ -34,6 +36,7 @@ class TrainState:
   opt_state: Params
   ema: dict[str, Params]
   loss_history: LossHistory | None
+  batch_offset: Array
 
 
 def init_params(model: MDT, key: Array) -> Params:
@@ -59,4 +62,5 @@ def init_state(
     opt_state=optimizer.init(params),
     ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
     loss_history=timestep_sampler.init(),
+    batch_offset=jnp.zeros((), jnp.int32),
   )

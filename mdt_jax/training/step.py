@@ -7,6 +7,7 @@ of devices and in any number of accumulated parts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import flax.struct
@@ -124,6 +125,29 @@ def pass_losses(
   return diffusion.training_losses(output, draws.x0, x_t, draws.t, noise)
 
 
+def step_loss(
+  model: MDT,
+  diffusion: GaussianDiffusion,
+  params: Params,
+  draws: Draws,
+  num_keep: int | None,
+) -> tuple[Array, tuple[dict[str, Array], Array]]:
+  """The loss that a step descends, of both passes.
+
+  Returns:
+    (loss (), (losses, total)): `losses` (B,) of each pass by name, with the weights of
+    the timestep sampler; `total` (B,) of both passes without, for it to learn from.
+  """
+  losses = pass_losses(model, diffusion, params, draws, None)
+  total = losses["loss"]
+  if num_keep is not None:
+    masked = pass_losses(model, diffusion, params, draws, num_keep)
+    total = total + masked["loss"]
+    losses |= {f"masked_{name}": loss for name, loss in masked.items()}
+  losses = {name: loss * draws.weights for name, loss in losses.items()}
+  return (total * draws.weights).mean(), (losses, total)
+
+
 def make_train_step(
   model: MDT,
   diffusion: GaussianDiffusion,
@@ -154,23 +178,10 @@ def make_train_step(
     others leave it out.
   """
 
-  def loss_fn(
-    params: Params, draws: Draws, num_keep: int | None
-  ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-    losses = pass_losses(model, diffusion, params, draws, None)
-    total = losses["loss"]
-    if num_keep is not None:
-      masked = pass_losses(model, diffusion, params, draws, num_keep)
-      total = total + masked["loss"]
-      losses |= {f"masked_{name}": loss for name, loss in masked.items()}
-    losses = {name: loss * draws.weights for name, loss in losses.items()}
-    # The timestep sampler learns from losses without its own weights.
-    return (total * draws.weights).mean(), (losses, total)
-
   def gradients_of(
     params: Params, draws: Draws, num_keep: int | None
   ) -> tuple[Params, dict[str, Array], Array]:
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    grad_fn = jax.grad(functools.partial(step_loss, model, diffusion), has_aux=True)
     if accumulation_steps == 1:
       gradients, (losses, total) = grad_fn(params, draws, num_keep)
       return gradients, losses, total
@@ -201,8 +212,7 @@ def make_train_step(
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
-    updated = TrainState(
-      step=state.step,
+    updated = state.replace(
       params=params,
       opt_state=opt_state,
       ema={

@@ -39,6 +39,7 @@ def make_state(config):
     opt_state=optimizer.init(params),
     ema={str(decay): params for decay in config.ema_decays},
     loss_history=sampler.init(),
+    batch_offset=jnp.zeros((), jnp.int32),
   )
 
 

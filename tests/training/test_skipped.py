@@ -1,0 +1,153 @@
+"""Steps that are not finite: stopped at, gone back from, looked into."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax.data.loader import batch_indices
+from mdt_jax.errors import SettingError
+from mdt_jax.training import loop
+from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.replay import replay
+from tests.training.tiny import tiny_config
+
+NUM_EXAMPLES = 128  # 16 batches of 8
+BAD_STEP = 3
+BAD = batch_indices(NUM_EXAMPLES, 0, 8, BAD_STEP)[5]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Arrays of which one is finite, and its squared error is not."""
+  folder = tmp_path_factory.mktemp("data") / "0"
+  folder.mkdir()
+  random = np.random.default_rng(0)
+  for i in range(NUM_EXAMPLES):
+    array = random.standard_normal((8, 8, 1)).astype(np.float32)
+    np.save(folder / f"{i:04d}.npy", 1e30 * array if i == BAD else array)
+  return folder.parent
+
+
+def config_of(data, **changes):
+  settings = {
+    "num_steps": 6,
+    "data.source": "arrays",
+    "data.path": str(data),
+    "max_skipped": 0,
+    "checkpoints_to_keep": 9,
+  }
+  return tiny_config(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("stopped")
+  with pytest.raises(SettingError) as error:
+    loop.train(config_of(data), workdir)
+  return workdir, str(error.value)
+
+
+def test_too_many_skipped_steps_stop_the_run_with_what_a_replay_needs(stopped):
+  workdir, message = stopped
+  assert message.startswith("config.max_skipped = 0: ")
+  for text in (f"steps {BAD_STEP} ", "checkpoint is of step 4", "--replay_step=3"):
+    assert text in message
+  diagnosis = json.loads((workdir / "diagnosis.json").read_text())
+  (skipped,) = diagnosis["skipped"]
+  assert (skipped["step"], skipped["batch"]) == (BAD_STEP, BAD_STEP)
+  assert BAD in skipped["examples"]
+  assert diagnosis["last_checkpoint"] == 4
+  assert diagnosis["config"]["seed"] == 0
+
+
+def test_a_replay_finds_the_example(stopped, data, caplog):
+  workdir, _ = stopped
+  before = {p for p in workdir.rglob("*") if p.is_file()}
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    found = replay(config_of(data), workdir, BAD_STEP)
+  assert {p for p in workdir.rglob("*") if p.is_file()} - before == {
+    workdir / "replay_3.json"
+  }
+  assert json.loads((workdir / "replay_3.json").read_text()) == found
+  assert "replaying steps 2 to 3" in caplog.text
+  # The first network gives zeros, whatever it sees: the loss is finite nonetheless.
+  assert np.isfinite(found["loss"]) and found["parameters"] == []
+  assert "final_layer/linear/kernel" in found["gradients"]
+  (bad,) = (row for row in found["examples"] if row["largest"] > 100)
+  assert bad["index"] == BAD and bad["label"] == 0
+
+
+def test_a_replayed_step_has_the_loss_that_it_had(data, tmp_path, monkeypatch):
+  losses = []
+  original = loop.Progress.add
+
+  def add(self, done, metrics):
+    losses.append(np.divide(*jax.device_get(metrics["loss"] + metrics["masked_loss"])))
+    return original(self, done, metrics)
+
+  monkeypatch.setattr(loop.Progress, "add", add)
+  config = config_of(data, num_steps=3)
+  loop.train(config, tmp_path)
+  for step in (1, 2):  # from the first state, and from the checkpoint of step 2
+    found = replay(config, tmp_path, step)
+    rows = [row["loss"] + row["masked_loss"] for row in found["examples"]]
+    assert found["loss"] == pytest.approx(np.mean(rows), rel=1e-6)
+    assert found["loss"] == pytest.approx(2 * losses[step], rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [-1, 6])
+def test_a_replay_of_no_step_is_refused(data, tmp_path, step):
+  with pytest.raises(SettingError, match=r"--replay_step"):
+    replay(config_of(data), tmp_path, step)
+
+
+def test_a_run_goes_back_and_leaves_the_batches_out(data, tmp_path, caplog):
+  config = config_of(data, max_rollbacks=1)
+  with caplog.at_level(logging.WARNING, "mdt_jax"):
+    state = loop.train(config, tmp_path)
+  assert "goes back to step 2, and leaves out the batches 2 to 5" in caplog.text
+  assert int(state.step) == 6
+  assert int(state.batch_offset) == 4
+  # What came after step 3 is out of the way, and nothing is lost.
+  (moved,) = (tmp_path / "damaged").iterdir()
+  assert moved.name.startswith("4_")
+  checkpoints = Checkpoints(tmp_path, 9)
+  assert checkpoints.latest_step() == 6
+  restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+  # A run that never had the example, and started with the batches that were left.
+  create_loader = loop.create_loader
+  clean = tmp_path / "clean"
+  config.num_steps, config.max_rollbacks = 2, 0
+  loop.train(config, clean)
+  config.num_steps = 6
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      loop,
+      "create_loader",
+      lambda source, start_step, **kwargs: create_loader(
+        source, start_step=start_step + 4, **kwargs
+      ),
+    )
+    expected = loop.train(config, clean)
+  jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+
+
+@pytest.mark.parametrize(
+  ("max_rollbacks", "checkpoint_every", "skipped"),
+  [(2, 30, "steps 3 "), (1, 2, "")],  # nothing to go back to; met in the next epoch
+)
+def test_rollbacks_end(data, tmp_path, max_rollbacks, checkpoint_every, skipped):
+  config = config_of(
+    data, num_steps=40, max_rollbacks=max_rollbacks, checkpoint_every=checkpoint_every
+  )
+  with pytest.raises(SettingError, match=r"config.max_skipped") as error:
+    loop.train(config, tmp_path)
+  assert skipped in str(error.value)
