@@ -97,8 +97,8 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   path = workdir / f"replay_{step}.json"
   path.write_text(json.dumps(found, indent=1) + "\n")
   logger.info(
-    "step %d, batch %d: loss %s; not finite: %d parameters, %d gradients, the losses of "
-    "%d of %d examples; more in %s",
+    "step %d, batch %d: loss %s; not finite: %d parameters, %d gradients, and the "
+    "losses of %d of %d examples; more in %s",
     step,
     found["batch"],
     found["loss"],
