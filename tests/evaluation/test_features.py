@@ -94,7 +94,7 @@ np.save("features.npy", [full[:13], extract(images[:13])["pixels"]])
 def test_features_on_eight_devices_are_those_on_one(tmp_path):
   environment = {
     **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_NUM_CPU_DEVICES": "8",
     "PYTHONPATH": str(Path(__file__).parents[2]),
   }
   subprocess.run(

@@ -164,11 +164,7 @@ def start(checkpoint, output, num_devices):
       *(f"--output={output}", *FLAGS),
     ],
     cwd=ROOT,
-    env={
-      **os.environ,
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-      "JAX_PLATFORMS": "cpu",
-    },
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
     stderr=subprocess.DEVNULL,
   )
 

@@ -17,11 +17,10 @@ DRAWS = ("x0", "t", "weights", "noise", "labels", "mask_noise")
 def replay(folder, name, num_devices):
   """What tests.training.replay finds on so many simulated devices."""
   path = folder / f"{name}.npz"
-  flags = f"--xla_force_host_platform_device_count={num_devices}"
   subprocess.run(
     [sys.executable, "-m", "tests.training.replay", path],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
     check=True,
   )
   with np.load(path) as data:

@@ -99,7 +99,6 @@ def plan_of_mdtv2_b(tmp_path_factory):
       *(f"--config.{setting}" for setting in settings),
     ],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
     check=True,
   )
   return json.loads(path.read_text())
