@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 install test
-"$VENV/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"
+"$VENV/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile \
+  --no-loadscope-reorder "$@"

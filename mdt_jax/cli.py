@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
@@ -54,12 +55,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def load_config(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
   """The config of a flag of `config_flags.DEFINE_config_file`, named "config"."""
   try:
-    return holder.value.copy_and_resolve_references()
+    config = holder.value
   except OSError:  # what a missing file gives, at its first use
+    config = None
+  if not isinstance(config, ConfigDict):
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     raise SettingError(
-      "--config", path, "must be a Python file with get_config()"
-    ) from None
+      "--config", path, "must be a Python file with get_config() -> ConfigDict"
+    )
+  return config.copy_and_resolve_references()
 
 
 def _join() -> None:
@@ -91,13 +95,20 @@ def _plain_log_lines() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+  absl_logging.set_verbosity(absl_logging.ERROR)  # what is wrong is said here
   try:
     return flags.FLAGS(argv)
   except (flags.Error, SettingError) as error:
+    if "--config=None" in str(error) and any(a.startswith("--config=") for a in argv):
+      _refuse("--config: get_config() of the file returns nothing")
     _refuse(str(error))
   except OSError as error:  # a config file that is not there
     _refuse(f"--config = {error.filename!r}: {error.strerror}")
-  except (AttributeError, KeyError) as error:
+  except (Exception, SystemExit) as error:
+    if place := _place_in_config(error, argv):
+      _refuse(f"--config: {place}: {type(error).__name__}: {error}")
+    if not isinstance(error, (AttributeError, KeyError)):
+      raise
     # ml_collections: a config file, or a flag, names a field that there is not.
     text = str(error)
     if "get_config" in text:
@@ -110,6 +121,22 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     hint = re.search(r'Did you mean "(\w+)"', text)
     accepted = f"; did you mean {hint[1]}?" if hint else ""
     _refuse(f"config has no field {unknown[1]!r}{accepted}")
+
+
+def _place_in_config(error: BaseException, argv: Sequence[str]) -> str | None:
+  """FILE:LINE of a config file that raised an error; None if nothing of it did."""
+  values = (argument.removeprefix("--config=") for argument in argv)
+  paths = {os.path.abspath(value.partition(":")[0]) for value in values}
+  frames = traceback.extract_tb(error.__traceback__)
+  places = [(frame.filename, frame.lineno) for frame in frames]
+  if isinstance(error, SyntaxError):
+    if error.filename is None:  # not even text
+      return "the file"
+    places.append((error.filename, error.lineno))
+  for path, line in reversed(places):
+    if path and os.path.abspath(path) in paths:
+      return f"{path}:{line}"
+  return None
 
 
 def _refuse(message: str) -> None:

@@ -7,7 +7,9 @@ their run needs, and `--config.name=value` on the command line has the last word
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +149,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
     config: as `default_config`.
     num_devices: devices of the run.
   """
+  _check_fields(config, default_config(), "config")
   with named_in_errors("config"):
     for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
       _at_least(config, name, 1)
@@ -178,6 +181,35 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
     raise SettingError(
       "config.ema_decays", config.ema_decays, "must be one or more numbers in [0, 1)"
     )
+
+
+def _check_fields(config: ConfigDict, default: ConfigDict, prefix: str) -> None:
+  """Raises where settings are missing or unknown, of a wrong type or not finite."""
+  for name in config:
+    if name not in default:
+      near = difflib.get_close_matches(name, default, 1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise SettingError(f"{prefix}.{name}", config[name], f"is no setting{hint}")
+  for name, value in default.items():
+    setting = f"{prefix}.{name}"
+    if name not in config:
+      raise SettingError(setting, None, "is missing, the file takes it away")
+    given = config[name]
+    if isinstance(value, ConfigDict):
+      if not isinstance(given, ConfigDict):
+        raise SettingError(setting, given, "must be a group of settings")
+      _check_fields(given, value, setting)
+    elif given is not None or value is not None:
+      _check_type(setting, given, default.get_type(name))
+
+
+def _check_type(setting: str, value: Any, accepted: type) -> None:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  is_right = is_number if accepted is float else isinstance(value, accepted)
+  if not is_right or (accepted is int and isinstance(value, bool)):
+    raise SettingError(setting, value, f"must be of type {accepted.__name__}")
+  if is_number and not math.isfinite(value):
+    raise SettingError(setting, value, "must be finite")
 
 
 def write(config: ConfigDict, workdir: Path) -> None:

@@ -1,9 +1,10 @@
-"""Shared by all tests: one cache of compiled functions, also for commands started."""
+"""Shared by all tests: one cache of compiled functions, and how many faults to try."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before JAX is imported. Tests compile the same small programs again and again.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,6 +12,48 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mdt_jax_compiled_")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Compiling takes most of the time, and half of it without LLVM's optimizations. All
+# Compiling takes most of the time, a third less with few of LLVM's optimizations. All
 # tests pass with them too: XLA_FLAGS= python -m pytest
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# Begun first, so that no worker is left with a long file at the end. Minutes, falling.
+LONGEST = (
+  "training/test_meshes.py",
+  "training/test_step.py",
+  "training/test_loop.py",
+  "test_commands.py",
+  "faults/test_kill.py",
+  "training/test_skipped.py",
+  "training/test_determinism.py",
+  "faults/test_processes.py",
+  "evaluation/test_during_training.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  def place(item):
+    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+  items.sort(key=place)
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--all-faults", action="store_true", help="the whole of tests/faults: half an hour"
+  )
+
+
+def pytest_configure(config):
+  config.addinivalue_line(
+    "markers",
+    "faults(short, whole): runs once for each `fault` from 0 on, so many in the suite "
+    "and with --all-faults.",
+  )
+
+
+def pytest_generate_tests(metafunc):
+  marker = metafunc.definition.get_closest_marker("faults")
+  if marker is not None:
+    whole = metafunc.config.getoption("--all-faults")
+    metafunc.parametrize("fault", range(marker.kwargs["whole" if whole else "short"]))

@@ -29,14 +29,13 @@ from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.training import distributed, sharding, step
 from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.skipped import SkippedSteps
 from mdt_jax.training.state import TrainState
 
 if TYPE_CHECKING:
-  from clu.metric_writers import MetricWriter
-
   from mdt_jax.data.autoencoder import Autoencoder
 
 logger = logging.getLogger("mdt_jax")
@@ -100,15 +99,16 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
       return state
     if is_main:
-      settings.write(config, workdir)
+      with tolerate("config.json"):
+        settings.write(config, workdir)
 
     loader, offset = _open_loader(config, mesh, source, state)
-    writer = _create_writer(workdir if is_main else None)
-    progress = Progress(config, writer, start)
+    events = Events(workdir / "tensorboard" if is_main else None)
+    progress = Progress(config, events, start)
     skipped = SkippedSteps(config, workdir, len(source))
     draw_samples = None
     if config.sample_every and config.num_samples:
-      draw_samples = _sample_drawer(config, mesh, workdir, writer, autoencoder)
+      draw_samples = _sample_drawer(config, mesh, workdir, events, autoencoder)
 
     last_save = time.monotonic()
     rollbacks = 0
@@ -151,8 +151,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       if draw_samples and _is_due(done, config.sample_every, config.num_steps):
         draw_samples(done, state)
       if evaluate and _is_due(done, config.eval.every, config.num_steps):
-        writer.write_scalars(done, evaluate(done, state.ema))
-    writer.close()
+        events.write_scalars(done, evaluate(done, state.ema))
+    events.close()
   return state
 
 
@@ -234,9 +234,9 @@ def _any_process(done: int, *here: bool) -> tuple[bool, ...]:
 class Progress:
   """Gathers metrics, and every config.log_every steps writes them and logs a line."""
 
-  def __init__(self, config: ConfigDict, writer: MetricWriter, start: int):
+  def __init__(self, config: ConfigDict, events: Events, start: int):
     self._config = config
-    self._writer = writer
+    self._events = events
     self._add = jax.jit(step.add_metrics)
     self._metrics: step.Metrics | None = None
     self._last_step, self._last_time = start, time.monotonic()
@@ -259,7 +259,7 @@ class Progress:
     now = time.monotonic()
     seconds = (now - self._last_time) / (done - self._last_step)
     means["images_per_second"] = self._config.batch_size / seconds
-    self._writer.write_scalars(done, means)
+    self._events.write_scalars(done, means)
     left = tqdm.tqdm.format_interval(seconds * (self._config.num_steps - done))
     shown = ("loss", "masked_loss", "gradient_norm")
     numbers = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
@@ -350,7 +350,7 @@ def _sample_drawer(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
   workdir: Path,
-  writer: MetricWriter,
+  events: Events,
   autoencoder: Autoencoder | None,
 ) -> Callable[[int, TrainState], None]:
   """Draws config.num_samples images with the averaged parameters, for a look.
@@ -375,20 +375,12 @@ def _sample_drawer(
     convert = images.to_uint8 if is_pixels else images.latent_preview
     captions = [str(label) for label in labels[:count]]
     grid = images.make_grid(convert(arrays[:count]), captions)
-    folder.mkdir(parents=True, exist_ok=True)
-    grid.save(folder / f"step_{done:07d}.png")
-    writer.write_images(done, {"samples": np.asarray(grid)[None]})
+    with tolerate(f"the picture of step {done}"):
+      folder.mkdir(parents=True, exist_ok=True)
+      grid.save(folder / f"step_{done:07d}.png")
+    events.write_images(done, {"samples": np.asarray(grid)[None]})
 
   return draw
-
-
-def _create_writer(workdir: Path | None) -> MetricWriter:
-  """A writer of TensorBoard events; without a workdir, one that writes nothing."""
-  from clu import metric_writers  # imports TensorFlow, which takes seconds
-
-  if workdir is None:
-    return metric_writers.MultiWriter([])
-  return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
 
 
 def _is_due(done: int, every: int, total: int) -> bool:

@@ -1,0 +1,115 @@
+"""What saving costs: python -m benchmarks.checkpoint_cost
+
+Trains configs/digits.py, made so wide that its state holds more than a gigabyte, and
+saves it every --seconds. Windows with a save and without take turns; the cost is the
+share of training steps that a window with a save has less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from benchmarks import tables
+from configs import digits
+from mdt_jax import config as settings
+from mdt_jax.data.loader import create_loader
+from mdt_jax.training import sharding
+from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.program import make_program
+
+SECONDS = flags.DEFINE_float("seconds", 60.0, "Between saves.")
+REPEATS = flags.DEFINE_integer(
+  "repeats", 3, "Windows with a save, and as many without."
+)
+WIDTH = flags.DEFINE_integer("width", 640, "Of the network.")
+DEPTH = flags.DEFINE_integer("depth", 12, "Of the network.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images a step.")
+FOLDER = flags.DEFINE_string("folder", None, "Disk to save to; None: a temporary one.")
+JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {
+      "batch_size": BATCH_SIZE.value,
+      "num_steps": 10**9,
+      "model.hidden_size": WIDTH.value,
+      "model.depth": DEPTH.value,
+      "model.num_heads": 8,
+      "model.unroll": 1,
+      "optimizer.schedule": "constant",
+      "masking.num_lengths": 1,
+    }
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  batches = create_loader(
+    settings.make_source(config),
+    seed=config.seed,
+    batch_size=config.batch_size,
+    flip=config.data.flip,
+    num_threads=0,
+  )
+  num_keep = settings.kept_lengths(config).lengths[0]
+  with (
+    tempfile.TemporaryDirectory(dir=FOLDER.value) as folder,
+    sharding.use_mesh(mesh),
+  ):
+    program = make_program(config, mesh)
+    state = program.init(jax.random.key(config.seed))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    saved = Checkpoints(Path(folder), config.checkpoints_to_keep)
+    numbers = itertools.count(1)
+
+    def train(seconds: float, saves: bool) -> tuple[float, float]:
+      """Steps a second of a window, and the seconds that its save held them up."""
+      nonlocal state
+      start, steps, held = time.monotonic(), 0, 0.0
+      while (passed := time.monotonic() - start) < seconds:
+        if saves and not steps:
+          saved.save(next(numbers), state, config)
+          held = time.monotonic() - start
+        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
+        state, metrics = program.step(state, batch, num_keep)
+        jax.block_until_ready(metrics)
+        steps += 1
+      return steps / passed, held
+
+    train(SECONDS.value / 4, saves=True)  # compiles, and opens files
+    windows = [
+      (train(SECONDS.value, saves=False), train(SECONDS.value, saves=True))
+      for _ in range(REPEATS.value)
+    ]
+    saved.close()
+  costs = [1 - with_save[0] / without[0] for without, with_save in windows]
+  held = [with_save[1] for _, with_save in windows]
+  report = {
+    "machine": tables.machine(),
+    "state_bytes": size,
+    "seconds_between_saves": SECONDS.value,
+    "steps_per_second": statistics.median(without[0] for without, _ in windows),
+    "cost": costs,
+    "seconds_held_up": held,
+  }
+  print(report["machine"])
+  print(
+    f"state of {size / 1e9:.2f} GB, {report['steps_per_second']:.2f} steps/s; a save "
+    f"every {SECONDS.value:g} s costs {statistics.median(costs):.1%} of the steps "
+    f"(from {min(costs):.1%} to {max(costs):.1%}) and holds the loop up for "
+    f"{statistics.median(held):.2f} s"
+  )
+  if JSON.value:
+    Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,83 @@
+"""TensorBoard events and pictures, which a full disk may lose, but not the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from clu.metric_writers import MetricWriter
+
+SECONDS_BETWEEN_TRIES = 60.0
+
+logger = logging.getLogger("mdt_jax")
+
+
+class Events:
+  """Writes scalars and images for TensorBoard, by clu.
+
+  After a failure, which is logged, nothing is written for a minute; then to a new file.
+
+  Args:
+    folder: of the event files; None to write nothing.
+  """
+
+  def __init__(self, folder: Path | None):
+    self._folder = folder
+    self._writer: MetricWriter | None = None
+    self._not_before = 0.0  # of the monotonic clock
+    if folder is not None:
+      self._writer = _open(folder)
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    with self._tolerantly() as writer:
+      if writer is not None:
+        writer.write_scalars(step, scalars)
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes uint8 images (N, H, W, C) by name."""
+    with self._tolerantly() as writer:
+      if writer is not None:
+        writer.write_images(step, images)
+
+  def close(self) -> None:
+    with self._tolerantly() as writer:
+      if writer is not None:
+        writer.close()
+
+  @contextlib.contextmanager
+  def _tolerantly(self) -> Iterator[MetricWriter | None]:
+    if self._folder is None or time.monotonic() < self._not_before:
+      yield None
+      return
+    with tolerate(f"events in {self._folder}"):
+      if self._writer is None:
+        self._writer = _open(self._folder)
+      try:
+        yield self._writer
+      except Exception:
+        self._writer = None  # it would fail for ever
+        self._not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
+        raise
+
+
+@contextlib.contextmanager
+def tolerate(what: str) -> Iterator[None]:
+  """Logs what is not written, where writing raises."""
+  try:
+    yield
+  except Exception as error:  # TensorFlow's are not those of a file
+    reason = " ".join(str(error).split())[:300]
+    logger.error("NOT WRITTEN: %s: %s", what, reason)
+
+
+def _open(folder: Path) -> MetricWriter:
+  from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+  return metric_writers.SummaryWriter(str(folder))

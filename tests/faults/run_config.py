@@ -1,0 +1,21 @@
+"""The run that the faults happen to: small, with everything that a state can hold."""
+
+from ml_collections import ConfigDict
+
+from tests.training.tiny import tiny_config
+
+
+def get_config() -> ConfigDict:
+  return tiny_config(
+    **{
+      "num_steps": 30,
+      "timestep_sampler": "loss-second-moment",
+      "ema_decays": (0.9, 0.99),
+      "masking.num_lengths": 1,
+      "data.flip": True,
+      "log_every": 1,
+      "checkpoint_every": 5,
+      "checkpoints_to_keep": 3,
+      "grace_seconds": 60.0,
+    }
+  )

@@ -1,0 +1,67 @@
+"""A disk that is full: training goes on, says so, and saves once there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+
+import pytest
+
+from tests.faults import runs
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """A file system of 16 MB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+  try:
+    mounted = subprocess.run(mount, capture_output=True)
+  except FileNotFoundError:
+    mounted = None
+  if mounted is None or mounted.returncode:
+    pytest.skip("takes the right to mount a file system")
+  yield folder
+  subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+  with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+
+
+def test_a_run_survives_a_full_disk(disk, tmp_path):
+  expected = tmp_path / "expected"
+  runs.finish(expected)
+  workdir = disk / "run"
+  run = runs.Run(workdir, "--config.num_steps=4000", logs=tmp_path)
+  run.wait_for("^step 12/")
+  fill(disk / "filler")
+  failed = int(run.wait_for(r"THE CHECKPOINT OF STEP (\d+) IS NOT SAVED")[1])
+  run.wait_for(f"^step {failed + 20}/")
+  whole = runs.steps_saved(workdir)
+  assert whole and whole[-1] < failed  # the earlier ones are there
+  run.kill()
+
+  # No room for a checkpoint, nor for logs: the state on disk is still good.
+  (disk / "filler").unlink()
+  again = runs.finish(workdir, logs=tmp_path)
+  start = again.steps()[0]
+  assert start - 1 in whole
+  runs.assert_same(runs.read(workdir, 30), runs.read(expected, 30))
+
+
+def test_saves_come_back_once_there_is_room(disk, tmp_path):
+  workdir = disk / "run"
+  run = runs.Run(workdir, "--config.num_steps=100000", logs=tmp_path)
+  run.wait_for("^step 20/")
+  fill(disk / "filler")
+  failed = int(run.wait_for(r"THE CHECKPOINT OF STEP (\d+) IS NOT SAVED")[1])
+  (disk / "filler").unlink()
+  seen = set(runs.steps_saved(workdir))
+  while not any(step > failed for step in seen):
+    assert run.process.is_alive(), run.log.read_text()
+    seen |= set(runs.steps_saved(workdir))
+  run.kill()

@@ -1,0 +1,103 @@
+"""kill -9 and SIGTERM at any moment: the run goes on, to the same last bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.training.distributed import EXIT_TRY_AGAIN
+from tests.faults import runs
+
+NUM_STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nothing happens to: its last state, and its seconds of training."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  runs.finish(workdir)  # fills the cache of compiled functions
+  again = workdir.with_name("again")
+  run = runs.Run(again)
+  run.wait_for("^step 1/")
+  start = time.monotonic()
+  assert run.end() == 0
+  seconds = time.monotonic() - start
+  state = runs.read(again, NUM_STEPS)
+  runs.assert_same(state, runs.read(workdir, NUM_STEPS))
+  assert len(state) > 100 and any(np.any(array) for array in state.values())
+  return state, seconds
+
+
+def at_a_moment(run, seconds, seed):
+  """Waits from the first step of a start on, for as long as the seed says."""
+  run.wait_for("^step ")
+  time.sleep(random.Random(seed).uniform(0, seconds))
+
+
+@pytest.mark.faults(short=2, whole=30)
+def test_kill_9_loses_nothing_that_was_saved(whole, fault, tmp_path):
+  state, seconds = whole
+  run = runs.Run(tmp_path / "run")
+  at_a_moment(run, seconds, fault)
+  run.kill()
+  resumed = runs.finish(tmp_path / "run")
+  done, last = run.steps(), resumed.steps()
+  assert last == [] or last == list(range(last[0], NUM_STEPS + 1))
+  # All that was done again are the steps since a checkpoint, of which one every five
+  # steps, and the one that was being written.
+  assert last == [] or last[0] > done[-1] - 10
+  runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), state)
+
+
+@pytest.mark.faults(short=1, whole=10)
+def test_sigterm_saves_the_step_in_flight(whole, fault, tmp_path):
+  state, seconds = whole
+  run = runs.Run(tmp_path / "run")
+  at_a_moment(run, seconds / 2, fault)
+  start = time.monotonic()
+  run.signal(signal.SIGTERM)
+  assert run.end() == EXIT_TRY_AGAIN, run.log.read_text()
+  assert time.monotonic() - start < 60  # config.grace_seconds
+  saved = runs.steps_saved(tmp_path / "run")[-1]
+  assert run.steps()[-1] == saved  # nothing that was logged is done again
+  assert runs.finish(tmp_path / "run").steps()[0] == saved + 1
+  runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), state)
+
+
+def test_a_second_sigterm_ends_at_once_and_harms_nothing(whole, tmp_path):
+  run = runs.Run(tmp_path / "run", "--config.log_every=2")
+  run.wait_for("^step 12/")
+  saved = runs.steps_saved(tmp_path / "run")
+  run.signal(signal.SIGTERM)
+  run.signal(signal.SIGTERM)
+  assert run.end() != 0
+  assert set(saved) & set(runs.steps_saved(tmp_path / "run"))
+  runs.finish(tmp_path / "run")
+  runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), whole[0])
+
+
+def hang_in_finish():
+  """As on a disk that does not answer."""
+  Checkpoints.finish = lambda self, *args: time.sleep(1000)
+
+
+def test_what_cannot_be_saved_within_the_grace_time_ends_the_run(whole, tmp_path):
+  run = runs.Run(
+    tmp_path / "run",
+    "--config.grace_seconds=1",
+    "--config.checkpoint_every=10",
+    before=hang_in_finish,
+  )
+  run.wait_for("^step 19/")
+  start = time.monotonic()
+  run.signal(signal.SIGTERM)
+  assert run.end() == EXIT_TRY_AGAIN
+  assert time.monotonic() - start < 15
+  assert "not saved within 1 s" in run.log.read_text()
+  runs.finish(tmp_path / "run")
+  runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), whole[0])

@@ -1,0 +1,110 @@
+"""Another number of processes at each start: the batches stay the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax.data.loader import batch_indices
+from tests.faults import runs
+
+NUM_EXAMPLES, BATCH_SIZE, NUM_STEPS, NUM_DEVICES = 64, 8, 40, 4
+STARTS = {"short": (2, 1), "whole": (2, 1, 4, 2)}  # processes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Arrays each of a class of its own, so that the label is the index."""
+  folder = tmp_path_factory.mktemp("data")
+  random = np.random.default_rng(0)
+  for i in range(NUM_EXAMPLES):
+    (folder / f"{i:03d}").mkdir()
+    array = random.standard_normal((8, 8, 1)).astype(np.float32)
+    np.save(folder / f"{i:03d}" / "0.npy", array)
+  return folder
+
+
+def before(records, num_processes):
+  """In each process: its share of the devices, and notes of what it trains on."""
+  jax.config.update("jax_num_cpu_devices", NUM_DEVICES // num_processes)
+  runs.record_batches(records)
+
+
+def start(workdir, data, num_processes, folder):
+  """Starts the processes of one run; each writes its batches into `folder`."""
+  folder.mkdir()
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  flags = [
+    "--config.data.source=arrays",
+    f"--config.data.path={data}",
+    f"--config.model.num_classes={NUM_EXAMPLES}",
+    f"--config.num_steps={NUM_STEPS}",
+    "--config.mesh.fsdp=2",
+  ]
+  started = []
+  for i in range(num_processes):
+    join = [
+      f"--coordinator_address=127.0.0.1:{port}",
+      f"--num_processes={num_processes}",
+      f"--process_id={i}",
+    ]
+    started.append(
+      runs.Run(
+        workdir,
+        *flags,
+        *(join if num_processes > 1 else ()),
+        before=functools.partial(before, folder / f"{i}.jsonl", num_processes),
+        logs=folder,
+      )
+    )
+  return started
+
+
+def global_batches(folder):
+  """The labels of each batch by row, in the order that they came."""
+  parts = [
+    [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")]
+    for path in sorted(folder.glob("*.jsonl"))
+  ]
+  for shares in zip(*parts, strict=False):  # one may have been killed a step later
+    rows = [row for rows, _ in shares for row in rows]
+    labels = [label for _, labels in shares for label in labels]
+    assert sorted(rows) == list(range(BATCH_SIZE))  # each read by one process
+    yield [label for _, label in sorted(zip(rows, labels, strict=True))]
+
+
+def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request):
+  every = request.config.getoption("--all-faults")
+  counts = STARTS["whole" if every else "short"]
+  workdir = tmp_path / "run"
+  trained = {}
+  for i, num_processes in enumerate(counts):
+    folder = tmp_path / f"start_{i}"
+    processes = start(workdir, data, num_processes, folder)
+    if i < len(counts) - 1:
+      first = 40 // len(counts) * i
+      processes[0].wait_for(f"^step {first + 7}/")
+      time.sleep(random.Random(i).uniform(0, 0.2))
+      for process in processes:
+        process.kill()
+    else:
+      assert [process.end() for process in processes] == [0] * num_processes
+    begun = processes[0].wait_for("going on from the checkpoint of step (\\d+)|kept")
+    begin = int(begun[1] or 0)
+    assert (begin > 0) == (i > 0)
+    # What was done after the last checkpoint is lost with its process.
+    trained = {step: batch for step, batch in trained.items() if step < begin}
+    trained |= dict(enumerate(global_batches(folder), begin))
+  expected = {
+    step: batch_indices(NUM_EXAMPLES, 0, BATCH_SIZE, step) for step in range(NUM_STEPS)
+  }
+  assert trained == expected

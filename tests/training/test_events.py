@@ -1,0 +1,58 @@
+"""TensorBoard events: written, and lost loudly where they cannot be."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mdt_jax.training import events as events_module
+from mdt_jax.training.events import Events, tolerate
+
+
+def tags(folder):
+  found = EventAccumulator(str(folder), {"tensors": 0})
+  found.Reload()
+  return {
+    tag: [event.step for event in found.Tensors(tag)] for tag in found.Tags()["tensors"]
+  }
+
+
+def test_scalars_and_images_are_written(tmp_path):
+  events = Events(tmp_path)
+  events.write_scalars(3, {"loss": 1.5})
+  events.write_images(4, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
+  events.close()
+  assert tags(tmp_path) == {"loss": [3], "samples": [4]}
+
+
+def test_without_a_folder_nothing_is_written():
+  events = Events(None)
+  events.write_scalars(3, {"loss": 1.5})
+  events.close()
+
+
+def test_after_a_failure_a_new_file_is_begun(tmp_path, monkeypatch, caplog):
+  events = Events(tmp_path)
+  now = 1000.0
+  monkeypatch.setattr(events_module.time, "monotonic", lambda: now)
+
+  def full(step, scalars):
+    raise OSError("no space\nleft")
+
+  monkeypatch.setattr(events._writer, "write_scalars", full)
+  with caplog.at_level(logging.ERROR, "mdt_jax"):
+    events.write_scalars(1, {"loss": 1.0})
+  assert "NOT WRITTEN" in caplog.text and "no space left" in caplog.text
+  events.write_scalars(2, {"loss": 1.0})  # too soon
+  now += events_module.SECONDS_BETWEEN_TRIES
+  events.write_scalars(3, {"loss": 1.0})
+  events.close()
+  assert tags(tmp_path) == {"loss": [3]}
+
+
+def test_what_is_tolerated_is_named(caplog):
+  with caplog.at_level(logging.ERROR, "mdt_jax"), tolerate("the picture of step 5"):
+    raise OSError("full")
+  assert "NOT WRITTEN: the picture of step 5: full" in caplog.text
