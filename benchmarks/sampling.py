@@ -1,0 +1,137 @@
+"""Guided sampling: python -m benchmarks.sampling --models=MDTv2-S/2 --batch_size=8
+
+Time of a step of 250-step DDPM with guidance, where both halves run as one batch;
+images a second at 250 steps, and the share of the machine's rate for matrix products.
+With --reference=CHECKOUT of the released PyTorch code (see benchmarks/reference.py)
+both take turns in this run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from benchmarks import timing
+from mdt_jax import config as settings
+from mdt_jax.diffusion.guidance import guided
+from mdt_jax.diffusion.samplers import sample
+from mdt_jax.models.flops import forward_flops
+from mdt_jax.training.state import init_params
+
+MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images; twice as many samples.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
+STEPS = flags.DEFINE_integer("steps", 4, "Steps in a turn, the last ones of the 250.")
+UNROLL = flags.DEFINE_integer("unroll", None, "config.model.unroll; None: -1 on CPUs.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are timed.")
+REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
+JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+
+NUM_STEPS, CFG_SCALE = 250, 3.8
+
+
+def benchmark(name: str) -> dict[str, Any]:
+  """Times the steps of one network."""
+  config = settings.default_config()
+  is_cpu = jax.default_backend() == "cpu"
+  config.update_from_flattened_dict(
+    {
+      "model.name": name,
+      "model.dtype": DTYPE.value,
+      "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
+      "sampling.num_steps": NUM_STEPS,
+    }
+  )
+  model = settings.make_model(config)
+  diffusion = settings.make_sampled_diffusion(config)
+
+  @jax.jit
+  def steps(params: Any, x: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+    model_fn = guided(
+      lambda x, t, y: model.apply({"params": params}, x, t, y),
+      labels,
+      model.num_classes,
+      scale=CFG_SCALE,
+    )
+    return sample(model_fn, diffusion, x, key, num_steps=STEPS.value)
+
+  key = jax.random.key(0)
+  params = jax.jit(functools.partial(init_params, model))(key)
+  shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
+  x = jax.random.normal(key, shape)
+  labels = jax.random.randint(key, shape[:1], 0, model.num_classes)
+  compiled = steps.lower(params, x, labels, key).compile()
+  functions = {
+    "mdt_jax": lambda: jax.block_until_ready(compiled(params, x, labels, key))
+  }
+  if REFERENCE.value:
+    from benchmarks.reference import Reference  # imports torch
+
+    reference = Reference(
+      REFERENCE.value,
+      name,
+      model,
+      masked_share=0.4,
+      batch_size=BATCH_SIZE.value,
+      dtype=DTYPE.value,
+      compiled=not is_cpu,
+      threads=os.cpu_count() if is_cpu else None,
+    )
+    step = reference.guided_step(CFG_SCALE)
+
+    def reference_steps() -> None:
+      for _ in range(STEPS.value):
+        step()
+
+    functions["reference"] = reference_steps
+  times = timing.take_turns(functions, REPEATS.value)
+  flops = 2 * BATCH_SIZE.value * forward_flops(model)
+  for who, value in times.items():
+    seconds = value.median / STEPS.value
+    print(
+      f"{name:10} {who:10} {seconds:9.4f} s a step ± {value.spread:.1%} "
+      f"{BATCH_SIZE.value / seconds / NUM_STEPS:9.3f} images/s  "
+      f"MFU {flops / seconds / matmul_rate():6.1%}",
+      flush=True,
+    )
+  report = {
+    "model": name,
+    "batch_size": BATCH_SIZE.value,
+    "dtype": DTYPE.value,
+    "steps": STEPS.value,
+    "flops_a_step": flops,
+    "peak_bytes": timing.peak_bytes(compiled),
+    "seconds": {who: value.seconds for who, value in times.items()},
+  }
+  if REFERENCE.value:
+    report["ratio"] = times["reference"].median / times["mdt_jax"].median
+    print(f"{name:10} {report['ratio']:.2f} times the images/s of the released code")
+  return report
+
+
+@functools.cache
+def matmul_rate() -> float:
+  """Measured once a run."""
+  return timing.matmul_rate(DTYPE.value)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  print(
+    f"{timing.device()}, {os.cpu_count()} cores; matrix products of {DTYPE.value} at "
+    f"{matmul_rate() / 1e9:,.0f} GFLOP/s"
+  )
+  reports = [benchmark(name) for name in MODELS.value]
+  if JSON.value:
+    found = {"device": timing.device(), "matmul_rate": matmul_rate(), "runs": reports}
+    Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

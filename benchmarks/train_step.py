@@ -1,0 +1,148 @@
+"""The training step: python -m benchmarks.train_step --models=MDTv2-S/2 --batch_size=8
+
+Time, images a second, share of the machine's rate for matrix products (MFU, counting
+the operations of both passes from the architecture), memory. With --reference=CHECKOUT
+of the released PyTorch code (see benchmarks/reference.py) both take turns in this run,
+and the ratio of images a second is what counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import timing
+from mdt_jax import config as settings
+from mdt_jax.models.flops import train_flops
+from mdt_jax.training import sharding
+from mdt_jax.training.program import make_program
+
+MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images a step.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
+MASKED_SHARE = flags.DEFINE_float("masked_share", 0.4, "Of the masked pass; 0: none.")
+UNROLL = flags.DEFINE_integer("unroll", None, "config.model.unroll; None: -1 on CPUs.")
+REMAT = flags.DEFINE_string("remat", "none", "config.model.remat.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are timed.")
+REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
+JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+
+
+def benchmark(name: str) -> dict[str, Any]:
+  """Times the step of one network."""
+  config = settings.default_config()
+  is_cpu = jax.default_backend() == "cpu"
+  is_v2 = name.startswith("MDTv2")
+  config.update_from_flattened_dict(
+    {
+      "batch_size": BATCH_SIZE.value,
+      "model.name": name,
+      "model.dtype": DTYPE.value,
+      "model.remat": REMAT.value,
+      "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
+      "optimizer.name": "adan" if is_v2 else "adamw",
+      "diffusion.loss_weight": "min_snr" if is_v2 else "none",
+    }
+  )
+  model = settings.make_model(config)
+  num_keep = None
+  if MASKED_SHARE.value and model.takes_mask:
+    multiple = config.masking.multiple
+    kept = (1 - MASKED_SHARE.value) * model.num_tokens
+    num_keep = multiple * math.ceil(kept / multiple)  # never fewer than the reference
+  mesh = sharding.make_mesh(**config.mesh)
+  random = np.random.default_rng(0)
+  shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
+  with sharding.use_mesh(mesh):
+    program = make_program(config, mesh)
+    state = program.init(jax.random.key(0))
+    batch = sharding.put_batch(
+      {
+        "image": random.standard_normal(shape).astype(np.float32),
+        "label": random.integers(model.num_classes, size=shape[0]).astype(np.int32),
+      },
+      mesh,
+      config.batch_size,
+    )
+    start = time.perf_counter()
+    compiled = program.step.lower(state, batch, num_keep).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def step() -> None:
+      nonlocal state
+      state, metrics = compiled(state, batch)
+      jax.block_until_ready((state, metrics))
+
+    functions = {"mdt_jax": step}
+    if REFERENCE.value:
+      from benchmarks.reference import Reference  # imports torch
+
+      reference = Reference(
+        REFERENCE.value,
+        name,
+        model,
+        masked_share=MASKED_SHARE.value,
+        batch_size=BATCH_SIZE.value,
+        dtype=DTYPE.value,
+        compiled=not is_cpu,
+        threads=os.cpu_count() if is_cpu else None,
+      )
+      functions["reference"] = reference.train_step
+    times = timing.take_turns(functions, REPEATS.value)
+  flops = BATCH_SIZE.value * train_flops(model, num_keep)
+  report = {
+    "model": name,
+    "batch_size": BATCH_SIZE.value,
+    "dtype": DTYPE.value,
+    "kept_tokens": num_keep,
+    "compile_seconds": compile_seconds,
+    "flops": flops,
+    "peak_bytes": timing.peak_bytes(compiled),
+    "seconds": {key: value.seconds for key, value in times.items()},
+  }
+  for key, value in times.items():
+    rate = BATCH_SIZE.value / value.median
+    memory = report["peak_bytes"] if key == "mdt_jax" else reference.peak_bytes()
+    print(
+      f"{name:10} {key:10} {value.median:9.4f} s ± {value.spread:.1%} "
+      f"{rate:9.2f} images/s  {flops / value.median / 1e9:9.0f} GFLOP/s  "
+      f"MFU {flops / value.median / matmul_rate():6.1%}"
+      + (f"  {memory / 2**30:.2f} GiB" if memory else ""),
+      flush=True,
+    )
+  if REFERENCE.value:
+    ratio = times["reference"].median / times["mdt_jax"].median
+    report["ratio"] = ratio
+    print(f"{name:10} {ratio:.2f} times the images/s of the released code", flush=True)
+  return report
+
+
+@functools.cache
+def matmul_rate() -> float:
+  """Measured once a run."""
+  return timing.matmul_rate(DTYPE.value)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  print(
+    f"{timing.device()}, {os.cpu_count()} cores; matrix products of {DTYPE.value} at "
+    f"{matmul_rate() / 1e9:,.0f} GFLOP/s"
+  )
+  reports = [benchmark(name) for name in MODELS.value]
+  if JSON.value:
+    found = {"device": timing.device(), "matmul_rate": matmul_rate(), "runs": reports}
+    Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
