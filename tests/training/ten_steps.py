@@ -28,7 +28,8 @@ def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
       "seed": 5,
       "masking.num_lengths": 1,
       "checkpoint_every": 5,
-      "sample_every": NUM_STEPS,
+      "optimizer.name": "adamw",  # compiles faster than Adan
+      "sample_every": NUM_STEPS if jax.process_count() == 2 else 0,  # one is enough
       "num_samples": 3,
       "mesh.data": data,
       "mesh.fsdp": fsdp,
