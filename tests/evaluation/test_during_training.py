@@ -15,7 +15,6 @@ from tests.training.tiny import tiny_config
 
 EVAL = {
   "num_steps": 3,
-  "masking.num_lengths": 1,
   "eval.every": 2,
   "eval.metrics": "frechet,accuracy",
   "eval.num_images": 20,

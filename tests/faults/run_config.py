@@ -11,7 +11,6 @@ def get_config() -> ConfigDict:
       "num_steps": 30,
       "timestep_sampler": "loss-second-moment",
       "ema_decays": (0.9, 0.99),
-      "masking.num_lengths": 1,
       "data.flip": True,
       "log_every": 1,
       "checkpoint_every": 5,

@@ -26,7 +26,6 @@ def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
       "num_steps": NUM_STEPS,
       "batch_size": 16,
       "seed": 5,
-      "masking.num_lengths": 1,
       "checkpoint_every": 5,
       "optimizer.name": "adamw",  # compiles faster than Adan
       "sample_every": NUM_STEPS if jax.process_count() == 2 else 0,  # one is enough

@@ -20,6 +20,9 @@ from mdt_jax.training.checkpoints import Checkpoints
 from tests import reference
 from tests.training.tiny import tiny_config
 
+# Of kept tokens, so that steps differ in which function they run.
+TWO_LENGTHS = {"masking.num_lengths": 2}
+
 
 def assert_same(first, second):
   jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -28,7 +31,7 @@ def assert_same(first, second):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole")
-  config = tiny_config(sample_every=4)
+  config = tiny_config(sample_every=4, **TWO_LENGTHS)
   return workdir, loop.train(config, workdir)
 
 
@@ -59,7 +62,7 @@ def test_tensorboard_holds_every_scalar_once_a_logged_step(whole_run):
 
 
 def test_a_stopped_and_resumed_run_ends_bit_identical(whole_run, tmp_path):
-  config = tiny_config()
+  config = tiny_config(**TWO_LENGTHS)
   config.num_steps = 2
   loop.train(config, tmp_path)
   config.num_steps = 4
@@ -70,7 +73,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(whole_run, tmp_path):
 def test_a_finished_run_does_nothing_more(whole_run, caplog):
   workdir, state = whole_run
   before = (workdir / "checkpoints" / "4").stat().st_mtime_ns
-  again = loop.train(tiny_config(sample_every=4), workdir)
+  again = loop.train(tiny_config(sample_every=4, **TWO_LENGTHS), workdir)
   assert (workdir / "checkpoints" / "4").stat().st_mtime_ns == before
   assert int(again.step) == int(state.step) == 4
 
@@ -152,7 +155,6 @@ def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
       "data.max_unreadable": 0,
       "seed": 1,  # which puts it into the last batch of the first epoch
       "num_steps": 20,
-      "masking.num_lengths": 1,
     }
   )
   with pytest.raises(SettingError, match=r"config\.data\.max_unreadable = 0"):
@@ -209,7 +211,6 @@ def latent_config(photos, source, **changes):
       "model.input_size": 4,
       "model.in_channels": 4,
       "model.num_classes": 2,
-      "masking.num_lengths": 1,
       "data.source": source,
       "data.path": str(photos / source),
       "data.flip": True,

@@ -16,6 +16,7 @@ from tests import reference
 from tests.training.tiny import tiny_config
 
 NUM_KEEP = 10
+DIT = {"model.name": "DiT-S/2"}  # one pass, fewer parameters: compiles faster
 
 
 def make_batch(config, seed=0):
@@ -88,7 +89,7 @@ def test_another_seed_gives_another_step():
   assert distance(after.params, other.params) > 0
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [4])
 def test_accumulated_parts_give_the_step_of_the_whole_batch(parts):
   _, whole, whole_metrics = run_once()
   _, split, split_metrics = run_once(accumulation_steps=parts)
@@ -139,7 +140,7 @@ def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
 
 
 def test_averages_follow_their_decays():
-  config = tiny_config(ema_decays=(0.5, 0.9))
+  config = tiny_config(ema_decays=(0.5, 0.9), **DIT)
   state = make_state(config)
   after, _ = make_step(config)(state, make_batch(config), None)
   for decay in config.ema_decays:
@@ -160,7 +161,7 @@ def test_without_a_masked_pass_its_losses_are_absent_and_its_parameters_stay():
 
 
 def test_dit_positions_stay_frozen_under_weight_decay():
-  config = tiny_config(**{"model.name": "DiT-S/2", "optimizer.weight_decay": 0.1})
+  config = tiny_config(**DIT, **{"optimizer.weight_decay": 0.1})
   state = make_state(config)
   after, _ = make_step(config)(state, make_batch(config), None)
   assert distance(after.params["pos_embed"], state.params["pos_embed"]) == 0
@@ -184,15 +185,15 @@ def test_metrics_of_steps_add_up_to_the_mean_over_samples():
 
 
 def test_loss_second_moment_sampler_learns_from_the_step():
-  config = tiny_config(timestep_sampler="loss-second-moment")
+  config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
   state = make_state(config)
-  after, _ = make_step(config)(state, make_batch(config), NUM_KEEP)
+  after, _ = make_step(config)(state, make_batch(config), None)
   assert int(after.loss_history.counts.sum()) == config.batch_size
 
 
 def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
   """Else the sampler would learn from its own weights."""
-  config = tiny_config(timestep_sampler="loss-second-moment")
+  config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
   model, diffusion = settings.make_model(config), settings.make_diffusion(config)
   sampler = settings.make_timestep_sampler(config)
   rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ def tiny_config(**settings: object) -> ConfigDict:
       "model.depth": 4,
       "model.num_heads": 2,
       "model.decode_depth": 2,
-      "masking.num_lengths": 2,
+      "masking.num_lengths": 1,
       "optimizer.learning_rate": 1e-3,
       "ema_decays": (0.9,),
       "data.source": "digits",
