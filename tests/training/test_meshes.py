@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MESHES = ("8,1,1", "1,8,1", "2,2,2")  # 2,4,1 below, by two processes
+MESHES = ("8,1,1", "1,8,1")  # 2,4,1 and 2,2,2 are those of the processes below
 
 
 def ten_steps(folder, *meshes, processes=1, devices=8):
