@@ -11,6 +11,7 @@ setup(
   long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  license_files=["LICENSE", "NOTICE"],
   packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
   package_data={"mdt_jax.generation": ["imagenet_classes.txt"]},
   python_requires=">=3.11,<3.14",
