@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 
 from benchmarks import tables
 from configs import digits
@@ -38,6 +39,7 @@ JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
 
 def main(argv: list[str]) -> None:
   del argv
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells much
   config = digits.get_config()
   config.update_from_flattened_dict(
     {
