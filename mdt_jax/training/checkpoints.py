@@ -95,8 +95,8 @@ class Checkpoints:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state.replace(ema=None)),
-          ema=ocp.args.StandardSave(state.ema),
+          state=ocp.args.PyTreeSave(state.replace(ema=None)),
+          ema=ocp.args.PyTreeSave(state.ema),
           config=ocp.args.JsonSave(config.to_dict()),
           versions=ocp.args.JsonSave(_versions()),
         ),
@@ -153,8 +153,8 @@ class Checkpoints:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(like.replace(ema=None)),
-          ema=ocp.args.StandardRestore(like.ema),
+          state=_restore_args(like.replace(ema=None)),
+          ema=_restore_args(like.ema),
         ),
       )
       return restored.state.replace(ema=restored.ema)
@@ -173,6 +173,12 @@ class Checkpoints:
       self._folder,
       options=self._options,
       item_names=("state", "ema", "config", "versions"),
+      # Of floats that are mostly noise, compression saves a fifth of the disk for
+      # four fifths of the CPU time that a save takes from the run.
+      item_handlers={
+        name: ocp.PyTreeCheckpointHandler(use_compression=False)
+        for name in ("state", "ema")
+      },
     )
 
   def _seal(self, step: int) -> None:
@@ -243,6 +249,15 @@ def _damage_on_the_first_process(folder: Path) -> str:
     text = multihost_utils.broadcast_one_to_all(text)
     found = bytes(np.asarray(text)).rstrip(b"\0").decode(errors="replace")
   return found
+
+
+def _restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
+  """For arrays of these shapes, types and shardings; `partial`: leave out others."""
+  return ocp.args.PyTreeRestore(
+    like,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+    partial_restore=partial,
+  )
 
 
 def _versions() -> dict[str, str]:
@@ -325,15 +340,7 @@ def load_ema(
     )
     ema = manager.restore(
       step,
-      args=ocp.args.Composite(
-        ema=ocp.args.PyTreeRestore(
-          {str(decay): abstract},
-          restore_args=ocp.checkpoint_utils.construct_restore_args(
-            {str(decay): abstract}
-          ),
-          partial_restore=True,
-        )
-      ),
+      args=ocp.args.Composite(ema=_restore_args({str(decay): abstract}, partial=True)),
     ).ema
   return config, ema[str(decay)], step
 
