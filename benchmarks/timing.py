@@ -32,15 +32,21 @@ class Times:
 
 
 def take_turns(
-  functions: dict[str, Callable[[], None]], repeats: int, warmups: int = 2
+  functions: dict[str, Callable[[], None]], repeats: int
 ) -> dict[str, Times]:
-  """Times functions, which return once they are done, one after another, repeatedly."""
+  """Times functions, which return once they are done, one after another, repeatedly.
+
+  In each turn a function runs twice and the second run counts: the first one fetches
+  the memory that the system took back, or that another function pushed out of caches,
+  which no run of that function alone would have to do.
+  """
   seconds = {name: [] for name in functions}
-  for turn in range(warmups + repeats):
+  for turn in range(1 + repeats):  # the first turn warms up
     for name, function in functions.items():
+      function()
       start = time.perf_counter()
       function()
-      if turn >= warmups:
+      if turn:
         seconds[name].append(time.perf_counter() - start)
   return {name: Times(tuple(values)) for name, values in seconds.items()}
 
@@ -61,9 +67,7 @@ def matmul_rate(dtype: str, size: int | None = None, repeats: int = 10) -> float
   def products(a: jax.Array, count: int) -> jax.Array:
     return jax.lax.fori_loop(0, count, lambda _, b: (a @ b) / size, a)
 
-  times = take_turns(
-    {"": lambda: jax.block_until_ready(products(a, count))}, repeats, warmups=3
-  )
+  times = take_turns({"": lambda: jax.block_until_ready(products(a, count))}, repeats)
   return count * 2 * size**3 / min(times[""].seconds)
 
 

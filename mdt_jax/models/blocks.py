@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models.attention import attention
 from mdt_jax.models.embeddings import linear_init, normal_init
 from mdt_jax.models.spread import linear, spread_batch
 
@@ -96,7 +97,7 @@ class Attention(nn.Module):
       )
       bias = jnp.asarray(table)[position_index]
       bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
-    out = jax.nn.dot_product_attention(query, key, value, bias=bias)
+    out = attention(query, key, value, bias)
     return linear(dim, "proj", axis=(-2, -1), **dense)(out)
 
 
@@ -129,8 +130,8 @@ class Block(nn.Module):
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(
       6, self.dtype, name="modulation"
     )(c)
-    attention = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
-    h = attention(modulate(layer_norm(x), shift1, scale1), position_index)
+    attend = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
+    h = attend(modulate(layer_norm(x), shift1, scale1), position_index)
     x = x + gate1[:, None] * h
 
     h = modulate(layer_norm(x), shift2, scale2)

@@ -7,11 +7,13 @@ by which devices share the work on one image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
 Array = jax.Array
@@ -70,6 +72,36 @@ def gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
   )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, kernel: Array, count: int) -> Array:
+  """x (…, I…) times kernel (I…, O…), summed over `count` axes I: (…, O…).
+
+  As jnp.tensordot(x, kernel, count), whose gradient with respect to the kernel XLA
+  computes at a third of the speed on CPUs, for the order of its factors.
+  """
+  return jnp.tensordot(x, kernel, count)
+
+
+def _product_forward(
+  x: Array, kernel: Array, count: int
+) -> tuple[Array, tuple[Array, Array]]:
+  return product(x, kernel, count), (x, kernel)
+
+
+def _product_backward(
+  count: int, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+  x, kernel = kept
+  outputs = tuple(range(count - kernel.ndim, 0))
+  d_x = jnp.tensordot(gradient, kernel, (outputs, outputs))
+  rows = x.reshape(-1, *kernel.shape[:count])
+  d_rows = gradient.reshape(-1, *kernel.shape[count:])
+  return d_x, jnp.tensordot(rows, d_rows, (0, 0))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def linear(
   features: int | Sequence[int], name: str, path: str = "", **settings: Any
 ) -> nn.DenseGeneral:
@@ -85,7 +117,8 @@ def linear(
   """
   axes = parameter_axes(f"{path}{name}/kernel")
 
-  def dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return jax.lax.dot_general(x, gather_kernel(kernel, axes), *args, **kwargs)
+  def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
+    (contracted, _), _ = dimensions  # the last axes of x
+    return product(x, gather_kernel(kernel, axes), len(contracted))
 
   return nn.DenseGeneral(features, name=name, dot_general=dot_general, **settings)
