@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -45,6 +46,10 @@ def layer_norm(x: Array) -> Array:
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
   """x (B, L, D) scaled and shifted by vectors (B, D)."""
   return x * (1 + scale[:, None]) + shift[:, None]
+
+
+normed = jax.checkpoint(lambda x, shift, scale: modulate(layer_norm(x), shift, scale))
+gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=True))
 
 
 class Modulation(nn.Module):
@@ -131,12 +136,12 @@ class Block(nn.Module):
       6, self.dtype, name="modulation"
     )(c)
     attend = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
-    h = attend(modulate(layer_norm(x), shift1, scale1), position_index)
+    h = attend(normed(x, shift1, scale1), position_index)
     x = x + gate1[:, None] * h
 
-    h = modulate(layer_norm(x), shift2, scale2)
+    h = normed(x, shift2, scale2)
     h = linear(int(dim * self.mlp_ratio), "fc1", **dense)(h)
-    h = linear(dim, "fc2", **dense)(nn.gelu(h, approximate=True))
+    h = linear(dim, "fc2", **dense)(gelu(h))
     x = x + gate2[:, None] * h
     return x, (x if self.emit else None)
 
@@ -159,7 +164,7 @@ class FinalLayer(nn.Module):
       "final_layer/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
-    )(modulate(layer_norm(x), shift, scale))
+    )(normed(x, shift, scale))
     x = x.reshape(batch, grid, grid, p, p, self.out_channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, grid * p, grid * p, self.out_channels)
