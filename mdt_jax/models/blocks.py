@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +42,20 @@ def layer_norm(x: Array) -> Array:
   return norm.apply({}, x.astype(jnp.float32)).astype(x.dtype)
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-  """x (B, L, D) scaled and shifted by vectors (B, D)."""
-  return x * (1 + scale[:, None]) + shift[:, None]
+# The backward pass computes the next two again: to keep what it needs of them takes as
+# much memory as all the rest, and more time.
 
 
-normed = jax.checkpoint(lambda x, shift, scale: modulate(layer_norm(x), shift, scale))
-gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=True))
+@jax.checkpoint
+def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
+  """LayerNorm of x (B, L, D), scaled and shifted by vectors (B, D)."""
+  return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+@jax.checkpoint
+def gelu(x: Array) -> Array:
+  """GELU, in its approximation by tanh."""
+  return nn.gelu(x, approximate=True)
 
 
 class Modulation(nn.Module):
@@ -136,10 +142,10 @@ class Block(nn.Module):
       6, self.dtype, name="modulation"
     )(c)
     attend = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
-    h = attend(normed(x, shift1, scale1), position_index)
+    h = attend(modulated_norm(x, shift1, scale1), position_index)
     x = x + gate1[:, None] * h
 
-    h = normed(x, shift2, scale2)
+    h = modulated_norm(x, shift2, scale2)
     h = linear(int(dim * self.mlp_ratio), "fc1", **dense)(h)
     h = linear(dim, "fc2", **dense)(gelu(h))
     x = x + gate2[:, None] * h
@@ -164,7 +170,7 @@ class FinalLayer(nn.Module):
       "final_layer/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
-    )(normed(x, shift, scale))
+    )(modulated_norm(x, shift, scale))
     x = x.reshape(batch, grid, grid, p, p, self.out_channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, grid * p, grid * p, self.out_channels)
