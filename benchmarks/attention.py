@@ -3,7 +3,8 @@
 Forward and backward of softmax(q k^T / sqrt(d) + bias) v, for the unmasked pass, whose
 bias is one for all images, and for the masked pass, where it is gathered for each:
 
-- products: jax.nn.dot_product_attention as the blocks call it, (B, L, H, d);
+- ours:     mdt_jax.models.attention, as the blocks call it, (B, L, H, d);
+- products: jax.nn.dot_product_attention;
 - merged:   the same, heads moved beside the batch first, (B, H, L, d);
 - cudnn:    cuDNN's fused kernel, where there is a GPU, in bfloat16;
 - bias by table: rows of the table gathered by an index (B, K, K);
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import timing
+from mdt_jax.models.attention import attention
 from mdt_jax.models.blocks import UNUSED_BIAS_ROWS, relative_position_index
 from mdt_jax.models.masking import token_mask_from_noise
 
@@ -74,12 +76,12 @@ def by_one_hot(table: Array, index: Array, ids: Array) -> Array:
 
 
 def gradient(
-  attention: Callable[..., Array], make_bias: Callable[[Array], Array]
+  way: Callable[..., Array], make_bias: Callable[[Array], Array]
 ) -> Callable[..., tuple[Array, ...]]:
   """Jitted: of a sum, with respect to queries, keys, values and the table."""
 
   def total(q: Array, k: Array, v: Array, table: Array) -> Array:
-    out = attention(q, k, v, make_bias(table))
+    out = way(q, k, v, make_bias(table))
     return (out.astype(jnp.float32) ** 2).sum()
 
   return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
@@ -99,15 +101,15 @@ def main(argv: list[str]) -> None:
     shape = (BATCH_SIZE.value, tokens, HEADS.value, HEAD_DIM.value)
     return [jax.random.normal(key, shape, DTYPE.value) for key in keys[2:]]
 
-  ways = {"products": products, "merged": merged}
+  ways = {"ours": attention, "products": products, "merged": merged}
   if jax.default_backend() == "gpu" and DTYPE.value == "bfloat16":
     ways["cudnn"] = cudnn
   functions = {}
-  for name, attention in ways.items():
-    whole = gradient(attention, lambda t: t[index].transpose(2, 0, 1)[None])
+  for name, way in ways.items():
+    whole = gradient(way, lambda t: t[index].transpose(2, 0, 1)[None])
     functions[f"unmasked, {name}"] = functools.partial(whole, *inputs(length), table)
     for bias in (by_table, by_pairs, by_one_hot):
-      masked = gradient(attention, functools.partial(_masked, bias, index, ids))
+      masked = gradient(way, functools.partial(_masked, bias, index, ids))
       functions[f"masked, {name}, {bias.__name__.replace('_', ' ')}"] = (
         functools.partial(masked, *inputs(KEPT.value), table)
       )
