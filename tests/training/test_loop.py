@@ -94,7 +94,10 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
   checkpoints.close()
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_signal_acts_at_once(request):
+  # A shell that starts the tests in the background has SIGINT ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with pytest.raises(KeyboardInterrupt), loop.stop_signals() as stop:
     signal.raise_signal(signal.SIGINT)
     assert stop == [signal.SIGINT]
