@@ -8,6 +8,7 @@ it stands; or "moments", see `latents.LatentSource`.
 
 from __future__ import annotations
 
+import abc
 import io
 import os
 import threading
@@ -58,7 +59,7 @@ class DigitsSource:
     return {"image": self._images[index], "label": self._labels[index]}
 
 
-class TolerantSource:
+class TolerantSource(abc.ABC):
   """Examples of which some may be unreadable.
 
   One that cannot be read is logged once and left out: the next readable one stands in
@@ -80,16 +81,16 @@ class TolerantSource:
     self._unreadable: set[int] = set()
     self._lock = threading.Lock()
 
-  def __len__(self) -> int:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
 
+  @abc.abstractmethod
   def load(self, index: int) -> dict[str, np.ndarray]:
     """Example `index` itself; raises anything where it cannot be read."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def name(self, index: int) -> str:
     """Of an example, for messages."""
-    raise NotImplementedError
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     if not 0 <= index < len(self):

@@ -173,7 +173,7 @@ class Checkpoints:
       self._folder,
       options=self._options,
       item_names=("state", "ema", "config", "versions"),
-      # Of floats that are mostly noise, compression saves a fifth of the disk for
+      # Of floats that are mostly noise, compression saves a twelfth of the disk for
       # four fifths of the CPU time that a save takes from the run.
       item_handlers={
         name: ocp.PyTreeCheckpointHandler(use_compression=False)
