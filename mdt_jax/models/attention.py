@@ -53,7 +53,9 @@ def _backward(
   d_out = gradient.swapaxes(1, 2)
   # The weights are still to be divided by their sums; so is everything below.
   d_out = (d_out / total).astype(v.dtype)
-  d_value = jnp.einsum("bhqk,bhqd->bhkd", weights, d_out)
+  # Here and for keys, (d, K) is transposed at the end: as (K, d), XLA for CPUs would
+  # transpose the weights, K / d times as large.
+  d_value = jnp.einsum("bhqk,bhqd->bhdk", weights, d_out)
   d_weights = jnp.einsum(
     "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32
   )
@@ -63,10 +65,11 @@ def _backward(
   rounded = d_logits.astype(q.dtype)
   scale = q.shape[-1] ** -0.5
   d_query = jnp.einsum("bhqk,bhkd->bhqd", rounded, k) * scale
-  d_key = jnp.einsum("bhqk,bhqd->bhkd", rounded, q) * scale
+  d_key = jnp.einsum("bhqk,bhqd->bhdk", rounded, q) * scale
   d_bias = None
   if bias is not None:
     d_bias = d_logits if len(bias) == len(d_logits) else _sum_of_batch(d_logits)
+  d_key, d_value = (x.swapaxes(2, 3) for x in (d_key, d_value))
   return *(x.swapaxes(1, 2) for x in (d_query, d_key, d_value)), d_bias
 
 

@@ -203,28 +203,32 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     draws = draw(key, batch, model, timestep_sampler, state.loss_history)
     gradients, losses, total = gradients_of(state.params, draws, num_keep)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-
     metrics = _loss_metrics(losses, draws.t, diffusion.num_timesteps)
     trained = {k: g for k, g in gradients.items() if k not in model.frozen}
     norm = optax.tree.norm(trained)
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
-    updated = state.replace(
-      params=params,
-      opt_state=opt_state,
-      ema={
-        str(decay): optax.incremental_update(params, state.ema[str(decay)], 1 - decay)
-        for decay in ema_decays
-      },
-      loss_history=timestep_sampler.update(state.loss_history, draws.t, total),
-    )
     finite = jnp.isfinite(total.mean()) & jnp.isfinite(norm)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}
     metrics["skipped"] = jnp.stack([1.0 - finite, 1.0])
+
+    def update(state: TrainState) -> TrainState:
+      updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      return state.replace(
+        params=params,
+        opt_state=opt_state,
+        ema={
+          str(decay): optax.incremental_update(params, state.ema[str(decay)], 1 - decay)
+          for decay in ema_decays
+        },
+        loss_history=timestep_sampler.update(state.loss_history, draws.t, total),
+      )
+
+    # A branch, not a choice for each number: nothing of the old state outlives the
+    # update, so that XLA writes the new one over it, without copies.
+    state = jax.lax.cond(finite, update, lambda state: state, state)
     return state.replace(step=state.step + 1), metrics
 
   return train_step
