@@ -34,10 +34,9 @@ def guided(
   channels: int | None = 3,
   interval: tuple[float, float] = WHOLE,
   num_timesteps: int = 1000,
+  one_batch: bool = True,
 ) -> ModelFn:
   """Turns a conditional network into the guided function that samplers take.
-
-  Both halves run as one batch: 2B samples a call.
 
   Args:
     network: (x (B, H, W, C), t (B,), y (B,)) -> output (B, H, W, C or 2C).
@@ -50,6 +49,9 @@ def guided(
     interval: (low, high), of t / T, both included: timesteps outside are not guided
       (arXiv 2404.07724), and a call without any inside runs no unconditional half.
     num_timesteps: T, of the original process.
+    one_batch: whether both halves run as one batch of 2B samples, or as two calls of
+      the network that do not wait for each other: faster on CPUs, where XLA leaves
+      cores idle in the batched products of attention.
   """
 
   def conditional_fn(x: Array, t: Array) -> Array:
@@ -57,15 +59,24 @@ def guided(
 
   if scale == 1:
     return conditional_fn
-  both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+  null_labels = jnp.full_like(labels, null_label)
+
+  def halves(x: Array, t: Array) -> tuple[Array, Array]:
+    """Outputs of the network with and without the labels."""
+    if not one_batch:
+      return network(x, t, labels), network(x, t, null_labels)
+    twice = (
+      jnp.concatenate([a, b]) for a, b in ((x, x), (t, t), (labels, null_labels))
+    )
+    conditional, unconditional = jnp.split(network(*twice), 2)
+    return conditional, unconditional
 
   def is_guided(t: Array) -> Array:
     low, high = (share * num_timesteps for share in interval)
     return (t >= low) & (t <= high)
 
   def guided_fn(x: Array, t: Array) -> Array:
-    output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
-    conditional, unconditional = jnp.split(output, 2)
+    conditional, unconditional = halves(x, t)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
     step_scale = power_cosine_scale(t, scale, power, num_timesteps)
     if interval != WHOLE:

@@ -141,6 +141,7 @@ def _guided_fn(
     channels=sampling.cfg_channels or None,
     interval=tuple(sampling.cfg_interval),
     num_timesteps=config.diffusion.num_timesteps,
+    one_batch=jax.default_backend() != "cpu",
   )
 
 

@@ -96,7 +96,22 @@ def _product_backward(
   d_x = jnp.tensordot(gradient, kernel, (outputs, outputs))
   rows = x.reshape(-1, *kernel.shape[:count])
   d_rows = gradient.reshape(-1, *kernel.shape[count:])
-  return d_x, jnp.tensordot(rows, d_rows, (0, 0))
+  if kernel.ndim > 2 or len(kernel) <= kernel.shape[1]:
+    return d_x, jnp.tensordot(rows, d_rows, (0, 0))
+  return d_x, jax.lax.platform_dependent(
+    rows,
+    d_rows,
+    cpu=_transposed_product,
+    default=lambda rows, d_rows: jnp.tensordot(rows, d_rows, (0, 0)),
+  )
+
+
+def _transposed_product(rows: Array, d_rows: Array) -> Array:
+  """rows^T d_rows by way of its transpose: faster on CPUs where rows are the wider.
+
+  The barrier keeps XLA from changing it back.
+  """
+  return jax.lax.optimization_barrier(jnp.tensordot(d_rows, rows, (0, 0))).T
 
 
 product.defvjp(_product_forward, _product_backward)

@@ -110,6 +110,21 @@ def adan(
   return optax.GradientTransformation(init, update)
 
 
+def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
+  """Scales gradients by min(1, max_norm / (norm + eps)), as the released Adan does.
+
+  optax.clip_by_global_norm divides each number, and chooses it or the quotient; a
+  factor costs CPUs nothing beside what follows.
+  """
+
+  def update(gradients: Params, state: Any, params: Params | None = None):
+    del params
+    factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(gradients) + eps))
+    return jax.tree.map(lambda g: g * factor, gradients), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def create_optimizer(
   name: str,
   learning_rate: float | Schedule,
@@ -149,7 +164,7 @@ def create_optimizer(
     settings |= {} if b3 is None else {"b3": b3}
     optimizer = adan(learning_rate, **settings)
   if clip_norm is not None:
-    optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    optimizer = optax.chain(clip_by_global_norm(clip_norm, eps), optimizer)
   return _without_frozen(optimizer, tuple(frozen)) if frozen else optimizer
 
 

@@ -118,6 +118,22 @@ def test_only_guidance_runs_the_unconditional_half(scale, samples):
 # An interval.
 
 
+def test_two_calls_of_the_network_equal_one_batch():
+  def run_calls(one_batch):
+    sizes = []
+
+    def network(x, t, y):
+      sizes.append(len(y))
+      return Network(8)(x, t, y) + x.mean() + t[:, None, None, None]
+
+    model_fn = guided(network, LABELS, NULL, scale=2.0, one_batch=one_batch)
+    return model_fn(jnp.ones((3, 2, 2, 4)), T), sizes
+
+  (together, calls), (apart, calls_apart) = run_calls(True), run_calls(False)
+  np.testing.assert_array_equal(together, apart)
+  assert (calls, calls_apart) == ([6], [3, 3])
+
+
 def run_in_interval(interval, t, counts=None):
   """Guided outputs, compiled; `counts` gathers the samples of each call that ran."""
 

@@ -12,7 +12,12 @@ from mdt_jax.models.spread import product
 
 @pytest.mark.parametrize(
   "x_shape, kernel_shape, count",
-  [((2, 5, 6), (6, 4), 1), ((2, 5, 6), (6, 3, 2, 4), 1), ((2, 5, 3, 4), (3, 4, 7), 2)],
+  [
+    ((2, 5, 6), (6, 4), 1),
+    ((2, 5, 4), (4, 6), 1),
+    ((2, 5, 6), (6, 3, 2, 4), 1),
+    ((2, 5, 3, 4), (3, 4, 7), 2),
+  ],
 )
 def test_product_and_its_gradients_equal_tensordot(x_shape, kernel_shape, count):
   keys = jax.random.split(jax.random.key(0), 3)
