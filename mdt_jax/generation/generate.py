@@ -53,8 +53,15 @@ class Task:
 DRAW = Task()
 
 
-def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
+def make_generator(
+  config: ConfigDict, task: Task = DRAW, platform: str | None = None
+) -> Generator:
   """The jitted sampler that `config.sampling` and a task describe.
+
+  Args:
+    config: of a run.
+    task: what becomes of an image that is given.
+    platform: "cpu", "gpu" or "tpu", where it will run; None for where JAX runs.
 
   Returns:
     (params, labels (B,), ids (B,), seed, [given]) -> latents (B, H, W, C) float32. All
@@ -63,6 +70,7 @@ def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
     "image" (B, H, W, C) float32, and for "inpaint" "hidden" (H, W) and
     "hidden_tokens" (L,) bool.
   """
+  platform = platform or jax.default_backend()
   model = settings.make_model(config)
   sampling = config.sampling
   diffusion = settings.make_sampled_diffusion(config)
@@ -94,10 +102,10 @@ def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
         known = diffusion.q_sample(given["image"], t, drawn)
         return jnp.where(given["hidden"][..., None], x, known)
 
-    model_fn = _guided_fn(config, model, params, labels, None)
+    model_fn = _guided_fn(config, model, params, labels, None, platform)
     if task.interpolation:
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
-      masked_fn = _guided_fn(config, model, params, labels, mask)
+      masked_fn = _guided_fn(config, model, params, labels, mask, platform)
       limit = (1 - task.interpolation) * diffusion.num_original_timesteps
       model_fn = _switch(masked_fn, model_fn, limit)
 
@@ -121,7 +129,12 @@ def make_generator(config: ConfigDict, task: Task = DRAW) -> Generator:
 
 
 def _guided_fn(
-  config: ConfigDict, model: MDT, params: Params, labels: Array, mask: TokenMask | None
+  config: ConfigDict,
+  model: MDT,
+  params: Params,
+  labels: Array,
+  mask: TokenMask | None,
+  platform: str,
 ) -> ModelFn:
   """The network with guidance, seeing all tokens or those of a mask of one sample."""
 
@@ -141,7 +154,7 @@ def _guided_fn(
     channels=sampling.cfg_channels or None,
     interval=tuple(sampling.cfg_interval),
     num_timesteps=config.diffusion.num_timesteps,
-    one_batch=jax.default_backend() != "cpu",
+    one_batch=platform != "cpu" or config.model.unroll == 1,
   )
 
 

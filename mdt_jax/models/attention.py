@@ -53,8 +53,8 @@ def _backward(
   d_out = gradient.swapaxes(1, 2)
   # The weights are still to be divided by their sums; so is everything below.
   d_out = (d_out / total).astype(v.dtype)
-  # Here and for keys, (d, K) is transposed at the end: as (K, d), XLA for CPUs would
-  # transpose the weights, K / d times as large.
+  # Gradients of values and keys are made as (d, K) and transposed last: made as (K, d),
+  # XLA for CPUs transposes the weights (K, K) instead.
   d_value = jnp.einsum("bhqk,bhqd->bhdk", weights, d_out)
   d_weights = jnp.einsum(
     "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32

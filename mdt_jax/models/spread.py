@@ -96,22 +96,25 @@ def _product_backward(
   d_x = jnp.tensordot(gradient, kernel, (outputs, outputs))
   rows = x.reshape(-1, *kernel.shape[:count])
   d_rows = gradient.reshape(-1, *kernel.shape[count:])
+  # Kernels with more axes, of attention, have no wider inputs than outputs.
   if kernel.ndim > 2 or len(kernel) <= kernel.shape[1]:
-    return d_x, jnp.tensordot(rows, d_rows, (0, 0))
+    return d_x, _sum_over_rows(rows, d_rows)
   return d_x, jax.lax.platform_dependent(
-    rows,
-    d_rows,
-    cpu=_transposed_product,
-    default=lambda rows, d_rows: jnp.tensordot(rows, d_rows, (0, 0)),
+    rows, d_rows, cpu=_sum_over_rows_transposed, default=_sum_over_rows
   )
 
 
-def _transposed_product(rows: Array, d_rows: Array) -> Array:
-  """rows^T d_rows by way of its transpose: faster on CPUs where rows are the wider.
+def _sum_over_rows(x: Array, y: Array) -> Array:
+  """x^T y: (N, …) and (N, …) -> (…, …)."""
+  return jnp.tensordot(x, y, (0, 0))
 
-  The barrier keeps XLA from changing it back.
+
+def _sum_over_rows_transposed(x: Array, y: Array) -> Array:
+  """As (y^T x)^T: faster on CPUs where x is the wider.
+
+  The barrier lasts until XLA would have made it x^T y again.
   """
-  return jax.lax.optimization_barrier(jnp.tensordot(d_rows, rows, (0, 0))).T
+  return jax.lax.optimization_barrier(_sum_over_rows(y, x)).T
 
 
 product.defvjp(_product_forward, _product_backward)

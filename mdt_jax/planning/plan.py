@@ -224,7 +224,9 @@ def _lower_sampler(config: ConfigDict, program: Program) -> Any:
   seed = jax.ShapeDtypeStruct(
     (), jnp.uint32, sharding=sharding.replicated(program.mesh)
   )
-  return make_generator(config).lower(program.state.params, labels, ids, seed, {})
+  platform = program.mesh.devices.flat[0].platform
+  generator = make_generator(config, platform=platform)
+  return generator.lower(program.state.params, labels, ids, seed, {})
 
 
 def _does_not_fit(error: Exception, program: Program) -> DoesNotFitError | None:

@@ -115,9 +115,6 @@ def test_only_guidance_runs_the_unconditional_half(scale, samples):
   assert run(scale)[1].samples == samples
 
 
-# An interval.
-
-
 def test_two_calls_of_the_network_equal_one_batch():
   def run_calls(one_batch):
     sizes = []
@@ -132,6 +129,9 @@ def test_two_calls_of_the_network_equal_one_batch():
   (together, calls), (apart, calls_apart) = run_calls(True), run_calls(False)
   np.testing.assert_array_equal(together, apart)
   assert (calls, calls_apart) == ([6], [3, 3])
+
+
+# An interval.
 
 
 def run_in_interval(interval, t, counts=None):
