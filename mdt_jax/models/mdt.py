@@ -46,6 +46,13 @@ class MDT(nn.Module):
          skips, and each decode block is joined with the embedded input.
   DiT:   depth plain blocks, no position bias, frozen positions; it takes no mask.
 
+  Gradients of products and attention are written out in reverse mode, so jax.jvp has no
+  rule for them. As they are linear in what they pull back, their own gradient is the
+  derivative forwards, along v, of f(x):
+
+    out, pull = jax.vjp(f, x)
+    tangent = jax.vjp(pull, jnp.zeros_like(out))[1]((v,))[0]
+
   Attributes:
     variant: "DiT", "MDT" or "MDTv2".
     input_size: height and width of the input, divisible by patch_size.

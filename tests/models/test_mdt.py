@@ -232,6 +232,29 @@ def test_bfloat16_stays_near_float32():
   assert 0 < error < 0.05
 
 
+def test_the_derivative_forwards_is_the_gradient_of_the_gradient():
+  model = MDT("MDT", **TINY | dict(depth=2), decode_depth=1)
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, v = (jax.random.normal(key, (2, 8, 8, 4)) for key in keys[:2])
+  # Noise, as adaLN-Zero lets nothing through at the start.
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(keys[2], p.shape), init_params(model, keys[2])
+  )
+  t, y = jnp.array([300.0, 700.0]), jnp.array([1, 2])
+
+  def f(x):
+    return model.apply({"params": params}, x, t, y)
+
+  @jax.jit
+  def forwards(x, v):
+    out, pull = jax.vjp(f, x)
+    return jax.vjp(pull, jnp.zeros_like(out))[1]((v,))[0]
+
+  difference = jax.jit(lambda x, v: (f(x + 1e-2 * v) - f(x - 1e-2 * v)) / 2e-2)(x, v)
+  assert float(abs(difference).max()) > 0.1
+  np.testing.assert_allclose(forwards(x, v), difference, atol=1e-2)
+
+
 def test_labels_dropped_in_training_act_as_the_null_label():
   model = create_model("MDTv2-S/2", **TINY, decode_depth=2, label_dropout=0.999)
   params = reference.random_params(model)
