@@ -171,7 +171,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
   kept_lengths(config)
   make_optimizer(config)
   make_timestep_sampler(config)
-  _check_sampling(config)
+  check_sampling(config)
   _check_mesh(config, num_devices)
   _check_eval(config)
   decays = config.ema_decays
@@ -391,8 +391,10 @@ def kept_lengths(config: ConfigDict) -> KeptLengths | None:
   return lengths
 
 
-def _check_sampling(config: ConfigDict) -> None:
+def check_sampling(config: ConfigDict) -> None:
+  """Raises SettingError for the first of config.sampling that cannot be used."""
   sampling = config.sampling
+  _check_fields(sampling, default_config().sampling, "config.sampling")
   with named_in_errors("config.sampling"):
     check_choice("method", sampling.method, METHODS)
     if not 1 <= sampling.num_steps <= config.diffusion.num_timesteps:

@@ -40,6 +40,7 @@ from mdt_jax.evaluation.images import (
   SourceImages,
 )
 from mdt_jax.generation import generate
+from mdt_jax.generation.overrides import with_sampling
 from mdt_jax.training import sharding
 from mdt_jax.training.checkpoints import load_ema, workdir_of
 
@@ -118,7 +119,7 @@ def _load_run() -> Run:
   config.data.source = DATA_SOURCE.value or config.data.source
   config.data.path = DATA_PATH.value or config.data.path
   config.data.vae = VAE.value or config.data.vae
-  _override_sampling(config)
+  config = with_sampling(config, _sampling(config))
   return Run(config, params, step, settings.make_autoencoder(config))
 
 
@@ -200,21 +201,17 @@ def _open_samples(run: Run | None, mesh: Mesh) -> ImageStream:
   )
 
 
-def _override_sampling(config: ConfigDict) -> None:
-  """Takes --sampling=name=value over into config.sampling."""
+def _sampling(config: ConfigDict) -> dict[str, Any]:
+  """The settings of --sampling=name=value."""
+  found = {}
   for setting in SAMPLING.value:
     name, _, text = setting.partition("=")
     check_choice("--sampling", name, sorted(config.sampling))
     try:
-      value = json.loads(text)
+      found[name] = json.loads(text)
     except json.JSONDecodeError:
-      value = text
-    try:
-      config.sampling[name] = value
-    except TypeError:
-      kind = type(config.sampling[name]).__name__
-      raise SettingError("--sampling", setting, f"must be {kind}") from None
-  settings.check(config)
+      found[name] = text
+  return found
 
 
 def _read_real(

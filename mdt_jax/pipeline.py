@@ -23,6 +23,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.generation import editing, generate, images
 from mdt_jax.generation.generate import BlockGenerator, Request, Task
 from mdt_jax.generation.labels import parse_labels
+from mdt_jax.generation.overrides import with_sampling
 from mdt_jax.generation.shards import ShardedImages
 from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
 from mdt_jax.training.checkpoints import load_ema
@@ -243,7 +244,7 @@ class Pipeline:
       **sampling: settings of config.sampling for this call, such as num_steps=50,
         method="dpm++" or cfg_scale=1.0.
     """
-    config = self._configure(sampling)
+    config = with_sampling(self.config, sampling)
     labels = parse_labels("labels", labels, config.model.num_classes)
     if not 0 <= seed < 2**32:
       raise SettingError("seed", seed, "must lie in [0, 2**32)")
@@ -350,23 +351,6 @@ class Pipeline:
         "vae", None, "this model draws latents: name its autoencoder, or use draw()"
       )
     return [images.to_pil(pixels) for pixels in self.draw(labels, **arguments)]
-
-  def _configure(self, sampling: dict[str, Any]) -> ConfigDict:
-    """The config with other settings of sampling."""
-    config = self.config.copy_and_resolve_references()
-    for name, value in sampling.items():
-      if name not in config.sampling:
-        accepted = ", ".join(sorted(config.sampling))
-        raise SettingError(name, value, f"is no setting of sampling: {accepted}")
-      try:
-        config.sampling[name] = value
-      except TypeError:
-        kind = type(config.sampling[name]).__name__
-        raise SettingError(
-          f"config.sampling.{name}", value, f"must be {kind}"
-        ) from None
-    settings.check(config)
-    return config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -334,7 +334,7 @@ def test_samples_that_cannot_be_scored_are_one_line_and_exit_code_2(
   ("flag", "texts"),
   [
     ("--sampling=steps=2", ["--sampling = 'steps'", "num_steps"]),
-    ("--sampling=num_steps=many", ["--sampling = 'num_steps=many'", "int"]),
+    ("--sampling=num_steps=many", ["config.sampling.num_steps = 'many'", "int"]),
   ],
 )
 def test_bad_settings_of_drawn_samples_are_one_line(trained, tmp_path, flag, texts):

@@ -58,6 +58,12 @@ def test_settings_of_a_call_do_not_stay(pipeline):
   assert pipeline.config.to_json() == before
 
 
+def test_a_run_of_many_devices_is_sampled_on_those_that_are_here():
+  config = tiny_config(**{"mesh.data": 4, "mesh.fsdp": 2})
+  params = reference.random_params(settings.make_model(config))
+  assert len(mdt_jax.Pipeline(config, params, 0)([1])) == 1
+
+
 @pytest.mark.parametrize(
   ("labels", "arguments", "message"),
   [
@@ -67,7 +73,7 @@ def test_settings_of_a_call_do_not_stay(pipeline):
     ([1], dict(seed=-1), "seed = -1: must lie in"),
     ([1], dict(batch_size=0), "batch_size = 0: must be at least 1"),
     ([1], dict(steps=5), "steps = 5: is no setting of sampling: cfg_channels"),
-    ([1], dict(num_steps=5.5), "config.sampling.num_steps = 5.5: must be int"),
+    ([1], dict(num_steps=5.5), "config.sampling.num_steps = 5.5: must be of type int"),
     ([1], dict(method="plms"), "config.sampling.method = 'plms': accepted are"),
     ([1], dict(spacing="even"), "config.sampling.spacing = 'even': accepted are"),
     ([1], dict(cfg_interval=(0.5, 0.2)), "must be (low, high), 0 <= low <= high"),

@@ -1,0 +1,39 @@
+"""Other settings of sampling than those of the run, for a call or a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mdt_jax import config as settings
+from mdt_jax.errors import SettingError
+
+
+def with_sampling(config: ConfigDict, sampling: Mapping[str, Any]) -> ConfigDict:
+  """A copy of a config with other settings of sampling, which are checked.
+
+  Those alone: the others are of the training, whose devices need not be here.
+
+  Args:
+    config: of a run.
+    sampling: settings of config.sampling, such as {"num_steps": 50}.
+
+  Raises:
+    SettingError: one is no setting of sampling, or cannot be used.
+  """
+  config = config.copy_and_resolve_references()
+  for name, value in sampling.items():
+    if name not in config.sampling:
+      accepted = ", ".join(sorted(config.sampling))
+      raise SettingError(name, value, f"is no setting of sampling: {accepted}")
+    try:
+      config.sampling[name] = value
+    except TypeError:
+      kind = config.sampling.get_type(name).__name__
+      raise SettingError(
+        f"config.sampling.{name}", value, f"must be of type {kind}"
+      ) from None
+  settings.check_sampling(config)
+  return config
