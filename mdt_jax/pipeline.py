@@ -375,6 +375,8 @@ class Plan:
 
   def make_blocks(self, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of the request, on all devices of this process; see `BlockGenerator`."""
+    if not blocks:  # all are made, or there are fewer than processes
+      return
     autoencoder = self.pipeline.autoencoder
     made = self._generator(min(len(blocks), jax.local_device_count()))(
       self.pipeline.params,

@@ -52,6 +52,23 @@ def test_a_call_with_the_same_settings_compiles_nothing_anew(pipeline):
   assert made._generate._cache_size() == compiled == 1
 
 
+def test_a_call_stopped_while_it_merged_goes_on(pipeline, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError("no space left on device")
+
+  with monkeypatch.context() as patched:
+    patched.setattr("mdt_jax.generation.images.write_npz", full)
+    with pytest.raises(OSError, match="no space"):
+      pipeline.write(tmp_path, [7, 3, 7], num_steps=2, progress=False)
+  file = pipeline.write(tmp_path, [7, 3, 7], num_steps=2, progress=False)
+  with np.load(file) as data:
+    np.testing.assert_array_equal(data["arr_0"], pipeline.draw([7, 3, 7], num_steps=2))
+
+
+def test_a_process_without_a_block_makes_none(pipeline):
+  assert list(pipeline.plan([7]).make_blocks([])) == []
+
+
 def test_settings_of_a_call_do_not_stay(pipeline):
   before = pipeline.config.to_json()
   pipeline([1], num_steps=2, cfg_scale=1.0)
