@@ -271,10 +271,12 @@ def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
   return optimizer, learning_rate
 
 
-def sampled_decay(config: ConfigDict) -> float:
-  """The decay of the averaged parameters that are sampled."""
-  decay = config.sampling.ema_decay
-  return config.ema_decays[0] if decay is None else decay
+def sampled_decay(config: ConfigDict, given: float | None = None) -> float:
+  """The decay of the averaged parameters that are sampled; `given` goes first."""
+  for decay in (given, config.sampling.ema_decay):
+    if decay is not None:
+      return decay
+  return config.ema_decays[0]
 
 
 def encodes_images(config: ConfigDict) -> bool:

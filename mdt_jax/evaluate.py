@@ -116,6 +116,7 @@ class Run:
 
 def _load_run() -> Run:
   config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
+  config.sampling.ema_decay = settings.sampled_decay(config, EMA_DECAY.value)
   config.data.source = DATA_SOURCE.value or config.data.source
   config.data.path = DATA_PATH.value or config.data.path
   config.data.vae = VAE.value or config.data.vae
@@ -256,7 +257,8 @@ def _measure_bpd(run: Run) -> None:
     count,
     run.step,
   )
-  _write("bpd.json", {"step": run.step, "images": count, **means})
+  decay = run.config.sampling.ema_decay
+  _write("bpd.json", {"step": run.step, "ema_decay": decay, "images": count, **means})
 
 
 def _write(name: str, found: dict[str, Any]) -> None:

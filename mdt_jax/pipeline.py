@@ -44,7 +44,8 @@ class Pipeline:
 
   Attributes:
     config: of the run; `config.sampling` holds the defaults of a call.
-    params: averaged parameters.
+    params: averaged parameters; of `from_checkpoint` those of
+      `config.sampling.ema_decay`.
     step: of the checkpoint.
     autoencoder: decodes latents; None leaves them as they are.
   """
@@ -73,6 +74,7 @@ class Pipeline:
         the run, if it has one; "none" for none.
     """
     config, params, step = load_ema(path, step, ema_decay)
+    config.sampling.ema_decay = settings.sampled_decay(config, ema_decay)
     if vae == NO_VAE or settings.holds_pixels(config):
       return cls(config, params, step)
     config.data.vae = vae or config.data.vae

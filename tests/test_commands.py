@@ -23,6 +23,7 @@ SETTINGS = {
   "model.num_heads": 2,
   "model.unroll": 1,
   "optimizer.warmup_steps": 0,
+  "ema_decays": (0.9, 0.5),
   "masking.num_lengths": 1,
   "sampling.num_steps": 3,
   "checkpoint_every": 2,
@@ -146,8 +147,11 @@ def sample(trained, output, *flags):
 
 
 def test_sampling_writes_a_grid_and_arrays(trained, tmp_path):
-  code, _, err = sample(trained, tmp_path, "--labels=3,1", "--num_images=5")
+  flags = ["--labels=3,1", "--num_images=5", "--ema_decay=0.5"]
+  code, _, err = sample(trained, tmp_path, *flags)
   assert code == 0, err
+  made_of = json.loads((tmp_path / "samples.json").read_text())
+  assert made_of["sampling.ema_decay"] == 0.5
   with np.load(tmp_path / "samples.npz") as data:
     assert data["arr_0"].shape == (5, 8, 8, 1)
     assert data["arr_0"].dtype == np.uint8
@@ -275,14 +279,17 @@ def test_samples_of_a_file_are_scored_against_the_data_of_a_run(
 def test_a_checkpoint_is_sampled_and_scored_in_one_go(trained, tmp_path):
   flags = ["--metrics=frechet,bpd", "--num_images=12", "--sampling=num_steps=2"]
   flags += [f"--output={tmp_path}", f"--save_statistics={tmp_path / 'real.npz'}"]
-  code, _, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  evaluate = ["mdt_jax.evaluate", f"--checkpoint={trained}", "--ema_decay=0.5"]
+  code, _, err = run(*evaluate, *flags)
   assert code == 0, err
   found = json.loads((tmp_path / "scores.json").read_text())
+  bound = json.loads((tmp_path / "bpd.json").read_text())
   assert found["images"] == 12
   assert found["sampling"]["num_steps"] == 2
-  assert found["step"] == json.loads((tmp_path / "bpd.json").read_text())["step"]
+  assert found["sampling"]["ema_decay"] == bound["ema_decay"] == 0.5
+  assert found["step"] == bound["step"]
   flags = [f"--reference={tmp_path / 'real.npz'}", *flags[1:4], "--metrics=frechet"]
-  code, _, err = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
+  code, _, err = run(*evaluate, *flags)
   assert code == 0, err
   again = json.loads((tmp_path / "scores.json").read_text())
   assert again["scores"] == {"frechet": found["scores"]["frechet"]}

@@ -69,6 +69,10 @@ def test_a_process_without_a_block_makes_none(pipeline):
   assert list(pipeline.plan([7]).make_blocks([])) == []
 
 
+def test_the_first_average_is_sampled_and_on_record(pipeline):
+  assert pipeline.plan([1]).describe()["sampling.ema_decay"] == 0.9
+
+
 def test_settings_of_a_call_do_not_stay(pipeline):
   before = pipeline.config.to_json()
   pipeline([1], num_steps=2, cfg_scale=1.0)

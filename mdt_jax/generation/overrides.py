@@ -18,7 +18,8 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any]) -> ConfigDict
 
   Args:
     config: of a run.
-    sampling: settings of config.sampling, such as {"num_steps": 50}.
+    sampling: settings of config.sampling, such as {"num_steps": 50}; not ema_decay,
+      which the parameters at hand are of already.
 
   Raises:
     SettingError: one is no setting of sampling, or cannot be used.
@@ -28,6 +29,13 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any]) -> ConfigDict
     if name not in config.sampling:
       accepted = ", ".join(sorted(config.sampling))
       raise SettingError(name, value, f"is no setting of sampling: {accepted}")
+    if name == "ema_decay":
+      raise SettingError(
+        f"config.sampling.{name}",
+        value,
+        "is chosen when a checkpoint is loaded: by --ema_decay, or "
+        "Pipeline.from_checkpoint(…, ema_decay=…)",
+      )
     try:
       config.sampling[name] = value
     except TypeError:

@@ -28,6 +28,7 @@ def test_the_devices_of_the_training_are_not_asked_for(axis):
     ("num_steps", None, r"config\.sampling\.num_steps = None: must be of type int"),
     ("spacing", 3, r"config\.sampling\.spacing = 3: must be of type str"),
     ("eta", float("nan"), r"config\.sampling\.eta = nan: must be finite"),
+    ("ema_decay", 0.9, "= 0.9: is chosen when a checkpoint is loaded: by --ema_decay"),
     ("method", "plms", r"config\.sampling\.method = 'plms': accepted are"),
   ],
 )
