@@ -414,7 +414,8 @@ def check_sampling(config: ConfigDict) -> None:
       if not sampling[name] >= 0:
         raise SettingError(name, sampling[name], "must be 0 or more")
     interval = sampling.cfg_interval
-    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+    is_pair = len(interval) == 2 and all(isinstance(x, (int, float)) for x in interval)
+    if not (is_pair and 0 <= interval[0] <= interval[1] <= 1):
       raise SettingError(
         "cfg_interval", tuple(interval), "must be (low, high), 0 <= low <= high <= 1"
       )

@@ -14,9 +14,12 @@ scores.json (bpd: bpd.json). Formats: docs/evaluation.md.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +71,8 @@ SAVE_STATISTICS = flags.DEFINE_string(
 )
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest.")
 EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Which average of the parameters.")
-SAMPLING = flags.DEFINE_list(
-  "sampling", [], "Of drawn samples: num_steps=50,cfg_scale=1; else the run's."
+SAMPLING = flags.DEFINE_string(
+  "sampling", "", "Of drawn samples: num_steps=50,cfg_interval=0.2,0.8; else the run's."
 )
 DATA_SOURCE = flags.DEFINE_string("data_source", None, "Instead of the run's.")
 DATA_PATH = flags.DEFINE_string("data_path", None, "Instead of the run's.")
@@ -203,16 +206,22 @@ def _open_samples(run: Run | None, mesh: Mesh) -> ImageStream:
 
 
 def _sampling(config: ConfigDict) -> dict[str, Any]:
-  """The settings of --sampling=name=value."""
+  """The settings of --sampling=name=value,name=value."""
   found = {}
-  for setting in SAMPLING.value:
+  # A comma may be part of a value: that of an interval.
+  for setting in re.split(r",(?=\w+=)", SAMPLING.value) if SAMPLING.value else []:
     name, _, text = setting.partition("=")
     check_choice("--sampling", name, sorted(config.sampling))
-    try:
-      found[name] = json.loads(text)
-    except json.JSONDecodeError:
-      found[name] = text
+    found[name] = _parse(text)
   return found
+
+
+def _parse(text: str) -> Any:
+  """A value as JSON (true) or Python (0.2,0.8) writes it; else the text."""
+  for parse in (json.loads, ast.literal_eval):
+    with contextlib.suppress(ValueError, SyntaxError):
+      return parse(text)
+  return text
 
 
 def _read_real(
@@ -230,6 +239,10 @@ def _read_real(
 
 
 def _measure_bpd(run: Run) -> None:
+  num_timesteps = run.config.diffusion.num_timesteps
+  if STEPS.value is not None and not 1 <= STEPS.value <= num_timesteps:
+    accepted = f"must lie in [1, config.diffusion.num_timesteps = {num_timesteps}]"
+    raise SettingError("--steps", STEPS.value, accepted)
   held_out = run.config.data.validation > 0
   source = settings.make_source(run.config, run.autoencoder, held_out=held_out)
   count = min(NUM_IMAGES.value or BPD_IMAGES, len(source))

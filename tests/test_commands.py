@@ -240,7 +240,7 @@ def test_the_bound_of_a_checkpoint_is_written(trained, tmp_path):
     ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
     ("--num_images=0", ["--num_images = 0"]),
     ("--data_path=nowhere --data_source=images", ["nowhere"]),
-    ("--steps=0", ["0"]),
+    ("--steps=0", ["--steps = 0: must lie in [1, config.diffusion.num_timesteps"]),
   ],
 )
 def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
@@ -277,7 +277,8 @@ def test_samples_of_a_file_are_scored_against_the_data_of_a_run(
 
 
 def test_a_checkpoint_is_sampled_and_scored_in_one_go(trained, tmp_path):
-  flags = ["--metrics=frechet,bpd", "--num_images=12", "--sampling=num_steps=2"]
+  flags = ["--metrics=frechet,bpd", "--num_images=12"]
+  flags += ["--sampling=num_steps=2,cfg_interval=0.2,0.8,clip_denoised=true"]
   flags += [f"--output={tmp_path}", f"--save_statistics={tmp_path / 'real.npz'}"]
   evaluate = ["mdt_jax.evaluate", f"--checkpoint={trained}", "--ema_decay=0.5"]
   code, _, err = run(*evaluate, *flags)
@@ -286,6 +287,8 @@ def test_a_checkpoint_is_sampled_and_scored_in_one_go(trained, tmp_path):
   bound = json.loads((tmp_path / "bpd.json").read_text())
   assert found["images"] == 12
   assert found["sampling"]["num_steps"] == 2
+  assert found["sampling"]["cfg_interval"] == [0.2, 0.8]
+  assert found["sampling"]["clip_denoised"] is True
   assert found["sampling"]["ema_decay"] == bound["ema_decay"] == 0.5
   assert found["step"] == bound["step"]
   flags = [f"--reference={tmp_path / 'real.npz'}", *flags[1:4], "--metrics=frechet"]
@@ -341,6 +344,7 @@ def test_samples_that_cannot_be_scored_are_one_line_and_exit_code_2(
   ("flag", "texts"),
   [
     ("--sampling=steps=2", ["--sampling = 'steps'", "num_steps"]),
+    ("--sampling=cfg_interval=0.2,many", ["cfg_interval = '0.2,many'", "tuple"]),
     ("--sampling=num_steps=many", ["config.sampling.num_steps = 'many'", "int"]),
   ],
 )

@@ -110,6 +110,7 @@ BAD = [
   ("optimizer.warmup_steps", 4, "must lie in [0, num_steps = 4)"),
   ("sampling.method", "plms", "accepted are ddpm, ddim"),
   ("sampling.spacing", "even", "accepted are uniform, log_snr, karras"),
+  ("sampling.cfg_interval", ("a", "b"), "must be (low, high), 0 <= low <= high <= 1"),
   ("sampling.cfg_interval", (0.0, 1.1), "must be (low, high), 0 <= low <= high <= 1"),
   ("sampling.num_steps", 1001, "must lie in [1, config.diffusion.num_timesteps"),
   ("sampling.eta", 2.0, "must lie in [0, 1]"),
