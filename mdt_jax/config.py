@@ -289,6 +289,16 @@ def holds_pixels(config: ConfigDict) -> bool:
   return config.data.source in ("digits", "images") and config.data.vae is None
 
 
+def image_shape(
+  config: ConfigDict, autoencoder: Autoencoder | None = None
+) -> tuple[int, int, int]:
+  """(H, W, C) of what the network draws, or of what an autoencoder makes of it."""
+  size, channels = config.model.input_size, config.model.in_channels
+  if autoencoder is not None:
+    size, channels = size * autoencoder.model.downsampling, 3
+  return size, size, channels
+
+
 def make_autoencoder(
   config: ConfigDict, sharding: Sharding | None = None
 ) -> Autoencoder | None:

@@ -172,6 +172,9 @@ def _measure_scores(names: list[str], run: Run | None) -> None:
   if SAVE_STATISTICS.value:
     scores.save_statistics(SAVE_STATISTICS.value, real)
     logger.info("statistics of the reference: %s", SAVE_STATISTICS.value)
+  if isinstance(samples, GeneratedImages):  # drawing them may take hours
+    sizes = extract.sizes(samples.image_shape)
+    scores.check_comparable(names, real, samples.labels, sizes, path=REFERENCE.value)
   with sharding.use_mesh(mesh):
     generated = scores.summarize(samples, extract, names, progress="samples")
   found = scores.score(names, real, generated)

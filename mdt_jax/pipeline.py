@@ -88,10 +88,7 @@ class Pipeline:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the images."""
-    size, channels = self.config.model.input_size, self.config.model.in_channels
-    if self.autoencoder is not None:
-      size, channels = size * self.autoencoder.model.downsampling, 3
-    return (size, size, channels)
+    return settings.image_shape(self.config, self.autoencoder)
 
   def __call__(self, labels: Labels, **arguments: Any) -> list[Image.Image]:
     """Draws an image for each label.

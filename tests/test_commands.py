@@ -240,6 +240,10 @@ def test_the_bound_of_a_checkpoint_is_written(trained, tmp_path):
     ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
     ("--num_images=0", ["--num_images = 0"]),
     ("--data_path=nowhere --data_source=images", ["nowhere"]),
+    (
+      "--metrics=diversity --num_images=10",
+      ["--num_images = 10: diversity needs two images of a class"],
+    ),
     ("--steps=0", ["--steps = 0: must lie in [1, config.diffusion.num_timesteps"]),
   ],
 )

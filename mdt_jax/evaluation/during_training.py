@@ -37,7 +37,8 @@ class Evaluator:
     autoencoder: decodes latents.
 
   Raises:
-    SettingError: a file that is named cannot be used, or images are missing.
+    SettingError: a file that is named cannot be used, images are missing, or a score
+      cannot be had of those that will be drawn.
   """
 
   def __init__(
@@ -48,16 +49,26 @@ class Evaluator:
     autoencoder: Autoencoder | None = None,
   ):
     self._config = config
+    self._autoencoder = autoencoder
+    self._generator = generate.make_generator(config)
     self._names = settings.eval_metrics(config)
+    drawn = self._drawn(params=None)
     inception = None
     if config.eval.inception is not None:
       inception = load_inception(config.eval.inception, "config.eval.inception")
     self._extract = scores.make_extractor(
       self._names, inception, config.eval.batch_size, mesh
     )
-    self._generator = generate.make_generator(config)
-    self._autoencoder = autoencoder
     self._real = self._read_real(source)
+    scores.check_comparable(
+      self._names,
+      self._real,
+      drawn.labels,
+      self._extract.sizes(drawn.image_shape),
+      number="config.eval.num_images",
+      reference="config.eval.reference",
+      path=config.eval.reference,
+    )
 
   def __call__(self, done: int, ema: Mapping[str, Any]) -> dict[str, float]:
     """Scores by the name of their TensorBoard tag, "eval/fid".
@@ -66,19 +77,22 @@ class Evaluator:
       done: steps done.
       ema: averaged parameters by decay, of a `TrainState`.
     """
-    images = GeneratedImages(
-      self._config,
-      self._generator,
-      ema[str(settings.sampled_decay(self._config))],
-      self._config.eval.num_images,
-      self._autoencoder,
-      self._config.seed,
-    )
+    images = self._drawn(ema[str(settings.sampled_decay(self._config))])
     generated = scores.summarize(images, self._extract, self._names)
     found = scores.score(self._names, self._real, generated)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
     logger.info("step %d  %s", done, shown)
     return {f"eval/{name}": value for name, value in found.items()}
+
+  def _drawn(self, params: Any) -> GeneratedImages:
+    return GeneratedImages(
+      self._config,
+      self._generator,
+      params,
+      self._config.eval.num_images,
+      self._autoencoder,
+      self._config.seed,
+    )
 
   def _read_real(self, source: Source) -> Summary:
     names = scores.of_real_images(self._names)

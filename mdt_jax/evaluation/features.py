@@ -119,6 +119,12 @@ class FeatureExtractor:
     self._params = jax.device_put(params, sharding.replicated(mesh))
     self._function = jax.jit(function, out_shardings=self._over_batch)
 
+  def sizes(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """How many features by name images (H, W, C) have; computes none."""
+    images = jax.ShapeDtypeStruct((self.batch_size, *image_shape), np.uint8)
+    found = jax.eval_shape(self._function, self._params, images)
+    return {name: values.shape[1] for name, values in found.items()}
+
   def __call__(self, images: np.ndarray) -> dict[str, Array]:
     """Features of at most `batch_size` images; does not wait for the devices."""
     count = len(images)

@@ -192,6 +192,10 @@ class GeneratedImages:
 
   Of several processes all must read the stream, and each gets the whole batches.
 
+  Attributes:
+    labels: (N,) their classes.
+    image_shape: (H, W, C).
+
   Args:
     config: of the run; `config.sampling` says how images are drawn.
     generator: of `generation.generate.make_generator(config)`.
@@ -219,23 +223,24 @@ class GeneratedImages:
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
-    self._labels = np.arange(num_images) % config.model.num_classes
+    self.labels = np.arange(num_images) % config.model.num_classes
+    self.image_shape = settings.image_shape(config, autoencoder)
     self._autoencoder = autoencoder
 
   def __len__(self) -> int:
-    return len(self._labels)
+    return len(self.labels)
 
   def batches(self, batch_size: int) -> Iterator[Batch]:
     drawn = generate.generate_batches(
       self._generator,
       self._params,
-      self._labels,
+      self.labels,
       seed=self._seed,
       batch_size=batch_size,
     )
     start = 0
     for arrays in drawn:
-      labels = self._labels[start : start + len(arrays)]
+      labels = self.labels[start : start + len(arrays)]
       start += len(arrays)
       if self._autoencoder is not None:
         arrays = self._autoencoder.decode(arrays)

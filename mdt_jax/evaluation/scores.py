@@ -10,7 +10,7 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def summarize(
   Raises:
     SettingError: of `images`, or there are too few of them for a score.
   """
-  _check_number(len(images), names)
+  _check_number(len(images), names, "images")
   statistics = {
     _STATISTICS[name]: RunningStatistics() for name in names if name in _STATISTICS
   }
@@ -232,6 +232,59 @@ def save_statistics(path: str | Path, summary: Summary) -> None:
     partial.unlink(missing_ok=True)
 
 
+def check_comparable(
+  names: Sequence[str],
+  real: Summary,
+  labels: np.ndarray,
+  sizes: Mapping[str, int],
+  *,
+  number: str = "--num_images",
+  reference: str = "--reference",
+  path: str | None = None,
+) -> None:
+  """Raises SettingError for a score that images which are yet to be drawn cannot have.
+
+  Args:
+    names: of `metrics.METRICS`.
+    real: what they will be compared with.
+    labels: (N,) of the images.
+    sizes: of their features; see `FeatureExtractor.sizes`.
+    number, reference: the settings of their number and of the real images.
+    path: value of the latter.
+  """
+  _check_number(len(labels), names, number)
+  for name in of_real_images(names):
+    if name in _STATISTICS:
+      features = _STATISTICS[name]
+      found = real.statistics[features].mean.size
+    else:
+      features = _KEPT[name]
+      found = real.features[features].shape[1]
+    if found != sizes[features]:
+      raise SettingError(
+        reference,
+        path,
+        f"has {found} {features} of an image, where those drawn have "
+        f"{sizes[features]}: their channels or sizes differ",
+      )
+    if name in _LABELLED and real.labels is None:
+      raise SettingError(reference, path, f"{name} needs labels of its images (arr_1)")
+  if "accuracy" in names and len(np.unique(real.labels)) < 2:
+    raise SettingError(reference, path, "accuracy needs images of at least 2 classes")
+  if "diversity" in names:
+    repeated = []
+    for labels_of_a_set in (labels, real.labels):
+      classes, counts = np.unique(labels_of_a_set, return_counts=True)
+      repeated.append(classes[counts > 1])
+    if not np.intersect1d(*repeated).size:
+      raise SettingError(
+        number,
+        len(labels),
+        "diversity needs two images of a class, real ones and drawn ones; the "
+        "classes are drawn in turn",
+      )
+
+
 def score(names: Sequence[str], real: Summary, generated: Summary) -> dict[str, float]:
   """The scores named, in their order.
 
@@ -286,11 +339,11 @@ def _found(
     yield pending
 
 
-def _check_number(count: int, names: Sequence[str]) -> None:
+def _check_number(count: int, names: Sequence[str], setting: str) -> None:
   for name in names:
     fewest = _FEWEST.get(name, 2)
     if count < fewest:
-      raise SettingError("images", count, f"{name} needs at least {fewest}")
+      raise SettingError(setting, count, f"{name} needs at least {fewest}")
 
 
 def _read_statistics(path: Path, setting: str) -> tuple[Summary, bool]:

@@ -67,6 +67,50 @@ def test_a_reference_may_be_given(tmp_path):
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("references")
+  images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+  grey, labels = images[..., :1], np.arange(30) % 10
+  np.savez(folder / "colour.npz", images, labels)
+  np.savez(folder / "unlabelled.npz", grey)
+  np.savez(folder / "sevens.npz", grey, np.full(30, 7))
+  np.savez(folder / "three.npz", grey[:3], labels[:3])
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("metrics", "num_images", "reference", "message"),
+  [
+    ("diversity", 10, "sevens", r"num_images = 10: diversity needs two images of a"),
+    ("diversity", 20, "three", r"num_images = 20: diversity needs two images of a"),
+    ("accuracy", 10, "unlabelled", r"reference = .*: accuracy needs labels of its"),
+    ("accuracy", 10, "sevens", r"reference = .*: accuracy needs .* at least 2 classes"),
+    ("accuracy", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
+    ("frechet", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
+  ],
+)
+def test_scores_that_cannot_be_had_are_refused_before_training(
+  references, metrics, num_images, reference, message
+):
+  config = tiny_config(
+    **EVAL
+    | {
+      "eval.metrics": metrics,
+      "eval.num_images": num_images,
+      "eval.reference": str(references / f"{reference}.npz"),
+    }
+  )
+  with pytest.raises(SettingError, match=r"^config\.eval\..*" + message):
+    Evaluator(config, make_mesh(), source=None)
+
+
+def test_latents_that_nothing_decodes_are_refused_before_training():
+  config = tiny_config(**EVAL, **{"data.source": "latents"})
+  with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
+    Evaluator(config, make_mesh(), source=None)
+
+
 @pytest.mark.parametrize(
   ("setting", "value", "message"),
   [

@@ -177,6 +177,12 @@ def test_too_few_images_are_refused_with_their_number(tmp_path, name, count, few
     summary(tmp_path / "a.npz", [name])
 
 
+def test_too_few_images_to_be_drawn_are_refused_by_their_setting(files):
+  real = summary(files / "real.npz", ["recall"])
+  with pytest.raises(SettingError, match="--num_images = 3: recall needs at least 4"):
+    scores.check_comparable(["recall"], real, np.arange(3), {"pool3": 3})
+
+
 @pytest.mark.parametrize("name", ["accuracy", "diversity"])
 def test_scores_of_labelled_images_need_labels(files, name):
   real = summary(files / "real.npz", [name])
