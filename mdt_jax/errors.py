@@ -21,7 +21,10 @@ class SettingError(ValueError):
     self.setting = setting
     self.value = value
     self.accepted = accepted
-    super().__init__(f"{setting} = {value!r}: {accepted}")
+    super().__init__(setting, value, accepted)  # as it is unpickled, from a worker
+
+  def __str__(self) -> str:
+    return f"{self.setting} = {self.value!r}: {self.accepted}"
 
 
 def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:

@@ -194,13 +194,14 @@ def test_negative_seed_is_refused():
     take(1, seed=-1)
 
 
-def test_error_of_the_source_reaches_the_caller():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_of_the_source_reaches_the_caller(num_workers):
   class Broken(Numbered):
     def __getitem__(self, index):
       raise SettingError("config.data.max_unreadable", 0, "too many")
 
   with pytest.raises(SettingError) as caught:
-    take(1, Broken())
+    take(1, Broken(), num_workers=num_workers)
   assert str(caught.value) == "config.data.max_unreadable = 0: too many"
 
 
