@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,7 +76,9 @@ def create_loader(
   if num_workers:
     if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its flags there
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=num_workers), _live_as_the_run
+    )
   return iter(batches)
 
 
@@ -82,6 +88,21 @@ def batch_indices(
   """Indices into a source of that length, of the global batch of a step."""
   stream = _shuffled(grain.MapDataset.range(num_examples), seed)
   return [int(stream[step * batch_size + row]) for row in range(batch_size)]
+
+
+def _live_as_the_run(worker: int, num_workers: int) -> None:
+  """In a worker process: it ends when its run wants it to, or is gone."""
+  del worker, num_workers
+  # Terminals and srun signal it with its run, which takes batches until it has saved.
+  # Grain stops it by an event, and after that by SIGKILL.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+  multiprocessing.parent_process().join()  # Grain would wait for room in its queue
+  os._exit(1)
 
 
 def _shuffled(examples: grain.MapDataset, seed: int) -> grain.MapDataset:

@@ -1,6 +1,9 @@
 """The loader: a step number is all its state."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -177,6 +180,43 @@ def test_distant_start_is_the_step_that_it_says():
   step = 10**6 // BATCHES_AN_EPOCH * BATCHES_AN_EPOCH  # The first of its epoch.
   labels = order(take(BATCHES_AN_EPOCH, start_step=step))
   np.testing.assert_array_equal(np.sort(labels), np.arange(LENGTH))
+
+
+# Workers.
+
+
+def test_workers_go_on_when_their_run_is_told_to_stop():
+  batches = loader.create_loader(
+    Numbered(), seed=0, batch_size=BATCH, flip=True, num_workers=1
+  )
+  found = [next(batches)]  # the worker is up
+  for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)
+  found += itertools.islice(batches, 4)
+  assert_batches_equal(found, take(5))
+  batches.close()
+  assert not multiprocessing.active_children()
+
+
+READ = """
+import time
+from mdt_jax.data import loader
+from tests.data.test_loader import Numbered
+batches = loader.create_loader(
+  Numbered(), seed=0, batch_size=8, flip=False, num_workers=1)
+next(batches)
+print("read", flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_process_however_that_ends():
+  command = [sys.executable, "-c", READ]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "read\n"
+    process.kill()
+    process.communicate(timeout=30)  # until its workers let go of the pipe
 
 
 # Refusals.
