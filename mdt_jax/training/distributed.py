@@ -119,21 +119,24 @@ def together() -> Iterator[None]:
   """All processes leave the block well, or none does: no one waits for ever.
 
   Raises:
-    SettingError: of this process; or, where it is well, that another one has raised.
+    Exception: of this process. Where it is well and another one has raised,
+      SettingError if that did, and else RuntimeError: they end with one exit code.
   """
-  error: SettingError | None = None
+  error: Exception | None = None
   try:
     yield
-  except SettingError as raised:
+  except Exception as raised:
     error = raised
   if jax.process_count() > 1:
-    failed = np.ravel(multihost_utils.process_allgather(np.array(error is not None)))
+    here = np.array([error is not None, isinstance(error, SettingError)])
+    failed, can_be_mended = multihost_utils.process_allgather(here).T
     if failed.any() and error is None:
-      error = SettingError(
-        "--process_id",
-        int(np.argmax(failed)),
-        "this process stopped with an error, so all do: its output says why",
-      )
+      first = int(np.argmax(failed))
+      text = "this process stopped with an error, so all do: its output says why"
+      if can_be_mended[first]:
+        error = SettingError("--process_id", first, text)
+      else:
+        error = RuntimeError(f"process {first}: {text}")
   if error is not None:
     raise error
 

@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   with contextlib.ExitStack() as stack:
     with distributed.together():
       settings.check(config, jax.device_count())
-      if workdir.exists() and not workdir.is_dir():
+      if os.path.isfile(workdir):  # not Path's, which raises where it may not look
         raise SettingError(
           "--workdir", str(workdir), "must be a folder, this is a file"
         )

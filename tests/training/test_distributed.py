@@ -103,3 +103,34 @@ def test_processes_that_disagree_all_name_the_difference():
     assert "must be the same on every process" in line
     assert "config.num_samples is 4 on process 0 and 5 on 1" in line
     assert "config.seed is 0 on process 0 and 1 on 1" in line
+
+
+FAIL = """
+import sys
+from mdt_jax.errors import SettingError
+from mdt_jax.training import distributed
+index = int(sys.argv[2])
+distributed.start(sys.argv[1], 2, index, timeout=120)
+for failure in (SettingError("config.seed", -1, "too small"), OSError("no answer")):
+  try:
+    with distributed.together():
+      if index == 0:
+        raise failure
+  except Exception as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+"""
+
+
+def test_what_one_process_raises_ends_all_with_the_same_exit_code():
+  address = free_address()
+  processes = [run_python(FAIL, address, str(index)) for index in range(2)]
+  errors = [process.communicate(timeout=120)[1] for process in processes]
+  assert errors[0].splitlines()[-2:] == [
+    "SettingError: config.seed = -1: too small",
+    "OSError: no answer",
+  ]
+  says = "this process stopped with an error, so all do: its output says why"
+  assert errors[1].splitlines()[-2:] == [
+    f"SettingError: --process_id = 0: {says}",
+    f"RuntimeError: process 0: {says}",
+  ]

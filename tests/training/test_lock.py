@@ -1,10 +1,15 @@
+import errno
+import fcntl
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mdt_jax.errors import SettingError
+from mdt_jax.training import lock
 from mdt_jax.training.lock import locked
 
 HOLD = """
@@ -34,3 +39,40 @@ def test_a_lock_goes_with_its_process_however_that_ends(tmp_path):
     process.kill()
   with locked(tmp_path):
     pass
+
+
+def raiser(number):
+  def fail(*args, **kwargs):
+    raise OSError(number, os.strerror(number))
+
+  return fail
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_workdir_that_may_not_be_made_is_refused(tmp_path, monkeypatch, number):
+  monkeypatch.setattr(Path, "mkdir", raiser(number))
+  message = f"cannot be made or written: {os.strerror(number)}"
+  with pytest.raises(SettingError, match=re.escape(message)), locked(tmp_path / "run"):
+    pass
+
+
+def test_a_workdir_below_a_file_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  refused = pytest.raises(SettingError, match="made or written: Not a directory")
+  with refused, locked(tmp_path / "file" / "run"):
+    pass
+
+
+def test_a_disk_that_may_answer_later_is_no_setting(tmp_path, monkeypatch):
+  monkeypatch.setattr(Path, "mkdir", raiser(errno.EIO))
+  with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
+    pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+  monkeypatch.setattr(fcntl, "flock", raiser(errno.ENOSYS))
+  lines = []
+  monkeypatch.setattr(lock.logger, "warning", lambda text, *args: lines.append(text))
+  with locked(tmp_path):
+    assert (tmp_path / lock.LOCK).read_text().startswith(f"process {os.getpid()} on")
+  assert len(lines) == 1 and "cannot be locked" in lines[0]
