@@ -10,7 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-GKE = Path(__file__).parents[2] / "launch" / "gke"
+ROOT = Path(__file__).parents[2]
+GKE = ROOT / "launch" / "gke"
 KUBERNETES = "1.33"
 # Fields of JobSet v1alpha2, of its custom resource definition (kubernetes-sigs/jobset).
 # kubernetes-validate knows the job inside it, which is most of a manifest.
@@ -135,3 +136,11 @@ def test_the_pods_are_as_many_as_the_hosts_of_the_slice():
   rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
   chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
   assert job["parallelism"] * chips == int(rows) * int(columns)
+
+
+def test_the_image_holds_the_files_that_setup_py_names():
+  words = re.findall(r'"([\w.]+)"', (ROOT / "setup.py").read_text())
+  named = {word for word in words if (ROOT / word).is_file()}
+  assert named >= {"LICENSE", "README.md"}
+  kept = (GKE / "Dockerfile.dockerignore").read_text().splitlines()
+  assert {f"!{name}" for name in named} <= set(kept)
