@@ -2,7 +2,7 @@
 
 Compiles the training step (--what=sample: the sampler) for devices that are not there,
 and says whether it fits, what it sends, and how fast it may be at best. TPU topologies
-need pip install 'mdt-jax[tpu]'; cpu:8 needs nothing.
+need pip install -e '.[tpu]'; cpu:8 needs nothing.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def _import_torch(setting: str, path: Path) -> Any:
     import torch
   except ImportError:
     raise SettingError(
-      setting, str(path), "needs PyTorch: pip install 'mdt-jax[torch]'"
+      setting, str(path), "needs PyTorch: pip install -e '.[torch]'"
     ) from None
   return torch
 

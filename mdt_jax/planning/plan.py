@@ -111,7 +111,7 @@ def open_devices(topology: Topology) -> list[Any]:
       "--topology",
       topology.name,
       f"cannot be compiled for: {reason}; the compiler comes with "
-      "pip install 'mdt-jax[tpu]'",
+      "pip install -e '.[tpu]'",
     ) from None
 
 
