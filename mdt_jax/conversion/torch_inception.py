@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from mdt_jax.conversion.torch_mdt import (
-  MAX_NAMES,
   Tensors,
+  misfits,
   read_tensors,
+  refuse,
   write_tensors,
 )
 from mdt_jax.errors import SettingError
@@ -224,22 +225,10 @@ def _read_graph(path: Path) -> Tensors:
 
 def _check(tensors: Tensors, path: Path) -> None:
   """Raises SettingError that names the tensors which do not fit."""
-  shapes = tensor_shapes()
-  problems = [
-    f"{name} has shape {tensors[name].shape} where {shape} is expected"
-    for name, shape in shapes.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  problems += [f"{name} is missing" for name in shapes if name not in tensors]
-  problems += [f"{name} is not part of it" for name in tensors if name not in shapes]
+  problems = misfits(tensors, tensor_shapes())
   problems += [
     f"{name} holds numbers that are not finite"
     for name, tensor in tensors.items()
     if not np.isfinite(tensor).all()
   ]
-  if problems:
-    more = len(problems) - MAX_NAMES
-    named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
-    raise SettingError(
-      "--input", str(path), f"not the Inception of 2015 that FID is defined on: {named}"
-    )
+  refuse("--input", path, "not the Inception of 2015 that FID is defined on", problems)

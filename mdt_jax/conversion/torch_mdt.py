@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,28 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def misfits(
+  tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  """What keeps tensors from being those of a network: its names and shapes."""
+  problems = [f"{name} is missing" for name in shapes if name not in tensors]
+  problems += [f"{name} is not part of it" for name in tensors if name not in shapes]
+  problems += [
+    f"{name} has shape {tuple(tensors[name].shape)} where {shape} is expected"
+    for name, shape in shapes.items()
+    if name in tensors and tuple(tensors[name].shape) != shape
+  ]
+  return problems
+
+
+def refuse(setting: str, source: Any, taken_for: str, problems: Sequence[str]) -> None:
+  """Raises SettingError that names the first `problems`, where there are any."""
+  if problems:
+    more = len(problems) - MAX_NAMES
+    named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
+    raise SettingError(setting, str(source), f"{taken_for}: {named}")
 
 
 def from_tensors(
@@ -313,25 +335,14 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], model: MDT, source: str) -
       expected[name] = jax.eval_shape(released, layer).shape
       if name.endswith(_BIAS_TABLE):
         expected[name.replace(_BIAS_TABLE, _BIAS_INDEX)] = (model.num_tokens,) * 2
-  problems = [f"{name} is missing" for name in expected if name not in tensors]
-  problems += [f"{name} is not part of it" for name in tensors if name not in expected]
-  problems += [
-    f"{name} has shape {tuple(tensors[name].shape)} where {shape} is expected"
-    for name, shape in expected.items()
-    if name in tensors and tuple(tensors[name].shape) != shape
-  ]
+  problems = misfits(tensors, expected)
   index = relative_position_index(model.input_size // model.patch_size)
   problems = problems or [
     f"{name} orders the pairs of tokens in another way"
     for name, tensor in tensors.items()
     if name.endswith(_BIAS_INDEX) and not np.array_equal(tensor, index)
   ]
-  if problems:
-    more = len(problems) - MAX_NAMES
-    named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
-    raise SettingError(
-      "--input", source, f"{_describe(dataclasses.asdict(model))}: {named}"
-    )
+  refuse("--input", source, _describe(dataclasses.asdict(model)), problems)
 
 
 def _is_stacked(path: str) -> bool:

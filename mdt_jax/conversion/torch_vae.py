@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.conversion.torch_mdt import (
-  MAX_NAMES,
   Params,
   Tensors,
+  misfits,
   read_tensors,
+  refuse,
   write_tensors,
 )
 from mdt_jax.errors import SettingError
@@ -149,7 +149,8 @@ def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
     _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
     for ours, leaf in flat.items()
   }
-  _check_tensors(tensors, shapes, path)
+  taken_for = f"taken for the network of its {CONFIG_FILE}"
+  refuse(SETTING, path, taken_for, misfits(tensors, shapes))
   for ours in flat:
     tensor = tensors[_torch_name(ours)]
     # A copy: safetensors and torch may give views of memory that is not ours.
@@ -231,25 +232,6 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 def _to_ours(tensor: np.ndarray) -> np.ndarray:
   return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def _check_tensors(
-  tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
-  """Raises SettingError that names the tensors which do not fit the config."""
-  problems = [f"{name} is missing" for name in shapes if name not in tensors]
-  problems += [f"{name} is not part of it" for name in tensors if name not in shapes]
-  problems += [
-    f"{name} has shape {tensors[name].shape} where {shape} is expected"
-    for name, shape in shapes.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  if problems:
-    more = len(problems) - MAX_NAMES
-    named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
-    raise SettingError(
-      SETTING, str(path), f"taken for the network of its {CONFIG_FILE}: {named}"
-    )
 
 
 def _by_hand(name: str, where: str) -> str:
