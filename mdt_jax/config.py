@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.presets import DTYPES, create_model
 from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
 from mdt_jax.training.sharding import mesh_shape
+from mdt_jax.writing import write_json
 
 if TYPE_CHECKING:
   from mdt_jax.data.autoencoder import Autoencoder
@@ -214,9 +214,7 @@ def _check_type(setting: str, value: Any, accepted: type) -> None:
 
 def write(config: ConfigDict, workdir: Path) -> None:
   """Writes config.json, to be looked at; checkpoints hold the config they go by."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config.to_dict(), indent=2)
-  (workdir / "config.json").write_text(text + "\n")
+  write_json(workdir / "config.json", config.to_dict())
 
 
 def make_model(config: ConfigDict) -> MDT:

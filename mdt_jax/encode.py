@@ -13,7 +13,6 @@ python -m mdt_jax.encode --reference_batch=FILE.npz --source=…    images for e
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from mdt_jax.data.files import open_files
 from mdt_jax.data.sources import ImageSource
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.training import sharding
+from mdt_jax.writing import whole, write_json
 
 SOURCE = flags.DEFINE_string(
   "source", None, "Folder of images, .tar file or folder of them, or tfds:NAME."
@@ -189,7 +189,7 @@ def _look_at(output: Path) -> None:
     with tqdm.tqdm(total=count, unit="image") as bar:
       found = encoding.statistics(source, bar.update)
     path = output / "statistics.json"
-    path.write_text(json.dumps(found) + "\n")
+    write_json(path, found)
     for name, values in found.items():
       logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in values))
     logger.info("%s", path)
@@ -214,8 +214,8 @@ def _write_reference_batch(path: Path) -> None:
       continue
     images[row], labels[row] = example["image"], example["label"]
     row += 1
-  path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(path, images[:row], labels[:row])
+  with whole(path) as partial, partial.open("wb") as file:
+    np.savez(file, images[:row], labels[:row])
   logger.info("%d images of %d pixels: %s", row, IMAGE_SIZE.value, path)
 
 

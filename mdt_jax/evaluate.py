@@ -46,6 +46,7 @@ from mdt_jax.generation import generate
 from mdt_jax.generation.overrides import with_sampling
 from mdt_jax.training import sharding
 from mdt_jax.training.checkpoints import load_ema, workdir_of
+from mdt_jax.writing import write_json
 
 if TYPE_CHECKING:
   from mdt_jax.data.autoencoder import Autoencoder
@@ -284,8 +285,7 @@ def _write(name: str, found: dict[str, Any]) -> None:
   elif output is None:
     output = Path(SAMPLES.value).parent
   path = Path(output) / name
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found, indent=2) + "\n")
+  write_json(path, found)
   logger.info("%s", path)
 
 

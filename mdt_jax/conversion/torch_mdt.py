@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.models.blocks import relative_position_index
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.presets import SIZES
+from mdt_jax.writing import whole
 
 Params = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -135,9 +135,7 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
   """Writes named arrays to a .pt, .pth or .safetensors file, whole or not at all."""
   path = Path(path)
   check_suffix("--output", path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  try:
+  with whole(path) as partial:
     if path.suffix == ".safetensors":
       from safetensors.numpy import save_file
 
@@ -146,9 +144,6 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
       torch = _import_torch("--output", path)
       named = {name: torch.from_numpy(array) for name, array in tensors.items()}
       torch.save(named, partial)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def misfits(

@@ -26,6 +26,7 @@ from mdt_jax.conversion.torch_mdt import (
 )
 from mdt_jax.errors import SettingError
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
+from mdt_jax.writing import write_json
 
 SETTING = "--vae"
 CONFIG_FILE = "config.json"
@@ -119,8 +120,7 @@ def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
   config |= {name: [block] * levels for name, block in _BLOCK_TYPES.items()}
   config |= _FIXED
   write_tensors(folder / WEIGHT_FILES[0], vae_to_torch(params))
-  text = json.dumps(config, indent=2, sort_keys=True)
-  (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+  write_json(folder / CONFIG_FILE, config)
 
 
 def vae_to_torch(params: Params) -> Tensors:

@@ -26,6 +26,7 @@ import numpy as np
 from mdt_jax.data import latents
 from mdt_jax.data.sources import ImageSource
 from mdt_jax.errors import SettingError
+from mdt_jax.writing import write_json
 
 logger = logging.getLogger("mdt_jax")
 # (B, H, W, 3) uint8 -> (B, 2, 2, h, w, C) in the type that is stored
@@ -214,7 +215,7 @@ def _begin(plan: Plan, output: Path) -> None:
   if latents.CARD in names:
     _reopen(plan, output)
   elif not names:
-    _write_json(output / BEGUN, plan.card)
+    write_json(output / BEGUN, plan.card)
   elif BEGUN not in names:
     raise SettingError(
       "--output", str(output), "must be empty, or hold a set begun with these settings"
@@ -225,10 +226,10 @@ def _begin(plan: Plan, output: Path) -> None:
 def _reopen(plan: Plan, output: Path) -> None:
   """A finished set that has lost shards becomes one that has to be gone on with."""
   shards = _read_json(output, latents.CARD)["shards"]
-  _write_json(output / BEGUN, plan.card)
+  write_json(output / BEGUN, plan.card)
   for shard in shards:
     if _is_whole(output, shard):
-      _write_json(_sidecar(output / shard["file"]), shard)
+      write_json(_sidecar(output / shard["file"]), shard)
   (output / latents.CARD).unlink(missing_ok=True)
 
 
@@ -272,7 +273,7 @@ def _finish(plan: Plan, output: Path) -> bool:
   except FileNotFoundError:  # not all are there, or another process has finished
     return card_path.exists()
   images = sum(shard["images"] for shard in shards)
-  _write_json(card_path, {**plan.card, "images": images, "shards": shards})
+  write_json(card_path, {**plan.card, "images": images, "shards": shards})
   for path in [output / BEGUN, *(_sidecar(path) for path in paths)]:
     path.unlink(missing_ok=True)
   return True
@@ -368,7 +369,7 @@ def _write_shard(path: Path, records: Iterator[bytes | str]) -> None:
         "sha256": _sha256(partial),
         "left_out": left_out,
       }
-      _write_json(_sidecar(path), entry)
+      write_json(_sidecar(path), entry)
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
@@ -394,16 +395,6 @@ def _claim(partial: Path, path: Path) -> Iterator[None]:
 
 def _sidecar(path: Path) -> Path:
   return path.with_suffix(".json")
-
-
-def _write_json(path: Path, value: Any) -> None:
-  """Whole or not at all."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  try:
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ the scores that need them, features of each image. Two of them make the scores.
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from mdt_jax.evaluation.metrics import (
   Statistics,
 )
 from mdt_jax.training.sharding import fetch
+from mdt_jax.writing import whole
 
 # Score -> the features that a Gaussian is fitted to.
 _STATISTICS = {"fid": "pool3", "sfid": "spatial", "frechet": "pixels"}
@@ -222,14 +222,8 @@ def save_statistics(path: str | Path, summary: Summary) -> None:
     arrays |= {mean: statistics.mean, covariance: statistics.covariance}
   if summary.labels is not None:
     arrays["labels"] = summary.labels
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    with partial.open("wb") as file:
-      np.savez(file, **arrays)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole(path) as partial, partial.open("wb") as file:
+    np.savez(file, **arrays)
 
 
 def check_comparable(

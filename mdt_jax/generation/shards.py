@@ -25,6 +25,7 @@ import tqdm
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import images
 from mdt_jax.generation.generate import Request
+from mdt_jax.writing import whole, write_json
 
 logger = logging.getLogger("mdt_jax")
 MAX_IN_GRID = 100
@@ -91,7 +92,7 @@ class ShardedImages:
     """
     self._partial.mkdir(parents=True, exist_ok=True)
     path = self._partial / "settings.json"
-    _write_json(path, self._settings, self._process_index)
+    write_json(path, self._settings)
     mine = range(self._process_index, self._request.num_blocks, self._process_count)
     missing = [block for block in mine if not self._path(block).exists()]
     total, left = (
@@ -103,7 +104,8 @@ class ShardedImages:
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
       for block, pixels in make_blocks(missing):
-        _write_whole(self._path(block), lambda file, a=pixels: np.save(file, a))
+        with whole(self._path(block)) as partial, partial.open("wb") as file:
+          np.save(file, pixels)
         bar.update(len(pixels))
     if self._process_index == 0:
       self._wait_for_others()
@@ -168,8 +170,9 @@ class ShardedImages:
     labels = np.asarray(self._request.labels, np.int64)
     # The picture first: the .npz says that all is done.
     self._write_grid(labels)
-    _write_whole(self.npz, lambda file: images.write_npz(file, self._blocks(), labels))
-    _write_json(self.folder / f"{self._name}.json", self._settings)
+    with whole(self.npz) as partial, partial.open("wb") as file:
+      images.write_npz(file, self._blocks(), labels)
+    write_json(self.folder / f"{self._name}.json", self._settings)
     # Renamed first, as deleting takes a while and may be stopped.
     done = self.folder / "partial.done"
     shutil.rmtree(done, ignore_errors=True)
@@ -187,19 +190,6 @@ class ShardedImages:
       pixels = images.latent_preview(pixels)
     grid = images.make_grid(pixels, [str(label) for label in labels[: len(pixels)]])
     grid.save(self.folder / "samples.png")
-
-
-def _write_whole(path: Path, write: Callable[[Any], None], process: int = 0) -> None:
-  """Writes beside `path`, then renames: a kill leaves no half of a file under it."""
-  temporary = path.with_name(f".{path.name}.{process}.tmp")
-  with open(temporary, "wb") as file:
-    write(file)
-  temporary.replace(path)
-
-
-def _write_json(path: Path, value: dict[str, Any], process: int = 0) -> None:
-  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-  _write_whole(path, lambda file: file.write(text.encode()), process)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import make_program
 from mdt_jax.training.step import Draws, draw, step_loss
+from mdt_jax.writing import write_json
 
 logger = logging.getLogger("mdt_jax")
 
@@ -95,7 +95,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
       "examples": _rows(examples, batch["label"], draws, losses),
     }
   path = workdir / f"replay_{step}.json"
-  path.write_text(json.dumps(found, indent=1) + "\n")
+  write_json(path, found)
   logger.info(
     "step %d, batch %d: loss %s; not finite: %d parameters, %d gradients, and the "
     "losses of %d of %d examples; more in %s",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.training.step import Metrics
+from mdt_jax.writing import write_json
 
 DIAGNOSIS = "diagnosis.json"  # in the workdir
 STEPS_BEHIND = 8  # of the devices, so that looking does not make them wait
@@ -88,7 +88,7 @@ class SkippedSteps:
         ],
         "last_checkpoint": last_saved,
       }
-      self._path.write_text(json.dumps(found, indent=2) + "\n")
+      write_json(self._path, found)
     steps = ", ".join(str(skipped.step) for skipped in self._found)
     batches = ", ".join(str(skipped.batch) for skipped in self._found)
     raise SettingError(

@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path):
 def test_half_a_block_is_made_again(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path / "stopped", Maker(stop_at=1))
-  (tmp_path / "stopped" / "partial" / ".000001.npy.0.tmp").write_bytes(b"half")
+  (tmp_path / "stopped" / "partial" / ".000001.npy.partial").write_bytes(b"half")
   assert write(tmp_path / "stopped") == write(tmp_path / "whole")
 
 
