@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.training import seals
+from mdt_jax.training.same_run import check_same_run
 from mdt_jax.training.state import Params, TrainState, init_params
 
 FOLDER = "checkpoints"  # inside a workdir
@@ -32,9 +32,6 @@ FIRST_PAUSE = 10  # seconds after a save that failed; doubled each time
 MAX_REASON = 300  # characters of an error of a library
 
 logger = logging.getLogger("mdt_jax")
-
-# Attributes of a network that do not change its parameters.
-_NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name")
 
 
 class SaveError(Exception):
@@ -143,7 +140,7 @@ class Checkpoints:
       saved = self._manager.restore(
         step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
       ).config
-      _check_same_run(saved, config, workdir)
+      check_same_run(config_from_dict(saved), config, workdir)
       if "state" not in self._manager.item_metadata(step):
         raise SettingError(
           "--workdir",
@@ -365,35 +362,3 @@ def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
   config.ema_decays = tuple(saved["ema_decays"])
   config.sampling.cfg_interval = tuple(config.sampling.cfg_interval)
   return config
-
-
-def _check_same_run(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
-  old, new = _identity(config_from_dict(saved)), _identity(config)
-  differences = [
-    f"{name} was {old[name]!r}, now {new[name]!r}"
-    for name in new
-    if old[name] != new[name]
-  ]
-  if differences:
-    raise SettingError(
-      "--workdir",
-      workdir,
-      f"holds checkpoints of another run ({'; '.join(differences)}): "
-      "take another folder, or the settings of that run",
-    )
-
-
-def _identity(config: ConfigDict) -> dict[str, Any]:
-  """What the arrays of a checkpoint belong to."""
-  model = dataclasses.asdict(settings.make_model(config))
-  identity = {
-    f"config.model.{name}": value
-    for name, value in model.items()
-    if name not in _NOT_OF_THE_PARAMS
-  }
-  identity["config.optimizer.name"] = config.optimizer.name
-  identity["config.ema_decays"] = tuple(config.ema_decays)
-  identity["config.timestep_sampler"] = config.timestep_sampler
-  for name in ("schedule", "num_timesteps", "prediction", "variance"):
-    identity[f"config.diffusion.{name}"] = config.diffusion[name]
-  return identity

@@ -102,6 +102,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     ("model.depth", 6),
     ("model.name", "MDT-S/2"),
     ("optimizer.name", "adamw"),
+    ("optimizer.clip_norm", 0.0),
     ("ema_decays", (0.9,)),
   ],
 )
