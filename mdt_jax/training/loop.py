@@ -66,7 +66,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
   Raises:
     SettingError: before anything is written, for a setting that cannot be used; later,
-      once the state is saved, where too many steps are skipped or files unreadable.
+      where too many steps are skipped (nothing is saved since), or too many files are
+      unreadable (one process saves first, several do not).
+    SaveError: config.save_failures saves in a row failed.
     Interrupted: on SIGINT or SIGTERM, once the state is saved.
   """
   distributed.check_same_config(config)
