@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
   c.log_every = 100  # steps between log lines and TensorBoard points
   c.checkpoint_every = 10_000  # steps
   c.checkpoint_minutes = 0.0  # save as well when so many have passed; 0: by steps alone
-  c.checkpoints_to_keep = 2  # the last ones
+  c.checkpoints_to_keep = 2  # the last ones; at least 2
   c.checkpoint_keep_every = 0  # keep those of multiples of so many steps too; 0: none
   c.save_failures = 5  # saves in a row that may fail, on a full disk, before it stops
   c.grace_seconds = 60.0  # to save in, from SIGTERM or SIGINT until the process ends
@@ -153,8 +153,9 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
   with named_in_errors("config"):
     for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
       _at_least(config, name, 1)
-    for name in ("checkpoint_every", "checkpoints_to_keep"):
-      _at_least(config, name, 1)
+    _at_least(config, "checkpoint_every", 1)
+    # Of one alone, the next would take its place before it is known to be whole.
+    _at_least(config, "checkpoints_to_keep", 2)
     for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
       _at_least(config, name, 0)
     for name in ("checkpoint_keep_every", "max_skipped", "max_rollbacks"):

@@ -89,6 +89,7 @@ BAD = [
   ("num_steps", 0, "must be at least 1"),
   ("seed", -1, "must be at least 0"),
   ("log_every", 0, "must be at least 1"),
+  ("checkpoints_to_keep", 1, "must be at least 2"),
   ("ema_decays", (1.0,), "must be one or more numbers in [0, 1)"),
   ("ema_decays", ("a",), "must be one or more numbers in [0, 1)"),
   ("seed", 2**32, "must be below 2**32"),
