@@ -49,6 +49,7 @@ class Checkpoints:
     to_keep: the last so many are kept.
     keep_every: checkpoints of multiples of so many steps are kept besides.
     max_failures: saves in a row that may fail, before `save` raises SaveError.
+    cleans: half-written checkpoints are removed; for the run that writes them alone.
   """
 
   def __init__(
@@ -57,10 +58,13 @@ class Checkpoints:
     to_keep: int,
     keep_every: int | None = None,
     max_failures: int = 5,
+    cleans: bool = False,
   ):
     self._folder = Path(workdir).absolute() / FOLDER
     self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=to_keep, keep_period=keep_every
+      max_to_keep=to_keep,
+      keep_period=keep_every,
+      cleanup_tmp_directories=cleans,
     )
     self._manager = self._open()
     self._max_failures = max_failures

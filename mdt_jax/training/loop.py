@@ -214,6 +214,7 @@ def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
     config.checkpoints_to_keep,
     config.checkpoint_keep_every or None,
     config.save_failures,
+    cleans=True,
   )
 
 

@@ -46,6 +46,8 @@ def test_kill_9_loses_nothing_that_was_saved(whole, fault, tmp_path):
   at_a_moment(run, seconds, fault)
   run.kill()
   resumed = runs.finish(tmp_path / "run")
+  folders = (tmp_path / "run" / "checkpoints").iterdir()
+  assert all(folder.name.isdigit() for folder in folders)  # none that is half-written
   done, last = run.steps(), resumed.steps()
   assert last == [] or last == list(range(last[0], NUM_STEPS + 1))
   # All that was done again are the steps since a checkpoint, of which one every five

@@ -153,6 +153,20 @@ def test_an_absent_step_or_average_is_refused_with_those_present(
 # Damage and failures.
 
 
+def test_what_is_half_written_is_removed_by_the_run_that_saves_and_no_other(tmp_path):
+  config = tiny_config()
+  state = save(tmp_path, config)
+  half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+  (half / "state").mkdir(parents=True)
+  load_ema(tmp_path)
+  restore(tmp_path, state, config)
+  assert half.is_dir()
+  checkpoints = Checkpoints(tmp_path, 2, cleans=True)
+  checkpoints.save(10, state, config)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "7"]
+
+
 def restore(folder, state, config):
   checkpoints = Checkpoints(folder, 2)
   try:
