@@ -69,30 +69,38 @@ class Checkpoints:
     self._manager = self._open()
     self._max_failures = max_failures
     self._failures = 0
-    self._try_again = -math.inf  # not before this time of the monotonic clock
     self._sealer = futures.ThreadPoolExecutor(1, "seal")
-    self._sealed: futures.Future[None] | None = None
-    self._saving = 0  # step of the save under way
+    self._pending: futures.Future[None] | None = None  # under way, or not looked at yet
+    self._saving = 0  # its step
+    self._not_saved: int | None = None  # step of the last save, where that failed
+    self._try_again = -math.inf  # not before this time of the monotonic clock
 
   def latest_step(self, until: int | None = None) -> int | None:
     """Of the finished checkpoints, up to step `until`; None where there is none."""
     steps = self._manager.all_steps()
     return max((step for step in steps if until is None or step <= until), default=None)
 
-  def save(self, step: int, state: TrainState, config: ConfigDict) -> None:
-    """Saves the state after `step` steps, unless that step is there already.
+  def save(
+    self, step: int, state: TrainState, config: ConfigDict, *, again: bool = False
+  ) -> bool:
+    """Begins to save the state after `step` steps, unless that step is there already.
 
     A disk that is full, or refuses, is said loudly and waited for: training goes on
-    without this checkpoint, and saves are tried again after a pause that grows.
+    without this checkpoint, and `must_try_again` says when to save after all.
+
+    Returns whether a save has begun; after one that failed none does, but `again`.
 
     Raises:
       SaveError: `max_failures` saves in a row failed.
     """
-    self._end_of_save()
-    if time.monotonic() < self._try_again or step in self._manager.all_steps():
-      return
+    if self._end_of_save() or (self._not_saved is not None and not again):
+      return False
+    if step in self._manager.all_steps() and step != self._not_saved:
+      return False
     self._saving = step
     try:
+      if self._not_saved in self._manager.all_steps():  # whole, but for its seal
+        self._manager.delete(self._not_saved)
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -103,18 +111,29 @@ class Checkpoints:
         ),
       )
     except Exception as error:  # Orbax and TensorStore raise many kinds
-      self._failed(error)
+      self._pending = futures.Future()
+      self._pending.set_exception(error)
     else:
-      self._sealed = self._sealer.submit(self._seal, step)
+      self._pending = self._sealer.submit(self._seal, step)
+    return True
+
+  def must_try_again(self) -> bool:
+    """Whether a save that failed is to be seen to now, as far as this process knows.
+
+    Where any process finds so, all call `save` with `again`.
+    """
+    if self._pending is not None:
+      return self._pending.done() and self._pending.exception() is not None
+    return self._not_saved is not None and time.monotonic() >= self._try_again
 
   def finish(self, step: int, state: TrainState, config: ConfigDict) -> None:
     """Saves, and waits until the step is there; raises SaveError as `save` does."""
     while True:
-      time.sleep(max(0.0, self._try_again - time.monotonic()))
-      self.save(step, state, config)
+      self.save(step, state, config, again=True)
       self._end_of_save()
-      if step in self._manager.all_steps():
+      if self._not_saved is None:
         return
+      time.sleep(max(0.0, self._try_again - time.monotonic()))
 
   def put_aside_after(self, step: int) -> None:
     """Moves the checkpoints of later steps out of the way, to train them anew."""
@@ -138,7 +157,9 @@ class Checkpoints:
     """
     workdir = str(self._folder.parent)
     while (step := self.latest_step(until)) is not None:
-      if damage := _damage_on_the_first_process(self._folder / str(step)):
+      reads = jax.process_index() == 0  # one does, and all are told
+      found = seals.damage(self._folder / str(step)) if reads else None
+      if damage := _on_any_process(found or ""):
         self._put_aside(step, damage)
         continue
       saved = self._manager.restore(
@@ -164,10 +185,15 @@ class Checkpoints:
     )
 
   def close(self) -> None:
-    """Waits for saves under way."""
-    self._end_of_save()
+    """Waits for a save under way; one that fails now is not tried again."""
     self._sealer.shutdown()
-    self._manager.close()
+    # Other processes may be gone: what this one knows has to do.
+    if self._pending is not None and (error := self._pending.exception()) is not None:
+      logger.error(
+        "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, _reason(error)
+      )
+    with contextlib.suppress(Exception):  # which says the same once more
+      self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
@@ -187,25 +213,31 @@ class Checkpoints:
     if jax.process_index() == 0:
       seals.seal(self._folder / str(step))
 
-  def _end_of_save(self) -> None:
-    """Waits for the save under way, if there is one, and takes note of its end."""
-    if self._sealed is None:
-      return
-    error = self._sealed.exception()
-    self._sealed = None
-    if error is None:
-      self._failures = 0
-    else:
-      self._failed(error)
+  def _end_of_save(self) -> bool:
+    """Waits for the save under way, if there is one; whether it failed.
 
-  def _failed(self, error: BaseException) -> None:
+    Where it failed on one process it failed on all: they go on alike.
+    """
+    if self._pending is None:
+      return False
+    error = self._pending.exception()
+    self._pending = None
+    reason = _on_any_process("" if error is None else _reason(error))
+    if reason:
+      self._failed(reason)
+      return True
+    self._failures = 0
+    self._not_saved = None
+    return False
+
+  def _failed(self, reason: str) -> None:
     self._failures += 1
-    reason = " ".join(str(error).split())[:MAX_REASON]
+    self._not_saved = self._saving
     if self._failures >= self._max_failures:
       raise SaveError(
         f"{self._folder}: {self._failures} saves in a row failed, the last of step "
         f"{self._saving}: {reason}"
-      ) from error
+      )
     pause = FIRST_PAUSE * 2 ** (self._failures - 1)
     self._try_again = time.monotonic() + pause
     logger.error(
@@ -238,18 +270,20 @@ class Checkpoints:
     self._manager.reload()
 
 
-def _damage_on_the_first_process(folder: Path) -> str:
-  """What is wrong with a checkpoint; one process reads it, and all are told."""
-  found = ""
-  if jax.process_index() == 0:
-    found = seals.damage(folder) or ""
-  if jax.process_count() > 1:
-    text = np.zeros(MAX_REASON, np.uint8)
-    encoded = np.frombuffer(found.encode()[:MAX_REASON], np.uint8)
-    text[: encoded.size] = encoded
-    text = multihost_utils.broadcast_one_to_all(text)
-    found = bytes(np.asarray(text)).rstrip(b"\0").decode(errors="replace")
-  return found
+def _reason(error: BaseException) -> str:
+  return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+
+
+def _on_any_process(text: str) -> str:
+  """The first of what the processes say that is not empty; all call, and get it."""
+  if jax.process_count() == 1:
+    return text
+  padded = np.zeros(MAX_REASON, np.uint8)
+  encoded = np.frombuffer(text.encode()[:MAX_REASON], np.uint8)
+  padded[: encoded.size] = encoded
+  every = multihost_utils.process_allgather(padded)
+  said = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in every)
+  return next(filter(None, said), "")
 
 
 def _restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -142,12 +142,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         loader, offset = _open_loader(config, mesh, source, state)
         progress.go_back(done)
         continue
-      stops, is_late = _any_process(done, bool(stop), _is_late(config, last_save))
+      stops, is_late, again = _any_process(
+        done, bool(stop), _is_late(config, last_save), saved.must_try_again()
+      )
       if stops or done == config.num_steps:
         saved.finish(done, state, config)
-      elif is_late or done % config.checkpoint_every == 0:
-        saved.save(done, state, config)
-        last_save = time.monotonic()
+      elif again or is_late or done % config.checkpoint_every == 0:
+        began = saved.save(done, state, config, again=again)
+        last_save = time.monotonic() if began else last_save
       if stops:
         raise Interrupted(f"stopped after step {done}, which is saved", stop)
       if draw_samples and _is_due(done, config.sample_every, config.num_steps):

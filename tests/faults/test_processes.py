@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.data.loader import batch_indices
+from mdt_jax.training import checkpoints, seals
 from tests.faults import runs
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_STEPS, NUM_DEVICES = 64, 8, 40, 4
@@ -37,7 +38,7 @@ def before(records, num_processes):
   runs.record_batches(records)
 
 
-def start(workdir, data, num_processes, folder):
+def start(workdir, data, num_processes, folder, before=before):
   """Starts the processes of one run; each writes its batches into `folder`."""
   folder.mkdir()
   with socket.socket() as free:
@@ -111,3 +112,28 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
     step: batch_indices(NUM_EXAMPLES, 0, BATCH_SIZE, step) for step in range(NUM_STEPS)
   }
   assert trained == expected
+
+
+def before_a_seal_fails(records, num_processes):
+  """The first one, which the first process alone writes."""
+  before(records, num_processes)
+  seal, left = seals.seal, [OSError(28, "No space left on device")]
+
+  def fail_once(folder):
+    if left:
+      raise left.pop()
+    seal(folder)
+
+  seals.seal = fail_once
+  checkpoints.FIRST_PAUSE = 0
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all(data, tmp_path):
+  workdir = tmp_path / "run"
+  processes = start(workdir, data, 2, tmp_path / "logs", before_a_seal_fails)
+  assert [process.end() for process in processes] == [0, 0]
+  for process in processes:
+    said = "THE CHECKPOINT OF STEP 5 IS NOT SAVED: [Errno 28] No space left on device"
+    assert process.log.read_text().count(said) == 1
+  assert runs.steps_saved(workdir)[-1] == NUM_STEPS
+  assert seals.damage(workdir / "checkpoints" / str(NUM_STEPS)) is None

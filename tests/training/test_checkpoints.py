@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -215,15 +217,39 @@ def failing(monkeypatch, count):
   monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
 
 
-def test_a_save_that_fails_is_tried_again(tmp_path, monkeypatch):
-  failing(monkeypatch, 2)
+def wait_until_it_must_be_tried_again(checkpoints):
+  end = time.monotonic() + 60
+  while not checkpoints.must_try_again():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
+  failing(monkeypatch, 1)
+  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 1)
   config = tiny_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
-  for step in (1, 2, 3):
-    checkpoints.save(step, state, config)
+  assert checkpoints.save(1, state, config)
+  wait_until_it_must_be_tried_again(checkpoints)  # the failure is there, to be said
+  assert not checkpoints.save(2, state, config, again=True)
+  start = time.monotonic()
+  assert not checkpoints.save(3, state, config)  # one that is due waits as well
+  wait_until_it_must_be_tried_again(checkpoints)
+  assert time.monotonic() - start > 0.9
+  assert checkpoints.save(4, state, config, again=True)
   checkpoints.close()
-  assert seals.damage(tmp_path / "checkpoints" / "3") is None
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+  assert seals.damage(tmp_path / "checkpoints" / "4") is None
+
+
+def test_the_last_save_is_tried_until_it_is_whole(tmp_path, monkeypatch):
+  failing(monkeypatch, 2)
+  config = tiny_config()
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
+  checkpoints.finish(1, make_state(config), config)
+  checkpoints.close()
+  assert seals.damage(tmp_path / "checkpoints" / "1") is None
 
 
 def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
@@ -231,10 +257,8 @@ def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
   config = tiny_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=2)
-  checkpoints.save(1, state, config)
   with pytest.raises(SaveError, match=r"2 saves in a row failed.*No space left"):
-    checkpoints.save(2, state, config)
-    checkpoints.save(3, state, config)
+    checkpoints.finish(1, state, config)
   checkpoints.close()
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 
 from mdt_jax.errors import SettingError
 from mdt_jax.pipeline import Pipeline
-from mdt_jax.training import loop
+from mdt_jax.training import checkpoints as checkpoints_module
+from mdt_jax.training import loop, seals
 from mdt_jax.training.checkpoints import Checkpoints
 from tests import reference
 from tests.training.tiny import tiny_config
@@ -92,6 +94,32 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path, 2)
   assert checkpoints.latest_step() == 3
   checkpoints.close()
+
+
+def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
+  tmp_path, monkeypatch
+):
+  seal, left = seals.seal, [OSError(28, "No space left on device")]
+
+  def fail_once(folder):
+    if left:
+      raise left.pop()
+    seal(folder)
+
+  original = Checkpoints.must_try_again
+
+  def look_once_it_has_ended(self):
+    if self._pending is not None:
+      futures.wait([self._pending])
+    return original(self)
+
+  monkeypatch.setattr(seals, "seal", fail_once)
+  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
+  monkeypatch.setattr(Checkpoints, "must_try_again", look_once_it_has_ended)
+  changes = {"num_steps": 7, "checkpoint_every": 3, "checkpoints_to_keep": 9}
+  loop.train(tiny_config(**changes), tmp_path)
+  # That of step 3 failed, as was seen after step 4.
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5", "6", "7"}
 
 
 def test_a_second_signal_acts_at_once(request):
