@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import tqdm
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -27,11 +26,12 @@ from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.during_training import Evaluator
 from mdt_jax.generation import generate, images
 from mdt_jax.models.masking import KeptLengths
-from mdt_jax.training import distributed, sharding, step
+from mdt_jax.training import distributed, sharding
 from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import Program, make_program
+from mdt_jax.training.progress import Progress, is_due
 from mdt_jax.training.skipped import SkippedSteps
 from mdt_jax.training.state import TrainState
 
@@ -152,10 +152,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         last_save = time.monotonic() if began else last_save
       if stops:
         raise Interrupted(f"stopped after step {done}, which is saved", stop)
-      if draw_samples and _is_due(done, config.sample_every, config.num_steps):
-        draw_samples(done, state)
-      if evaluate and _is_due(done, config.eval.every, config.num_steps):
-        events.write_scalars(done, evaluate(done, state.ema))
+      if draw_samples and is_due(done, config.sample_every, config.num_steps):
+        with progress.paused():
+          draw_samples(done, state)
+      if evaluate and is_due(done, config.eval.every, config.num_steps):
+        with progress.paused():
+          events.write_scalars(done, evaluate(done, state.ema))
     events.close()
   return state
 
@@ -234,50 +236,6 @@ def _any_process(done: int, *here: bool) -> tuple[bool, ...]:
     return (False,) * len(here)
   found = multihost_utils.process_allgather(np.array(here))
   return tuple(bool(any_of) for any_of in found.any(axis=0))
-
-
-class Progress:
-  """Gathers metrics, and every config.log_every steps writes them and logs a line."""
-
-  def __init__(self, config: ConfigDict, events: Events, start: int):
-    self._config = config
-    self._events = events
-    self._add = jax.jit(step.add_metrics)
-    self._metrics: step.Metrics | None = None
-    self._last_step, self._last_time = start, time.monotonic()
-
-  def add(self, done: int, metrics: step.Metrics) -> None:
-    """Takes the metrics of step number `done`, counted from 1."""
-    if self._metrics is not None:
-      metrics = self._add(self._metrics, metrics)
-    self._metrics = metrics
-    if _is_due(done, self._config.log_every, self._config.num_steps):
-      self._report(done)
-
-  def go_back(self, done: int) -> None:
-    """Forgets what is not written yet, where the run goes back to step `done`."""
-    self._metrics = None
-    self._last_step, self._last_time = done, time.monotonic()
-
-  def _report(self, done: int) -> None:
-    means = step.mean_metrics(self._metrics)  # waits for the devices
-    now = time.monotonic()
-    seconds = (now - self._last_time) / (done - self._last_step)
-    means["images_per_second"] = self._config.batch_size / seconds
-    self._events.write_scalars(done, means)
-    left = tqdm.tqdm.format_interval(seconds * (self._config.num_steps - done))
-    shown = ("loss", "masked_loss", "gradient_norm")
-    numbers = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
-    logger.info(
-      "step %d/%d  %s  %.1f images/s  %s left",
-      done,
-      self._config.num_steps,
-      numbers,
-      means["images_per_second"],
-      left,
-    )
-    self._metrics = None
-    self._last_step, self._last_time = done, now
 
 
 @contextlib.contextmanager
@@ -386,7 +344,3 @@ def _sample_drawer(
     events.write_images(done, {"samples": np.asarray(grid)[None]})
 
   return draw
-
-
-def _is_due(done: int, every: int, total: int) -> bool:
-  return every > 0 and (done % every == 0 or done == total)

@@ -1,0 +1,34 @@
+"""Log lines: images a second are those of training."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from mdt_jax.training import progress as progress_module
+from mdt_jax.training.progress import Progress
+from tests.training.tiny import tiny_config
+
+
+def test_pauses_are_left_out_of_images_a_second(monkeypatch):
+  now = 1000.0
+  monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+  written = {}
+
+  class Events:
+    def write_scalars(self, done, scalars):
+      written[done] = scalars["images_per_second"]
+
+  metrics = {"loss": jnp.ones(2)}
+  progress = Progress(tiny_config(num_steps=8), Events(), start=0)
+  progress.add(1, metrics)
+  with progress.paused():  # between two log lines
+    now += 100
+  now += 4
+  progress.add(2, metrics)
+  with progress.paused():  # right after one
+    now += 1000
+  progress.add(3, metrics)
+  now += 8
+  progress.add(4, metrics)
+  assert written == {2: pytest.approx(8 * 2 / 4), 4: pytest.approx(8 * 2 / 8)}
