@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
@@ -13,7 +13,12 @@ from mdt_jax import config as settings
 from mdt_jax.conversion.torch_inception import load_inception
 from mdt_jax.data.sources import Source
 from mdt_jax.evaluation import scores
-from mdt_jax.evaluation.images import GeneratedImages, SourceImages
+from mdt_jax.evaluation.images import (
+  Batch,
+  GeneratedImages,
+  ImageStream,
+  SourceImages,
+)
 from mdt_jax.evaluation.scores import Summary
 from mdt_jax.generation import generate
 
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
 MAX_REAL_IMAGES = 10_000  # of the data, where no reference is given
 
 logger = logging.getLogger("mdt_jax")
+
+
+class Stopped(Exception):
+  """The run is asked to stop: there are no scores of this step."""
 
 
 class Evaluator:
@@ -70,14 +79,24 @@ class Evaluator:
       path=config.eval.reference,
     )
 
-  def __call__(self, done: int, ema: Mapping[str, Any]) -> dict[str, float]:
+  def __call__(
+    self,
+    done: int,
+    ema: Mapping[str, Any],
+    stops: Callable[[], bool] = lambda: False,
+  ) -> dict[str, float]:
     """Scores by the name of their TensorBoard tag, "eval/fid".
 
     Args:
       done: steps done.
       ema: averaged parameters by decay, of a `TrainState`.
+      stops: asked after each batch, and the same on every process.
+
+    Raises:
+      Stopped: `stops` says so.
     """
-    images = self._drawn(ema[str(settings.sampled_decay(self._config))])
+    drawn = self._drawn(ema[str(settings.sampled_decay(self._config))])
+    images = _UntilStopped(drawn, stops)
     generated = scores.summarize(images, self._extract, self._names)
     found = scores.score(self._names, self._real, generated)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
@@ -105,3 +124,19 @@ class Evaluator:
         reference, names, self._extract, setting="config.eval.reference"
       )
     return Summary({}, {})
+
+
+class _UntilStopped:
+  """An `ImageStream` that raises `Stopped` between batches."""
+
+  def __init__(self, images: ImageStream, stops: Callable[[], bool]):
+    self._images, self._stops = images, stops
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def batches(self, batch_size: int) -> Iterator[Batch]:
+    for batch in self._images.batches(batch_size):
+      if self._stops():
+        raise Stopped
+      yield batch

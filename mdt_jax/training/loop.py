@@ -9,9 +9,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -23,20 +22,17 @@ from mdt_jax import config as settings
 from mdt_jax.data.loader import create_loader
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.during_training import Evaluator
-from mdt_jax.generation import generate, images
+from mdt_jax.evaluation.during_training import Evaluator, Stopped
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.training import distributed, sharding
 from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.lock import locked
+from mdt_jax.training.periodic import Periodic, Pictures, Scores
 from mdt_jax.training.program import Program, make_program
-from mdt_jax.training.progress import Progress, is_due
+from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
 from mdt_jax.training.state import TrainState
-
-if TYPE_CHECKING:
-  from mdt_jax.data.autoencoder import Autoencoder
 
 logger = logging.getLogger("mdt_jax")
 STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
@@ -59,7 +55,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
   Args:
     config: see `mdt_jax.config.default_config`.
-    workdir: folder for checkpoints, TensorBoard events, pictures and config.json.
+    workdir: folder for checkpoints, TensorBoard events, pictures, scores and
+      config.json.
 
   Returns:
     The last state.
@@ -97,21 +94,27 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     state = _first_state(config, program, saved)
     start = int(state.step)
     logger.info("%s", _summary(config, mesh, source, state, kept_lengths))
-    if start >= config.num_steps:
+    shown = [
+      Pictures(config, mesh, workdir, autoencoder),
+      Scores(config, workdir, evaluate),
+    ]
+    missing = [show for show in shown if show.is_missing(start)]
+    if start >= config.num_steps and not missing:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
       return state
     if is_main:
       with tolerate("config.json"):
         settings.write(config, workdir)
 
-    loader, offset = _open_loader(config, mesh, source, state)
     events = Events(workdir / "tensorboard" if is_main else None)
+    stack.callback(events.close)
+    # The start before this one ended while they were made.
+    if _show(missing, start, state, events, stop):
+      raise Interrupted(f"stopped at step {start}, which is saved", stop)
+
+    loader, offset = _open_loader(config, mesh, source, state)
     progress = Progress(config, events, start)
     skipped = SkippedSteps(config, workdir, len(source))
-    draw_samples = None
-    if config.sample_every and config.num_samples:
-      draw_samples = _sample_drawer(config, mesh, workdir, events, autoencoder)
-
     last_save = time.monotonic()
     rollbacks = 0
     done = start
@@ -145,20 +148,20 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       stops, is_late, again = _any_process(
         done, bool(stop), _is_late(config, last_save), saved.must_try_again()
       )
-      if stops or done == config.num_steps:
+      due = [show for show in shown if show.is_due(done)]
+      is_planned = done % config.checkpoint_every == 0
+      is_planned |= any(show.is_long for show in due)
+      if done == config.num_steps:
         saved.finish(done, state, config)
-      elif again or is_late or done % config.checkpoint_every == 0:
+      elif again or is_late or is_planned:
         began = saved.save(done, state, config, again=again)
         last_save = time.monotonic() if began else last_save
+      if due and not stops:
+        with progress.paused():
+          stops = _show(due, done, state, events, stop)
       if stops:
+        saved.finish(done, state, config)
         raise Interrupted(f"stopped after step {done}, which is saved", stop)
-      if draw_samples and is_due(done, config.sample_every, config.num_steps):
-        with progress.paused():
-          draw_samples(done, state)
-      if evaluate and is_due(done, config.eval.every, config.num_steps):
-        with progress.paused():
-          events.write_scalars(done, evaluate(done, state.ema))
-    events.close()
   return state
 
 
@@ -230,12 +233,28 @@ def _is_late(config: ConfigDict, last_save: float) -> bool:
 
 def _any_process(done: int, *here: bool) -> tuple[bool, ...]:
   """What holds on any process, the same on all: they stop and save together."""
+  if jax.process_count() > 1 and done % STEPS_BETWEEN_AGREEMENTS:
+    return (False,) * len(here)  # agreeing waits for the devices
+  return _agree(*here)
+
+
+def _agree(*here: bool) -> tuple[bool, ...]:
   if jax.process_count() == 1:
     return here
-  if done % STEPS_BETWEEN_AGREEMENTS:  # agreeing waits for the devices
-    return (False,) * len(here)
   found = multihost_utils.process_allgather(np.array(here))
   return tuple(bool(any_of) for any_of in found.any(axis=0))
+
+
+def _show(
+  due: Sequence[Periodic], done: int, state: TrainState, events: Events, stop: list[int]
+) -> bool:
+  """Pictures and scores of a step; whether the run was asked to stop meanwhile."""
+  try:
+    for show in due:
+      show(done, state.ema, events, lambda: _agree(bool(stop))[0])
+  except Stopped:
+    return True
+  return False
 
 
 @contextlib.contextmanager
@@ -307,40 +326,3 @@ def _summary(
     devices += " as " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
   data = f"{len(source)} images, {source.num_classes} classes"
   return f"{config.model.name}\n{table}\n{data}; {masked}; {devices}"
-
-
-def _sample_drawer(
-  config: ConfigDict,
-  mesh: jax.sharding.Mesh,
-  workdir: Path,
-  events: Events,
-  autoencoder: Autoencoder | None,
-) -> Callable[[int, TrainState], None]:
-  """Draws config.num_samples images with the averaged parameters, for a look.
-
-  All processes draw, and the first one writes.
-  """
-  generator = generate.make_generator(config)
-  count, shards = config.num_samples, sharding.batch_shards(mesh)
-  labels = np.arange(-(-count // shards) * shards) % config.model.num_classes
-  decay = str(settings.sampled_decay(config))
-  folder = workdir / "samples"
-
-  def draw(done: int, state: TrainState) -> None:
-    (arrays,) = generate.generate_batches(
-      generator, state.ema[decay], labels, seed=config.seed, batch_size=len(labels)
-    )
-    if autoencoder is not None:
-      arrays = autoencoder.decode(arrays)
-    if jax.process_index() > 0:
-      return
-    is_pixels = autoencoder is not None or settings.holds_pixels(config)
-    convert = images.to_uint8 if is_pixels else images.latent_preview
-    captions = [str(label) for label in labels[:count]]
-    grid = images.make_grid(convert(arrays[:count]), captions)
-    with tolerate(f"the picture of step {done}"):
-      folder.mkdir(parents=True, exist_ok=True)
-      grid.save(folder / f"step_{done:07d}.png")
-    events.write_images(done, {"samples": np.asarray(grid)[None]})
-
-  return draw

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import signal
+
 import numpy as np
 import pytest
 
 from mdt_jax import config as settings
 from mdt_jax.errors import SettingError
+from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.during_training import Evaluator
+from mdt_jax.evaluation.images import GeneratedImages
 from mdt_jax.training import loop
 from mdt_jax.training.checkpoints import load_ema
 from mdt_jax.training.sharding import make_mesh
@@ -109,6 +114,60 @@ def test_latents_that_nothing_decodes_are_refused_before_training():
   config = tiny_config(**EVAL, **{"data.source": "latents"})
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
     Evaluator(config, make_mesh(), source=None)
+
+
+def read_scores(workdir):
+  return {p.name: json.loads(p.read_text()) for p in (workdir / "scores").iterdir()}
+
+
+def test_a_run_stopped_while_it_scores_has_its_state_and_scores_when_it_goes_on(
+  workdir, tmp_path, monkeypatch
+):
+  batches = GeneratedImages.batches
+
+  def stop_after_one(self, batch_size):
+    for i, batch in enumerate(batches(self, batch_size)):
+      if i == 1:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  config = tiny_config(**EVAL, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(GeneratedImages, "batches", stop_after_one)
+    with pytest.raises(loop.Interrupted, match="after step 2"):
+      loop.train(config, tmp_path)
+  assert load_ema(tmp_path)[2] == 2
+  assert not (tmp_path / "scores").exists()
+  loop.train(config, tmp_path)
+  assert read_scores(tmp_path) == read_scores(workdir)
+
+
+def test_the_last_scores_are_made_up_for_and_once_only(workdir, caplog):
+  before = read_scores(workdir)
+  assert set(before) == {"step_0000002.json", "step_0000003.json"}
+  last = workdir / "scores" / "step_0000003.json"
+  last.unlink()
+  loop.train(tiny_config(**EVAL), workdir)
+  assert read_scores(workdir) == before
+  made = last.stat().st_mtime_ns
+  with caplog.at_level("INFO", "mdt_jax"):
+    loop.train(tiny_config(**EVAL), workdir)
+  assert "nothing to do" in caplog.text
+  assert last.stat().st_mtime_ns == made
+
+
+def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
+  score, left = scores.score, [SettingError("real images", None, "needs their labels")]
+
+  def fail_once(*args):
+    if left:
+      raise left.pop()
+    return score(*args)
+
+  monkeypatch.setattr(scores, "score", fail_once)
+  assert int(loop.train(tiny_config(**EVAL), tmp_path).step) == 3
+  assert "STEP 2 IS NOT SCORED: real images = None: needs their labels" in caplog.text
+  assert set(read_scores(tmp_path)) == {"step_0000003.json"}
 
 
 @pytest.mark.parametrize(
