@@ -4,10 +4,11 @@ python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
 python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
 python -m mdt_jax.convert --inception --input=FILE.pth --output=inception.safetensors
 
-DIR is a workdir that mdt_jax.sample takes. Back, the averaged parameters are written
-under the released names and shapes, to a .pt, .pth or .safetensors file. With
---inception the weights of FID's network, as pytorch-fid and torch-fidelity have them or
-in the frozen graph (.pb) that they come from, become a file for mdt_jax.evaluate.
+DIR is a workdir that mdt_jax.sample takes; its --vae decodes. Back, the averaged
+parameters are written under the released names and shapes, to a .pt, .pth or
+.safetensors file. With --inception the weights of FID's network, as pytorch-fid and
+torch-fidelity have them or in the frozen graph (.pb) that they come from, become a file
+for mdt_jax.evaluate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from mdt_jax import cli
-from mdt_jax.conversion import torch_inception, workdirs
+from mdt_jax.conversion import torch_inception, torch_vae, workdirs
 
 INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
 OUTPUT = flags.DEFINE_string("output", None, "Workdir; with --to_torch a file.")
@@ -62,7 +63,10 @@ def main(argv: list[str]) -> None:
       num_heads=NUM_HEADS.value,
     )
     logger.info(
-      "%s: python -m mdt_jax.sample --checkpoint=%s", config.model.name, output
+      "%s: python -m mdt_jax.sample --checkpoint=%s --vae=%s",
+      config.model.name,
+      output,
+      torch_vae.DEFAULT_ID,
     )
 
 

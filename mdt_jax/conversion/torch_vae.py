@@ -34,7 +34,7 @@ WEIGHT_FILES = (
   "diffusion_pytorch_model.safetensors",
   "diffusion_pytorch_model.bin",
 )
-DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where a folder is empty or not there
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where none is given or there
 SUBFOLDER = "vae"  # of a whole pipeline
 
 # diffusers' settings -> our attributes; the others are of no effect here.
