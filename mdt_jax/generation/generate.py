@@ -328,10 +328,21 @@ def generate_batches(
   seed: int,
   batch_size: int,
 ) -> Iterator[np.ndarray]:
-  """Generates latents for each label (N,) on one device, image i from (seed, i).
+  """Generates latents for each label (N,), image i from (seed, i).
+
+  Inside `training.sharding.use_mesh` its devices share each batch. Of several processes
+  all must take part.
+
+  Args:
+    generator: of `make_generator`.
+    params: averaged parameters.
+    labels: (N,) classes.
+    seed: in [0, 2**32).
+    batch_size: images at a time; shared where it is a multiple of the devices that
+      share a batch, else each device does it all.
 
   Yields:
-    (batch_size, H, W, C) float32, the last one shorter.
+    (batch_size, H, W, C) float32, the last one shorter; whole in each process.
   """
   request = Request(labels, seed, batch_size)
   for block in range(request.num_blocks):
