@@ -2,8 +2,8 @@
 
 Hides the right half of 200 real digits and paints it again, with and without the
 side-interpolater in the first steps. Recognised: the share that a support vector
-classifier, fitted on the real digits, takes for the class that the digit was of. The
-table goes to docs/sampling.md, with a picture.
+classifier, that of `benchmarks.samplers`, takes for the class that the digit was of.
+The table goes to docs/sampling.md, with a picture.
 """
 
 from __future__ import annotations
