@@ -1,4 +1,4 @@
-"""Ways to attention: python -m benchmarks.attention --tokens=256 --kept=160
+"""Ways to attention: python -m benchmarks.attention --grid=16 --kept=160
 
 Forward and backward of softmax(q k^T / sqrt(d) + bias) v, for the unmasked pass, whose
 bias is one for all images, and for the masked pass, where it is gathered for each:
