@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 
 from benchmarks import tables
 from configs import digits
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.loader import create_loader
 from mdt_jax.training import sharding
 from mdt_jax.training.checkpoints import Checkpoints
@@ -55,13 +55,13 @@ def main(argv: list[str]) -> None:
   )
   mesh = sharding.make_mesh(**config.mesh)
   batches = create_loader(
-    settings.make_source(config),
+    factories.make_source(config),
     seed=config.seed,
     batch_size=config.batch_size,
     flip=config.data.flip,
     num_threads=0,
   )
-  num_keep = settings.kept_lengths(config).lengths[0]
+  num_keep = factories.kept_lengths(config).lengths[0]
   with (
     tempfile.TemporaryDirectory(dir=FOLDER.value) as folder,
     sharding.use_mesh(mesh),

@@ -147,8 +147,7 @@ def time_step(timing: Timing) -> list[Rate]:
   """Images a second of MDTv2-S/2's training step, both passes, blocks unrolled."""
   import jax
 
-  from mdt_jax import config as settings
-  from mdt_jax import recipes
+  from mdt_jax import factories, recipes
   from mdt_jax.training import program, sharding
 
   config = recipes.mdtv2("S")
@@ -157,7 +156,7 @@ def time_step(timing: Timing) -> list[Rate]:
   mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
   moments = np.zeros((STEP_BATCH, 2, *LATENT_SHAPE), np.float16)
   batch = {"moments": moments, "label": np.arange(STEP_BATCH, dtype=np.int32)}
-  lengths = settings.kept_lengths(config).lengths
+  lengths = factories.kept_lengths(config).lengths
   with sharding.use_mesh(mesh):
     compiled = program.make_program(config, mesh)
     states = [compiled.init(jax.random.key(0))]

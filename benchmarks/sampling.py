@@ -19,6 +19,7 @@ from absl import app, flags
 
 from benchmarks import timing
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.diffusion.samplers import sample
 from mdt_jax.models.flops import forward_flops
@@ -48,8 +49,8 @@ def benchmark(name: str) -> dict[str, Any]:
       "sampling.num_steps": NUM_STEPS,
     }
   )
-  model = settings.make_model(config)
-  diffusion = settings.make_sampled_diffusion(config)
+  model = factories.make_model(config)
+  diffusion = factories.make_sampled_diffusion(config)
 
   @jax.jit
   def steps(params: Any, x: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:

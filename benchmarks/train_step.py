@@ -22,6 +22,7 @@ from absl import app, flags
 
 from benchmarks import timing
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.models.flops import train_flops
 from mdt_jax.training import sharding
 from mdt_jax.training.program import make_program
@@ -53,7 +54,7 @@ def benchmark(name: str) -> dict[str, Any]:
       "diffusion.loss_weight": "min_snr" if is_v2 else "none",
     }
   )
-  model = settings.make_model(config)
+  model = factories.make_model(config)
   num_keep = None
   if MASKED_SHARE.value and model.takes_mask:
     multiple = config.masking.multiple

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -33,3 +34,16 @@ def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
   if value not in choices:
     names = ", ".join(str(choice) for choice in choices)
     raise SettingError(setting, value, f"accepted are {names}")
+
+
+@contextlib.contextmanager
+def named_in_errors(prefix: str) -> Iterator[None]:
+  """Names the settings in errors as the user writes them."""
+  try:
+    yield
+  except SettingError as error:
+    if error.setting.startswith("config"):
+      raise
+    raise SettingError(
+      f"{prefix}.{error.setting}", error.value, error.accepted
+    ) from None

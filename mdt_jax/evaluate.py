@@ -30,8 +30,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import cli
-from mdt_jax import config as settings
+from mdt_jax import cli, factories
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation import likelihood, metrics, scores
 from mdt_jax.evaluation.during_training import MAX_REAL_IMAGES
@@ -120,12 +119,12 @@ class Run:
 
 def _load_run() -> Run:
   config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
-  config.sampling.ema_decay = settings.sampled_decay(config, EMA_DECAY.value)
+  config.sampling.ema_decay = factories.sampled_decay(config, EMA_DECAY.value)
   config.data.source = DATA_SOURCE.value or config.data.source
   config.data.path = DATA_PATH.value or config.data.path
   config.data.vae = VAE.value or config.data.vae
   config = with_sampling(config, _sampling(config))
-  return Run(config, params, step, settings.make_autoencoder(config))
+  return Run(config, params, step, factories.make_autoencoder(config))
 
 
 def _chosen_metrics() -> list[str]:
@@ -237,7 +236,7 @@ def _read_real(
     return scores.read_reference(REFERENCE.value, names, extract, progress="reference")
   if run is None:
     raise SettingError("--reference", None, "must be given")
-  source = settings.make_source(run.config, run.autoencoder)
+  source = factories.make_source(run.config, run.autoencoder)
   images = SourceImages(source, MAX_REAL_IMAGES)
   return scores.summarize(images, extract, names, progress="data")
 
@@ -248,7 +247,7 @@ def _measure_bpd(run: Run) -> None:
     accepted = f"must lie in [1, config.diffusion.num_timesteps = {num_timesteps}]"
     raise SettingError("--steps", STEPS.value, accepted)
   held_out = run.config.data.validation > 0
-  source = settings.make_source(run.config, run.autoencoder, held_out=held_out)
+  source = factories.make_source(run.config, run.autoencoder, held_out=held_out)
   count = min(NUM_IMAGES.value or BPD_IMAGES, len(source))
   batches = likelihood.bounds(
     likelihood.make_bound(run.config, STEPS.value, run.autoencoder),

@@ -16,7 +16,7 @@ import tqdm
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.transforms import to_float
 from mdt_jax.diffusion.solvers import SOLVERS
 from mdt_jax.errors import SettingError
@@ -74,21 +74,21 @@ class Pipeline:
         the run, if it has one; "none" for none.
     """
     config, params, step = load_ema(path, step, ema_decay)
-    config.sampling.ema_decay = settings.sampled_decay(config, ema_decay)
-    if vae == NO_VAE or settings.holds_pixels(config):
+    config.sampling.ema_decay = factories.sampled_decay(config, ema_decay)
+    if vae == NO_VAE or factories.holds_pixels(config):
       return cls(config, params, step)
     config.data.vae = vae or config.data.vae
-    return cls(config, params, step, settings.make_autoencoder(config))
+    return cls(config, params, step, factories.make_autoencoder(config))
 
   @property
   def draws_pixels(self) -> bool:
     """Whether images come out, and not latents."""
-    return self.autoencoder is not None or settings.holds_pixels(self.config)
+    return self.autoencoder is not None or factories.holds_pixels(self.config)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the images."""
-    return settings.image_shape(self.config, self.autoencoder)
+    return factories.image_shape(self.config, self.autoencoder)
 
   def __call__(self, labels: Labels, **arguments: Any) -> list[Image.Image]:
     """Draws an image for each label.
@@ -283,7 +283,7 @@ class Pipeline:
     if self.autoencoder is not None:
       factor = self.autoencoder.model.downsampling
       hidden = editing.downsample_mask("mask", hidden_pixels, factor)
-    model = settings.make_model(config)
+    model = factories.make_model(config)
     tokens = editing.hidden_tokens(hidden, model.patch_size)
     if interpolation is None:
       interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from tests.training.tiny import tiny_config
 
@@ -38,10 +39,10 @@ def test_v1_runs_are_as_released(size):
   config = load(f"mdt_{size}2").get_config()
   assert config.optimizer.name == "adamw"
   assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-4, 0)
-  assert settings.kept_lengths(config).lengths == (179,)
+  assert factories.kept_lengths(config).lengths == (179,)
   assert config.diffusion.loss_weight == "none"
   assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
-  assert settings.make_model(config).decode_depth == 2
+  assert factories.make_model(config).decode_depth == 2
 
 
 @pytest.mark.parametrize(
@@ -52,19 +53,15 @@ def test_v2_runs_are_as_released(size, rate, decode):
   assert config.optimizer.name == "adan"
   assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (rate, 1.0)
   assert config.diffusion.loss_weight == "min_snr"
-  assert settings.make_model(config).decode_depth == decode
-  lengths = settings.kept_lengths(config).lengths
+  assert factories.make_model(config).decode_depth == decode
+  lengths = factories.kept_lengths(config).lengths
   assert all(length % 8 == 0 for length in lengths)
   assert (lengths[0], lengths[-1]) == (128, 176)
 
 
 def test_dit_has_no_masked_pass():
-  assert settings.kept_lengths(load("dit_s2").get_config()) is None
-  assert settings.kept_lengths(tiny_config(**{"model.name": "DiT-S/2"})) is None
-
-
-def test_a_mask_ratio_of_zero_means_no_masked_pass():
-  assert settings.kept_lengths(tiny_config(**{"masking.ratio": 0.0})) is None
+  assert factories.kept_lengths(load("dit_s2").get_config()) is None
+  assert factories.kept_lengths(tiny_config(**{"model.name": "DiT-S/2"})) is None
 
 
 BAD = [
@@ -142,50 +139,6 @@ def test_guidance_without_label_dropout_is_refused():
   config = tiny_config(**{"model.label_dropout": 0.0})
   with pytest.raises(SettingError, match=r"config\.sampling\.cfg_scale = 3\.8"):
     settings.check(config)
-
-
-@pytest.mark.parametrize(
-  ("source", "vae", "pixels", "encodes"),
-  [
-    ("digits", None, True, False),
-    ("images", None, True, False),
-    ("images", "folder", False, True),
-    ("latents", None, False, False),
-    ("latents", "folder", False, False),
-    ("arrays", None, False, False),
-  ],
-)
-def test_what_the_network_works_on_follows_from_the_data(source, vae, pixels, encodes):
-  config = tiny_config(**{"data.source": source, "data.vae": vae})
-  assert settings.holds_pixels(config) == pixels
-  assert settings.encodes_images(config) == encodes
-
-
-def test_examples_held_out_are_not_trained_on():
-  config = tiny_config(**{"data.validation": 0.1})
-  training = settings.make_source(config)
-  validation = settings.make_source(config, held_out=True)
-  assert (len(training), len(validation)) == (1617, 180)
-  images = {training[i]["image"].tobytes() for i in range(len(training))}
-  held_out = [validation[i]["image"].tobytes() for i in range(len(validation))]
-  assert sum(image in images for image in held_out) < 5  # but for equal digits
-
-
-@pytest.mark.parametrize("share", [-0.1, 0.6])
-def test_a_share_that_cannot_be_held_out_is_refused(share):
-  with pytest.raises(SettingError, match=r"config\.data\.validation"):
-    settings.make_source(tiny_config(**{"data.validation": share}))
-
-
-def test_nothing_held_out_cannot_be_validated_on():
-  with pytest.raises(SettingError, match="holds no example out"):
-    settings.make_source(tiny_config(), held_out=True)
-
-
-def test_an_autoencoder_of_other_channels_than_the_network_s_is_refused():
-  vae = str(CONFIGS.parent / "tests" / "fixtures" / "vae")
-  with pytest.raises(SettingError, match=r"config\.model\.in_channels = 1: must be 4"):
-    settings.make_autoencoder(tiny_config(**{"data.vae": vae}))
 
 
 def test_an_unknown_field_cannot_be_set():

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import SettingError
-from mdt_jax import config as settings
+from mdt_jax import SettingError, factories
 from mdt_jax.data.autoencoder import Autoencoder
 from mdt_jax.generation.images import to_uint8
 from mdt_jax.training.checkpoints import save_model
@@ -20,7 +19,7 @@ from tests.training.tiny import tiny_config
 def pipeline(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   config = tiny_config()
-  save_model(folder, config, reference.random_params(settings.make_model(config)))
+  save_model(folder, config, reference.random_params(factories.make_model(config)))
   return mdt_jax.Pipeline.from_checkpoint(folder)
 
 
@@ -81,7 +80,7 @@ def test_settings_of_a_call_do_not_stay(pipeline):
 
 def test_a_run_of_many_devices_is_sampled_on_those_that_are_here():
   config = tiny_config(**{"mesh.data": 4, "mesh.fsdp": 2})
-  params = reference.random_params(settings.make_model(config))
+  params = reference.random_params(factories.make_model(config))
   assert len(mdt_jax.Pipeline(config, params, 0)([1])) == 1
 
 
@@ -173,7 +172,7 @@ def test_an_image_that_cannot_be_used_is_named(pipeline, arguments, message):
 
 def test_dit_has_no_side_interpolater(tmp_path):
   config = tiny_config(**{"model.name": "DiT-S/2", "masking.ratio": 0.0})
-  params = reference.random_params(settings.make_model(config))
+  params = reference.random_params(factories.make_model(config))
   pipeline = mdt_jax.Pipeline(config, params, 0)
   with pytest.raises(SettingError, match="DiT has no side-interpolater"):
     pipeline.plan([1], inpaint=IMAGE, mask=MASK, interpolation=0.5)
@@ -191,7 +190,7 @@ def latent_pipeline():
     **{"model.in_channels": model.latent_channels, "data.source": "latents"},
     **{"sampling.num_steps": 2},
   )
-  params = reference.random_params(settings.make_model(config))
+  params = reference.random_params(factories.make_model(config))
   return mdt_jax.Pipeline(config, params, 0, autoencoder)
 
 

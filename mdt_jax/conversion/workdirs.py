@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
-from mdt_jax import recipes
+from mdt_jax import factories, recipes
 from mdt_jax.conversion import torch_mdt
 from mdt_jax.errors import SettingError
 from mdt_jax.training import checkpoints
@@ -91,7 +91,7 @@ def to_torch_file(
     if error.setting != "--checkpoint":
       raise
     raise SettingError("--input", error.value, error.accepted) from None
-  attributes = dataclasses.asdict(settings.make_model(config))
+  attributes = dataclasses.asdict(factories.make_model(config))
   tensors = torch_mdt.to_torch(
     {k: v for k, v in attributes.items() if k not in ("parent", "name")},
     jax.device_get(params),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.conversion.torch_inception import load_inception
 from mdt_jax.data.sources import Source
 from mdt_jax.evaluation import scores
@@ -60,7 +60,7 @@ class Evaluator:
     self._config = config
     self._autoencoder = autoencoder
     self._generator = generate.make_generator(config)
-    self._names = settings.eval_metrics(config)
+    self._names = factories.eval_metrics(config)
     drawn = self._drawn(params=None)
     inception = None
     if config.eval.inception is not None:
@@ -95,7 +95,7 @@ class Evaluator:
     Raises:
       Stopped: `stops` says so.
     """
-    drawn = self._drawn(ema[str(settings.sampled_decay(self._config))])
+    drawn = self._drawn(ema[str(factories.sampled_decay(self._config))])
     images = _UntilStopped(drawn, stops)
     generated = scores.summarize(images, self._extract, self._names)
     found = scores.score(self._names, self._real, generated)

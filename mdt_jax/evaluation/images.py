@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate
@@ -218,13 +218,13 @@ class GeneratedImages:
     autoencoder: Autoencoder | None = None,
     seed: int = 0,
   ):
-    if autoencoder is None and not settings.holds_pixels(config):
+    if autoencoder is None and not factories.holds_pixels(config):
       raise SettingError(
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
     self.labels = np.arange(num_images) % config.model.num_classes
-    self.image_shape = settings.image_shape(config, autoencoder)
+    self.image_shape = factories.image_shape(config, autoencoder)
     self._autoencoder = autoencoder
 
   def __len__(self) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.sources import Source
 from mdt_jax.data.transforms import pixels_to_float, without_draws
 from mdt_jax.diffusion.likelihood import calc_bpd
@@ -40,9 +40,9 @@ def make_bound(
     (params, batch, ids, seed) -> terms of `calc_bpd`. The noise of an image derives
     from (seed, its id), whatever the batch; of latents the means are taken.
   """
-  model = settings.make_model(config)
+  model = factories.make_model(config)
   spacing = "" if num_steps is None else str(num_steps)
-  diffusion = settings.make_diffusion(config, spacing=spacing)
+  diffusion = factories.make_diffusion(config, spacing=spacing)
 
   @jax.jit
   def bound(
@@ -54,10 +54,10 @@ def make_bound(
       diffusion,
       batch["moments"][:, 0] if "moments" in batch else batch["image"],
       keys,
-      clip_denoised=settings.holds_pixels(config),
+      clip_denoised=factories.holds_pixels(config),
     )
 
-  if not settings.encodes_images(config):
+  if not factories.encodes_images(config):
     return bound
 
   def bound_of_images(

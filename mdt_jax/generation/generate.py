@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn, guided
 from mdt_jax.diffusion.samplers import is_random, sample, step_noise
@@ -71,9 +71,9 @@ def make_generator(
     "hidden_tokens" (L,) bool.
   """
   platform = platform or jax.default_backend()
-  model = settings.make_model(config)
+  model = factories.make_model(config)
   sampling = config.sampling
-  diffusion = settings.make_sampled_diffusion(config)
+  diffusion = factories.make_sampled_diffusion(config)
   shape = (model.input_size, model.input_size, model.in_channels)
 
   @jax.jit

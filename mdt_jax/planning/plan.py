@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from mdt_jax.generation.generate import make_generator
 from mdt_jax.models import flops
@@ -200,18 +201,18 @@ def largest_batch(
 
 
 def _lower_step(config: ConfigDict, program: Program) -> Any:
-  model = settings.make_model(config)
+  model = factories.make_model(config)
   size = (model.input_size, model.input_size, model.in_channels)
   spread = sharding.over_batch(program.mesh)
   images = {"image": ((config.batch_size, *size), jnp.float32)}
-  if not settings.holds_pixels(config):
+  if not factories.holds_pixels(config):
     images = {"moments": ((config.batch_size, 2, *size), jnp.float16)}
   shapes = {"label": ((config.batch_size,), jnp.int32), **images}
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=spread)
     for name, (shape, dtype) in shapes.items()
   }
-  lengths = settings.kept_lengths(config)
+  lengths = factories.kept_lengths(config)
   return program.step.lower(program.state, batch, lengths and lengths.lengths[-1])
 
 
@@ -269,12 +270,12 @@ def _bytes_of(tree: Any) -> int:
 
 
 def _count_flops(config: ConfigDict, what: str) -> float:
-  model = settings.make_model(config)
+  model = factories.make_model(config)
   if what == "sample":
     passes = 1 if config.sampling.cfg_scale == 1 else 2
     steps = passes * config.sampling.num_steps
     return config.batch_size * steps * flops.forward_flops(model)
-  lengths = settings.kept_lengths(config)
+  lengths = factories.kept_lengths(config)
   longest = lengths.lengths[-1] if lengths else None
   return config.batch_size * flops.train_flops(model, longest)
 

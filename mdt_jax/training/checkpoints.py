@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.training import seals
 from mdt_jax.training.same_run import check_same_run
@@ -365,9 +366,9 @@ def load_ema(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
     ).config
     config = config_from_dict(saved)
-    decay = ema_decay if ema_decay is not None else settings.sampled_decay(config)
+    decay = ema_decay if ema_decay is not None else factories.sampled_decay(config)
     check_choice("--ema_decay", decay, config.ema_decays)
-    model = settings.make_model(config)
+    model = factories.make_model(config)
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.loader import create_loader
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
@@ -79,9 +80,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
           "--workdir", str(workdir), "must be a folder, this is a file"
         )
       mesh = sharding.make_mesh(**config.mesh)
-      autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
-      source = settings.make_source(config, autoencoder)
-      kept_lengths = settings.kept_lengths(config)
+      autoencoder = factories.make_autoencoder(config, sharding.replicated(mesh))
+      source = factories.make_source(config, autoencoder)
+      kept_lengths = factories.kept_lengths(config)
       evaluate = None
       if config.eval.every:
         evaluate = Evaluator(config, mesh, source, autoencoder)
@@ -129,7 +130,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
       batch = sharding.put_batch(batch, mesh, config.batch_size)
       with jax.transfer_guard("disallow"):  # but for what is asked for by name
-        if settings.encodes_images(config):
+        if factories.encodes_images(config):
           batch["moments"] = autoencoder.moments(batch.pop("image"))
         state, metrics = program.step(state, batch, num_keep)
         progress.add(done, metrics)

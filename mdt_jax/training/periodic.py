@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.during_training import Evaluator, Stopped
 from mdt_jax.generation import generate, images
@@ -93,7 +93,7 @@ class Pictures(Periodic):
     self._config = config
     self._autoencoder = autoencoder
     self._generator = generate.make_generator(config)
-    self._decay = str(settings.sampled_decay(config))
+    self._decay = str(factories.sampled_decay(config))
     shards = sharding.batch_shards(mesh)
     count = -(-config.num_samples // shards) * shards
     self._labels = np.arange(count) % config.model.num_classes
@@ -117,7 +117,7 @@ class Pictures(Periodic):
       arrays = self._autoencoder.decode(arrays)
     if jax.process_index() > 0:
       return
-    is_pixels = self._autoencoder is not None or settings.holds_pixels(config)
+    is_pixels = self._autoencoder is not None or factories.holds_pixels(config)
     convert = images.to_uint8 if is_pixels else images.latent_preview
     captions = [str(label) for label in labels[: config.num_samples]]
     grid = images.make_grid(convert(arrays[: config.num_samples]), captions)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.training import sharding
 from mdt_jax.training.state import TrainState, init_state
 from mdt_jax.training.step import TrainStep, make_train_step
@@ -35,9 +35,9 @@ class Program:
 
 def make_program(config: ConfigDict, mesh: Mesh) -> Program:
   """The program of a run that `mdt_jax.config.check` accepts."""
-  model = settings.make_model(config)
-  optimizer, learning_rate = settings.make_optimizer(config)
-  timestep_sampler = settings.make_timestep_sampler(config)
+  model = factories.make_model(config)
+  optimizer, learning_rate = factories.make_optimizer(config)
+  timestep_sampler = factories.make_timestep_sampler(config)
   init = functools.partial(
     init_state,
     model=model,
@@ -49,7 +49,7 @@ def make_program(config: ConfigDict, mesh: Mesh) -> Program:
   shardings = sharding.of_state(mesh, shapes)
   train_step = make_train_step(
     model,
-    settings.make_diffusion(config),
+    factories.make_diffusion(config),
     optimizer,
     timestep_sampler,
     seed=config.seed,

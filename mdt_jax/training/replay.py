@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.loader import batch_indices, create_loader
 from mdt_jax.errors import SettingError
 from mdt_jax.training import sharding
@@ -53,9 +54,9 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   if not workdir.is_dir():
     raise SettingError("--workdir", str(workdir), "must be the folder of a run")
   mesh = sharding.make_mesh(**config.mesh)
-  autoencoder = settings.make_autoencoder(config, sharding.replicated(mesh))
-  source = settings.make_source(config, autoencoder)
-  kept_lengths = settings.kept_lengths(config)
+  autoencoder = factories.make_autoencoder(config, sharding.replicated(mesh))
+  source = factories.make_source(config, autoencoder)
+  kept_lengths = factories.kept_lengths(config)
   program = make_program(config, mesh)
   with locked(workdir), sharding.use_mesh(mesh):
     saved = Checkpoints(workdir, config.checkpoints_to_keep)
@@ -77,7 +78,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
     while True:
       n = int(state.step)
       batch = sharding.put_batch(next(batches), mesh, config.batch_size)
-      if settings.encodes_images(config):
+      if factories.encodes_images(config):
         batch["moments"] = autoencoder.moments(batch.pop("image"))
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
       if n == step:
@@ -112,8 +113,8 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
 
 
 def _looker(config: ConfigDict) -> Callable[..., Any]:
-  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
-  timestep_sampler = settings.make_timestep_sampler(config)
+  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
+  timestep_sampler = factories.make_timestep_sampler(config)
 
   def look(state, batch, num_keep):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)

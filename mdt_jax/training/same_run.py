@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 
 # Attributes of a network that do not change its parameters.
@@ -39,7 +39,7 @@ def check_same_run(saved: ConfigDict, config: ConfigDict, workdir: str) -> None:
 
 def _identity(config: ConfigDict) -> dict[str, Any]:
   """What the arrays of a checkpoint belong to."""
-  model = dataclasses.asdict(settings.make_model(config))
+  model = dataclasses.asdict(factories.make_model(config))
   identity = {
     f"config.model.{name}": value
     for name, value in model.items()

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdt_jax import SettingError, recipes
-from mdt_jax import config as settings
+from mdt_jax import SettingError, factories, recipes
 from mdt_jax.conversion.torch_mdt import from_torch, read_tensors
 from mdt_jax.conversion.workdirs import from_torch_file, to_torch_file
 from mdt_jax.models.presets import MODELS
@@ -45,7 +44,7 @@ def test_a_file_comes_back_bit_for_bit(converted, name, suffix, tmp_path):
 def test_a_converted_network_is_the_one_in_the_file(converted, name):
   pipeline = Pipeline.from_checkpoint(converted / name)
   attributes, _ = from_torch(fixture(name), **HEADS[name])
-  model = settings.make_model(pipeline.config)
+  model = factories.make_model(pipeline.config)
   assert {key: getattr(model, key) for key in attributes} == attributes
 
 
@@ -67,7 +66,7 @@ def test_a_network_of_a_published_size_gets_its_name_and_settings(name):
   attributes = dict(MODELS[name], input_size=32, learn_sigma=True)
   config = recipes.of_network(attributes)
   assert config.model.name == name
-  assert settings.make_model(config).depth == MODELS[name]["depth"]
+  assert factories.make_model(config).depth == MODELS[name]["depth"]
   released = {"DiT": ("adamw", "none"), "MDT": ("adamw", "none")}
   expected = released.get(attributes["variant"], ("adan", "min_snr"))
   assert (config.optimizer.name, config.diffusion.loss_weight) == expected
@@ -77,7 +76,7 @@ def test_a_network_without_learned_variance_samples_with_a_fixed_one():
   attributes = dict(MODELS["DiT-S/8"], input_size=32, learn_sigma=False)
   config = recipes.of_network(attributes)
   assert config.diffusion.variance == "fixed_large"
-  assert not settings.make_model(config).learn_sigma
+  assert not factories.make_model(config).learn_sigma
 
 
 # What is refused.

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.during_training import Evaluator
@@ -56,7 +56,7 @@ def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
 
 def test_scores_are_of_the_averaged_parameters(workdir):
   config, params, _ = load_ema(workdir)
-  evaluate = Evaluator(config, make_mesh(), settings.make_source(config))
+  evaluate = Evaluator(config, make_mesh(), factories.make_source(config))
   found = evaluate(3, {"0.9": params})
   for tag, points in read_scalars(workdir).items():
     assert points[3] == pytest.approx(found[tag], rel=1e-3), tag

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.images import (
@@ -177,7 +177,7 @@ def test_latents_are_not_scored():
 @functools.cache
 def drawn(batch_size, seed=0):
   config = tiny_config()
-  params = reference.random_params(settings.make_model(config))
+  params = reference.random_params(factories.make_model(config))
   stream = GeneratedImages(config, make_generator(config), params, 11, seed=seed)
   return read(stream, batch_size)
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.evaluation import likelihood
 from tests import reference
 from tests.training.tiny import tiny_config
@@ -18,8 +18,8 @@ INDICES = np.array([3, 900, 1796, 17, 50])
 @functools.cache
 def setup(**overrides):
   config = tiny_config(**overrides)
-  params = reference.random_params(settings.make_model(config))
-  return likelihood.make_bound(config, 4), params, settings.make_source(config)
+  params = reference.random_params(factories.make_model(config))
+  return likelihood.make_bound(config, 4), params, factories.make_source(config)
 
 
 def terms(indices=INDICES, seed=0, batch_size=5):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.generation import generate
 from mdt_jax.generation.generate import Request
 from mdt_jax.models.mdt import MDT
@@ -22,7 +22,7 @@ LABELS = np.array([3, 1, 4, 1, 5])
 @functools.cache
 def make_all(method="ddpm"):
   config = tiny_config(**{"sampling.method": method})
-  params = reference.random_params(settings.make_model(config))
+  params = reference.random_params(factories.make_model(config))
   generator = generate.make_generator(config)
 
   def images(labels, seed=0, batch_size=5):
@@ -108,7 +108,7 @@ def seen_while_inpainting(monkeypatch, interpolation, **sampling):
   )
   jax.effects_barrier()
   seen.sort(key=lambda call: -call[0])
-  return seen, image, np.asarray(x_0), settings.make_sampled_diffusion(config)
+  return seen, image, np.asarray(x_0), factories.make_sampled_diffusion(config)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "dpm++", "heun"])
@@ -143,7 +143,7 @@ def test_editing_starts_at_the_noise_of_its_strength(monkeypatch, strength, call
 
   monkeypatch.setattr(MDT, "apply", apply)
   config = tiny_config(**{"sampling.num_steps": 4, "sampling.cfg_scale": 1.0})
-  diffusion = settings.make_sampled_diffusion(config)
+  diffusion = factories.make_sampled_diffusion(config)
   image = np.full((1, 8, 8, 1), 3, np.float32)
   generate.make_generator(config, generate.Task("edit", strength=strength))(
     {}, np.array([1]), np.array([0]), np.uint32(0), {"image": image}

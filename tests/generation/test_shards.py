@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import images
 from mdt_jax.generation.generate import Request
@@ -153,7 +153,7 @@ FLAGS = ["--num_images=300", "--batch_size=1", "--labels=random"]
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   config = tiny_config(**{"sampling.num_steps": 5})
-  save_model(folder, config, reference.random_params(settings.make_model(config)))
+  save_model(folder, config, reference.random_params(factories.make_model(config)))
   return folder
 
 

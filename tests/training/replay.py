@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.training import sharding, step
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
@@ -18,8 +18,8 @@ NUM_KEEP = 10
 def replay() -> dict[str, np.ndarray]:
   """The draws, losses and parameters of a step, by name."""
   config = tiny_config(batch_size=16, seed=5)
-  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
-  timestep_sampler = settings.make_timestep_sampler(config)
+  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
+  timestep_sampler = factories.make_timestep_sampler(config)
   mesh = sharding.make_mesh()
 
   rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 from mdt_jax.training import checkpoints as checkpoints_module
 from mdt_jax.training import seals
@@ -23,13 +23,13 @@ from tests.training.tiny import tiny_config
 
 
 def make_state(config):
-  optimizer, _ = settings.make_optimizer(config)
+  optimizer, _ = factories.make_optimizer(config)
   state = init_state(
     jax.random.key(1),
-    settings.make_model(config),
+    factories.make_model(config),
     optimizer,
     config.ema_decays,
-    settings.make_timestep_sampler(config),
+    factories.make_timestep_sampler(config),
   )
   ema = {d: jax.tree.map(lambda x, d=d: x + float(d), p) for d, p in state.ema.items()}
   return state.replace(step=state.step + 7, ema=ema)

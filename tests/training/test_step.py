@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.training import step
 from mdt_jax.training.state import TrainState
 from tests import reference
@@ -29,10 +29,10 @@ def make_batch(config, seed=0):
 
 
 def make_state(config):
-  optimizer, _ = settings.make_optimizer(config)
-  sampler = settings.make_timestep_sampler(config)
+  optimizer, _ = factories.make_optimizer(config)
+  sampler = factories.make_timestep_sampler(config)
   params = jax.tree.map(
-    jnp.asarray, reference.random_params(settings.make_model(config))
+    jnp.asarray, reference.random_params(factories.make_model(config))
   )
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -45,12 +45,12 @@ def make_state(config):
 
 
 def make_step(config):
-  optimizer, learning_rate = settings.make_optimizer(config)
+  optimizer, learning_rate = factories.make_optimizer(config)
   train_step = step.make_train_step(
-    settings.make_model(config),
-    settings.make_diffusion(config),
+    factories.make_model(config),
+    factories.make_diffusion(config),
     optimizer,
-    settings.make_timestep_sampler(config),
+    factories.make_timestep_sampler(config),
     seed=config.seed,
     ema_decays=config.ema_decays,
     accumulation_steps=config.accumulation_steps,
@@ -101,9 +101,9 @@ def test_the_step_is_that_of_the_released_loop_written_out():
   """Two passes, losses averaged and added, one optimizer step, then the averages."""
   config = smooth_config()
   state, after, metrics = run_once()
-  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
+  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
-  sampler = settings.make_timestep_sampler(config)
+  sampler = factories.make_timestep_sampler(config)
   draws = step.draw(key, make_batch(config), model, sampler, None)
 
   def loss(params):
@@ -112,7 +112,7 @@ def test_the_step_is_that_of_the_released_loop_written_out():
     return full.mean() + masked.mean()
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
-  optimizer, _ = settings.make_optimizer(config)
+  optimizer, _ = factories.make_optimizer(config)
   updates, _ = optimizer.update(gradients, state.opt_state, state.params)
   expected = jax.tree.map(jnp.add, state.params, updates)
   assert distance(after.params, expected) < 2e-6
@@ -122,8 +122,8 @@ def test_the_step_is_that_of_the_released_loop_written_out():
 
 def test_both_passes_share_timesteps_and_differ_in_noise():
   config = tiny_config()
-  model = settings.make_model(config)
-  sampler = settings.make_timestep_sampler(config)
+  model = factories.make_model(config)
+  sampler = factories.make_timestep_sampler(config)
   draws = step.draw(jax.random.key(0), make_batch(config), model, sampler, None)
   assert draws.t.shape == (config.batch_size,)
   assert np.abs(draws.noise[:, 0] - draws.noise[:, 1]).max() > 0.1
@@ -131,8 +131,8 @@ def test_both_passes_share_timesteps_and_differ_in_noise():
 
 def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
   config = tiny_config(batch_size=4096)
-  model = settings.make_model(config)
-  sampler = settings.make_timestep_sampler(config)
+  model = factories.make_model(config)
+  sampler = factories.make_timestep_sampler(config)
   batch = {"image": np.zeros((4096, 8, 8, 1), "f"), "label": np.zeros(4096, np.int32)}
   dropped = step.draw(jax.random.key(0), batch, model, sampler, None).labels == 10
   np.testing.assert_allclose(dropped.mean(axis=0), 0.1, atol=0.02)
@@ -194,8 +194,8 @@ def test_loss_second_moment_sampler_learns_from_the_step():
 def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
   """Else the sampler would learn from its own weights."""
   config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
-  model, diffusion = settings.make_model(config), settings.make_diffusion(config)
-  sampler = settings.make_timestep_sampler(config)
+  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
+  sampler = factories.make_timestep_sampler(config)
   rng = np.random.default_rng(0)
   num_timesteps = config.diffusion.num_timesteps
   history = sampler.init().replace(
