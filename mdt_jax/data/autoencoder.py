@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mdt_jax.conversion.torch_vae import load_vae
 from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
@@ -57,10 +60,33 @@ class Autoencoder:
     """
     return _moments(self.model, self.params, images)
 
-  def decode(self, latents: Array | np.ndarray) -> np.ndarray:
-    """Images (B, H, W, 3) float32, about in [-1, 1], of latents (B, h, w, C)."""
-    latents = self.model.unscale(jnp.asarray(latents))
-    return np.asarray(decode_in_slices(self.model, self.params, latents))
+  def decode(self, latents: Array | np.ndarray) -> Array:
+    """Images (B, H, W, 3) float32, about in [-1, 1], of latents (B, h, w, C).
+
+    Inside `training.sharding.use_mesh` its devices share them, where B is a multiple of
+    the devices that share a batch. Of several processes all must take part.
+    """
+    (axes,) = nn.logical_to_mesh_axes(("batch",))
+    return _decode(self.model, self.params, latents, axes)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "axes"))
+def _decode(
+  model: AutoencoderKL, params: Params, latents: Array, axes: tuple[str, ...] | None
+) -> Array:
+  """`axes`: of the mesh, that share the images; None for none."""
+
+  def decode(params: Params, latents: Array) -> Array:
+    return decode_in_slices(model, params, model.unscale(latents))
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if not axes or len(latents) % math.prod(mesh.shape[axis] for axis in axes):
+    return decode(params, latents)
+  # By hand: to JAX the slices of a shared batch are one loop over all of it.
+  whole, split = PartitionSpec(), PartitionSpec(axes)
+  return jax.shard_map(
+    decode, in_specs=(whole, split), out_specs=split, check_vma=False
+  )(params, latents)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -21,6 +21,7 @@ from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.generation import generate
 from mdt_jax.generation.images import to_uint8
+from mdt_jax.training.sharding import fetch
 
 if TYPE_CHECKING:
   from mdt_jax.data.autoencoder import Autoencoder
@@ -243,5 +244,5 @@ class GeneratedImages:
       labels = self.labels[start : start + len(arrays)]
       start += len(arrays)
       if self._autoencoder is not None:
-        arrays = self._autoencoder.decode(arrays)
+        arrays = fetch(self._autoencoder.decode(arrays))
       yield to_uint8(arrays), labels

@@ -114,7 +114,7 @@ class Pictures(Periodic):
       batch_size=len(labels),
     )
     if self._autoencoder is not None:
-      arrays = self._autoencoder.decode(arrays)
+      arrays = sharding.fetch(self._autoencoder.decode(arrays))
     if jax.process_index() > 0:
       return
     is_pixels = self._autoencoder is not None or factories.holds_pixels(config)
