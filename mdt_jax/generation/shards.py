@@ -4,7 +4,9 @@
   OUTPUT/partial/000000.npy      images of a block; there as a whole or not at all
   OUTPUT/samples.npz             all of them: arr_0 images, arr_1 labels
   OUTPUT/samples.json            what they are of
+  OUTPUT/png/3_000000.png        each of them, where asked for
 
+A folder holds images of one kind: what other settings left goes when they are merged.
 Several processes share the folder: each makes blocks of its own, the first one merges.
 """
 
@@ -30,6 +32,7 @@ from mdt_jax.writing import whole, write_json
 logger = logging.getLogger("mdt_jax")
 MAX_IN_GRID = 100
 PNGS_AT_A_TIME = 64
+NAMES = ("samples", "latents")
 SECONDS_BETWEEN_LOOKS = 1.0  # for the blocks of other processes
 # blocks -> (block, its images), in order
 MakeBlocks = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
@@ -42,7 +45,7 @@ class ShardedImages:
     folder: where to; it is made.
     request: what is made.
     settings: all that the images depend on, to be compared when a run goes on; JSON.
-    name: of the files, "samples" or "latents".
+    name: of the files, one of NAMES.
     process_index, process_count: of this process among those that share the folder.
 
   Raises:
@@ -61,6 +64,7 @@ class ShardedImages:
   ):
     self.folder = Path(folder)
     self._partial = self.folder / "partial"
+    self._pngs = self.folder / "png"
     self._request = request
     self._settings = settings
     self._name = name
@@ -116,12 +120,11 @@ class ShardedImages:
 
     It is a layout that config.data.source = "images" reads.
     """
-    folder = self.folder / "png"
-    folder.mkdir(exist_ok=True)
+    self._pngs.mkdir(exist_ok=True)
 
     def save(i: int, pixels: np.ndarray) -> None:
       label = self._request.labels[i]
-      images.to_pil(pixels).save(folder / f"{label}_{i:06d}.png")
+      images.to_pil(pixels).save(self._pngs / f"{label}_{i:06d}.png")
 
     start = 0
     with ThreadPoolExecutor() as threads:
@@ -168,7 +171,8 @@ class ShardedImages:
 
   def _merge(self) -> None:
     labels = np.asarray(self._request.labels, np.int64)
-    # The picture first: the .npz says that all is done.
+    # The .npz comes last: it says that all is done.
+    self._remove_others()
     self._write_grid(labels)
     with whole(self.npz) as partial, partial.open("wb") as file:
       images.write_npz(file, self._blocks(), labels)
@@ -178,6 +182,15 @@ class ShardedImages:
     shutil.rmtree(done, ignore_errors=True)
     self._partial.rename(done)
     shutil.rmtree(done)
+
+  def _remove_others(self) -> None:
+    """Removes images of other settings that nothing below replaces."""
+    for path in self._pngs.glob(f"*_{'[0-9]' * 6}*.png"):
+      path.unlink()
+    for name in NAMES:
+      if name != self._name:
+        for suffix in (".npz", ".json"):
+          (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
 
   def _write_grid(self, labels: np.ndarray) -> None:
     shown: list[np.ndarray] = []
