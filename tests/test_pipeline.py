@@ -149,12 +149,12 @@ def test_an_edit_of_little_strength_stays_near_its_image(pipeline):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (dict(inpaint=IMAGE), "must be a picture, an array or a path"),
+    (dict(inpaint=IMAGE), "mask = None: must be given"),
     (dict(mask=MASK), "goes with an image to inpaint"),
     (dict(inpaint=IMAGE, mask=MASK[:4]), "mask = '4x8': must have the image's 8x8"),
     (dict(inpaint=IMAGE, mask=MASK | True), "hides everything"),
     (dict(inpaint=IMAGE[:4], mask=MASK), "inpaint = '4x8x1': must have the model's"),
-    (dict(inpaint=Image.new("RGB", (8, 8)), mask=MASK), "must be L, is RGB"),
+    (dict(inpaint=Image.new("RGB", (8, 8)), mask=MASK), "must be grey, is RGB"),
     (dict(inpaint=IMAGE, mask=MASK, interpolation=2.0), "must lie in [0, 1]"),
     (dict(inpaint=IMAGE, mask=MASK, edit=IMAGE), "must be left out"),
     (dict(inpaint=IMAGE[None, ..., None].repeat(2, 0), mask=MASK), "must be 1, as"),

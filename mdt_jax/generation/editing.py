@@ -12,6 +12,12 @@ from mdt_jax.errors import SettingError
 
 ImageLike = Any  # PIL image, uint8 array (H, W) or (H, W, C), or a path
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
+IN_WORDS = {
+  "L": "grey",
+  "LA": "grey with transparency",
+  "P": "of a palette",
+  "RGBA": "RGB with transparency",
+}
 HIDDEN_FROM = 128  # of a mask's 0 … 255
 
 
@@ -31,9 +37,8 @@ def read_image(setting: str, image: ImageLike, size: int, channels: int) -> np.n
   else:
     opened = _open(setting, image)
     if opened.mode != MODES[channels]:
-      raise SettingError(
-        setting, _name(image), f"must be {MODES[channels]}, is {opened.mode}"
-      )
+      wanted, found = (IN_WORDS.get(m, m) for m in (MODES[channels], opened.mode))
+      raise SettingError(setting, _name(image), f"must be {wanted}, is {found}")
     pixels = np.asarray(opened).reshape(opened.height, opened.width, channels)
   if pixels.shape != (size, size, channels):
     raise SettingError(
@@ -50,6 +55,8 @@ def read_mask(setting: str, mask: ImageLike, size: int) -> np.ndarray:
   Raises:
     SettingError: no mask, one of another size, or one that hides all or nothing.
   """
+  if mask is None:
+    raise SettingError(setting, None, "must be given: what is white is painted")
   if isinstance(mask, np.ndarray) and mask.dtype == bool:
     hidden = mask
   elif isinstance(mask, np.ndarray) and mask.dtype == np.uint8:

@@ -31,8 +31,8 @@ def test_a_grey_image_has_one_channel():
 @pytest.mark.parametrize(
   ("image", "message"),
   [
-    (Image.new("RGBA", (8, 8)), "must be RGB, is RGBA"),
-    (Image.new("L", (8, 8)), "must be RGB, is L"),
+    (Image.new("RGBA", (8, 8)), "must be RGB, is RGB with transparency"),
+    (Image.new("L", (8, 8)), "must be RGB, is grey"),
     (Image.new("RGB", (9, 8)), "image = '8x9x3': must have the model's size, 8x8x3"),
     (PIXELS[..., :1], "image = '8x8x1': must have the model's size, 8x8x3"),
     (PIXELS / 255, "must be uint8"),
@@ -61,7 +61,8 @@ def test_white_is_hidden():
     (np.ones((8, 8), bool), "hides everything"),
     (Image.new("L", (8, 8), 127), "hides nothing"),
     (HALF.astype(float), "mask = 'float64 array': must be bool or uint8"),
-    (None, "must be a picture, an array or a path"),
+    (7, "must be a picture, an array or a path"),
+    (None, "mask = None: must be given: what is white is painted"),
   ],
 )
 def test_what_is_no_mask_is_named(mask, message):
