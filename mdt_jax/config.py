@@ -83,7 +83,7 @@ def default_config() -> ConfigDict:
   c.data.validation = 0.0  # share of the examples that are held out of training
   c.data.vae = placeholder(str)  # folder or hub id: encodes images, decodes samples
   c.data.flip = True  # mirror images at random; arrays are used as they stand
-  c.data.max_unreadable = 100  # examples that may be left out before the run stops
+  c.data.max_unreadable = 100  # examples left out, by each worker, before it stops
   c.data.num_workers = 0  # processes that read; 0: threads of this one
   c.data.num_threads = 8  # batches read at a time; 0: in the main thread
 
@@ -109,7 +109,7 @@ def default_config() -> ConfigDict:
   c.eval.metrics = "fid"  # by commas: fid sfid is precision recall need Inception's
   # weights; frechet accuracy diversity are for small data
   c.eval.num_images = 10_000  # sampled as config.sampling says; papers take 50,000
-  c.eval.batch_size = 64  # images at a time, over the devices of a process
+  c.eval.batch_size = 64  # images at a time, over all devices
   c.eval.reference = placeholder(str)  # .npz of images or statistics; None: the data
   c.eval.inception = placeholder(str)  # file of weights
 
