@@ -12,9 +12,7 @@ python -m mdt_jax.encode --reference_batch=FILE.npz --source=…    images for e
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,7 +25,7 @@ from mdt_jax import cli
 from mdt_jax.data import encoding, latents
 from mdt_jax.data.files import open_files
 from mdt_jax.data.sources import ImageSource
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.training import sharding
 from mdt_jax.writing import whole, write_json
 
@@ -66,29 +64,18 @@ logger = logging.getLogger("mdt_jax")
 
 def main(argv: list[str]) -> None:
   del argv
-  if REFERENCE_BATCH.value:
-    with _named_as_flags(path="--source"):
-      _write_reference_batch(Path(REFERENCE_BATCH.value).expanduser())
-  elif VERIFY.value or STATISTICS.value:
-    with _named_as_flags(path="--output"):
-      _look_at(Path(_required("output", OUTPUT.value)).expanduser())
-  else:
-    with _named_as_flags(path="--source"):
-      _encode()
-
-
-@contextlib.contextmanager
-def _named_as_flags(path: str) -> Iterator[None]:
-  """Names settings of the data, in errors, as this command has them."""
+  looks = not REFERENCE_BATCH.value and (VERIFY.value or STATISTICS.value)
   names = {
-    "config.data.path": path,
+    "config.data.path": "--output" if looks else "--source",
     "config.data.max_unreadable": "--max_unreadable",
   }
-  try:
-    yield
-  except SettingError as error:
-    setting = names.get(error.setting, error.setting)
-    raise SettingError(setting, error.value, error.accepted) from None
+  with renamed_in_errors(names):
+    if REFERENCE_BATCH.value:
+      _write_reference_batch(Path(REFERENCE_BATCH.value).expanduser())
+    elif looks:
+      _look_at(Path(_required("output", OUTPUT.value)).expanduser())
+    else:
+      _encode()
 
 
 def _encode() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -47,3 +47,13 @@ def named_in_errors(prefix: str) -> Iterator[None]:
     raise SettingError(
       f"{prefix}.{error.setting}", error.value, error.accepted
     ) from None
+
+
+@contextlib.contextmanager
+def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+  """Names settings of a config, in errors, as a command has them that has no config."""
+  try:
+    yield
+  except SettingError as error:
+    setting = names.get(error.setting, error.setting)
+    raise SettingError(setting, error.value, error.accepted) from None

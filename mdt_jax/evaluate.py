@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import cli, factories
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.evaluation import likelihood, metrics, scores
 from mdt_jax.evaluation.during_training import MAX_REAL_IMAGES
 from mdt_jax.evaluation.features import FeatureExtractor
@@ -42,7 +42,7 @@ from mdt_jax.evaluation.images import (
   SourceImages,
 )
 from mdt_jax.generation import generate
-from mdt_jax.generation.overrides import with_sampling
+from mdt_jax.generation.overrides import with_sampling, with_vae
 from mdt_jax.training import sharding
 from mdt_jax.training.checkpoints import load_ema, workdir_of
 from mdt_jax.writing import write_json
@@ -88,6 +88,11 @@ OUTPUT = flags.DEFINE_string(
 )
 
 BPD = "bpd"
+AS_FLAGS = {
+  "config.data.source": "--data_source",
+  "config.data.path": "--data_path",
+  "config.data.vae": "--vae",
+}
 DRAWN_IMAGES, BPD_IMAGES = 50_000, 1000
 
 logger = logging.getLogger("mdt_jax")
@@ -99,12 +104,13 @@ def main(argv: list[str]) -> None:
   _check_numbers()
   if not (CHECKPOINT.value or SAMPLES.value):
     raise SettingError("--samples", None, "must be given, or --checkpoint")
-  run = _load_run() if CHECKPOINT.value else None
-  if BPD in names:
-    _measure_bpd(run)
-    names.remove(BPD)
-  if names:
-    _measure_scores(names, run)
+  with renamed_in_errors(AS_FLAGS):
+    run = _load_run() if CHECKPOINT.value else None
+    if BPD in names:
+      _measure_bpd(run)
+      names.remove(BPD)
+    if names:
+      _measure_scores(names, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +126,10 @@ class Run:
 def _load_run() -> Run:
   config, params, step = load_ema(CHECKPOINT.value, STEP.value, EMA_DECAY.value)
   config.sampling.ema_decay = factories.sampled_decay(config, EMA_DECAY.value)
-  config.data.source = DATA_SOURCE.value or config.data.source
-  config.data.path = DATA_PATH.value or config.data.path
-  config.data.vae = VAE.value or config.data.vae
+  config = with_vae(config, VAE.value)
+  if DATA_SOURCE.value or DATA_PATH.value:
+    config.data.source = DATA_SOURCE.value or config.data.source
+    config.data.path = DATA_PATH.value or config.data.path
   config = with_sampling(config, _sampling(config))
   return Run(config, params, step, factories.make_autoencoder(config))
 
@@ -131,6 +138,8 @@ def _chosen_metrics() -> list[str]:
   """Those asked for; else those that what is given suffices for."""
   if METRICS.value is not None:
     names = list(dict.fromkeys(METRICS.value))
+    if BPD in names and not CHECKPOINT.value:
+      raise SettingError("--metrics", BPD, "needs --checkpoint")
   elif INCEPTION.value:
     names = list(metrics.INCEPTION_METRICS)
   elif SAMPLES.value or REFERENCE.value:
@@ -139,8 +148,6 @@ def _chosen_metrics() -> list[str]:
     names = [BPD]
   for name in names:
     check_choice("--metrics", name, [*metrics.METRICS, BPD])
-  if BPD in names and not CHECKPOINT.value:
-    raise SettingError("--metrics", BPD, "needs --checkpoint")
   if names != [BPD]:
     of_images = [name for name in names if name != BPD]
     metrics.check_metrics("--metrics", of_images, INCEPTION.value is not None)

@@ -23,7 +23,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.generation import editing, generate, images
 from mdt_jax.generation.generate import BlockGenerator, Request, Task
 from mdt_jax.generation.labels import parse_labels
-from mdt_jax.generation.overrides import with_sampling
+from mdt_jax.generation.overrides import with_sampling, with_vae
 from mdt_jax.generation.shards import ShardedImages
 from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
 from mdt_jax.training.checkpoints import load_ema
@@ -72,12 +72,16 @@ class Pipeline:
       path, step, ema_decay: see `checkpoints.load_ema`.
       vae: folder or hub id of the autoencoder that decodes latents; None for that of
         the run, if it has one; "none" for none.
+
+    Raises:
+      SettingError: as `checkpoints.load_ema`; there is no such autoencoder, or none is
+        needed.
     """
     config, params, step = load_ema(path, step, ema_decay)
     config.sampling.ema_decay = factories.sampled_decay(config, ema_decay)
-    if vae == NO_VAE or factories.holds_pixels(config):
+    if vae == NO_VAE:
       return cls(config, params, step)
-    config.data.vae = vae or config.data.vae
+    config = with_vae(config, vae)
     return cls(config, params, step, factories.make_autoencoder(config))
 
   @property

@@ -14,6 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdt_jax import factories
+from mdt_jax.training.checkpoints import save_model
+from tests import reference
+from tests.training.tiny import tiny_config
+
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
   "num_steps": 2,
@@ -81,7 +86,7 @@ def trained(tmp_path_factory):
     ("--config.modle=1", ["modle"]),
     ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
     ("--config.batch_size=many", ["batch_size", "many"]),
-    ("--config.data.source=images", ["config.data.path"]),
+    ("--config.data.source=images", ["config.data.path = None: must be given"]),
     ("batch_size=3", ["batch_size=3"]),
   ],
 )
@@ -245,6 +250,7 @@ def test_the_bound_of_a_checkpoint_is_written(trained, tmp_path):
       ["--num_images = 10: diversity needs two images of a class"],
     ),
     ("--steps=0", ["--steps = 0: must lie in [1, config.diffusion.num_timesteps"]),
+    ("--vae=folder", ["--vae = 'folder': must be left out: this model draws pixels"]),
   ],
 )
 def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
@@ -254,6 +260,21 @@ def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
   flags = [f"--checkpoint={trained}", f"--output={output}", *flag.split()]
   assert_refused(run("mdt_jax.evaluate", *flags), *texts)
   assert not output.exists()
+
+
+def save_tiny(workdir, **settings):
+  config = tiny_config(**settings)
+  save_model(workdir, config, reference.random_params(factories.make_model(config)))
+  return f"--checkpoint={workdir}"
+
+
+@pytest.mark.parametrize(
+  ("metrics", "text"),
+  [("frechet", "--vae = None: must be"), ("bpd", "--data_path = None: must be")],
+)
+def test_what_a_run_of_latents_lacks_is_named_as_a_flag(tmp_path, metrics, text):
+  checkpoint = save_tiny(tmp_path, **{"data.source": "latents"})
+  assert_refused(run("mdt_jax.evaluate", checkpoint, f"--metrics={metrics}"), text)
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +326,6 @@ def test_a_checkpoint_is_sampled_and_scored_in_one_go(trained, tmp_path):
 def test_converted_weights_of_inception_give_the_scores_of_adm(sampled, tmp_path):
   from safetensors.numpy import save_file
 
-  from tests import reference
-
   source, weights = tmp_path / "fid.safetensors", tmp_path / "inception.safetensors"
   save_file(reference.inception_tensors(), source)
   flags = [f"--input={source}", f"--output={weights}"]
@@ -322,6 +341,11 @@ def test_converted_weights_of_inception_give_the_scores_of_adm(sampled, tmp_path
   assert found["sfid"] == pytest.approx(0, abs=1e-6)
   assert found["is"] >= 1
   assert (found["precision"], found["recall"]) == (1, 1)
+
+
+def test_nothing_to_score_is_one_line_and_exit_code_2():
+  result = run("mdt_jax.evaluate")
+  assert_refused(result, "--samples = None: must be given, or --checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,16 @@ from tests.training.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   config = tiny_config()
   save_model(folder, config, reference.random_params(factories.make_model(config)))
-  return mdt_jax.Pipeline.from_checkpoint(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint):
+  return mdt_jax.Pipeline.from_checkpoint(checkpoint)
 
 
 def pixels_of(pictures):
@@ -76,6 +81,12 @@ def test_settings_of_a_call_do_not_stay(pipeline):
   before = pipeline.config.to_json()
   pipeline([1], num_steps=2, cfg_scale=1.0)
   assert pipeline.config.to_json() == before
+
+
+def test_pixels_take_no_autoencoder(checkpoint):
+  with pytest.raises(SettingError, match="vae = 'x': must be left out"):
+    mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="x")
+  assert mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="none").autoencoder is None
 
 
 def test_a_run_of_many_devices_is_sampled_on_those_that_are_here():

@@ -44,7 +44,7 @@ class Files(Protocol):
 
 
 def open_files(
-  path: str | os.PathLike[str] | None,
+  path: str | os.PathLike[str],
   split: str = "train",
   extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
 ) -> Files:
@@ -59,7 +59,7 @@ def open_files(
   Raises:
     SettingError: there is nothing to read, or it is not laid out as documented.
   """
-  path = str(path or "")
+  path = str(path)
   if path.startswith(TFDS_PREFIX):
     return TfdsFiles(path, split)
   path = os.path.expanduser(path)

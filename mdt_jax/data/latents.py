@@ -69,13 +69,13 @@ def shard_name(index: int, count: int) -> str:
 
 def read_card(path: str | Path) -> dict[str, Any]:
   """The card of a finished set; raises SettingError where there is none."""
-  card = Path(path or "").expanduser() / CARD
+  card = Path(path).expanduser() / CARD
   try:
     found = json.loads(card.read_text())
   except FileNotFoundError:
     raise SettingError(
       "config.data.path",
-      str(path or ""),
+      str(path),
       f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode",
     ) from None
   except (OSError, ValueError) as error:
@@ -107,12 +107,12 @@ class LatentSource(TolerantSource):
 
   def __init__(
     self,
-    path: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str],
     input_size: int,
     channels: int,
     max_unreadable: int,
   ):
-    super().__init__(str(path or ""), max_unreadable)
+    super().__init__(str(path), max_unreadable)
     self.card = read_card(path)
     self.image_shape = (input_size, input_size, channels)
     self.layout = Layout(tuple(self.card["latent_shape"]), self.card["dtype"])

@@ -23,6 +23,11 @@ from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, open_files
 from mdt_jax.errors import SettingError, check_choice
 
 SOURCES = ("digits", "images", "latents", "arrays")
+PATHS = {
+  "images": "a folder of images, .tar files or tfds:NAME",
+  "latents": "an output of python -m mdt_jax.encode",
+  "arrays": "a folder of .npy files",
+}
 
 
 class Source(Protocol):
@@ -258,10 +263,12 @@ def create_source(
     max_unreadable: how many examples may be unreadable.
 
   Raises:
-    SettingError: for another name, for a size or number of channels that the source
-      does not have, and where the sources do.
+    SettingError: for another name, without a path, for a size or number of channels
+      that the source does not have, and where the sources do.
   """
   check_choice("config.data.source", name, SOURCES)
+  if name in PATHS and not path:
+    raise SettingError("config.data.path", path, f"must be given: {PATHS[name]}")
   if name == "images":
     files = open_files(path, split)
     return ImageSource(files, image_size, channels, max_unreadable)

@@ -1,4 +1,4 @@
-"""Other settings of sampling than those of the run, for a call or a command."""
+"""Other settings than those of the run, for a call or a command that samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
+from mdt_jax import factories
 from mdt_jax.errors import SettingError
 
 
@@ -44,4 +45,17 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any]) -> ConfigDict
         f"config.sampling.{name}", value, f"must be of type {kind}"
       ) from None
   settings.check_sampling(config)
+  return config
+
+
+def with_vae(config: ConfigDict, vae: str | None) -> ConfigDict:
+  """A copy of a config with another autoencoder; None for that of the run.
+
+  Raises:
+    SettingError: the network draws pixels, which nothing decodes.
+  """
+  config = config.copy_and_resolve_references()
+  if vae is not None and factories.holds_pixels(config):
+    raise SettingError("vae", vae, "must be left out: this model draws pixels")
+  config.data.vae = vae or config.data.vae
   return config

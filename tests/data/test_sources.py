@@ -378,12 +378,6 @@ def test_missing_folder_is_refused(tmp_path):
     open_folder(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("path", [None, ""])
-def test_unset_path_is_refused(path):
-  with pytest.raises(SettingError, match=r"^config.data.path = '': expected a folder"):
-    open_folder(path)
-
-
 def test_file_in_place_of_a_folder_is_refused(three):
   with pytest.raises(SettingError, match=r"^config.data.path = .*1.png': .*a folder"):
     open_folder(three / "1.png")
@@ -473,6 +467,14 @@ def test_unknown_source_is_refused():
     match=r"^config.data.source = 'imagenet': accepted are digits, images",
   ):
     create("imagenet")
+
+
+@pytest.mark.parametrize("name", ["images", "latents", "arrays"])
+@pytest.mark.parametrize("path", [None, ""])
+def test_a_source_of_files_needs_a_path(name, path):
+  message = rf"^config.data.path = {path!r}: must be given"
+  with pytest.raises(SettingError, match=message):
+    create(name, path)
 
 
 def test_digits_of_another_size_are_refused():
