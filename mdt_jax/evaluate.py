@@ -130,6 +130,7 @@ def _load_run() -> Run:
   if DATA_SOURCE.value or DATA_PATH.value:
     config.data.source = DATA_SOURCE.value or config.data.source
     config.data.path = DATA_PATH.value or config.data.path
+    config.data.validation = 0.0  # nothing of other data was trained on
   config = with_sampling(config, _sampling(config))
   return Run(config, params, step, factories.make_autoencoder(config))
 

@@ -277,6 +277,18 @@ def test_what_a_run_of_latents_lacks_is_named_as_a_flag(tmp_path, metrics, text)
   assert_refused(run("mdt_jax.evaluate", checkpoint, f"--metrics={metrics}"), text)
 
 
+def test_nothing_of_other_data_is_held_out(tmp_path):
+  checkpoint = save_tiny(tmp_path / "run", **{"data.validation": 0.5})
+  (tmp_path / "data").mkdir()
+  for i in range(4):
+    Image.new("L", (8, 8), 60 * i).save(tmp_path / "data" / f"{i}.png")
+  other = ["--data_source=images", f"--data_path={tmp_path / 'data'}", "--steps=1"]
+  code, _, err = run("mdt_jax.evaluate", checkpoint, "--metrics=bpd", *other)
+  assert code == 0, err
+  found = json.loads((tmp_path / "run" / "evaluation" / "bpd.json").read_text())
+  assert found["images"] == 4
+
+
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
   folder = tmp_path_factory.mktemp("sampled")
