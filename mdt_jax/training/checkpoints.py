@@ -167,7 +167,7 @@ class Checkpoints:
         step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
       ).config
       check_same_run(config_from_dict(saved), config, workdir)
-      if "state" not in self._manager.item_metadata(step):
+      if not (self._folder / str(step) / "state").is_dir():
         raise SettingError(
           "--workdir",
           workdir,

@@ -57,12 +57,13 @@ def saved(tmp_path_factory):
   return folder, config, save(folder, config)
 
 
-def test_a_state_comes_back_bit_for_bit(saved):
+def test_a_state_comes_back_bit_for_bit_and_without_a_warning(saved, caplog):
   folder, config, state = saved
   checkpoints = Checkpoints(folder, 2)
   restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
   checkpoints.close()
   assert_same(state, restored)
+  assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 def test_a_decay_of_zero_is_no_missing_one(tmp_path):
