@@ -107,6 +107,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   except (Exception, SystemExit) as error:
     if place := _place_in_config(error, argv):
       _refuse(f"--config: {place}: {type(error).__name__}: {error}")
+    if isinstance(error, SystemExit):  # of --help, which absl takes for a failure
+      sys.exit(0)
     if not isinstance(error, (AttributeError, KeyError)):
       raise
     # ml_collections: a config file, or a flag, names a field that there is not.

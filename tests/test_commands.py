@@ -100,6 +100,12 @@ def test_a_missing_config_file_is_refused(tmp_path):
   assert_refused(result, "none.py")
 
 
+def test_help_is_no_failure():
+  code, out, _ = run("mdt_jax.convert", "--help")
+  assert code == 0
+  assert "--decode_depth" in out
+
+
 def test_a_missing_flag_is_refused():
   assert_refused(run("mdt_jax.main", "--workdir=x"), "--config")
 
