@@ -6,8 +6,8 @@
   OUTPUT/samples.json            what they are of
   OUTPUT/png/3_000000.png        each of them, where asked for
 
-A folder holds images of one kind: what other settings left goes when they are merged.
-Several processes share the folder: each makes blocks of its own, the first one merges.
+Images of other settings that are there are replaced once all are made. Several
+processes share the folder: each makes blocks of its own, the first one merges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from mdt_jax.writing import whole, write_json
 logger = logging.getLogger("mdt_jax")
 MAX_IN_GRID = 100
 PNGS_AT_A_TIME = 64
-NAMES = ("samples", "latents")
 SECONDS_BETWEEN_LOOKS = 1.0  # for the blocks of other processes
 # blocks -> (block, its images), in order
 MakeBlocks = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
@@ -45,7 +44,7 @@ class ShardedImages:
     folder: where to; it is made.
     request: what is made.
     settings: all that the images depend on, to be compared when a run goes on; JSON.
-    name: of the files, one of NAMES.
+    name: of the files, "samples" or "latents".
     process_index, process_count: of this process among those that share the folder.
 
   Raises:
@@ -172,7 +171,8 @@ class ShardedImages:
   def _merge(self) -> None:
     labels = np.asarray(self._request.labels, np.int64)
     # The .npz comes last: it says that all is done.
-    self._remove_others()
+    if self._name == "samples":
+      self._remove_pngs()
     self._write_grid(labels)
     with whole(self.npz) as partial, partial.open("wb") as file:
       images.write_npz(file, self._blocks(), labels)
@@ -183,14 +183,10 @@ class ShardedImages:
     self._partial.rename(done)
     shutil.rmtree(done)
 
-  def _remove_others(self) -> None:
-    """Removes images of other settings that nothing below replaces."""
+  def _remove_pngs(self) -> None:
+    """Removes those of the images that are replaced; there may be more of them."""
     for path in self._pngs.glob(f"*_{'[0-9]' * 6}*.png"):
       path.unlink()
-    for name in NAMES:
-      if name != self._name:
-        for suffix in (".npz", ".json"):
-          (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
 
   def _write_grid(self, labels: np.ndarray) -> None:
     shown: list[np.ndarray] = []
