@@ -130,6 +130,8 @@ def _load_run() -> Run:
   if DATA_SOURCE.value or DATA_PATH.value:
     config.data.source = DATA_SOURCE.value or config.data.source
     config.data.path = DATA_PATH.value or config.data.path
+    if config.data.validation:
+      logger.info("all of the data given is used: none of it counts as held out")
     config.data.validation = 0.0  # nothing of other data was trained on
   config = with_sampling(config, _sampling(config))
   return Run(config, params, step, factories.make_autoencoder(config))
@@ -206,12 +208,16 @@ def _measure_scores(names: list[str], run: Run | None) -> None:
 def _open_samples(run: Run | None, mesh: Mesh) -> ImageStream:
   if SAMPLES.value:
     return NpzImages(SAMPLES.value)
+  autoencoder, everywhere = run.autoencoder, sharding.replicated(mesh)
+  if autoencoder is not None:
+    params = jax.device_put(autoencoder.params, everywhere)
+    autoencoder = dataclasses.replace(autoencoder, params=params)
   return GeneratedImages(
     run.config,
     generate.make_generator(run.config),
-    jax.device_put(run.params, sharding.replicated(mesh)),
+    jax.device_put(run.params, everywhere),
     NUM_IMAGES.value or DRAWN_IMAGES,
-    run.autoencoder,
+    autoencoder,
     SEED.value,
   )
 
@@ -281,8 +287,8 @@ def _measure_bpd(run: Run) -> None:
     count,
     run.step,
   )
-  decay = run.config.sampling.ema_decay
-  _write("bpd.json", {"step": run.step, "ema_decay": decay, "images": count, **means})
+  of = {"step": run.step, "ema_decay": run.config.sampling.ema_decay}
+  _write("bpd.json", {**of, "held_out": held_out, "images": count, **means})
 
 
 def _write(name: str, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -171,11 +172,12 @@ class ShardedImages:
   def _merge(self) -> None:
     labels = np.asarray(self._request.labels, np.int64)
     # The .npz comes last: it says that all is done.
-    if self._name == "samples":
-      self._remove_pngs()
     self._write_grid(labels)
-    with whole(self.npz) as partial, partial.open("wb") as file:
-      images.write_npz(file, self._blocks(), labels)
+    with whole(self.npz) as partial:
+      with partial.open("wb") as file:
+        images.write_npz(file, self._blocks(), labels)
+      if self._name == "samples":
+        self._remove_pngs()
     write_json(self.folder / f"{self._name}.json", self._settings)
     # Renamed first, as deleting takes a while and may be stopped.
     done = self.folder / "partial.done"
@@ -185,8 +187,9 @@ class ShardedImages:
 
   def _remove_pngs(self) -> None:
     """Removes those of the images that are replaced; there may be more of them."""
-    for path in self._pngs.glob(f"*_{'[0-9]' * 6}*.png"):
-      path.unlink()
+    for path in self._pngs.glob("*.png"):
+      if re.fullmatch(r"\d+_\d{6,}", path.stem):
+        path.unlink()
 
   def _write_grid(self, labels: np.ndarray) -> None:
     shown: list[np.ndarray] = []

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from concurrent import futures
@@ -63,10 +64,9 @@ class Checkpoints:
   ):
     self._folder = Path(workdir).absolute() / FOLDER
     self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=to_keep,
-      keep_period=keep_every,
-      cleanup_tmp_directories=cleans,
+      max_to_keep=to_keep, keep_period=keep_every
     )
+    self._cleans = cleans
     self._manager = self._open()
     self._max_failures = max_failures
     self._failures = 0
@@ -100,8 +100,6 @@ class Checkpoints:
       return False
     self._saving = step
     try:
-      if self._not_saved in self._manager.all_steps():  # whole, but for its seal
-        self._manager.delete(self._not_saved)
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -129,6 +127,7 @@ class Checkpoints:
 
   def finish(self, step: int, state: TrainState, config: ConfigDict) -> None:
     """Saves, and waits until the step is there; raises SaveError as `save` does."""
+    self._end_of_save()  # of the one before: where that failed, this does not wait
     while True:
       self.save(step, state, config, again=True)
       self._end_of_save()
@@ -197,6 +196,10 @@ class Checkpoints:
       self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
+    if self._cleans and jax.process_index() == 0:
+      # Not by Orbax's own option: a folder that cannot be removed would fail each save.
+      for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half_written, ignore_errors=True)
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
@@ -252,6 +255,8 @@ class Checkpoints:
     )
     with contextlib.suppress(Exception):  # which says the same once more
       self._manager.close()
+    if jax.process_index() == 0:  # where it is whole, but for its seal
+      shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
     self._manager = self._open()  # and away with what is half-written
 
   def _put_aside(self, step: int, damage: str) -> None:

@@ -15,6 +15,8 @@ from mdt_jax.errors import SettingError
 
 logger = logging.getLogger("mdt_jax")
 LOCK = ".lock"
+# As on Lustre, where it is mounted without flock.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 # What a start of the same run a minute later would meet again.
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -48,7 +50,9 @@ def locked(workdir: Path) -> Iterator[None]:
         str(workdir),
         f"another run is at work on it: {file.read().strip()}",
       ) from None
-    except OSError as error:  # as on Lustre, where it is mounted without flock
+    except OSError as error:
+      if error.errno not in NO_LOCKS:
+        raise
       logger.warning(
         "%s cannot be locked (%s): a second run there is not noticed",
         workdir,

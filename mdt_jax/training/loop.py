@@ -103,15 +103,16 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if start >= config.num_steps and not missing:
       logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
       return state
-    if is_main:
-      with tolerate("config.json"):
-        settings.write(config, workdir)
-
     events = Events(workdir / "tensorboard" if is_main else None)
     stack.callback(events.close)
     # The start before this one ended while they were made.
     if _show(missing, start, state, events, stop):
       raise Interrupted(f"stopped at step {start}, which is saved", stop)
+    if start >= config.num_steps:
+      return state
+    if is_main:
+      with tolerate("config.json"):
+        settings.write(config, workdir)
 
     loader, offset = _open_loader(config, mesh, source, state)
     progress = Progress(config, events, start)
@@ -125,7 +126,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         batch = next(loader)
       except SettingError:  # too many unreadable files: what is done stays done
         if n > start and jax.process_count() == 1:  # a save needs every process
-          saved.save(n, state, config)
+          saved.finish(n, state, config)
         raise
       num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
       batch = sharding.put_batch(batch, mesh, config.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -156,6 +157,27 @@ def test_the_last_scores_are_made_up_for_and_once_only(workdir, caplog):
   assert last.stat().st_mtime_ns == made
 
 
+def test_scores_that_end_the_process_are_made_up_for_once(
+  tmp_path, monkeypatch, caplog
+):
+  class Killed(BaseException):
+    """As by the system, for memory."""
+
+  def kill(*_):
+    raise Killed
+
+  config = tiny_config(**EVAL, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(Evaluator, "__call__", kill)
+    for _ in range(2):  # at step 2, which is saved, and at the start after
+      with pytest.raises(Killed):
+        loop.train(config, tmp_path)
+    assert load_ema(tmp_path)[2] == 2
+  loop.train(config, tmp_path)
+  assert "no scores of step 2: two starts ended there" in caplog.text
+  assert "step_0000003.json" in os.listdir(tmp_path / "scores")
+
+
 def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
   score, left = scores.score, [SettingError("real images", None, "needs their labels")]
 
@@ -166,7 +188,10 @@ def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
 
   monkeypatch.setattr(scores, "score", fail_once)
   assert int(loop.train(tiny_config(**EVAL), tmp_path).step) == 3
-  assert "STEP 2 IS NOT SCORED: real images = None: needs their labels" in caplog.text
+  assert (
+    "NO SCORES OF STEP 2: real images = None: needs their labels. The run goes on"
+    in caplog.text
+  )
   assert set(read_scores(tmp_path)) == {"step_0000003.json"}
 
 

@@ -38,7 +38,7 @@ def before(records, num_processes):
   runs.record_batches(records)
 
 
-def start(workdir, data, num_processes, folder, before=before):
+def start(workdir, data, num_processes, folder, *more, before=before):
   """Starts the processes of one run; each writes its batches into `folder`."""
   folder.mkdir()
   with socket.socket() as free:
@@ -64,6 +64,7 @@ def start(workdir, data, num_processes, folder, before=before):
         workdir,
         *flags,
         *(join if num_processes > 1 else ()),
+        *more,
         before=functools.partial(before, folder / f"{i}.jsonl", num_processes),
         logs=folder,
       )
@@ -128,12 +129,26 @@ def before_a_seal_fails(records, num_processes):
   checkpoints.FIRST_PAUSE = 0
 
 
-def test_a_save_that_fails_on_one_process_fails_on_all(data, tmp_path):
+def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
   workdir = tmp_path / "run"
-  processes = start(workdir, data, 2, tmp_path / "logs", before_a_seal_fails)
+  scored = [
+    "--config.data.source=digits",
+    "--config.sample_every=20",
+    "--config.num_samples=4",
+    "--config.eval.every=20",
+    "--config.eval.metrics=frechet",
+    "--config.eval.num_images=8",
+    "--config.eval.batch_size=8",
+  ]
+  processes = start(
+    workdir, data, 2, tmp_path / "logs", *scored, before=before_a_seal_fails
+  )
   assert [process.end() for process in processes] == [0, 0]
   for process in processes:
     said = "THE CHECKPOINT OF STEP 5 IS NOT SAVED: [Errno 28] No space left on device"
     assert process.log.read_text().count(said) == 1
   assert runs.steps_saved(workdir)[-1] == NUM_STEPS
   assert seals.damage(workdir / "checkpoints" / str(NUM_STEPS)) is None
+  for folder, suffix in (("samples", "png"), ("scores", "json")):
+    names = {path.name for path in (workdir / folder).iterdir()}
+    assert names == {f"step_{step:07d}.{suffix}" for step in (20, NUM_STEPS)}

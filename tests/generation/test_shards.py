@@ -128,13 +128,15 @@ def test_pngs_are_named_by_label_and_number(tmp_path):
 
 def test_pngs_of_other_settings_go_with_their_images(tmp_path):
   (tmp_path / "png").mkdir()
-  (tmp_path / "png" / "mine.png").write_bytes(b"kept")
+  mine = {"mine.png", "3_000000_edited.png", "scan_20240101.png"}
+  for name in mine:
+    (tmp_path / "png" / name).write_bytes(b"kept")
   write(tmp_path)
   sharded(tmp_path).write_pngs()
   sharded(tmp_path, name="latents").write(Maker(), progress=False)
-  assert len(list((tmp_path / "png").iterdir())) == 1 + len(PIXELS)
+  assert len(list((tmp_path / "png").iterdir())) == len(mine) + len(PIXELS)
   sharded(tmp_path, seed=9).write(Maker(), progress=False)
-  assert [path.name for path in (tmp_path / "png").iterdir()] == ["mine.png"]
+  assert {path.name for path in (tmp_path / "png").iterdir()} == mine
 
 
 def test_merging_holds_one_part_at_a_time(tmp_path):
