@@ -16,7 +16,7 @@ import flax
 import jax
 import numpy as np
 
-from mdt_jax.conversion.torch_mdt import (
+from mdt_jax.conversion.tensors import (
   Tensors,
   misfits,
   read_tensors,

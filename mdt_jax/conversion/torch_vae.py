@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.conversion.torch_mdt import (
-  Params,
+from mdt_jax.conversion.tensors import (
   Tensors,
   misfits,
   read_tensors,
@@ -27,6 +26,8 @@ from mdt_jax.conversion.torch_mdt import (
 from mdt_jax.errors import SettingError
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.writing import write_json
+
+Params = dict[str, Any]
 
 SETTING = "--vae"
 CONFIG_FILE = "config.json"

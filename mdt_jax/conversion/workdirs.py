@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mdt_jax import config as settings
 from mdt_jax import factories, recipes
 from mdt_jax.conversion import torch_mdt
+from mdt_jax.conversion.tensors import check_suffix, write_tensors
 from mdt_jax.errors import SettingError
 from mdt_jax.training import checkpoints
 
@@ -82,7 +83,7 @@ def to_torch_file(
     SettingError: before anything is written.
   """
   path = Path(path)
-  torch_mdt.check_suffix("--output", path)
+  check_suffix("--output", path)
   if path.exists() and not overwrite:
     raise SettingError("--output", str(path), "is there already: give --overwrite")
   try:
@@ -96,5 +97,5 @@ def to_torch_file(
     {k: v for k, v in attributes.items() if k not in ("parent", "name")},
     jax.device_get(params),
   )
-  torch_mdt.write_tensors(path, tensors)
+  write_tensors(path, tensors)
   return step

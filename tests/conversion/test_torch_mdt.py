@@ -16,12 +16,12 @@ import safetensors.numpy
 import torch
 
 from mdt_jax import SettingError
+from mdt_jax.conversion.tensors import write_tensors
 from mdt_jax.conversion.torch_mdt import (
   _mlp_ratio,
   from_tensors,
   from_torch,
   to_torch,
-  write_tensors,
 )
 from mdt_jax.models.mdt import MDT
 from tests import reference

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mdt_jax import SettingError, factories, recipes
-from mdt_jax.conversion.torch_mdt import from_torch, read_tensors
+from mdt_jax.conversion.tensors import read_tensors
+from mdt_jax.conversion.torch_mdt import from_torch
 from mdt_jax.conversion.workdirs import from_torch_file, to_torch_file
 from mdt_jax.models.presets import MODELS
 from mdt_jax.pipeline import Pipeline
