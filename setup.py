@@ -13,7 +13,7 @@ setup(
   license="Apache-2.0",
   license_files=["LICENSE", "NOTICE"],
   packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
-  package_data={"mdt_jax.generation": ["imagenet_classes.txt"]},
+  package_data={"mdt_jax.sampling": ["imagenet_classes.txt"]},
   python_requires=">=3.11,<3.14",
   install_requires=[
     "absl-py",

@@ -20,10 +20,9 @@ from absl import logging as absl_logging
 
 from benchmarks import tables
 from configs import digits
-from mdt_jax import factories
+from mdt_jax import factories, sharding
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import create_loader
-from mdt_jax.training import sharding
-from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.program import make_program
 
 SECONDS = flags.DEFINE_float("seconds", 60.0, "Between saves.")

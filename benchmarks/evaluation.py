@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from mdt_jax.evaluation import images, metrics, scores
+from mdt_jax.evaluation import image_streams, metrics, scores
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.models.inception import NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL
 
@@ -69,7 +69,7 @@ def evaluate() -> dict[str, Any]:
     def run() -> dict[str, float]:
       names = metrics.INCEPTION_METRICS
       real = scores.read_reference(paths[0], names, extract)
-      generated = scores.summarize(images.NpzImages(paths[1]), extract, names)
+      generated = scores.summarize(image_streams.NpzImages(paths[1]), extract, names)
       return scores.score(names, real, generated)
 
     return _timed(run)

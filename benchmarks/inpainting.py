@@ -16,7 +16,7 @@ from sklearn.svm import SVC
 from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, cli
 from mdt_jax.data.sources import DigitsSource
-from mdt_jax.generation.images import make_grid
+from mdt_jax.sampling.pictures import make_grid
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
 

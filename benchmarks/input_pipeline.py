@@ -87,7 +87,7 @@ class _Blank:
 
 def write_set(folder: str, num_images: int) -> int:
   """Writes a latent set of noise; returns its bytes on disk."""
-  from mdt_jax.data import encoding, latents
+  from mdt_jax.data import latent_writer, latents
 
   rng = np.random.default_rng(0)
   card = {
@@ -101,9 +101,9 @@ def write_set(folder: str, num_images: int) -> int:
     shape = (len(images), 2, 2, *LATENT_SHAPE)
     return rng.standard_normal(shape, np.float32).astype(np.float16)
 
-  num_shards = -(-num_images // encoding.IMAGES_A_SHARD)
-  plan = encoding.Plan(card, num_images, num_shards)
-  encoding.encode(plan, _Blank(num_images), noise, folder, batch_size=64)
+  num_shards = -(-num_images // latent_writer.IMAGES_A_SHARD)
+  plan = latent_writer.Plan(card, num_images, num_shards)
+  latent_writer.encode(plan, _Blank(num_images), noise, folder, batch_size=64)
   return sum(shard["bytes"] for shard in latents.read_card(folder)["shards"])
 
 
@@ -147,8 +147,8 @@ def time_step(timing: Timing) -> list[Rate]:
   """Images a second of MDTv2-S/2's training step, both passes, blocks unrolled."""
   import jax
 
-  from mdt_jax import factories, recipes
-  from mdt_jax.training import program, sharding
+  from mdt_jax import factories, recipes, sharding
+  from mdt_jax.training import program
 
   config = recipes.mdtv2("S")
   config.batch_size = STEP_BATCH
@@ -193,9 +193,9 @@ def time_encoding(vae: str | tuple[int, ...], timing: Timing) -> list[Rate]:
   """
   import jax
 
-  from mdt_jax.conversion.torch_vae import abstract_vae_params
-  from mdt_jax.data.autoencoder import Autoencoder
   from mdt_jax.models.autoencoder_kl import AutoencoderKL
+  from mdt_jax.pretrained.autoencoder import Autoencoder
+  from mdt_jax.pretrained.torch_vae import abstract_vae_params
 
   if isinstance(vae, str):
     autoencoder = Autoencoder.load(vae)

@@ -17,8 +17,8 @@ from absl import app, flags
 from PIL import Image
 
 from mdt_jax.data import latents, transforms
-from mdt_jax.data.autoencoder import Autoencoder
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
+from mdt_jax.pretrained.autoencoder import Autoencoder
 
 VAE = flags.DEFINE_string("vae", None, "Folder or hub id.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 128, "Side of the crops, in pixels.")

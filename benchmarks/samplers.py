@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, cli
 from mdt_jax.evaluation.metrics import frechet_distance
-from mdt_jax.generation.images import make_grid
+from mdt_jax.sampling.pictures import make_grid
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images of each sampler.")

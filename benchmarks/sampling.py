@@ -23,7 +23,7 @@ from mdt_jax import factories
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.diffusion.samplers import sample
 from mdt_jax.models.flops import forward_flops
-from mdt_jax.training.state import init_params
+from mdt_jax.train_state import init_params
 
 MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images; twice as many samples.")

@@ -22,9 +22,8 @@ from absl import app, flags
 
 from benchmarks import timing
 from mdt_jax import config as settings
-from mdt_jax import factories
+from mdt_jax import factories, sharding
 from mdt_jax.models.flops import train_flops
-from mdt_jax.training import sharding
 from mdt_jax.training.program import make_program
 
 MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")

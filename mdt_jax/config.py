@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mdt_jax import factories
+from mdt_jax.atomic import write_json
 from mdt_jax.diffusion.guidance import WHOLE
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
 from mdt_jax.evaluation.metrics import check_metrics
-from mdt_jax.training.sharding import mesh_shape
-from mdt_jax.writing import write_json
+from mdt_jax.sharding import mesh_shape
 
 
 def default_config() -> ConfigDict:

@@ -19,7 +19,8 @@ from pathlib import Path
 from absl import flags
 
 from mdt_jax import cli
-from mdt_jax.conversion import torch_inception, torch_vae, workdirs
+from mdt_jax.checkpoints import converted
+from mdt_jax.pretrained import torch_inception, torch_vae
 
 INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
 OUTPUT = flags.DEFINE_string("output", None, "Workdir; with --to_torch a file.")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     torch_inception.convert_inception(INPUT.value, output, overwrite=OVERWRITE.value)
     logger.info("%s", output)
   elif TO_TORCH.value:
-    step = workdirs.to_torch_file(
+    step = converted.to_torch_file(
       INPUT.value,
       output,
       overwrite=OVERWRITE.value,
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     )
     logger.info("step %d of %s: %s", step, INPUT.value, output)
   else:
-    config = workdirs.from_torch_file(
+    config = converted.from_torch_file(
       INPUT.value,
       output,
       overwrite=OVERWRITE.value,

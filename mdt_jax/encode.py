@@ -21,13 +21,12 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from mdt_jax import cli
-from mdt_jax.data import encoding, latents
+from mdt_jax import cli, sharding
+from mdt_jax.atomic import whole, write_json
+from mdt_jax.data import latent_writer, latents
 from mdt_jax.data.files import open_files
 from mdt_jax.data.sources import ImageSource
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
-from mdt_jax.training import sharding
-from mdt_jax.writing import whole, write_json
 
 SOURCE = flags.DEFINE_string(
   "source", None, "Folder of images, .tar file or folder of them, or tfds:NAME."
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def _encode() -> None:
-  from mdt_jax.data.autoencoder import Autoencoder
+  from mdt_jax.pretrained.autoencoder import Autoencoder
 
   output = Path(_required("output", OUTPUT.value)).expanduser()
   check_choice("--dtype", DTYPE.value, latents.DTYPES)
@@ -116,13 +115,13 @@ def _encode() -> None:
     "shift_factor": vae.model.shift_factor,
     "latent_shape": list(vae.latent_shape(IMAGE_SIZE.value)),
     "dtype": DTYPE.value,
-    "num_shards": NUM_SHARDS.value or -(-len(source) // encoding.IMAGES_A_SHARD),
+    "num_shards": NUM_SHARDS.value or -(-len(source) // latent_writer.IMAGES_A_SHARD),
   }
-  plan = encoding.Plan(card, len(source), card["num_shards"])
-  if encoding.is_finished(plan, output):
+  plan = latent_writer.Plan(card, len(source), card["num_shards"])
+  if latent_writer.is_finished(plan, output):
     logger.info("nothing to do: %s is finished", output)
     return
-  missing, free = encoding.check_disk(plan, output)
+  missing, free = latent_writer.check_disk(plan, output)
   logger.info(
     "%d images of %d classes to %d shards: %.2f GB, %.2f GB still to be written, "
     "%.1f GB free",
@@ -144,7 +143,7 @@ def _encode() -> None:
   shards = range(process_index, plan.num_shards, process_count)
   total = sum(len(plan.shard_images(shard)) for shard in shards)
   with tqdm.tqdm(total=total, unit="image") as bar:
-    finished = encoding.encode(
+    finished = latent_writer.encode(
       plan,
       source,
       encode_fn,
@@ -168,13 +167,13 @@ def _look_at(output: Path) -> None:
   count = latents.read_card(output)["images"]
   if VERIFY.value:
     with tqdm.tqdm(total=count, unit="image") as bar:
-      encoding.verify(output, bar.update)
+      latent_writer.verify(output, bar.update)
     logger.info("%d images in %s: every checksum agrees", count, output)
   if STATISTICS.value:
     shape = latents.read_card(output)["latent_shape"]
     source = latents.LatentSource(output, shape[0], shape[-1], MAX_UNREADABLE.value)
     with tqdm.tqdm(total=count, unit="image") as bar:
-      found = encoding.statistics(source, bar.update)
+      found = latent_writer.statistics(source, bar.update)
     path = output / "statistics.json"
     write_json(path, found)
     for name, values in found.items():

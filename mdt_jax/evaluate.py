@@ -30,25 +30,24 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import cli, factories
+from mdt_jax import cli, factories, sharding
+from mdt_jax.atomic import write_json
+from mdt_jax.checkpoints.manager import load_ema, workdir_of
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
-from mdt_jax.evaluation import likelihood, metrics, scores
-from mdt_jax.evaluation.during_training import MAX_REAL_IMAGES
+from mdt_jax.evaluation import bits_per_dimension, metrics, scores
+from mdt_jax.evaluation.evaluator import MAX_REAL_IMAGES
 from mdt_jax.evaluation.features import FeatureExtractor
-from mdt_jax.evaluation.images import (
+from mdt_jax.evaluation.image_streams import (
   GeneratedImages,
   ImageStream,
   NpzImages,
   SourceImages,
 )
-from mdt_jax.generation import generate
-from mdt_jax.generation.overrides import with_sampling, with_vae
-from mdt_jax.training import sharding
-from mdt_jax.training.checkpoints import load_ema, workdir_of
-from mdt_jax.writing import write_json
+from mdt_jax.sampling import batches
+from mdt_jax.sampling.overrides import with_sampling, with_vae
 
 if TYPE_CHECKING:
-  from mdt_jax.data.autoencoder import Autoencoder
+  from mdt_jax.pretrained.autoencoder import Autoencoder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
 SAMPLES = flags.DEFINE_string(
@@ -171,7 +170,7 @@ def _check_numbers() -> None:
 def _measure_scores(names: list[str], run: Run | None) -> None:
   inception = None
   if INCEPTION.value:
-    from mdt_jax.conversion.torch_inception import load_inception
+    from mdt_jax.pretrained.torch_inception import load_inception
 
     inception = load_inception(INCEPTION.value)
   mesh = sharding.make_mesh()
@@ -214,7 +213,7 @@ def _open_samples(run: Run | None, mesh: Mesh) -> ImageStream:
     autoencoder = dataclasses.replace(autoencoder, params=params)
   return GeneratedImages(
     run.config,
-    generate.make_generator(run.config),
+    batches.make_generator(run.config),
     jax.device_put(run.params, everywhere),
     NUM_IMAGES.value or DRAWN_IMAGES,
     autoencoder,
@@ -263,8 +262,8 @@ def _measure_bpd(run: Run) -> None:
   held_out = run.config.data.validation > 0
   source = factories.make_source(run.config, run.autoencoder, held_out=held_out)
   count = min(NUM_IMAGES.value or BPD_IMAGES, len(source))
-  batches = likelihood.bounds(
-    likelihood.make_bound(run.config, STEPS.value, run.autoencoder),
+  batches = bits_per_dimension.bounds(
+    bits_per_dimension.make_bound(run.config, STEPS.value, run.autoencoder),
     run.params,
     source,
     np.linspace(0, len(source) - 1, count).astype(int),

@@ -14,11 +14,11 @@ from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, named_in_errors
 from mdt_jax.models.masking import KeptLengths
 from mdt_jax.models.mdt import MDT
-from mdt_jax.models.presets import DTYPES, create_model
-from mdt_jax.training.optimizers import create_optimizer, learning_rate_schedule
+from mdt_jax.models.registry import DTYPES, create_model
+from mdt_jax.optimizers import create_optimizer, learning_rate_schedule
 
 if TYPE_CHECKING:
-  from mdt_jax.data.autoencoder import Autoencoder
+  from mdt_jax.pretrained.autoencoder import Autoencoder
 
 MAX_MASK_RATIO = 0.8
 
@@ -110,7 +110,7 @@ def make_autoencoder(
   """The autoencoder of a run, if it has one."""
   if config.data.vae is None:
     return None
-  from mdt_jax.data.autoencoder import Autoencoder
+  from mdt_jax.pretrained.autoencoder import Autoencoder
 
   autoencoder = Autoencoder.load(
     config.data.vae, DTYPES[config.model.dtype], sharding=sharding

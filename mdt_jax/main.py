@@ -15,8 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from mdt_jax import cli
+from mdt_jax.checkpoints.manager import SaveError
 from mdt_jax.training import distributed, loop, replay
-from mdt_jax.training.checkpoints import SaveError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Python file with get_config().", lock_config=True

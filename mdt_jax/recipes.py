@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdt_jax.config import default_config
-from mdt_jax.models.presets import MODELS, SIZES
+from mdt_jax.models.registry import MODELS, SIZES
 
 
 def mdtv2(size: str) -> ConfigDict:
@@ -46,7 +46,7 @@ def of_network(attributes: Mapping[str, Any]) -> ConfigDict:
   """The run that a released network is of, whatever its size.
 
   Args:
-    attributes: of MDT, as `conversion.torch_mdt.from_torch` returns them.
+    attributes: of MDT, as `pretrained.torch_mdt.from_torch` returns them.
   """
   attributes = dict(attributes)
   variant = attributes.pop("variant")

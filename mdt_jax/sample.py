@@ -18,11 +18,11 @@ import numpy as np
 from absl import flags
 
 from mdt_jax import cli
+from mdt_jax.checkpoints.manager import workdir_of
 from mdt_jax.errors import SettingError
-from mdt_jax.generation.labels import BALANCED, RANDOM, draw_labels, parse_labels
-from mdt_jax.generation.shards import MAX_IN_GRID
-from mdt_jax.pipeline import Pipeline
-from mdt_jax.training.checkpoints import workdir_of
+from mdt_jax.sampling.labels import BALANCED, RANDOM, draw_labels, parse_labels
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.sampling.writer import MAX_IN_GRID
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest.")

@@ -26,7 +26,7 @@ LONGEST = (
   "training/test_skipped.py",
   "training/test_determinism.py",
   "faults/test_processes.py",
-  "evaluation/test_during_training.py",
+  "evaluation/test_evaluator.py",
 )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mdt_jax.conversion.torch_mdt import abstract_params, from_torch
 from mdt_jax.models.mdt import MDT
+from mdt_jax.pretrained.torch_mdt import abstract_params, from_torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax import factories
-from mdt_jax.training.checkpoints import save_model
+from mdt_jax.checkpoints.manager import save_model
 from tests import reference
 from tests.training.tiny import tiny_config
 

@@ -1,5 +1,1 @@
-"""Checkpoints of PyTorch code, to our parameters and back."""
-
-from mdt_jax.conversion.torch_mdt import from_torch, to_torch
-
-__all__ = ["from_torch", "to_torch"]
+"""The earlier address of `mdt_jax.pretrained`, kept for code that imports it."""

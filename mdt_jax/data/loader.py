@@ -44,7 +44,7 @@ def create_loader(
     flip: whether to mirror images left to right at random, drawn anew at each visit.
     start_step: the step of the first batch; earlier ones are not read.
     rows: R rows of the global batch that this process reads, see
-      `training.sharding.local_rows`; None for all.
+      `sharding.local_rows`; None for all.
     num_workers: processes that read; 0 reads in this one.
     num_threads: batches read at the same time; 0 reads in the caller's thread.
     prefetch: batches held ready in memory, >= num_threads.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.models.inception import IMAGE_SIZE, Inception
-from mdt_jax.training import sharding
 
 Array = jax.Array
 # (parameters, images (B, H, W, C) in [0, 255], uint8 or float32) -> name: (B, D)
@@ -30,7 +30,7 @@ def inception_features(params: Any, images: Array) -> dict[str, Array]:
   """Features of the Inception of 2015, as ADM's evaluator computes them.
 
   Args:
-    params: of `conversion.torch_inception.load_inception`.
+    params: of `pretrained.torch_inception.load_inception`.
     images: (B, H, W, 3) in [0, 255].
 
   Returns:
@@ -100,7 +100,7 @@ class FeatureExtractor:
     params: its first argument; copied to every device.
     batch_size: images at a time, over all devices; rounded up to a multiple of those
       that share a batch.
-    mesh: of `training.sharding.make_mesh`; all devices unless given.
+    mesh: of `sharding.make_mesh`; all devices unless given.
   """
 
   def __init__(

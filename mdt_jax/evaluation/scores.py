@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from mdt_jax.atomic import whole
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import classifier, metrics
 from mdt_jax.evaluation.features import (
@@ -26,7 +27,7 @@ from mdt_jax.evaluation.features import (
   inception_features,
   pixel_features,
 )
-from mdt_jax.evaluation.images import IMAGES, ImageStream, NpzImages
+from mdt_jax.evaluation.image_streams import IMAGES, ImageStream, NpzImages
 from mdt_jax.evaluation.metrics import (
   INCEPTION_METRICS,
   NUM_NEIGHBOURS,
@@ -34,8 +35,7 @@ from mdt_jax.evaluation.metrics import (
   RunningStatistics,
   Statistics,
 )
-from mdt_jax.training.sharding import fetch
-from mdt_jax.writing import whole
+from mdt_jax.sharding import fetch
 
 # Score -> the features that a Gaussian is fitted to.
 _STATISTICS = {"fid": "pool3", "sfid": "spatial", "frechet": "pixels"}
@@ -101,7 +101,7 @@ def make_extractor(
 
   Args:
     names: of `metrics.METRICS`.
-    inception: parameters, of `conversion.torch_inception.load_inception`.
+    inception: parameters, of `pretrained.torch_inception.load_inception`.
     batch_size, mesh: see `FeatureExtractor`.
   """
   functions: list[FeatureFn] = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdt_jax.models.attention import attention
 from mdt_jax.models.embeddings import linear_init, normal_init
-from mdt_jax.models.spread import linear, spread_batch
+from mdt_jax.models.partitioning import linear, spread_batch
 
 Array = jax.Array
 Dtype = Any

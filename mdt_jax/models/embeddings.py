@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.models.spread import gather, linear, parameter_axes
+from mdt_jax.models.partitioning import gather, linear, parameter_axes
 
 Array = jax.Array
 Dtype = Any

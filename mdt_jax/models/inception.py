@@ -28,7 +28,7 @@ class Inception(nn.Module):
   """Images to the features of ADM's evaluator; for inference, in float32.
 
   Normalisation by batch statistics is part of the kernels and biases: see
-  `conversion.torch_inception`.
+  `pretrained.torch_inception`.
   """
 
   @nn.compact

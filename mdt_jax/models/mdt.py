@@ -24,7 +24,7 @@ from mdt_jax.models.embeddings import (
   sincos_positions,
 )
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
-from mdt_jax.models.spread import gather, parameter_axes
+from mdt_jax.models.partitioning import gather, parameter_axes
 
 Array = jax.Array
 Dtype = Any

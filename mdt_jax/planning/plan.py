@@ -16,13 +16,12 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
-from mdt_jax import factories
+from mdt_jax import factories, sharding
 from mdt_jax.errors import SettingError
-from mdt_jax.generation.generate import make_generator
 from mdt_jax.models import flops
 from mdt_jax.planning import hlo
 from mdt_jax.planning.chips import CHIPS, Chip, Topology
-from mdt_jax.training import sharding
+from mdt_jax.sampling.batches import make_generator
 from mdt_jax.training.program import Program, make_program
 
 WHATS = ("train", "sample")

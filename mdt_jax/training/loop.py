@@ -19,21 +19,21 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
-from mdt_jax import factories
+from mdt_jax import factories, sharding
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import create_loader
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.during_training import Evaluator, Stopped
+from mdt_jax.evaluation.evaluator import Evaluator, Stopped
 from mdt_jax.models.masking import KeptLengths
-from mdt_jax.training import distributed, sharding
-from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.train_state import TrainState
+from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, tolerate
+from mdt_jax.training.hooks import Periodic, Pictures, Scores
 from mdt_jax.training.lock import locked
-from mdt_jax.training.periodic import Periodic, Pictures, Scores
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
-from mdt_jax.training.state import TrainState
 
 logger = logging.getLogger("mdt_jax")
 STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop

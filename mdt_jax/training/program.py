@@ -10,9 +10,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import factories
-from mdt_jax.training import sharding
-from mdt_jax.training.state import TrainState, init_state
+from mdt_jax import factories, sharding
+from mdt_jax.train_state import TrainState, init_state
 from mdt_jax.training.step import TrainStep, make_train_step
 
 

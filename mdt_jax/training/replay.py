@@ -13,15 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import config as settings
-from mdt_jax import factories
+from mdt_jax import factories, sharding
+from mdt_jax.atomic import write_json
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import batch_indices, create_loader
 from mdt_jax.errors import SettingError
-from mdt_jax.training import sharding
-from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import make_program
 from mdt_jax.training.step import Draws, draw, step_loss
-from mdt_jax.writing import write_json
 
 logger = logging.getLogger("mdt_jax")
 

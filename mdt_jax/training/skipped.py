@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from mdt_jax.atomic import write_json
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.training.step import Metrics
-from mdt_jax.writing import write_json
 
 DIAGNOSIS = "diagnosis.json"  # in the workdir
 STEPS_BEHIND = 8  # of the devices, so that looking does not make them wait

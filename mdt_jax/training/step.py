@@ -20,7 +20,7 @@ from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
 from mdt_jax.models.embeddings import drop_labels
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.models.mdt import MDT
-from mdt_jax.training.state import Params, TrainState
+from mdt_jax.train_state import Params, TrainState
 
 Array = jax.Array
 # Name -> (2,) float32: a sum over samples and their number, so that metrics of

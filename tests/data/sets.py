@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from mdt_jax.data import encoding, latents
+from mdt_jax.data import latent_writer, latents
 from mdt_jax.errors import SettingError
 
 LATENT_SHAPE = (4, 4, 3)
@@ -60,11 +60,11 @@ def plan(**changes):
     "dtype": "float16",
     **changes,
   }
-  return encoding.Plan(card, NUM_IMAGES, NUM_SHARDS)
+  return latent_writer.Plan(card, NUM_IMAGES, NUM_SHARDS)
 
 
 def write(output, source=None, encode=encode_fn, **settings):
-  encoding.encode(
+  latent_writer.encode(
     plan(), source or Images(), encode, output, batch_size=BATCH_SIZE, **settings
   )
   return output

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mdt_jax.data import encoding, latents, loader
+from mdt_jax.data import latent_writer, latents, loader
 from mdt_jax.errors import SettingError
 from tests.data import sets
 
@@ -127,14 +127,14 @@ def test_more_damaged_records_than_allowed_stop_the_run(folder):
 
 
 def test_verifying_finds_a_damaged_shard(folder):
-  assert encoding.verify(folder) == sets.NUM_IMAGES
+  assert latent_writer.verify(folder) == sets.NUM_IMAGES
   damage(folder)
   with pytest.raises(SettingError, match=r"latents-00001\S+ has checksum"):
-    encoding.verify(folder)
+    latent_writer.verify(folder)
 
 
 def test_statistics_are_those_of_draws(original):
-  found = encoding.statistics(open_set(original))
+  found = latent_writer.statistics(open_set(original))
   rng = np.random.default_rng(0)
   views = np.stack([sets.views(i) for i in range(sets.NUM_IMAGES)]).astype(np.float64)
   mean, deviation = views[:, :, 0], views[:, :, 1]

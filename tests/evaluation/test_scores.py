@@ -11,7 +11,7 @@ import pytest
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import metrics, scores
 from mdt_jax.evaluation.features import FeatureExtractor, pixel_features
-from mdt_jax.evaluation.images import NpzImages
+from mdt_jax.evaluation.image_streams import NpzImages
 from mdt_jax.evaluation.metrics import INCEPTION_METRICS, METRICS, PIXEL_METRICS
 from mdt_jax.evaluation.scores import (
   Summary,

@@ -116,7 +116,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 def record_batches(path: Path) -> None:
   """Writes the rows and the labels of each batch that this process trains on."""
-  from mdt_jax.training import sharding
+  from mdt_jax import sharding
 
   put_batch = sharding.put_batch
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as settings
-from mdt_jax.training import sharding
-from mdt_jax.training.checkpoints import Checkpoints, load_ema
+from mdt_jax import sharding
+from mdt_jax.checkpoints.manager import Checkpoints, load_ema
 from mdt_jax.training.program import make_program
 from tests.faults import run_config, runs
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.training.distributed import EXIT_TRY_AGAIN
 from tests.faults import runs
 

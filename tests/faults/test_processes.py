@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from mdt_jax.checkpoints import checksums, manager
 from mdt_jax.data.loader import batch_indices
-from mdt_jax.training import checkpoints, seals
 from tests.faults import runs
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_STEPS, NUM_DEVICES = 64, 8, 40, 4
@@ -118,15 +118,15 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
 def before_a_seal_fails(records, num_processes):
   """The first one, which the first process alone writes."""
   before(records, num_processes)
-  seal, left = seals.seal, [OSError(28, "No space left on device")]
+  seal, left = checksums.seal, [OSError(28, "No space left on device")]
 
   def fail_once(folder):
     if left:
       raise left.pop()
     seal(folder)
 
-  seals.seal = fail_once
-  checkpoints.FIRST_PAUSE = 0
+  checksums.seal = fail_once
+  manager.FIRST_PAUSE = 0
 
 
 def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
@@ -148,7 +148,7 @@ def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
     said = "THE CHECKPOINT OF STEP 5 IS NOT SAVED: [Errno 28] No space left on device"
     assert process.log.read_text().count(said) == 1
   assert runs.steps_saved(workdir)[-1] == NUM_STEPS
-  assert seals.damage(workdir / "checkpoints" / str(NUM_STEPS)) is None
+  assert checksums.damage(workdir / "checkpoints" / str(NUM_STEPS)) is None
   for folder, suffix in (("samples", "png"), ("scores", "json")):
     names = {path.name for path in (workdir / folder).iterdir()}
     assert names == {f"step_{step:07d}.{suffix}" for step in (20, NUM_STEPS)}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mdt_jax import SettingError
-from mdt_jax.conversion.torch_vae import abstract_vae_params, load_vae
 from mdt_jax.models.autoencoder_kl import (
   LOGVAR_RANGE,
   AutoencoderKL,
@@ -20,6 +19,7 @@ from mdt_jax.models.autoencoder_kl import (
   decode_in_tiles,
   encode,
 )
+from mdt_jax.pretrained.torch_vae import abstract_vae_params, load_vae
 from tests import reference
 
 # Four levels with attention, and two levels without it and without 1x1 convolutions.

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.conversion.torch_inception import to_params
 from mdt_jax.evaluation.features import inception_features
 from mdt_jax.models.inception import NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL
+from mdt_jax.pretrained.torch_inception import to_params
 from tests import reference
 
 TOLERANCE = 2e-4

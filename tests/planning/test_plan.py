@@ -1,8 +1,8 @@
 import pytest
 
+from mdt_jax import sharding
 from mdt_jax.planning import plan
 from mdt_jax.planning.plan import DoesNotFitError, largest_batch
-from mdt_jax.training import sharding
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 

@@ -7,8 +7,8 @@ import sys
 import jax
 import numpy as np
 
-from mdt_jax import factories
-from mdt_jax.training import sharding, step
+from mdt_jax import factories, sharding
+from mdt_jax.training import step
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 

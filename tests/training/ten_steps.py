@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mdt_jax.training import distributed, loop, sharding
+from mdt_jax import sharding
+from mdt_jax.training import distributed, loop
 from tests.training.tiny import tiny_config
 
 NUM_STEPS = 10

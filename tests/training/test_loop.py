@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
+from mdt_jax.checkpoints import checksums
+from mdt_jax.checkpoints import manager as checkpoints_module
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.errors import SettingError
-from mdt_jax.pipeline import Pipeline
-from mdt_jax.training import checkpoints as checkpoints_module
-from mdt_jax.training import loop, seals
-from mdt_jax.training.checkpoints import Checkpoints
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.training import loop
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -99,7 +100,7 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
 def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
   tmp_path, monkeypatch
 ):
-  seal, left = seals.seal, [OSError(28, "No space left on device")]
+  seal, left = checksums.seal, [OSError(28, "No space left on device")]
 
   def fail_once(folder):
     if left:
@@ -113,7 +114,7 @@ def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
       futures.wait([self._pending])
     return original(self)
 
-  monkeypatch.setattr(seals, "seal", fail_once)
+  monkeypatch.setattr(checksums, "seal", fail_once)
   monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
   monkeypatch.setattr(Checkpoints, "must_try_again", look_once_it_has_ended)
   changes = {"num_steps": 7, "checkpoint_every": 3, "checkpoints_to_keep": 9}

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.training import loop
-from mdt_jax.training.checkpoints import Checkpoints
 from mdt_jax.training.replay import replay
 from tests.training.tiny import tiny_config
 

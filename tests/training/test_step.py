@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mdt_jax import factories
+from mdt_jax.train_state import TrainState
 from mdt_jax.training import step
-from mdt_jax.training.state import TrainState
 from tests import reference
 from tests.training.tiny import tiny_config
 

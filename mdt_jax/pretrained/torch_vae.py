@@ -1,0 +1,269 @@
+"""The autoencoder in diffusers' form (config.json and weights), to ours and back.
+
+Names and settings are those of diffusers' `AutoencoderKL`; our module names are
+theirs, with `_0` for `.0`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax.atomic import write_json
+from mdt_jax.errors import SettingError
+from mdt_jax.models.autoencoder_kl import AutoencoderKL
+from mdt_jax.pretrained.tensors import (
+  Tensors,
+  misfits,
+  read_tensors,
+  refuse,
+  write_tensors,
+)
+
+Params = dict[str, Any]
+
+SETTING = "--vae"
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = (
+  "diffusion_pytorch_model.safetensors",
+  "diffusion_pytorch_model.bin",
+)
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where none is given or there
+SUBFOLDER = "vae"  # of a whole pipeline
+
+# diffusers' settings -> our attributes; the others are of no effect here.
+_ATTRIBUTES = {
+  name: name
+  for name in (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "scaling_factor",
+    "shift_factor",
+    "use_quant_conv",
+    "use_post_quant_conv",
+  )
+} | {"mid_block_add_attention": "mid_block_attention"}
+# What diffusers takes for a setting that is absent, where our default is another.
+_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
+# Settings of which one value is supported.
+_FIXED = {
+  "_class_name": "AutoencoderKL",
+  "act_fn": "silu",
+  "latents_mean": None,
+  "latents_std": None,
+}
+_BLOCK_TYPES = {
+  "down_block_types": "DownEncoderBlock2D",
+  "up_block_types": "UpDecoderBlock2D",
+}
+# Linear layers of attention in older files -> in newer ones.
+_OLD_ATTENTION = {
+  "query": "to_q",
+  "key": "to_k",
+  "value": "to_v",
+  "proj_attn": "to_out.0",
+}
+
+
+def load_vae(
+  name_or_folder: str | Path, dtype: Any = jnp.float32
+) -> tuple[AutoencoderKL, Params]:
+  """Reads an autoencoder that diffusers has saved.
+
+  Args:
+    name_or_folder: a folder with config.json and
+      diffusion_pytorch_model.safetensors (or .bin, opened with weights_only=True,
+      needs torch), or with a folder `vae` of them; or the id of such a model on the
+      Hugging Face hub, like "stabilityai/sd-vae-ft-ema" (needs huggingface_hub).
+    dtype: compute type, float32 or bfloat16.
+
+  Returns:
+    (model, params): the module and its parameters, float32 NumPy arrays; before many
+    calls, `jax.device_put` them once.
+
+  Raises:
+    SettingError: nothing is there, files are broken, a setting of the config is not
+      supported, or tensors are missing, left over or of another shape.
+  """
+  folder = Path(name_or_folder).expanduser()
+  if not folder.is_dir():
+    folder = _download(str(name_or_folder))
+  if not (folder / CONFIG_FILE).is_file() and (folder / SUBFOLDER).is_dir():
+    folder = folder / SUBFOLDER
+  model = AutoencoderKL(**_read_config(folder / CONFIG_FILE), dtype=dtype)
+  for weights in WEIGHT_FILES:
+    path = folder / weights
+    if path.is_file():
+      return model, _from_tensors(_read_weights(path), model, path)
+  raise SettingError(
+    SETTING,
+    str(folder),
+    f"holds no {' or '.join(WEIGHT_FILES)}; {_by_hand(DEFAULT_ID, 'it')}",
+  )
+
+
+def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
+  """Writes config.json and weights as diffusers does, for it and for `load_vae`."""
+  folder = Path(folder)
+  levels = len(model.block_out_channels)
+  config = {name: getattr(model, ours) for name, ours in _ATTRIBUTES.items()}
+  config |= {name: [block] * levels for name, block in _BLOCK_TYPES.items()}
+  config |= _FIXED
+  write_tensors(folder / WEIGHT_FILES[0], vae_to_torch(params))
+  write_json(folder / CONFIG_FILE, config)
+
+
+def vae_to_torch(params: Params) -> Tensors:
+  """Our parameters under diffusers' names and in its shapes; types as in `params`."""
+  return {
+    _torch_name(path): np.array(_to_torch(np.asarray(value)), order="C")
+    for path, value in flax.traverse_util.flatten_dict(params, sep="/").items()
+  }
+
+
+def abstract_vae_params(model: AutoencoderKL) -> Params:
+  """Shapes and types of the parameters, without making any."""
+
+  def init() -> Params:
+    side = model.downsampling
+    images = np.zeros((1, side, side, model.in_channels), np.float32)
+    return model.init(jax.random.key(0), images)["params"]
+
+  return jax.eval_shape(init)
+
+
+def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
+  tensors = _modern(tensors)
+  flat = flax.traverse_util.flatten_dict(abstract_vae_params(model), sep="/")
+  shapes = {
+    _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
+    for ours, leaf in flat.items()
+  }
+  taken_for = f"taken for the network of its {CONFIG_FILE}"
+  refuse(SETTING, path, taken_for, misfits(tensors, shapes))
+  for ours in flat:
+    tensor = tensors[_torch_name(ours)]
+    # A copy: safetensors and torch may give views of memory that is not ours.
+    flat[ours] = np.array(_to_ours(tensor), np.float32, order="C")
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+  """Attributes of AutoencoderKL from diffusers' config.json."""
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise SettingError(
+      SETTING,
+      str(path.parent),
+      f"holds no {CONFIG_FILE}; {_by_hand(DEFAULT_ID, 'it')}",
+    ) from None
+  except (OSError, ValueError) as error:
+    raise SettingError(SETTING, str(path), f"no JSON file: {error}") from None
+  if not isinstance(config, dict):
+    raise SettingError(SETTING, str(path), "must hold a dict of settings")
+  config = _DEFAULTS | config
+  widths = config["block_out_channels"]
+  levels = len(widths) if isinstance(widths, list) else 0
+  accepted = _FIXED | {name: [block] * levels for name, block in _BLOCK_TYPES.items()}
+  for name, value in accepted.items():
+    if config.get(name, value) != value:
+      raise SettingError(
+        f"{name} of {path}", config[name], f"not supported; accepted is {value!r}"
+      )
+  attributes = {
+    ours: config[name] for name, ours in _ATTRIBUTES.items() if name in config
+  }
+  attributes["block_out_channels"] = tuple(widths) if levels else ()
+  attributes["shift_factor"] = config.get("shift_factor") or 0.0
+  try:
+    AutoencoderKL(**attributes).check()
+  except SettingError as error:
+    raise SettingError(
+      f"{error.setting} of {path}", error.value, error.accepted
+    ) from None
+  return attributes
+
+
+def _read_weights(path: Path) -> Tensors:
+  """Named arrays of a .safetensors or .bin file; no code in it is run."""
+  try:
+    return read_tensors(path)
+  except SettingError as error:
+    raise SettingError(SETTING, str(path), error.accepted) from None
+
+
+def _modern(tensors: Tensors) -> Tensors:
+  """The same tensors, attention under its newer names and as matrices."""
+  modern = {}
+  for name, tensor in tensors.items():
+    module, _, leaf = name.rpartition(".")
+    parent, _, last = module.rpartition(".")
+    if parent.endswith("mid_block.attentions.0") and last in _OLD_ATTENTION:
+      new = f"{parent}.{_OLD_ATTENTION[last]}.{leaf}"
+      name = name if new in tensors else new  # not both spellings in one
+    if ".attentions.0." in name and tensor.shape[2:] == (1, 1):
+      tensor = tensor[:, :, 0, 0]  # written as a 1x1 convolution
+    modern[name] = tensor
+  return modern
+
+
+def _torch_name(path: str) -> str:
+  """encoder/down_blocks_0/resnets_1/conv1/kernel -> encoder.down_blocks.0.….weight"""
+  module, leaf = path.rsplit("/", 1)
+  module = re.sub(r"_(\d+)", r".\1", module).replace("/", ".")
+  return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _to_torch(array: np.ndarray) -> np.ndarray:
+  """HWIO -> OIHW for convolutions, (I, O) -> (O, I) for matrices."""
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _to_ours(tensor: np.ndarray) -> np.ndarray:
+  return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _by_hand(name: str, where: str) -> str:
+  return (
+    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} of https://huggingface.co/{name} "
+    f"into {where}"
+  )
+
+
+def _download(name: str) -> Path:
+  """A folder with the files of a model on the Hugging Face hub."""
+  if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    raise SettingError(
+      SETTING, name, f"there is no such folder; {_by_hand(DEFAULT_ID, 'it')}"
+    )
+  by_hand = f"there is no such folder; {_by_hand(name, 'one, and name that')}"
+  try:
+    from huggingface_hub import snapshot_download
+  except ImportError:
+    raise SettingError(
+      SETTING, name, f"{by_hand} (the hub needs: pip install huggingface_hub)"
+    ) from None
+  try:
+    for weights in WEIGHT_FILES:
+      patterns = [
+        f"{at}{file}" for at in ("", "vae/") for file in (CONFIG_FILE, weights)
+      ]
+      folder = Path(snapshot_download(name, allow_patterns=patterns))
+      if any(folder.rglob(weights)):
+        break
+  except Exception as error:  # of the network, of rights, of names
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise SettingError(SETTING, name, f"{by_hand} (the hub says: {reason})") from None
+  return folder

@@ -1,0 +1,163 @@
+"""Files to workdirs and back: nothing is written, or lost, by a refusal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mdt_jax import SettingError, factories, recipes
+from mdt_jax.checkpoints.converted import from_torch_file, to_torch_file
+from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.models.registry import MODELS
+from mdt_jax.pretrained.tensors import read_tensors
+from mdt_jax.pretrained.torch_mdt import from_torch
+from mdt_jax.sampling.pipeline import Pipeline
+from tests import reference
+
+HEADS = {"mdt_v1": {}, "mdt_v2": {}, "dit": {"num_heads": 2}}
+
+
+def fixture(name):
+  return reference.FIXTURES / f"{name}.pt"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("converted")
+  for name, known in HEADS.items():
+    from_torch_file(fixture(name), folder / name, **known)
+  return folder
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_file_comes_back_bit_for_bit(converted, name, suffix, tmp_path):
+  path = tmp_path / f"model{suffix}"
+  assert to_torch_file(converted / name, path) == 0
+  before, after = read_tensors(fixture(name)), read_tensors(path)
+  assert before.keys() == after.keys()
+  for key, value in before.items():
+    assert (value.dtype, value.tobytes()) == (after[key].dtype, after[key].tobytes())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_converted_network_is_the_one_in_the_file(converted, name):
+  pipeline = Pipeline.from_checkpoint(converted / name)
+  attributes, _ = from_torch(fixture(name), **HEADS[name])
+  model = factories.make_model(pipeline.config)
+  assert {key: getattr(model, key) for key in attributes} == attributes
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_converted_network_samples(converted, name):
+  images = Pipeline.from_checkpoint(converted / name).draw([1, 2], num_steps=2)
+  assert images.shape == (2, 12, 12, 4)
+  assert np.isfinite(images).all()
+
+
+def test_the_folder_holds_what_a_run_leaves_and_nothing_else(converted):
+  names = {path.name for path in (converted / "mdt_v1").iterdir()}
+  assert names == {"checkpoints", "config.json"}
+  assert {path.name for path in converted.iterdir()} == set(HEADS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_of_a_published_size_gets_its_name_and_settings(name):
+  attributes = dict(MODELS[name], input_size=32, learn_sigma=True)
+  config = recipes.of_network(attributes)
+  assert config.model.name == name
+  assert factories.make_model(config).depth == MODELS[name]["depth"]
+  released = {"DiT": ("adamw", "none"), "MDT": ("adamw", "none")}
+  expected = released.get(attributes["variant"], ("adan", "min_snr"))
+  assert (config.optimizer.name, config.diffusion.loss_weight) == expected
+
+
+def test_a_network_without_learned_variance_samples_with_a_fixed_one():
+  attributes = dict(MODELS["DiT-S/8"], input_size=32, learn_sigma=False)
+  config = recipes.of_network(attributes)
+  assert config.diffusion.variance == "fixed_large"
+  assert not factories.make_model(config).learn_sigma
+
+
+# What is refused.
+
+
+def listing(folder):
+  return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+  (tmp_path / "mine.txt").write_text("kept")
+  before = listing(tmp_path)
+  with pytest.raises(SettingError, match=r"--output = .*: must be empty, or --overwr"):
+    from_torch_file(fixture("mdt_v1"), tmp_path)
+  assert listing(tmp_path) == before
+
+
+def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
+  from_torch_file(fixture("mdt_v1"), tmp_path / "run")
+  (tmp_path / "run" / "mine.txt").write_text("kept")
+  from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=True)
+  assert Pipeline.from_checkpoint(tmp_path / "run").config.model.name == "MDTv2-S/2"
+  assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+
+
+def test_a_refused_file_leaves_what_it_would_have_overwritten(tmp_path):
+  from_torch_file(fixture("mdt_v1"), tmp_path / "run")
+  (tmp_path / "broken.pt").write_bytes(fixture("mdt_v2").read_bytes()[:5000])
+  before = listing(tmp_path)
+  with pytest.raises(SettingError, match="no checkpoint that is safe to load"):
+    from_torch_file(tmp_path / "broken.pt", tmp_path / "run", overwrite=True)
+  assert listing(tmp_path) == before
+
+
+def test_a_file_that_misses_a_tensor_writes_nothing(tmp_path):
+  tensors = torch.load(fixture("mdt_v1"), weights_only=True)
+  del tensors["mask_token"]
+  torch.save(tensors, tmp_path / "model.pt")
+  with pytest.raises(SettingError, match=r"taken for MDT .*: mask_token is missing"):
+    from_torch_file(tmp_path / "model.pt", tmp_path / "run")
+  assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(SettingError, match="must be a folder, this is a file"):
+    from_torch_file(fixture("mdt_v1"), tmp_path / "run", overwrite=True)
+
+
+def test_a_file_that_is_there_is_refused_and_kept(converted, tmp_path):
+  path = tmp_path / "model.pt"
+  path.write_text("kept")
+  with pytest.raises(SettingError, match=r"--output = .*: is there already"):
+    to_torch_file(converted / "mdt_v1", path)
+  assert path.read_text() == "kept"
+
+
+def test_overwriting_replaces_a_file(converted, tmp_path):
+  path = tmp_path / "model.pt"
+  path.write_text("gone")
+  to_torch_file(converted / "mdt_v1", path, overwrite=True)
+  assert read_tensors(path).keys() == read_tensors(fixture("mdt_v1")).keys()
+
+
+@pytest.mark.parametrize(
+  ("name", "file", "message"),
+  [
+    ("mdt_v1", "model.npz", "--output = .*must end in .pt, .pth or .safetensors"),
+    ("absent", "model.pt", "--input = .*must be a workdir"),
+  ],
+)
+def test_what_cannot_go_back_is_refused(converted, tmp_path, name, file, message):
+  with pytest.raises(SettingError, match=message):
+    to_torch_file(converted / name, tmp_path / "new" / file)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_converted_model_is_no_run_to_go_on_with(converted):
+  config = Pipeline.from_checkpoint(converted / "mdt_v1").config
+  checkpoints = Checkpoints(converted / "mdt_v1", 2)
+  with pytest.raises(SettingError, match="holds a converted model"):
+    checkpoints.restore(None, config)
+  checkpoints.close()

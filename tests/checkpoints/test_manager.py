@@ -1,0 +1,273 @@
+"""Checkpoints: what is saved comes back, and strangers are refused."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax import factories
+from mdt_jax.checkpoints import checksums
+from mdt_jax.checkpoints import manager as checkpoints_module
+from mdt_jax.checkpoints.manager import (
+  Checkpoints,
+  SaveError,
+  config_from_dict,
+  load_ema,
+)
+from mdt_jax.errors import SettingError
+from mdt_jax.train_state import init_state
+from tests.training.tiny import tiny_config
+
+
+def make_state(config):
+  optimizer, _ = factories.make_optimizer(config)
+  state = init_state(
+    jax.random.key(1),
+    factories.make_model(config),
+    optimizer,
+    config.ema_decays,
+    factories.make_timestep_sampler(config),
+  )
+  ema = {d: jax.tree.map(lambda x, d=d: x + float(d), p) for d, p in state.ema.items()}
+  return state.replace(step=state.step + 7, ema=ema)
+
+
+def save(folder, config, steps=(7,), to_keep=2):
+  state = make_state(config)
+  checkpoints = Checkpoints(folder, to_keep)
+  for number in steps:
+    checkpoints.save(number, state, config)
+  checkpoints.close()
+  return state
+
+
+def assert_same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = tiny_config(
+    ema_decays=(0.5, 0.9), timestep_sampler="loss-second-moment", seed=3
+  )
+  return folder, config, save(folder, config)
+
+
+def test_a_state_comes_back_bit_for_bit_and_without_a_warning(saved, caplog):
+  folder, config, state = saved
+  checkpoints = Checkpoints(folder, 2)
+  restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
+  checkpoints.close()
+  assert_same(state, restored)
+  assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_a_decay_of_zero_is_no_missing_one(tmp_path):
+  """It is the parameters themselves."""
+  config = tiny_config(ema_decays=(0.9, 0.0))
+  state = save(tmp_path, config)
+  assert_same(load_ema(tmp_path, ema_decay=0.0)[1], state.ema["0.0"])
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
+def test_sampling_loads_the_average_asked_for(saved, decay, expected):
+  folder, _, state = saved
+  _, params, step = load_ema(folder, ema_decay=decay)
+  assert step == 7
+  assert_same(params, state.ema[expected])
+
+
+def test_the_config_comes_back_with_the_checkpoint(saved):
+  folder, config, _ = saved
+  assert load_ema(folder)[0].to_dict() == config.to_dict()
+
+
+def test_a_setting_that_came_later_has_its_default():
+  old = tiny_config().to_dict()
+  del old["sampling"]["eta"], old["log_every"]
+  config = config_from_dict(old)
+  assert (config.sampling.eta, config.log_every) == (0.0, 100)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+  save(tmp_path, tiny_config(), steps=(1, 2, 3), to_keep=2)
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert kept == [2, 3]
+
+
+@pytest.mark.parametrize(
+  ("setting", "value"),
+  [
+    ("model.depth", 6),
+    ("model.name", "MDT-S/2"),
+    ("optimizer.name", "adamw"),
+    ("optimizer.clip_norm", 0.0),
+    ("ema_decays", (0.9,)),
+  ],
+)
+def test_a_run_of_another_kind_is_refused_and_the_difference_named(
+  saved, setting, value
+):
+  folder, config, state = saved
+  other = config.copy_and_resolve_references()
+  other.update_from_flattened_dict({setting: value})
+  checkpoints = Checkpoints(folder, 2)
+  with pytest.raises(SettingError) as error:
+    checkpoints.restore(jax.eval_shape(lambda: state), other)
+  checkpoints.close()
+  assert str(folder) in str(error.value)
+  name = "variant" if setting == "model.name" else setting.split(".")[-1]
+  assert name in str(error.value)
+
+
+def test_another_learning_rate_may_go_on(saved):
+  folder, config, state = saved
+  other = config.copy_and_resolve_references()
+  other.optimizer.learning_rate = 0.5
+  checkpoints = Checkpoints(folder, 2)
+  assert_same(state, checkpoints.restore(jax.eval_shape(lambda: state), other))
+  checkpoints.close()
+
+
+def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
+  with pytest.raises(SettingError, match="--checkpoint"):
+    load_ema(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_no_finished_checkpoint_is_refused(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(SettingError, match="no finished checkpoint"):
+    load_ema(tmp_path)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("step", 8), ("ema_decay", 0.7)])
+def test_an_absent_step_or_average_is_refused_with_those_present(
+  saved, argument, value
+):
+  with pytest.raises(SettingError, match=rf"--{argument} = {value}: accepted are"):
+    load_ema(saved[0], **{argument: value})
+
+
+# Damage and failures.
+
+
+def test_what_is_half_written_is_removed_by_the_run_that_saves_and_no_other(tmp_path):
+  config = tiny_config()
+  state = save(tmp_path, config)
+  half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+  (half / "state").mkdir(parents=True)
+  load_ema(tmp_path)
+  restore(tmp_path, state, config)
+  assert half.is_dir()
+  checkpoints = Checkpoints(tmp_path, 2, cleans=True)
+  checkpoints.save(10, state, config)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "7"]
+
+
+def restore(folder, state, config):
+  checkpoints = Checkpoints(folder, 2)
+  try:
+    return checkpoints.restore(jax.eval_shape(lambda: state), config)
+  finally:
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(tmp_path, caplog):
+  config = tiny_config()
+  state = save(tmp_path, config, steps=(7, 8))
+  largest = max(
+    (path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(bytes(data))
+  assert_same(restore(tmp_path, state, config), state)
+  assert not (tmp_path / "checkpoints" / "8").exists()
+  (aside,) = (tmp_path / "damaged").iterdir()
+  assert aside.name.startswith("8_")
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_trained_on(tmp_path):
+  config = tiny_config()
+  state = save(tmp_path, config)
+  (tmp_path / "checkpoints" / "7" / "checksums.json").unlink()
+  with pytest.raises(SettingError, match="every checkpoint is damaged"):
+    restore(tmp_path, state, config)
+  assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def failing(monkeypatch, count):
+  """Lets the first `count` saves end in the error of a full disk."""
+  left = [count]
+  original = checksums.seal
+
+  def seal(folder):
+    if left[0]:
+      left[0] -= 1
+      raise OSError(28, "No space left on device")
+    original(folder)
+
+  monkeypatch.setattr(checksums, "seal", seal)
+  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
+
+
+def wait_until_it_must_be_tried_again(checkpoints):
+  end = time.monotonic() + 60
+  while not checkpoints.must_try_again():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
+  failing(monkeypatch, 1)
+  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 1)
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
+  assert checkpoints.save(1, state, config)
+  wait_until_it_must_be_tried_again(checkpoints)  # the failure is there, to be said
+  assert not checkpoints.save(2, state, config, again=True)
+  start = time.monotonic()
+  assert not checkpoints.save(3, state, config)  # one that is due waits as well
+  wait_until_it_must_be_tried_again(checkpoints)
+  assert time.monotonic() - start > 0.9
+  assert checkpoints.save(4, state, config, again=True)
+  checkpoints.close()
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+  assert checksums.damage(tmp_path / "checkpoints" / "4") is None
+
+
+def test_the_last_save_is_tried_until_it_is_whole(tmp_path, monkeypatch):
+  failing(monkeypatch, 2)
+  config = tiny_config()
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
+  checkpoints.finish(1, make_state(config), config)
+  checkpoints.close()
+  assert checksums.damage(tmp_path / "checkpoints" / "1") is None
+
+
+def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
+  failing(monkeypatch, 9)
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 2, max_failures=2)
+  with pytest.raises(SaveError, match=r"2 saves in a row failed.*No space left"):
+    checkpoints.finish(1, state, config)
+  checkpoints.close()
+
+
+def test_checkpoints_of_multiples_are_kept_besides_the_last(tmp_path):
+  config = tiny_config()
+  state = make_state(config)
+  checkpoints = Checkpoints(tmp_path, 1, keep_every=4)
+  for step in (3, 4, 5, 6):
+    checkpoints.save(step, state, config)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]

@@ -1,0 +1,313 @@
+"""Encoding: nothing is lost by a stop, and nothing is done twice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax.data import latent_writer, latents
+from mdt_jax.errors import SettingError
+from tests.data import sets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  return sets.write(tmp_path_factory.mktemp("whole"))
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def counting(calls):
+  def encode(images):
+    calls.append(len(images))
+    return sets.encode_fn(images)
+
+  return encode
+
+
+def test_a_finished_set_holds_shards_and_a_card_alone(whole):
+  names = {latents.shard_name(i, sets.NUM_SHARDS) for i in range(sets.NUM_SHARDS)}
+  assert contents(whole).keys() == names | {latents.CARD}
+
+
+def test_the_card_counts_what_is_there(whole):
+  card = latents.read_card(whole)
+  assert card["images"] == sum(shard["images"] for shard in card["shards"]) == 24
+  for shard in card["shards"]:
+    assert (whole / shard["file"]).stat().st_size == shard["bytes"]
+    assert shard["left_out"] == []
+
+
+def test_encoding_again_gives_the_same_bytes(whole, tmp_path):
+  assert contents(sets.write(tmp_path)) == contents(whole)
+
+
+def test_batches_are_filled_up_so_that_all_have_one_size(tmp_path):
+  calls = []
+  sets.write(tmp_path, encode=counting(calls))
+  assert set(calls) == {sets.BATCH_SIZE}
+  assert len(calls) == 9  # 8 images a shard in batches of 3
+
+
+@pytest.mark.parametrize("process_count", [2, 3, 5])
+def test_processes_share_the_shards(whole, tmp_path, process_count):
+  finished = [
+    latent_writer.encode(
+      sets.plan(),
+      sets.Images(),
+      sets.encode_fn,
+      tmp_path,
+      batch_size=sets.BATCH_SIZE,
+      process_index=index,
+      process_count=process_count,
+    )
+    for index in range(process_count)
+  ]
+  last = min(process_count, sets.NUM_SHARDS) - 1
+  assert finished == [index >= last for index in range(process_count)]
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_progress_counts_every_image_once(tmp_path):
+  counts = []
+  sets.write(tmp_path, progress=counts.append)
+  assert sum(counts) == sets.NUM_IMAGES
+
+
+# Stops.
+
+
+def stop_after(batches):
+  """An encode_fn that fails in the middle of a shard."""
+  calls = []
+
+  def encode(images):
+    calls.append(1)
+    if len(calls) > batches:
+      raise KeyboardInterrupt
+    return sets.encode_fn(images)
+
+  return encode
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4, 8])
+def test_a_stopped_run_goes_on_with_the_next_shard(whole, tmp_path, batches):
+  with pytest.raises(KeyboardInterrupt):
+    sets.write(tmp_path, encode=stop_after(batches))
+  assert not (tmp_path / latents.CARD).exists()
+  calls = []
+  sets.write(tmp_path, encode=counting(calls))
+  done = batches // 3  # shards of three batches
+  assert len(calls) == 3 * (sets.NUM_SHARDS - done)
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
+  rng = np.random.default_rng(0)
+  kills = 0
+  for delay in rng.uniform(0, 0.25, 40):
+    process = subprocess.Popen(
+      [sys.executable, "-m", "tests.data.sets", tmp_path],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    process.stdout.readline()  # begun
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() == -signal.SIGKILL:
+      kills += 1
+    else:
+      break
+    if kills == 10:
+      break
+  assert kills >= 5  # then the set was finished between kills
+  sets.write(tmp_path) if not (tmp_path / latents.CARD).exists() else None
+  found = contents(tmp_path)
+  leftovers = {name for name in found if name.startswith(".")}
+  assert {k: v for k, v in found.items() if k not in leftovers} == contents(whole)
+
+
+def test_processes_that_begin_together_agree(whole, tmp_path):
+  """One may find the other's beginning where it has just seen an empty folder."""
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.data.sets", tmp_path, str(index), "2"],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    assert process.wait(60) == 0, process.stderr.read()
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_a_shard_that_another_process_writes_is_refused_and_left_alone(tmp_path):
+  def encode(images):
+    with pytest.raises(SettingError, match="another process is at work on latents-0"):
+      sets.write(tmp_path)
+    return sets.encode_fn(images)
+
+  sets.write(tmp_path, encode=encode)
+  assert latent_writer.verify(tmp_path) == sets.NUM_IMAGES
+
+
+@pytest.mark.parametrize("harm", ["remove", "cut"])
+def test_a_lost_shard_of_a_finished_set_alone_is_made_anew(whole, tmp_path, harm):
+  sets.write(tmp_path)
+  path = tmp_path / latents.shard_name(1, sets.NUM_SHARDS)
+  if harm == "remove":
+    path.unlink()
+  else:
+    path.write_bytes(path.read_bytes()[:-100])
+  calls = []
+  sets.write(tmp_path, encode=counting(calls))
+  assert len(calls) == 3
+  assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("name", [latents.CARD, latent_writer.BEGUN])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_card_is_refused(tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(SettingError, match=rf"^--output = .*: {name} "):
+    sets.write(tmp_path)
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+  def encode(images):
+    return np.full((len(images), 2, 2, *sets.LATENT_SHAPE), np.inf, np.float16)
+
+  with pytest.raises(SettingError, match=r"^--dtype = 'float16': the latents of class"):
+    sets.write(tmp_path, encode=encode)
+
+
+def test_too_little_memory_on_the_devices_is_told(tmp_path):
+  def encode(images):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  with pytest.raises(SettingError, match=r"^--batch_size = 3: takes more memory"):
+    sets.write(tmp_path, encode=encode)
+
+
+def test_a_failure_of_the_devices_is_not_taken_for_one_of_the_disk(tmp_path):
+  def encode(images):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    sets.write(tmp_path, encode=encode)
+
+
+def test_a_full_disk_is_told_and_loses_no_finished_shard(whole, tmp_path):
+  """Played by a limit on the size of a file, between those of two shards."""
+  code = (
+    "import resource, sys\n"
+    "from tests.data import sets\n"
+    "from mdt_jax import SettingError\n"
+    "calls = []\n"
+    "def encode(images):\n"
+    "  calls.append(1)\n"
+    "  if len(calls) > 3:\n"
+    "    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    "  return sets.encode_fn(images)\n"
+    "try:\n"
+    f"  sets.write({str(tmp_path)!r}, encode=encode)\n"
+    "except SettingError as error:\n"
+    "  print(error)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert "latents-00001-of-00003.array_record cannot be written" in done.stdout
+  assert "finished shards stay" in done.stdout
+  first = latents.shard_name(0, sets.NUM_SHARDS)
+  assert (tmp_path / first).read_bytes() == (whole / first).read_bytes()
+  sets.write(tmp_path)
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_too_little_room_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+  import shutil
+
+  usage = shutil.disk_usage(tmp_path)._replace(free=100)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(SettingError, match=r"--output = .*needs 0.0 GB more, and 0.0 GB"):
+    latent_writer.check_disk(sets.plan(), tmp_path / "not" / "yet")
+
+
+# What is left out, and what is refused.
+
+
+def test_unreadable_images_are_left_out_and_on_the_card(tmp_path):
+  sets.write(tmp_path, sets.Images(unreadable=(0, 9, 10, 11)))
+  card = latents.read_card(tmp_path)
+  left_out = [name for shard in card["shards"] for name in shard["left_out"]]
+  assert left_out == [f"class/{i}.png" for i in (0, 9, 10, 11)]
+  source = latents.LatentSource(tmp_path, 4, 3, 0)
+  assert len(source) == card["images"] == 20
+  labels = [int(source[i]["label"]) for i in range(20)]
+  kept = [i for i in range(24) if i not in (0, 9, 10, 11)]
+  assert labels == [i % sets.NUM_CLASSES for i in kept]
+  np.testing.assert_array_equal(source[0]["views"], sets.views(1))
+
+
+def test_a_shard_of_unreadable_images_alone_is_empty(tmp_path):
+  sets.write(tmp_path, sets.Images(unreadable=range(8)))
+  assert latents.read_card(tmp_path)["shards"][0]["images"] == 0
+  assert len(latents.LatentSource(tmp_path, 4, 3, 0)) == 16
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
+  source = sets.Images(unreadable=(9, 12), max_unreadable=1)
+  with pytest.raises(SettingError, match="max_unreadable = 1"):
+    sets.write(tmp_path, source)
+  assert (tmp_path / latents.shard_name(0, sets.NUM_SHARDS)).exists()
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+  (tmp_path / "mine.txt").write_text("kept")
+  with pytest.raises(
+    SettingError, match=r"--output = .*: must be empty, or hold a set"
+  ):
+    sets.write(tmp_path)
+  assert contents(tmp_path) == {"mine.txt": b"kept"}
+
+
+def test_a_set_begun_with_other_settings_is_refused(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    sets.write(tmp_path, encode=stop_after(1))
+  with pytest.raises(SettingError, match="holds a set with dtype = 'float16', not 'bf"):
+    latent_writer.encode(
+      sets.plan(dtype="bfloat16"),
+      sets.Images(),
+      sets.encode_fn,
+      tmp_path,
+      batch_size=3,
+    )
+
+
+def test_a_finished_set_of_other_settings_is_refused(whole):
+  assert latent_writer.is_finished(sets.plan(), whole)
+  with pytest.raises(SettingError, match="holds a set with dtype = 'float16', not 'bf"):
+    latent_writer.is_finished(sets.plan(dtype="bfloat16"), whole)
+
+
+def test_what_the_set_will_take_is_near_what_it_takes(whole):
+  """But for the names, and for what ArrayRecord adds."""
+  layout = sets.plan().layout
+  assert sets.plan().num_bytes == 24 * (layout.moment_bytes + 4) == 24 * 388

@@ -1,0 +1,217 @@
+"""config.eval: scores of the averaged parameters, in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from mdt_jax import factories
+from mdt_jax.checkpoints.manager import load_ema
+from mdt_jax.errors import SettingError
+from mdt_jax.evaluation import scores
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_streams import GeneratedImages
+from mdt_jax.sharding import make_mesh
+from mdt_jax.training import loop
+from tests.training.tiny import tiny_config
+
+EVAL = {
+  "num_steps": 3,
+  "eval.every": 2,
+  "eval.metrics": "frechet,accuracy",
+  "eval.num_images": 20,
+  "eval.batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  loop.train(tiny_config(**EVAL), folder)
+  return folder
+
+
+def read_scalars(workdir):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.util.tensor_util import make_ndarray
+
+  events = EventAccumulator(str(workdir / "tensorboard"), {"tensors": 0})
+  events.Reload()
+  return {
+    tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in points}
+    for tag, points in (
+      (tag, events.Tensors(tag)) for tag in events.Tags()["tensors"] if "eval/" in tag
+    )
+  }
+
+
+def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
+  scalars = read_scalars(workdir)
+  assert set(scalars) == {"eval/frechet", "eval/accuracy"}
+  assert all(set(points) == {2, 3} for points in scalars.values())
+
+
+def test_scores_are_of_the_averaged_parameters(workdir):
+  config, params, _ = load_ema(workdir)
+  evaluate = Evaluator(config, make_mesh(), factories.make_source(config))
+  found = evaluate(3, {"0.9": params})
+  for tag, points in read_scalars(workdir).items():
+    assert points[3] == pytest.approx(found[tag], rel=1e-3), tag
+
+
+def test_a_reference_may_be_given(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
+  config = tiny_config(**EVAL, **{"eval.reference": str(tmp_path / "real.npz")})
+  evaluate = Evaluator(config, make_mesh(), source=None)
+  found = evaluate._real.statistics["pixels"].mean
+  expected = images.reshape(30, -1).mean(axis=0) / 255
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("references")
+  images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+  grey, labels = images[..., :1], np.arange(30) % 10
+  np.savez(folder / "colour.npz", images, labels)
+  np.savez(folder / "unlabelled.npz", grey)
+  np.savez(folder / "sevens.npz", grey, np.full(30, 7))
+  np.savez(folder / "three.npz", grey[:3], labels[:3])
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("metrics", "num_images", "reference", "message"),
+  [
+    ("diversity", 10, "sevens", r"num_images = 10: diversity needs two images of a"),
+    ("diversity", 20, "three", r"num_images = 20: diversity needs two images of a"),
+    ("accuracy", 10, "unlabelled", r"reference = .*: accuracy needs labels of its"),
+    ("accuracy", 10, "sevens", r"reference = .*: accuracy needs .* at least 2 classes"),
+    ("accuracy", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
+    ("frechet", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
+  ],
+)
+def test_scores_that_cannot_be_had_are_refused_before_training(
+  references, metrics, num_images, reference, message
+):
+  config = tiny_config(
+    **EVAL
+    | {
+      "eval.metrics": metrics,
+      "eval.num_images": num_images,
+      "eval.reference": str(references / f"{reference}.npz"),
+    }
+  )
+  with pytest.raises(SettingError, match=r"^config\.eval\..*" + message):
+    Evaluator(config, make_mesh(), source=None)
+
+
+def test_latents_that_nothing_decodes_are_refused_before_training():
+  config = tiny_config(**EVAL, **{"data.source": "latents"})
+  with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
+    Evaluator(config, make_mesh(), source=None)
+
+
+def read_scores(workdir):
+  return {p.name: json.loads(p.read_text()) for p in (workdir / "scores").iterdir()}
+
+
+def test_a_run_stopped_while_it_scores_has_its_state_and_scores_when_it_goes_on(
+  workdir, tmp_path, monkeypatch
+):
+  batches = GeneratedImages.batches
+
+  def stop_after_one(self, batch_size):
+    for i, batch in enumerate(batches(self, batch_size)):
+      if i == 1:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  config = tiny_config(**EVAL, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(GeneratedImages, "batches", stop_after_one)
+    with pytest.raises(loop.Interrupted, match="after step 2"):
+      loop.train(config, tmp_path)
+  assert load_ema(tmp_path)[2] == 2
+  assert not (tmp_path / "scores").exists()
+  loop.train(config, tmp_path)
+  assert read_scores(tmp_path) == read_scores(workdir)
+
+
+def test_the_last_scores_are_made_up_for_and_once_only(workdir, caplog):
+  before = read_scores(workdir)
+  assert set(before) == {"step_0000002.json", "step_0000003.json"}
+  last = workdir / "scores" / "step_0000003.json"
+  last.unlink()
+  loop.train(tiny_config(**EVAL), workdir)
+  assert read_scores(workdir) == before
+  made = last.stat().st_mtime_ns
+  with caplog.at_level("INFO", "mdt_jax"):
+    loop.train(tiny_config(**EVAL), workdir)
+  assert "nothing to do" in caplog.text
+  assert last.stat().st_mtime_ns == made
+
+
+def test_scores_that_end_the_process_are_made_up_for_once(
+  tmp_path, monkeypatch, caplog
+):
+  class Killed(BaseException):
+    """As by the system, for memory."""
+
+  def kill(*_):
+    raise Killed
+
+  config = tiny_config(**EVAL, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(Evaluator, "__call__", kill)
+    for _ in range(2):  # at step 2, which is saved, and at the start after
+      with pytest.raises(Killed):
+        loop.train(config, tmp_path)
+    assert load_ema(tmp_path)[2] == 2
+  loop.train(config, tmp_path)
+  assert "no scores of step 2: two starts ended there" in caplog.text
+  assert "step_0000003.json" in os.listdir(tmp_path / "scores")
+
+
+def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
+  score, left = scores.score, [SettingError("real images", None, "needs their labels")]
+
+  def fail_once(*args):
+    if left:
+      raise left.pop()
+    return score(*args)
+
+  monkeypatch.setattr(scores, "score", fail_once)
+  assert int(loop.train(tiny_config(**EVAL), tmp_path).step) == 3
+  assert (
+    "NO SCORES OF STEP 2: real images = None: needs their labels. The run goes on"
+    in caplog.text
+  )
+  assert set(read_scores(tmp_path)) == {"step_0000003.json"}
+
+
+@pytest.mark.parametrize(
+  ("setting", "value", "message"),
+  [
+    ("eval.metrics", "fid", r"config\.eval\.metrics = 'fid': needs the weights"),
+    ("eval.metrics", "kid", r"config\.eval\.metrics = 'kid': accepted are"),
+    ("eval.metrics", "", r"config\.eval\.metrics = ''"),
+    ("eval.every", -1, r"config\.eval\.every = -1: must be at least 0"),
+    ("eval.num_images", 1, r"config\.eval\.num_images = 1: must be at least 2"),
+    ("eval.batch_size", 0, r"config\.eval\.batch_size = 0: must be at least 1"),
+    ("eval.reference", "nowhere.npz", r"config\.eval\.reference = 'nowhere\.npz'"),
+    ("eval.inception", "nowhere.pth", r"config\.eval\.inception = 'nowhere\.pth'"),
+  ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_written(
+  tmp_path, setting, value, message
+):
+  config = tiny_config(**(EVAL | {setting: value}))
+  with pytest.raises(SettingError, match=message):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,95 @@
+"""The autoencoder in use: scaled moments, and its parameters in a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from tests import reference
+
+FOLDER = reference.FIXTURES / "vae"
+RECORDED = {k: reference.to_nhwc(reference.load("vae")[k]) for k in ("x", "z")}
+
+
+@functools.cache
+def load():
+  return Autoencoder.load(str(FOLDER))
+
+
+def test_moments_are_those_of_the_reference_scaled():
+  recorded = reference.load("vae")
+  mean, deviation = np.moveaxis(np.asarray(load().moments(RECORDED["x"])), 1, 0)
+  expected = 0.18215 * reference.to_nhwc(recorded["mean"])
+  assert reference.relative_error(mean, expected) < reference.FORWARD_TOLERANCE
+  expected = 0.18215 * np.exp(reference.to_nhwc(recorded["logvar"]) / 2)
+  assert reference.relative_error(deviation, expected) < reference.FORWARD_TOLERANCE
+
+
+def test_bytes_and_floats_have_the_same_moments():
+  pixels = np.random.default_rng(0).integers(0, 256, RECORDED["x"].shape, np.uint8)
+  floats = pixels.astype(np.float32) / 127.5 - 1
+  # Compiled, the scaling of bytes may be fused and round once less.
+  np.testing.assert_allclose(load().moments(pixels), load().moments(floats), atol=1e-6)
+
+
+def test_scaled_latents_are_decoded_as_the_reference_decodes_them():
+  images = load().decode(0.18215 * RECORDED["z"])
+  expected = reference.to_nhwc(reference.load("vae")["decoded"])
+  assert reference.relative_error(images, expected) < reference.FORWARD_TOLERANCE
+
+
+def test_latents_have_the_shape_that_is_said():
+  size = RECORDED["x"].shape[1]
+  assert load().moments(RECORDED["x"]).shape[2:] == load().latent_shape(size)
+
+
+def test_parameters_from_a_checkpoint_of_ours_match_reference(tmp_path):
+  saved = load()
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "vae", saved.params)
+    checkpointer.wait_until_finished()
+    params = checkpointer.restore(tmp_path / "vae", saved.params)
+  restored = Autoencoder(saved.model, params)
+  reference.assert_matches(
+    "autoencoder, decode after a round trip through a checkpoint",
+    restored.decode(0.18215 * RECORDED["z"]),
+    reference.to_nhwc(reference.load("vae")["decoded"]),
+    reference.FORWARD_TOLERANCE,
+  )
+
+
+FOUR_DEVICES = """
+import sys
+import numpy as np
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax import sharding
+autoencoder = Autoencoder.load(sys.argv[1])
+latents = np.load("latents.npy")
+with sharding.use_mesh(sharding.make_mesh(data=2, tensor=2)):
+  shared, odd = autoencoder.decode(latents), autoencoder.decode(latents[:3])
+assert shared.sharding.shard_shape(shared.shape)[0] == 2
+np.savez("decoded.npz", shared, odd)
+"""
+
+
+def test_devices_share_what_is_decoded(tmp_path):
+  latents = np.random.default_rng(0).normal(size=(4, *RECORDED["z"].shape[1:]))
+  np.save(tmp_path / "latents.npy", latents.astype(np.float32))
+  environment = {
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": "4",
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+  }
+  command = [sys.executable, "-c", FOUR_DEVICES, str(FOLDER)]
+  subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+  expected = load().decode(latents.astype(np.float32))
+  with np.load(tmp_path / "decoded.npz") as decoded:
+    np.testing.assert_allclose(decoded["arr_0"], expected, atol=1e-5)
+    np.testing.assert_allclose(decoded["arr_1"], expected[:3], atol=1e-5)

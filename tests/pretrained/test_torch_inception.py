@@ -1,0 +1,161 @@
+"""Weights of Inception from each kind of file, and files that are refused."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from mdt_jax.errors import SettingError
+from mdt_jax.pretrained import torch_inception
+from mdt_jax.pretrained.torch_inception import convert_inception, load_inception
+from tests import reference
+
+
+def tensors():
+  return reference.inception_tensors()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  """A state dict of PyTorch, with its counters of batches, converted."""
+  folder = tmp_path_factory.mktemp("inception")
+  state = {name: torch.from_numpy(array) for name, array in tensors().items()}
+  state["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(7)
+  torch.save(state, folder / "weights.pth")
+  convert_inception(folder / "weights.pth", folder / "inception.safetensors")
+  return folder / "inception.safetensors"
+
+
+def assert_same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_names_and_shapes_are_those_of_pytorch_fid():
+  recorded = json.loads((reference.FIXTURES / "inception_params.json").read_text())
+  expected = {name: tuple(shape) for name, shape in recorded.items()}
+  assert torch_inception.tensor_shapes() == expected
+
+
+def test_the_converted_file_holds_the_same_tensors(converted):
+  assert_same(load_file(converted), dict(tensors()))
+
+
+def test_parameters_of_the_converted_file_are_those_of_the_tensors(converted):
+  assert_same(load_inception(converted), torch_inception.to_params(tensors()))
+
+
+def test_a_frozen_graph_gives_the_same_tensors(tmp_path, converted):
+  import tensorflow as tf
+
+  graph = tf.compat.v1.GraphDef()
+  for theirs, ours in torch_inception.graph_names().items():
+    array = tensors()[ours]
+    if array.ndim == 4:
+      array = array.transpose(2, 3, 1, 0)
+    node = graph.node.add(name=theirs, op="Const")
+    node.attr["value"].tensor.CopyFrom(
+      tf.make_tensor_proto(array.T if array.ndim == 2 else array)
+    )
+  graph.node.add(name="ExpandDims", op="ExpandDims")
+  (tmp_path / "graph.pb").write_bytes(graph.SerializeToString())
+  convert_inception(tmp_path / "graph.pb", tmp_path / "inception.safetensors")
+  assert_same(load_file(tmp_path / "inception.safetensors"), load_file(converted))
+
+
+@pytest.mark.parametrize(
+  ("theirs", "ours"),
+  [
+    ("conv_4/conv2d_params", "Conv2d_4a_3x3.conv.weight"),
+    ("mixed/tower/conv_1/conv2d_params", "Mixed_5b.branch5x5_2.conv.weight"),
+    ("mixed_3/tower/conv_2/batchnorm/beta", "Mixed_6a.branch3x3dbl_3.bn.bias"),
+    ("mixed_6/conv/conv2d_params", "Mixed_6d.branch1x1.conv.weight"),
+    (
+      "mixed_8/tower_1/conv_3/batchnorm/moving_mean",
+      "Mixed_7a.branch7x7x3_4.bn.running_mean",
+    ),
+    (
+      "mixed_10/tower_1/mixed/conv_1/batchnorm/gamma",
+      "Mixed_7c.branch3x3dbl_3b.bn.weight",
+    ),
+    ("softmax/weights", "fc.weight"),
+  ],
+)
+def test_constants_of_the_graph_are_the_layers_they_are_known_to_be(theirs, ours):
+  assert torch_inception.graph_names()[theirs] == ours
+
+
+def test_every_tensor_has_one_constant_of_the_graph():
+  names = list(torch_inception.graph_names().values())
+  assert sorted(names) == sorted(tensors())
+
+
+REFUSED = {
+  "another number of classes": (
+    {"fc.weight": np.zeros((1000, 2048), np.float32)},
+    r"fc\.weight has shape \(1000, 2048\) where \(1008, 2048\) is expected",
+  ),
+  "an auxiliary head": (
+    {"AuxLogits.fc.bias": np.zeros(1000, np.float32)},
+    r"AuxLogits\.fc\.bias is not part of it",
+  ),
+  "a number that is none": (
+    {"fc.bias": np.full(1008, np.nan, np.float32)},
+    r"fc\.bias holds numbers that are not finite",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_of_another_network_are_refused(tmp_path, monkeypatch, case):
+  changes, message = REFUSED[case]
+  monkeypatch.setattr(
+    torch_inception, "read_tensors", lambda path: {**tensors(), **changes}
+  )
+  with pytest.raises(SettingError, match=f"not the Inception of 2015.*{message}"):
+    convert_inception("weights.pth", tmp_path / "out.safetensors")
+  assert not list(tmp_path.iterdir())
+
+
+def test_missing_tensors_are_named(tmp_path):
+  save_file({"fc.bias": tensors()["fc.bias"]}, tmp_path / "part.safetensors")
+  with pytest.raises(SettingError, match=r"is missing; .*and 466 more"):
+    load_inception(tmp_path / "part.safetensors")
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+  class Harmful:
+    def __reduce__(self):
+      return (print, ("run",))
+
+  torch.save({"fc.bias": Harmful()}, tmp_path / "weights.pth")
+  with pytest.raises(SettingError, match="no checkpoint that is safe to load"):
+    load_inception(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["graph.pb", "weights.pth", "weights.safetensors"])
+def test_a_file_of_something_else_is_named(tmp_path, name):
+  path = tmp_path / name
+  path.write_bytes(b"\xff something else \xff")
+  with pytest.raises(SettingError, match=f"--inception = .*{name}"):
+    load_inception(path)
+
+
+@pytest.mark.parametrize("name", ["graph.pb", "weights.pth"])
+def test_a_file_that_is_not_there_is_named(tmp_path, name):
+  with pytest.raises(SettingError, match=f"--inception = .*{name}.* must be a file"):
+    load_inception(tmp_path / name)
+
+
+def test_only_safetensors_are_written(tmp_path):
+  with pytest.raises(SettingError, match=r"must end in \.safetensors"):
+    convert_inception(tmp_path / "a.pth", tmp_path / "b.pth")
+
+
+def test_a_file_that_is_there_is_kept(converted):
+  with pytest.raises(SettingError, match="--overwrite"):
+    convert_inception(converted, converted)

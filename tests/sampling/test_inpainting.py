@@ -1,0 +1,92 @@
+"""Images and masks that are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.errors import SettingError
+from mdt_jax.sampling import inpainting
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+HALF = np.zeros((8, 8), bool)
+HALF[:, 4:] = True
+
+
+def test_an_image_is_read_from_a_file_a_picture_or_an_array(tmp_path):
+  picture = Image.fromarray(PIXELS)
+  picture.save(tmp_path / "image.png")
+  for image in (tmp_path / "image.png", picture, PIXELS):
+    np.testing.assert_array_equal(inpainting.read_image("image", image, 8, 3), PIXELS)
+
+
+def test_a_grey_image_has_one_channel():
+  picture = Image.fromarray(PIXELS[..., 0])
+  for image in (picture, PIXELS[..., 0]):
+    pixels = inpainting.read_image("image", image, 8, 1)
+    np.testing.assert_array_equal(pixels, PIXELS[..., :1])
+
+
+@pytest.mark.parametrize(
+  ("image", "message"),
+  [
+    (Image.new("RGBA", (8, 8)), "must be RGB, is RGB with transparency"),
+    (Image.new("L", (8, 8)), "must be RGB, is grey"),
+    (Image.new("RGB", (9, 8)), "image = '8x9x3': must have the model's size, 8x8x3"),
+    (PIXELS[..., :1], "image = '8x8x1': must have the model's size, 8x8x3"),
+    (PIXELS / 255, "must be uint8"),
+    ("nowhere.png", "image = 'nowhere.png': cannot be read: No such file"),
+    (__file__, "is no image that can be read"),
+    (7, "must be a picture, an array or a path"),
+  ],
+)
+def test_what_is_no_image_of_the_model_is_named(image, message):
+  with pytest.raises(SettingError) as error:
+    inpainting.read_image("image", image, 8, 3)
+  assert message in str(error.value)
+
+
+def test_white_is_hidden():
+  picture = Image.fromarray(np.uint8(255) * HALF)
+  for mask in (picture, picture.convert("1"), picture.convert("RGB"), HALF):
+    np.testing.assert_array_equal(inpainting.read_mask("mask", mask, 8), HALF)
+
+
+@pytest.mark.parametrize(
+  ("mask", "message"),
+  [
+    (HALF[:, :6], "mask = '8x6': must have the image's 8x8"),
+    (Image.new("L", (16, 16)), "mask = '16x16': must have the image's 8x8"),
+    (np.ones((8, 8), bool), "hides everything"),
+    (Image.new("L", (8, 8), 127), "hides nothing"),
+    (HALF.astype(float), "mask = 'float64 array': must be bool or uint8"),
+    (7, "must be a picture, an array or a path"),
+    (None, "mask = None: must be given: what is white is painted"),
+  ],
+)
+def test_what_is_no_mask_is_named(mask, message):
+  with pytest.raises(SettingError) as error:
+    inpainting.read_mask("mask", mask, 8)
+  assert message in str(error.value)
+
+
+def test_a_latent_is_visible_where_all_of_its_pixels_are():
+  mask = np.zeros((8, 8), bool)
+  mask[0, 3:] = True
+  expected = [[False, True, True, True]] + [[False] * 4] * 3
+  assert inpainting.downsample_mask("mask", mask, 2).tolist() == expected
+
+
+def test_a_mask_that_leaves_no_latent_visible_is_refused():
+  with pytest.raises(SettingError, match="2x2 pixels wholly visible"):
+    inpainting.downsample_mask("mask", np.eye(2, dtype=bool), 2)
+
+
+def test_a_token_is_hidden_where_nothing_of_it_is_visible():
+  mask = HALF.copy()
+  mask[0, 5] = False
+  tokens = inpainting.hidden_tokens(mask, 2).reshape(4, 4)
+  assert (
+    tokens.tolist() == [[False, False, False, True]] + [[False, False, True, True]] * 3
+  )

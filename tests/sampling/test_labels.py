@@ -1,0 +1,82 @@
+"""Labels: by number, by name, in turn, at random."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.sampling.labels import draw_labels, imagenet_classes, parse_labels
+
+
+@pytest.mark.parametrize(
+  ("name", "index"),
+  [
+    ("golden retriever", 207),
+    ("Golden  Retriever", 207),
+    ("tench", 0),
+    ("Tinca tinca", 0),
+    ("toilet tissue", 999),
+    ("bathroom tissue", 999),
+    ("cardigan welsh corgi", 264),
+  ],
+)
+def test_a_name_or_a_synonym_is_its_class(name, index):
+  assert parse_labels("labels", [name], 1000).tolist() == [index]
+
+
+def test_every_class_has_a_name():
+  classes = imagenet_classes()
+  assert len(classes) == 1000
+  assert all(name == name.strip() and name for names in classes for name in names)
+
+
+def test_most_classes_are_found_by_their_usual_name():
+  """All but those whose usual name is that of another class too."""
+  shared = 0
+  for i, names in enumerate(imagenet_classes()):
+    try:
+      assert parse_labels("labels", [names[0]], 1000).tolist() == [i]
+    except SettingError as error:
+      assert "names two classes" in str(error)
+      shared += 1
+  assert shared <= 6
+
+
+def test_numbers_and_names_go_together():
+  labels = parse_labels("labels", ["3", 7, np.int32(5), "golden retriever"], 1000)
+  assert labels.tolist() == [3, 7, 5, 207]
+
+
+@pytest.mark.parametrize(
+  ("labels", "num_classes", "message"),
+  [
+    ([10], 10, "labels = 10: labels of this model are 0 … 9"),
+    ([-1], 10, "labels = -1: labels of this model are 0 … 9"),
+    ([], 10, "labels = []: must be a list"),
+    (3, 10, "labels = 3: must be a list"),
+    ("tench", 1000, "labels = 'tench': must be a list"),
+    ([1.5], 10, "labels = 1.5: must be a whole number or a name"),
+    ([True], 10, "labels = True: must be a whole number or a name"),
+    (["golden retriever"], 10, "labels of this model are numbers, 0 … 9"),
+    (["golden retriver"], 1000, "'golden retriver': names no class"),
+    (["crane"], 1000, "names two classes: say 134 (crane) or 517 (crane)"),
+  ],
+)
+def test_what_is_no_label_is_named(labels, num_classes, message):
+  with pytest.raises(SettingError) as error:
+    parse_labels("labels", labels, num_classes)
+  assert message in str(error.value)
+
+
+def test_balanced_labels_take_every_class_in_turn():
+  labels = draw_labels("balanced", 25, 10, seed=0)
+  assert np.bincount(labels).tolist() == [3] * 5 + [2] * 5
+
+
+def test_random_labels_are_of_the_seed_and_the_number_alone():
+  few, many = (draw_labels("random", n, 1000, seed=3) for n in (100, 50_000))
+  np.testing.assert_array_equal(many[:100], few)
+  assert (draw_labels("random", 100, 1000, seed=4) != few).any()
+  counts = np.bincount(many, minlength=1000)
+  assert 20 < counts.min() < counts.max() < 90  # 50 each, deviation 7

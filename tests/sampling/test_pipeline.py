@@ -1,0 +1,235 @@
+"""The interface for notebooks: what it gives, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mdt_jax
+from mdt_jax import SettingError, factories
+from mdt_jax.checkpoints.manager import save_model
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sampling.pictures import to_uint8
+from tests import reference
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = tiny_config()
+  save_model(folder, config, reference.random_params(factories.make_model(config)))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint):
+  return mdt_jax.Pipeline.from_checkpoint(checkpoint)
+
+
+def pixels_of(pictures):
+  return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def test_pictures_are_those_of_the_labels(pipeline):
+  pictures = pipeline([7, 3, 7])
+  assert [(p.mode, p.size) for p in pictures] == [("L", (8, 8))] * 3
+  first, _, third = pixels_of(pictures)
+  assert (first != third).any()
+  np.testing.assert_array_equal(pipeline.draw([7, 3, 7])[0, ..., 0], first)
+
+
+def test_an_image_has_its_seed_and_number_whatever_the_rest(pipeline):
+  whole = pixels_of(pipeline([7, 3, 7, 5, 1], batch_size=2))
+  np.testing.assert_array_equal(pixels_of(pipeline([7, 3, 7], batch_size=2)), whole[:3])
+  assert (pixels_of(pipeline([7], batch_size=1, seed=1)) != whole[0]).any()
+
+
+def test_a_call_with_the_same_settings_compiles_nothing_anew(pipeline):
+  pipeline([1], num_steps=2)
+  ((_, made),) = [
+    item for item in pipeline._generators.items() if '"num_steps": 2' in item[0][0]
+  ]
+  compiled = made._generate._cache_size()
+  pipeline([2], num_steps=2, seed=5)
+  assert made._generate._cache_size() == compiled == 1
+
+
+def test_a_call_stopped_while_it_merged_goes_on(pipeline, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError("no space left on device")
+
+  with monkeypatch.context() as patched:
+    patched.setattr("mdt_jax.sampling.pictures.write_npz", full)
+    with pytest.raises(OSError, match="no space"):
+      pipeline.write(tmp_path, [7, 3, 7], num_steps=2, progress=False)
+  file = pipeline.write(tmp_path, [7, 3, 7], num_steps=2, progress=False)
+  with np.load(file) as data:
+    np.testing.assert_array_equal(data["arr_0"], pipeline.draw([7, 3, 7], num_steps=2))
+
+
+def test_a_process_without_a_block_makes_none(pipeline):
+  assert list(pipeline.plan([7]).make_blocks([])) == []
+
+
+def test_the_first_average_is_sampled_and_on_record(pipeline):
+  assert pipeline.plan([1]).describe()["sampling.ema_decay"] == 0.9
+
+
+def test_settings_of_a_call_do_not_stay(pipeline):
+  before = pipeline.config.to_json()
+  pipeline([1], num_steps=2, cfg_scale=1.0)
+  assert pipeline.config.to_json() == before
+
+
+def test_pixels_take_no_autoencoder(checkpoint):
+  with pytest.raises(SettingError, match="vae = 'x': must be left out"):
+    mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="x")
+  assert mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="none").autoencoder is None
+
+
+def test_a_run_of_many_devices_is_sampled_on_those_that_are_here():
+  config = tiny_config(**{"mesh.data": 4, "mesh.fsdp": 2})
+  params = reference.random_params(factories.make_model(config))
+  assert len(mdt_jax.Pipeline(config, params, 0)([1])) == 1
+
+
+@pytest.mark.parametrize(
+  ("labels", "arguments", "message"),
+  [
+    ([10], {}, "labels = 10: labels of this model are 0 … 9"),
+    (["tench"], {}, "labels of this model are numbers, 0 … 9"),
+    (3, {}, "labels = 3: must be a list"),
+    ([1], dict(seed=-1), "seed = -1: must lie in"),
+    ([1], dict(batch_size=0), "batch_size = 0: must be at least 1"),
+    ([1], dict(steps=5), "steps = 5: is no setting of sampling: cfg_channels"),
+    ([1], dict(num_steps=5.5), "config.sampling.num_steps = 5.5: must be of type int"),
+    ([1], dict(method="plms"), "config.sampling.method = 'plms': accepted are"),
+    ([1], dict(spacing="even"), "config.sampling.spacing = 'even': accepted are"),
+    ([1], dict(cfg_interval=(0.5, 0.2)), "must be (low, high), 0 <= low <= high"),
+    ([1], dict(interpolation=0.5), "interpolation = 0.5: goes with an image to inp"),
+    ([1], dict(strength=0.5), "strength = 0.5: goes with an image to edit"),
+  ],
+)
+def test_what_cannot_be_sampled_is_named(pipeline, labels, arguments, message):
+  with pytest.raises(SettingError) as error:
+    pipeline(labels, **arguments)
+  assert message in str(error.value)
+
+
+# Images that are given.
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+MASK = np.zeros((8, 8), bool)
+MASK[:, 4:] = True
+
+
+@pytest.mark.parametrize(
+  "arguments", [{}, dict(interpolation=1.0, repeats=3, cfg_scale=1.0)]
+)
+def test_inpainting_keeps_the_visible_pixels_and_paints_the_rest(pipeline, arguments):
+  painted = pixels_of(
+    pipeline.inpaint(Image.fromarray(IMAGE), MASK, [3, 5], **arguments)
+  )
+  np.testing.assert_array_equal(painted[:, ~MASK], IMAGE[~MASK][None].repeat(2, 0))
+  assert (painted[0][MASK] != painted[1][MASK]).any()
+
+
+def test_each_label_may_have_its_own_image(pipeline):
+  given = np.stack([IMAGE, 255 - IMAGE])[..., None]
+  painted = pixels_of(pipeline.inpaint(given, MASK, [3, 5]))
+  np.testing.assert_array_equal(painted[:, ~MASK], given[:, ~MASK, 0])
+
+
+def test_a_mask_that_hides_no_whole_token_needs_no_interpolation(pipeline):
+  plan = pipeline.plan([1], inpaint=IMAGE, mask=np.eye(8, dtype=bool))
+  assert plan.task.interpolation == 0
+
+
+def test_an_edit_of_little_strength_stays_near_its_image(pipeline):
+  image = np.full((8, 8), 60, np.uint8)
+
+  def distance(strength):
+    edited = pixels_of(pipeline.edit(image, [3], strength=strength, num_steps=100))
+    return np.abs(edited.astype(float) - image).mean()
+
+  assert distance(0.02) < 20 < distance(1.0)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (dict(inpaint=IMAGE), "mask = None: must be given"),
+    (dict(mask=MASK), "goes with an image to inpaint"),
+    (dict(inpaint=IMAGE, mask=MASK[:4]), "mask = '4x8': must have the image's 8x8"),
+    (dict(inpaint=IMAGE, mask=MASK | True), "hides everything"),
+    (dict(inpaint=IMAGE[:4], mask=MASK), "inpaint = '4x8x1': must have the model's"),
+    (dict(inpaint=Image.new("RGB", (8, 8)), mask=MASK), "must be grey, is RGB"),
+    (dict(inpaint=IMAGE, mask=MASK, interpolation=2.0), "must lie in [0, 1]"),
+    (dict(inpaint=IMAGE, mask=MASK, edit=IMAGE), "must be left out"),
+    (dict(inpaint=IMAGE[None, ..., None].repeat(2, 0), mask=MASK), "must be 1, as"),
+    (dict(inpaint=IMAGE, mask=MASK, repeats=0), "repeats = 0: must be 1"),
+    (dict(inpaint=IMAGE, mask=MASK, repeats=2, method="heun"), "ddpm or ddim"),
+    (dict(edit=IMAGE, strength=0.0), "strength = 0.0: must be above 0"),
+    (dict(edit=IMAGE, mask=MASK), "goes with an image to inpaint"),
+  ],
+)
+def test_an_image_that_cannot_be_used_is_named(pipeline, arguments, message):
+  with pytest.raises(SettingError) as error:
+    pipeline.draw([1], **arguments)
+  assert message in str(error.value)
+
+
+def test_dit_has_no_side_interpolater(tmp_path):
+  config = tiny_config(**{"model.name": "DiT-S/2", "masking.ratio": 0.0})
+  params = reference.random_params(factories.make_model(config))
+  pipeline = mdt_jax.Pipeline(config, params, 0)
+  with pytest.raises(SettingError, match="DiT has no side-interpolater"):
+    pipeline.plan([1], inpaint=IMAGE, mask=MASK, interpolation=0.5)
+  assert pipeline.plan([1], inpaint=IMAGE, mask=MASK).task.interpolation == 0
+
+
+# With an autoencoder: a latent for 4 x 4 pixels, images of 32 x 32.
+
+
+@pytest.fixture(scope="module")
+def latent_pipeline():
+  autoencoder = Autoencoder.load(str(reference.FIXTURES / "vae"))
+  model = autoencoder.model
+  config = tiny_config(
+    **{"model.in_channels": model.latent_channels, "data.source": "latents"},
+    **{"sampling.num_steps": 2},
+  )
+  params = reference.random_params(factories.make_model(config))
+  return mdt_jax.Pipeline(config, params, 0, autoencoder)
+
+
+def test_latents_are_decoded_as_the_autoencoder_decodes_them(latent_pipeline):
+  size = 8 * latent_pipeline.autoencoder.model.downsampling
+  pixels = latent_pipeline.draw([1, 2])
+  assert (pixels.shape, pixels.dtype) == ((2, size, size, 3), np.uint8)
+  alone = mdt_jax.Pipeline(latent_pipeline.config, latent_pipeline.params, 0)
+  latents = alone.draw([1, 2])
+  assert latents.dtype == np.float32
+  expected = to_uint8(latent_pipeline.autoencoder.decode(latents))
+  difference = np.abs(pixels.astype(int) - expected)
+  assert difference.max() <= 1  # of rounding, where a value falls on a whole number
+
+
+def test_inpainting_latents_keeps_the_visible_pixels(latent_pipeline):
+  shape = latent_pipeline.image_shape
+  image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  mask = np.zeros(shape[:2], bool)
+  mask[3:20, 5:] = True
+  (painted,) = latent_pipeline.inpaint(Image.fromarray(image), mask, [1])
+  np.testing.assert_array_equal(np.asarray(painted)[~mask], image[~mask])
+  assert (np.asarray(painted)[mask] != image[mask]).any()
+
+
+def test_latents_are_no_pictures(latent_pipeline):
+  alone = mdt_jax.Pipeline(latent_pipeline.config, latent_pipeline.params, 0)
+  with pytest.raises(SettingError, match="name its autoencoder"):
+    alone([1])
+  with pytest.raises(SettingError, match="name its autoencoder"):
+    alone.edit(IMAGE, [1])

@@ -1,0 +1,213 @@
+"""Images on disk: blocks, stops, several processes, one .npz."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax import factories
+from mdt_jax.checkpoints.manager import save_model
+from mdt_jax.errors import SettingError
+from mdt_jax.sampling import pictures
+from mdt_jax.sampling.batches import Request
+from mdt_jax.sampling.writer import ShardedImages
+from tests import reference
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).parents[2]
+REQUEST = Request(np.arange(10) % 3, seed=0, block_size=4)  # blocks of 4, 4 and 2
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+
+
+class Maker:
+  """Gives the blocks asked for; remembers them, and stops before `stop_at`."""
+
+  def __init__(self, stop_at=None):
+    self.made = []
+    self.stop_at = stop_at
+
+  def __call__(self, blocks):
+    for block in blocks:
+      if block == self.stop_at:
+        raise KeyboardInterrupt
+      self.made.append(block)
+      yield block, PIXELS[REQUEST.ids(block)]
+
+
+def sharded(folder, seed=0, **options):
+  return ShardedImages(folder, REQUEST, {"seed": seed, "images": 10}, **options)
+
+
+def write(folder, maker=None, **options):
+  sharded(folder, **options).write(maker or Maker(), progress=False)
+  return (folder / "samples.npz").read_bytes()
+
+
+def test_the_npz_holds_all_images_under_the_names_of_adm(tmp_path):
+  write(tmp_path)
+  with np.load(tmp_path / "samples.npz", allow_pickle=False) as data:
+    np.testing.assert_array_equal(data["arr_0"], PIXELS)
+    np.testing.assert_array_equal(data["arr_1"], REQUEST.labels)
+  assert not list(tmp_path.glob("partial*"))
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "stopped", Maker(stop_at=2))
+  maker = Maker()
+  resumed = write(tmp_path / "stopped", maker)
+  assert maker.made == [2]
+  assert resumed == write(tmp_path / "whole")
+
+
+def test_half_a_block_is_made_again(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "stopped", Maker(stop_at=1))
+  (tmp_path / "stopped" / "partial" / ".000001.npy.partial").write_bytes(b"half")
+  assert write(tmp_path / "stopped") == write(tmp_path / "whole")
+
+
+def test_a_run_stopped_while_it_merged_merges_again(tmp_path, monkeypatch):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(pictures, "write_npz", stop)
+    with pytest.raises(KeyboardInterrupt):
+      write(tmp_path / "stopped")
+  assert not (tmp_path / "stopped" / "samples.npz").exists()
+  maker = Maker()
+  assert write(tmp_path / "stopped", maker) == write(tmp_path / "whole")
+  assert maker.made == []
+
+
+def test_unfinished_images_of_other_settings_are_refused_and_kept(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path, Maker(stop_at=1))
+  with pytest.raises(SettingError, match="seed was 0, now 1"):
+    sharded(tmp_path, seed=1)
+  maker = Maker()
+  write(tmp_path, maker)
+  assert maker.made == [1, 2]
+
+
+def test_finished_images_are_known_by_their_settings(tmp_path):
+  write(tmp_path)
+  assert sharded(tmp_path).is_complete
+  assert not sharded(tmp_path, seed=1).is_complete
+
+
+def test_processes_share_the_blocks_and_the_first_one_merges(tmp_path):
+  makers = [Maker(), Maker()]
+  with pytest.raises(FileNotFoundError):
+    write(tmp_path, makers[1], process_index=1, process_count=2)
+  write(tmp_path, makers[0], process_index=0, process_count=2)
+  assert [maker.made for maker in makers] == [[0, 2], [1]]
+  with np.load(tmp_path / "samples.npz") as data:
+    np.testing.assert_array_equal(data["arr_0"], PIXELS)
+
+
+def test_pngs_are_named_by_label_and_number(tmp_path):
+  write(tmp_path)
+  sharded(tmp_path).write_pngs()
+  names = sorted(path.name for path in (tmp_path / "png").iterdir())
+  assert names == sorted(f"{i % 3}_{i:06d}.png" for i in range(10))
+  with Image.open(tmp_path / "png" / "1_000004.png") as picture:
+    np.testing.assert_array_equal(picture, PIXELS[4])
+
+
+def test_pngs_of_other_settings_go_with_their_images(tmp_path):
+  (tmp_path / "png").mkdir()
+  mine = {"mine.png", "3_000000_edited.png", "scan_20240101.png"}
+  for name in mine:
+    (tmp_path / "png" / name).write_bytes(b"kept")
+  write(tmp_path)
+  sharded(tmp_path).write_pngs()
+  sharded(tmp_path, name="latents").write(Maker(), progress=False)
+  assert len(list((tmp_path / "png").iterdir())) == len(mine) + len(PIXELS)
+  sharded(tmp_path, seed=9).write(Maker(), progress=False)
+  assert {path.name for path in (tmp_path / "png").iterdir()} == mine
+
+
+def test_merging_holds_one_part_at_a_time(tmp_path):
+  def parts():
+    for _ in range(64):
+      yield np.zeros((4, 256, 256, 3), np.uint8)  # 0.8 MB
+
+  tracemalloc.start()
+  pictures.write_npz(tmp_path / "samples.npz", parts(), np.zeros(256, int))
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 4e6
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_as_many_labels_as_images_are_needed(tmp_path, count):
+  with pytest.raises(ValueError, match=f"4 images for {count} labels"):
+    pictures.write_npz(tmp_path / "x.npz", [PIXELS[:4]], np.zeros(count, int))
+
+
+# Runs of the command, on one device and on eight.
+
+FLAGS = ["--num_images=300", "--batch_size=1", "--labels=random"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = tiny_config(**{"sampling.num_steps": 5})
+  save_model(folder, config, reference.random_params(factories.make_model(config)))
+  return folder
+
+
+def start(checkpoint, output, num_devices):
+  return subprocess.Popen(
+    [
+      *(sys.executable, "-m", "mdt_jax.sample", f"--checkpoint={checkpoint}"),
+      *(f"--output={output}", *FLAGS),
+    ],
+    cwd=ROOT,
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
+    stderr=subprocess.DEVNULL,
+  )
+
+
+def run(checkpoint, output, num_devices):
+  assert start(checkpoint, output, num_devices).wait(timeout=300) == 0
+  return (output / "samples.npz").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def on_one_device(checkpoint, tmp_path_factory):
+  return run(checkpoint, tmp_path_factory.mktemp("one"), 1)
+
+
+def test_images_on_one_and_on_eight_devices_are_equal(
+  checkpoint, on_one_device, tmp_path
+):
+  assert run(checkpoint, tmp_path, 8) == on_one_device
+  with np.load(tmp_path / "samples.npz") as data:
+    assert len(np.unique(data["arr_0"], axis=0)) == 300
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+  checkpoint, on_one_device, tmp_path
+):
+  process = start(checkpoint, tmp_path, 1)
+  while len(list((tmp_path / "partial").glob("[0-9]*.npy"))) < 3:
+    assert process.poll() is None
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (tmp_path / "samples.npz").exists()
+  assert run(checkpoint, tmp_path, 8) == on_one_device

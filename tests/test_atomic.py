@@ -1,0 +1,32 @@
+import json
+import os
+
+import pytest
+
+from mdt_jax.atomic import whole, write_json
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+  path = tmp_path / "new" / "file"
+  with whole(path) as partial:
+    partial.write_text("before")
+  with pytest.raises(OSError, match="full"), whole(path) as partial:
+    partial.write_text("half")
+    raise OSError("full")
+  assert path.read_text() == "before"
+  assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_may_be_written_by_two_at_the_same_time(tmp_path, monkeypatch):
+  path = tmp_path / "file.json"
+  replace = os.replace
+
+  def replace_after_another(*paths):
+    monkeypatch.setattr(os, "replace", replace)
+    write_json(path, "another")
+    replace(*paths)
+
+  monkeypatch.setattr(os, "replace", replace_after_another)
+  write_json(path, "one")
+  assert json.loads(path.read_text()) == "one"
+  assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,257 @@
+"""Optimizers and schedules: Adan as released, AdamW as in optax."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.optimizers import (
+  adan,
+  create_optimizer,
+  learning_rate_schedule,
+)
+from tests import reference
+
+ADAN = reference.load("adan")
+ADAN_TOLERANCE = 1e-6
+ADAN_STEPS = 6
+
+
+def steps(optimizer, params, gradients):
+  """The parameters after each of the gradients."""
+
+  @jax.jit
+  def step(params, state, gradient):
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state, history = optimizer.init(params), []
+  for gradient in gradients:
+    params, state = step(params, state, gradient)
+    history.append(params)
+  return history
+
+
+# Adan.
+
+
+@functools.cache
+def adan_steps(weight_decay, scale):
+  """Parameters after each step from the recorded gradients."""
+  optimizer = create_optimizer(
+    "adan",
+    float(ADAN["lr"]),
+    weight_decay=weight_decay,
+    clip_norm=float(ADAN["max_grad_norm"]),
+  )
+  recorded = f"wd{weight_decay}/scale{scale}"
+  gradients = [
+    {name: ADAN[f"{recorded}/{i}/grad/{name}"] for name in "wb"}
+    for i in range(ADAN_STEPS)
+  ]
+  return steps(optimizer, {name: ADAN[f"init/{name}"] for name in "wb"}, gradients)
+
+
+@pytest.mark.parametrize("step", range(ADAN_STEPS))
+@pytest.mark.parametrize("tensor", ["w", "b"])
+@pytest.mark.parametrize("scale", ["1e-05", "0.001", "10.0"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_adan_matches_reference(weight_decay, scale, tensor, step):
+  expected = ADAN[f"wd{weight_decay}/scale{scale}/{step}/param/{tensor}"]
+  actual = adan_steps(weight_decay, scale)[step][tensor]
+  reference.assert_matches(
+    "Adan, six steps at three gradient sizes and two weight decays",
+    actual,
+    expected,
+    ADAN_TOLERANCE,
+  )
+
+
+def test_the_moment_decays_are_those_recorded():
+  given = create_optimizer(
+    "adan", 0.1, **dict(zip(("b1", "b2", "b3"), map(float, ADAN["betas"]), strict=True))
+  )
+  params, gradients = random_params(), random_gradients(4)
+  default = create_optimizer("adan", 0.1)
+  assert_same(
+    steps(given, params, gradients)[-1], steps(default, params, gradients)[-1]
+  )
+
+
+@pytest.mark.parametrize("decay", ["b1", "b2", "b3"])
+def test_each_moment_decay_of_adan_can_be_set(decay):
+  params, gradients = random_params(), random_gradients(4)
+  default = steps(create_optimizer("adan", 0.1), params, gradients)[-1]
+  changed = create_optimizer("adan", 0.1, **{decay: 0.5})
+  assert distance(steps(changed, params, gradients)[-1], default) > 1e-3
+
+
+# The recorded decays are too small to tell this from p (1 - lr weight_decay).
+def test_weight_decay_of_adan_is_proximal():
+  params = random_params()
+  still = jax.tree.map(np.zeros_like, params)
+  (after,) = steps(create_optimizer("adan", 0.5, weight_decay=0.2), params, [still])
+  assert distance(after, jax.tree.map(lambda p: p / (1 + 0.5 * 0.2), params)) < 1e-6
+
+
+def test_adan_needs_the_parameters():
+  optimizer = adan(0.1)
+  params = random_params()
+  with pytest.raises(ValueError, match="adan needs the parameters"):
+    optimizer.update(params, optimizer.init(params))
+
+
+# Both.
+
+
+def random_params(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "pos_embed": rng.standard_normal((3, 4)).astype(np.float32),
+    "blocks": {"kernel": rng.standard_normal((4, 4)).astype(np.float32)},
+  }
+
+
+def random_gradients(count):
+  return [random_params(seed) for seed in range(1, count + 1)]
+
+
+def distance(first, second):
+  differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)
+  return float(max(jax.tree.leaves(differences)))
+
+
+def assert_same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize(
+  ("ours", "theirs"),
+  [
+    (dict(), dict(weight_decay=0.0)),
+    (dict(weight_decay=0.1), dict(weight_decay=0.1)),
+    (dict(b1=0.8, b2=0.95, eps=1e-5), dict(b1=0.8, b2=0.95, eps=1e-5, weight_decay=0)),
+  ],
+)
+def test_adamw_is_that_of_optax(ours, theirs):
+  params, gradients = random_params(), random_gradients(4)
+  assert_same(
+    steps(create_optimizer("adamw", 0.1, **ours), params, gradients)[-1],
+    steps(optax.adamw(0.1, **theirs), params, gradients)[-1],
+  )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_gradients_above_the_norm_are_scaled_down_to_it(name):
+  params, gradients = random_params(), random_gradients(4)
+  scaled = [optax.tree.scale(0.5 / optax.tree.norm(g), g) for g in gradients]
+  clipped = steps(create_optimizer(name, 0.1, clip_norm=0.5), params, gradients)[-1]
+  assert (
+    distance(steps(create_optimizer(name, 0.1), params, scaled)[-1], clipped) < 1e-5
+  )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_gradients_below_the_norm_are_left_alone(name):
+  params, gradients = random_params(), random_gradients(4)
+  clipped = steps(create_optimizer(name, 0.1, clip_norm=1e3), params, gradients)[-1]
+  free = steps(create_optimizer(name, 0.1), params, gradients)[-1]
+  assert distance(clipped, free) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_a_schedule_is_read_at_the_step(name):
+  params, gradients = random_params(), random_gradients(3)
+  history = steps(
+    create_optimizer(name, lambda step: jnp.where(step == 1, 0.0, 0.1)),
+    params,
+    gradients,
+  )
+  moves = [
+    distance(a, b) for a, b in zip([params, *history[:-1]], history, strict=True)
+  ]
+  assert [move > 1e-6 for move in moves] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_frozen_parameters_stay_under_weight_decay(name):
+  params = random_params()
+  optimizer = create_optimizer(
+    name, 0.1, weight_decay=0.1, clip_norm=1.0, frozen=["pos_embed"]
+  )
+  after = steps(optimizer, params, random_gradients(3))[-1]
+  np.testing.assert_array_equal(after["pos_embed"], params["pos_embed"])
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_parameters_beside_frozen_ones_train_as_they_would_alone(name, clip_norm):
+  params, gradients = random_params(), random_gradients(3)
+  shared = dict(weight_decay=0.1, clip_norm=clip_norm)
+  both = create_optimizer(name, 0.1, **shared, frozen=["pos_embed"])
+  alone = create_optimizer(name, 0.1, **shared)
+  assert_same(
+    steps(both, params, gradients)[-1]["blocks"],
+    steps(alone, params["blocks"], [g["blocks"] for g in gradients])[-1],
+  )
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: create_optimizer("sgd", 0.1),
+      "name = 'sgd': accepted are adamw, adan",
+    ),
+    (lambda: create_optimizer("adamw", 0.1, b3=0.9), "b3 = 0.9: is of adan alone"),
+    (lambda: create_optimizer("adamw", 0.1, b1=1.5), "b1 = 1.5: must lie in [0, 1)"),
+    (
+      lambda: learning_rate_schedule("step", 0.1, 10),
+      "schedule = 'step': accepted are constant, cosine, linear",
+    ),
+    (
+      lambda: learning_rate_schedule("linear", 0.1, 10, warmup_steps=10),
+      "warmup_steps = 10: must lie in [0, num_steps = 10)",
+    ),
+    (
+      lambda: learning_rate_schedule("linear", 0.1, 10, warmup_steps=-1),
+      "warmup_steps = -1: must lie in [0, num_steps = 10)",
+    ),
+  ],
+)
+def test_a_bad_setting_is_named_with_what_is_accepted(call, message):
+  with pytest.raises(SettingError) as error:
+    call()
+  assert str(error.value) == message
+
+
+# Schedules: 100 steps, of which 20 warm up.
+
+PEAK = 0.3
+SCHEDULE_VALUES = [
+  ("constant", 0, {0: 1, 50: 1, 100: 1}),
+  ("linear", 0, {0: 1, 25: 0.75, 100: 0}),
+  ("cosine", 0, {0: 1, 25: (1 + np.sqrt(0.5)) / 2, 50: 0.5, 100: 0}),
+  ("constant", 20, {0: 0, 5: 0.25, 20: 1, 21: 1, 100: 1}),
+  ("linear", 20, {0: 0, 5: 0.25, 20: 1, 40: 0.75, 100: 0}),
+  ("cosine", 20, {0: 0, 5: 0.25, 20: 1, 60: 0.5, 100: 0}),
+]
+
+
+@pytest.mark.parametrize(
+  ("name", "warmup_steps", "step", "share"),
+  [
+    (name, warmup_steps, step, share)
+    for name, warmup_steps, values in SCHEDULE_VALUES
+    for step, share in values.items()
+  ],
+)
+def test_schedules_rise_to_the_peak_and_anneal_to_zero(name, warmup_steps, step, share):
+  schedule = learning_rate_schedule(name, PEAK, 100, warmup_steps)
+  np.testing.assert_allclose(schedule(jnp.array(step)), share * PEAK, atol=1e-7)

@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import flax
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import mdt_jax
+from mdt_jax import sharding
+from mdt_jax.errors import SettingError
+from mdt_jax.models.partitioning import parameter_axes
+from mdt_jax.train_state import init_params
+from mdt_jax.training.program import make_program
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ((-1, 1, 1), (8, 1, 1)),
+    ((-1, 2, 2), (2, 2, 2)),
+    ((1, -1, 2), (1, 4, 2)),
+    ((2, 4, 1), (2, 4, 1)),
+  ],
+)
+def test_an_axis_takes_what_is_left(sizes, shape):
+  assert sharding.mesh_shape(sizes, 8) == shape
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ((2, 2, 1), r"^config.mesh = 'data 2 x fsdp 2 x tensor 1': the product .* 8$"),
+    ((-1, 3, 1), r"^config.mesh = 'data -1 x fsdp 3 x tensor 1': the product .* 8$"),
+    ((-1, 16, 1), r"^config.mesh = .*: the product must be the number of devices, 8$"),
+    ((-1, -1, 1), r"^config.mesh = \(-1, -1, 1\): one axis at most may be -1$"),
+    ((0, 1, 1), r"^config.mesh.data = 0: must be -1 or at least 1$"),
+    ((1, 1, -2), r"^config.mesh.tensor = -2: must be -1 or at least 1$"),
+  ],
+)
+def test_a_mesh_that_is_not_the_devices_is_refused(sizes, message):
+  with pytest.raises(SettingError, match=message):
+    sharding.mesh_shape(sizes, 8)
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "MDT-S/2", "MDTv2-S/2"])
+def test_every_matrix_has_axes(name):
+  model = mdt_jax.create_model(name)
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+    layers = "blocks/" in path
+    axes = parameter_axes(path)
+    if len(leaf.shape) - layers >= 2:
+      assert len(axes) == len(leaf.shape) - layers, path
+      assert {"width", "heads"} & {*axes}, path
+
+
+def test_moments_and_averages_lie_as_their_parameters():
+  config = tiny_config()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  state = make_program(config, mesh).state
+  end = "decode_blocks/attention/qkv/kernel"
+  spec = PartitionSpec(None, "fsdp", None, "tensor", None)
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if leaf.sharding.spec == spec
+  ]
+  of_decoder = [path for path in paths if path.endswith(end)]
+  # The parameter, its average and the four moments of Adan.
+  assert len(of_decoder) == 6
+
+
+def test_one_process_reads_all_rows():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  np.testing.assert_array_equal(sharding.local_rows(mesh, 6), np.arange(6))
+
+
+@pytest.fixture(scope="module")
+def plan_of_mdtv2_b(tmp_path_factory):
+  """The compiled step of MDTv2-B/2 on eight devices that share the state."""
+  path = tmp_path_factory.mktemp("plan") / "plan.json"
+  settings = ("mesh.data=1", "mesh.fsdp=8", "batch_size=16", "masking.num_lengths=1")
+  subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "mdt_jax.plan",
+      "--config=configs/mdtv2_b2.py",
+      "--topology=cpu:8",
+      f"--json={path}",
+      *(f"--config.{setting}" for setting in settings),
+    ],
+    cwd=ROOT,
+    check=True,
+  )
+  return json.loads(path.read_text())
+
+
+def test_the_state_at_rest_is_an_eighth_on_each_device(plan_of_mdtv2_b):
+  parameters = 152_112_272
+  memory = plan_of_mdtv2_b["memory"]
+  # Parameters and an average; Adan has four moments.
+  for part, copies in (("parameters", 1), ("ema", 1), ("optimizer", 4)):
+    assert memory[part] == pytest.approx(copies * 4 * parameters / 8, rel=0.1)
+  # What else the compiled step takes and gives: the batch and some numbers.
+  assert memory["other"] < 2**20
+
+
+def test_the_step_moves_weights_and_no_activations(plan_of_mdtv2_b):
+  found = plan_of_mdtv2_b["collectives"]
+  assert "all-to-all" not in found
+  assert "collective-permute" not in found
+  # Weights in float32, once forwards in each of two passes: no more is gathered.
+  assert found["all-gather"]["sent"] < 2 * 4 * 152_112_272
