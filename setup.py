@@ -13,7 +13,10 @@ setup(
   license="Apache-2.0",
   license_files=["LICENSE", "NOTICE"],
   packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
-  package_data={"mdt_jax.sampling": ["imagenet_classes.txt"]},
+  package_data={
+    "mdt_jax": ["py.typed"],
+    "mdt_jax.sampling": ["imagenet_classes.txt"],
+  },
   python_requires=">=3.11,<3.14",
   install_requires=[
     "absl-py",
@@ -21,6 +24,7 @@ setup(
     "clu",
     "flax",
     "grain",
+    "jaxtyping",
     "importlib-resources",  # tensorflow-datasets imports it without saying so
     "jax>=0.7",
     "ml-collections",
@@ -45,7 +49,9 @@ setup(
     "hub": ["huggingface-hub"],  # to load a VAE by its name
     # One known PyTorch, so that a test run does not depend on the day.
     "test": [
+      "import-linter",  # the layers, see pyproject.toml
       "kubernetes-validate",  # the manifests of launch/gke
+      "pyright",
       "pytest",
       "pytest-xdist",
       "pyyaml",

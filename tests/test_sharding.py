@@ -17,7 +17,7 @@ from mdt_jax.train_state import init_params
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
