@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, however the process ends."""
+"""Writes files atomically: a reader sees the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def whole(path: Path, writer: str = "") -> Iterator[Path]:
-  """Gives a path beside `path` to write to, and renames it where all went well.
+def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
+  """Yields a temporary path beside `path`, and renames it to `path` on success.
+
+  An exception in the body removes the temporary file and leaves `path` as it was.
 
   Args:
-    path: of the file; its folder is made if need be.
-    writer: tells apart those who may write the file at the same time.
+    path: of the file; its folder is created if needed.
+    writer: a suffix of the temporary name, for writers of `path` that may run at the
+      same time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}{writer}.partial")
@@ -29,6 +32,7 @@ def whole(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON, whole or not at all; processes may do so at the same time."""
-  with whole(path, f".{secrets.token_hex(4)}") as partial:  # hosts share process ids
+  """Writes JSON atomically; several processes may write `path` at the same time."""
+  unique = f".{secrets.token_hex(4)}"  # process ids repeat across hosts
+  with atomic_write(path, unique) as partial:
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

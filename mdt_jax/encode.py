@@ -22,7 +22,7 @@ import tqdm
 from absl import flags
 
 from mdt_jax import cli, sharding
-from mdt_jax.atomic import whole, write_json
+from mdt_jax.atomic import atomic_write, write_json
 from mdt_jax.data import latent_writer, latents
 from mdt_jax.data.files import open_files
 from mdt_jax.data.sources import ImageSource
@@ -200,7 +200,7 @@ def _write_reference_batch(path: Path) -> None:
       continue
     images[row], labels[row] = example["image"], example["label"]
     row += 1
-  with whole(path) as partial, partial.open("wb") as file:
+  with atomic_write(path) as partial, partial.open("wb") as file:
     np.savez(file, images[:row], labels[:row])
   logger.info("%d images of %d pixels: %s", row, IMAGE_SIZE.value, path)
 

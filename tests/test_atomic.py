@@ -3,14 +3,14 @@ import os
 
 import pytest
 
-from mdt_jax.atomic import whole, write_json
+from mdt_jax.atomic import atomic_write, write_json
 
 
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):
   path = tmp_path / "new" / "file"
-  with whole(path) as partial:
+  with atomic_write(path) as partial:
     partial.write_text("before")
-  with pytest.raises(OSError, match="full"), whole(path) as partial:
+  with pytest.raises(OSError, match="full"), atomic_write(path) as partial:
     partial.write_text("half")
     raise OSError("full")
   assert path.read_text() == "before"

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from mdt_jax.atomic import whole
+from mdt_jax.atomic import atomic_write
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import classifier, metrics
 from mdt_jax.evaluation.features import (
@@ -222,7 +222,7 @@ def save_statistics(path: str | Path, summary: Summary) -> None:
     arrays |= {mean: statistics.mean, covariance: statistics.covariance}
   if summary.labels is not None:
     arrays["labels"] = summary.labels
-  with whole(path) as partial, partial.open("wb") as file:
+  with atomic_write(path) as partial, partial.open("wb") as file:
     np.savez(file, **arrays)
 
 

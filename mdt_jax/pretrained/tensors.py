@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.atomic import whole
+from mdt_jax.atomic import atomic_write
 from mdt_jax.errors import SettingError
 
 Tensors = dict[str, np.ndarray]
@@ -68,7 +68,7 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
   """Writes named arrays to a .pt, .pth or .safetensors file, whole or not at all."""
   path = Path(path)
   check_suffix("--output", path)
-  with whole(path) as partial:
+  with atomic_write(path) as partial:
     if path.suffix == ".safetensors":
       from safetensors.numpy import save_file
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from mdt_jax.atomic import whole, write_json
+from mdt_jax.atomic import atomic_write, write_json
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.batches import Request
@@ -108,7 +108,7 @@ class ShardedImages:
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
       for block, pixels in make_blocks(missing):
-        with whole(self._path(block)) as partial, partial.open("wb") as file:
+        with atomic_write(self._path(block)) as partial, partial.open("wb") as file:
           np.save(file, pixels)
         bar.update(len(pixels))
     if self._process_index == 0:
@@ -173,7 +173,7 @@ class ShardedImages:
     labels = np.asarray(self._request.labels, np.int64)
     # The .npz comes last: it says that all is done.
     self._write_grid(labels)
-    with whole(self.npz) as partial:
+    with atomic_write(self.npz) as partial:
       with partial.open("wb") as file:
         pictures.write_npz(file, self._blocks(), labels)
       if self._name == "samples":
