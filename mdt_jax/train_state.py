@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import flax.struct
 import jax
@@ -12,9 +11,8 @@ import optax
 
 from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
 from mdt_jax.models.mdt import MDT
-
-Array = jax.Array
-Params = Any
+from mdt_jax.models.registry import init_params
+from mdt_jax.types import Array, Params
 
 
 @flax.struct.dataclass
@@ -37,14 +35,6 @@ class TrainState:
   ema: dict[str, Params]
   loss_history: LossHistory | None
   batch_offset: Array
-
-
-def init_params(model: MDT, key: Array) -> Params:
-  """Fresh parameters of a network."""
-  size = model.input_size
-  images = jnp.zeros((1, size, size, model.in_channels), jnp.float32)
-  zeros = jnp.zeros((1,), jnp.int32)
-  return model.init(key, images, zeros, zeros)["params"]
 
 
 def init_state(

@@ -8,16 +8,16 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-SEAL = "checksums.json"  # inside the folder of a checkpoint
+FILE = "checksums.json"  # inside the folder of a checkpoint
 _CHUNK = 1 << 22
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
   """Writes size and CRC-32 of every file of a finished checkpoint into its folder."""
   files = {name: _checksum(folder / name) for name in _files(folder)}
-  partial = folder / f".{SEAL}.partial"
+  partial = folder / f".{FILE}.partial"
   partial.write_text(json.dumps({"files": files, "seal": _of_names(files)}))
-  os.replace(partial, folder / SEAL)
+  os.replace(partial, folder / FILE)
 
 
 def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
@@ -28,14 +28,14 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     items: folders in it to look at; None for all that is there.
   """
   try:
-    sealed = json.loads((folder / SEAL).read_text())
-    files = sealed["files"]
-    if sealed["seal"] != _of_names(files):
-      return f"{SEAL} is damaged"
+    written = json.loads((folder / FILE).read_text())
+    files = written["files"]
+    if written["seal"] != _of_names(files):
+      return f"{FILE} is damaged"
   except FileNotFoundError:
-    return f"{SEAL} is missing: it was not finished"
+    return f"{FILE} is missing: it was not finished"
   except (OSError, ValueError, KeyError, TypeError):
-    return f"{SEAL} is damaged"
+    return f"{FILE} is damaged"
   for name, (size, checksum) in files.items():
     if items is not None and Path(name).parts[0] not in items:
       continue
@@ -53,7 +53,7 @@ def _files(folder: Path) -> list[str]:
   return sorted(
     str(path.relative_to(folder))
     for path in folder.rglob("*")
-    if path.is_file() and path.name not in (SEAL, f".{SEAL}.partial")
+    if path.is_file() and path.name not in (FILE, f".{FILE}.partial")
   )
 
 
@@ -68,5 +68,5 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _of_names(files: dict[str, list[int]]) -> int:
-  """A checksum of the checksums, so that the seal itself is guarded."""
+  """A checksum of the checksums, so that the file of checksums is guarded too."""
   return zlib.crc32(json.dumps(files, sort_keys=True).encode())

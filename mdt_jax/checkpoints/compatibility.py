@@ -1,32 +1,36 @@
-"""Whether a checkpoint is of the run that would go on from it."""
+"""Whether a checkpoint belongs to the run that would continue from it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from mdt_jax import factories
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import Experiment
+from mdt_jax.settings import Settings
 
 # Attributes of a network that do not change its parameters.
 _NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name")
 
 
-def check_same_run(saved: ConfigDict, config: ConfigDict, workdir: str) -> None:
-  """Raises SettingError where the arrays of a checkpoint are not those of `config`.
+def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:
+  """Raises SettingError where the arrays of a checkpoint are those of another run.
 
   Args:
-    saved: config of the checkpoint.
-    config: of the run that would go on.
+    saved: settings of the checkpoint.
+    experiment: the run that would continue.
     workdir: that holds the checkpoint, for the error.
   """
-  old, new = _identity(saved), _identity(config)
+  current = experiment.settings
+  old, new = _identity(saved), _identity(current)
+  if (saved.model, saved.diffusion) != (current.model, current.diffusion):
+    # The same network may be written in two ways: by name, and attribute by attribute.
+    old |= _attributes(Experiment(saved))
+    new |= _attributes(experiment)
   differences = [
-    f"{name} was {old[name]!r}, now {new[name]!r}"
+    f"{name} was {old.get(name)!r}, now {new[name]!r}"
     for name in new
-    if old[name] != new[name]
+    if old.get(name) != new[name]
   ]
   if differences:
     raise SettingError(
@@ -37,19 +41,25 @@ def check_same_run(saved: ConfigDict, config: ConfigDict, workdir: str) -> None:
     )
 
 
-def _identity(config: ConfigDict) -> dict[str, Any]:
-  """What the arrays of a checkpoint belong to."""
-  model = dataclasses.asdict(factories.make_model(config))
-  identity = {
+def _attributes(experiment: Experiment) -> dict[str, Any]:
+  """Attributes of a network that its parameters depend on."""
+  attributes = dataclasses.asdict(experiment.model)
+  return {
     f"config.model.{name}": value
-    for name, value in model.items()
+    for name, value in attributes.items()
     if name not in _NOT_OF_THE_PARAMS
   }
-  identity["config.optimizer.name"] = config.optimizer.name
-  # Clipping is one more transformation, whose state stands beside the moments.
-  identity["config.optimizer.clip_norm > 0"] = config.optimizer.clip_norm > 0
-  identity["config.ema_decays"] = tuple(config.ema_decays)
-  identity["config.timestep_sampler"] = config.timestep_sampler
-  for name in ("schedule", "num_timesteps", "prediction", "variance"):
-    identity[f"config.diffusion.{name}"] = config.diffusion[name]
-  return identity
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+  """The settings that the other arrays of a checkpoint depend on."""
+  diffusion = settings.diffusion
+  names = ("process", "arguments", "schedule", "num_timesteps", "prediction", "variance")
+  return {
+    "config.optimizer.name": settings.optimizer.name,
+    # Clipping is one more transformation, whose state lies beside the moments.
+    "config.optimizer.clip_norm > 0": settings.optimizer.clip_norm > 0,
+    "config.ema_decays": tuple(settings.ema_decays),
+    "config.timestep_sampler": settings.timestep_sampler,
+    **{f"config.diffusion.{name}": getattr(diffusion, name) for name in names},
+  }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -18,40 +16,34 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
-from mdt_jax import factories
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.compatibility import check_same_run
-from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.train_state import Params, TrainState, init_params
+from mdt_jax.checkpoints.retries import Retries
+from mdt_jax.errors import SettingError
+from mdt_jax.experiment import Experiment
+from mdt_jax.logs import logger
+from mdt_jax.settings import Settings
+from mdt_jax.train_state import TrainState
 
 FOLDER = "checkpoints"  # inside a workdir
 DAMAGED = "damaged"  # beside it: checkpoints that were passed over
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-FIRST_PAUSE = 10  # seconds after a save that failed; doubled each time
 MAX_REASON = 300  # characters of an error of a library
-
-logger = logging.getLogger("mdt_jax")
-
-
-class SaveError(Exception):
-  """A checkpoint cannot be saved, however often it is tried."""
 
 
 class Checkpoints:
   """The checkpoints of a workdir: state, averages and config for some steps.
 
-  Saves are asynchronous and atomic: a step is there as a whole or not at all. A
-  finished one is sealed with checksums; a damaged one is put aside.
+  Saves are asynchronous and atomic: a checkpoint is complete or absent. A finished one
+  gets checksums; a damaged one is moved aside.
 
   Args:
     workdir: of the run.
     to_keep: the last so many are kept.
     keep_every: checkpoints of multiples of so many steps are kept besides.
-    max_failures: saves in a row that may fail, before `save` raises SaveError.
-    cleans: half-written checkpoints are removed; for the run that writes them alone.
+    max_failures: saves in a row that may fail before `save` raises SaveError.
+    cleans: remove half-written checkpoints; for the one run that writes them.
   """
 
   def __init__(
@@ -68,13 +60,10 @@ class Checkpoints:
     )
     self._cleans = cleans
     self._manager = self._open()
-    self._max_failures = max_failures
-    self._failures = 0
-    self._sealer = futures.ThreadPoolExecutor(1, "seal")
-    self._pending: futures.Future[None] | None = None  # under way, or not looked at yet
-    self._saving = 0  # its step
-    self._not_saved: int | None = None  # step of the last save, where that failed
-    self._try_again = -math.inf  # not before this time of the monotonic clock
+    self._retries = Retries(self._folder, max_failures)
+    self._finisher = futures.ThreadPoolExecutor(1, "checksums")
+    self._pending: futures.Future[None] | None = None  # the save under way
+    self._saving = 0  # step of the save under way
 
   def latest_step(self, until: int | None = None) -> int | None:
     """Of the finished checkpoints, up to step `until`; None where there is none."""
@@ -82,21 +71,29 @@ class Checkpoints:
     return max((step for step in steps if until is None or step <= until), default=None)
 
   def save(
-    self, step: int, state: TrainState, config: ConfigDict, *, again: bool = False
+    self, step: int, state: TrainState, config: Mapping[str, Any], *, again: bool = False
   ) -> bool:
-    """Begins to save the state after `step` steps, unless that step is there already.
+    """Begins to save the state after `step` steps, unless that step is saved already.
 
-    A disk that is full, or refuses, is said loudly and waited for: training goes on
-    without this checkpoint, and `must_try_again` says when to save after all.
+    Training goes on without a checkpoint that cannot be written; `must_retry` says
+    when to retry.
 
-    Returns whether a save has begun; after one that failed none does, but `again`.
+    Args:
+      step: steps done.
+      state: after these steps.
+      config: of the run, see `Settings.to_dict`.
+      again: retry the save that failed.
+
+    Returns:
+      Whether a save has begun. After a save that failed none begins without `again`.
 
     Raises:
       SaveError: `max_failures` saves in a row failed.
     """
-    if self._end_of_save() or (self._not_saved is not None and not again):
+    if self._end_of_save() or (self._retries.step is not None and not again):
       return False
-    if step in self._manager.all_steps() and step != self._not_saved:
+    not_saved = self._retries.step
+    if step in self._manager.all_steps() and step != not_saved:
       return False
     self._saving = step
     try:
@@ -105,7 +102,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(state.replace(ema=None)),
           ema=ocp.args.PyTreeSave(state.ema),
-          config=ocp.args.JsonSave(config.to_dict()),
+          config=ocp.args.JsonSave(dict(config)),
           versions=ocp.args.JsonSave(_versions()),
         ),
       )
@@ -113,27 +110,27 @@ class Checkpoints:
       self._pending = futures.Future()
       self._pending.set_exception(error)
     else:
-      self._pending = self._sealer.submit(self._seal, step)
+      self._pending = self._finisher.submit(self._write_checksums, step)
     return True
 
-  def must_try_again(self) -> bool:
-    """Whether a save that failed is to be seen to now, as far as this process knows.
+  def must_retry(self) -> bool:
+    """Whether to retry the failed save now, as far as this process knows.
 
     Where any process finds so, all call `save` with `again`.
     """
     if self._pending is not None:
       return self._pending.done() and self._pending.exception() is not None
-    return self._not_saved is not None and time.monotonic() >= self._try_again
+    return self._retries.is_due
 
-  def finish(self, step: int, state: TrainState, config: ConfigDict) -> None:
-    """Saves, and waits until the step is there; raises SaveError as `save` does."""
-    self._end_of_save()  # of the one before: where that failed, this does not wait
+  def finish(self, step: int, state: TrainState, config: Mapping[str, Any]) -> None:
+    """Saves, and waits for the end of it; raises SaveError as `save` does."""
+    self._end_of_save()  # of the save before: where that failed, this one does not wait
     while True:
       self.save(step, state, config, again=True)
       self._end_of_save()
-      if self._not_saved is None:
+      if self._retries.step is None:
         return
-      time.sleep(max(0.0, self._try_again - time.monotonic()))
+      self._retries.wait()
 
   def put_aside_after(self, step: int) -> None:
     """Moves the checkpoints of later steps out of the way, to train them anew."""
@@ -142,13 +139,13 @@ class Checkpoints:
       self._put_aside(latest, f"the run goes back to step {step}")
 
   def restore(
-    self, like: TrainState, config: ConfigDict, until: int | None = None
+    self, like: TrainState, experiment: Experiment, until: int | None = None
   ) -> TrainState:
     """The latest state that is not damaged.
 
     Args:
       like: shapes, types and shardings of the state.
-      config: of the run that goes on.
+      experiment: the run that continues.
       until: of this step or an earlier one.
 
     Raises:
@@ -157,15 +154,13 @@ class Checkpoints:
     """
     workdir = str(self._folder.parent)
     while (step := self.latest_step(until)) is not None:
-      reads = jax.process_index() == 0  # one does, and all are told
+      reads = jax.process_index() == 0  # one process reads, and tells the others
       found = checksums.damage(self._folder / str(step)) if reads else None
       if damage := _on_any_process(found or ""):
         self._put_aside(step, damage)
         continue
-      saved = self._manager.restore(
-        step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-      ).config
-      check_same_run(config_from_dict(saved), config, workdir)
+      saved = restore_config(self._manager, step)
+      check_same_run(Settings.from_dict(saved), experiment, workdir)
       if not (self._folder / str(step) / "state").is_dir():
         raise SettingError(
           "--workdir",
@@ -175,24 +170,24 @@ class Checkpoints:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=_restore_args(like.replace(ema=None)),
-          ema=_restore_args(like.ema),
+          state=restore_args(like.replace(ema=None)),
+          ema=restore_args(like.ema),
         ),
       )
-      return restored.state.replace(ema=restored.ema)
+      return restored["state"].replace(ema=restored["ema"])
     raise SettingError(
       "--workdir", workdir, f"every checkpoint is damaged; they are in {DAMAGED!r}"
     )
 
   def close(self) -> None:
-    """Waits for a save under way; one that fails now is not tried again."""
-    self._sealer.shutdown()
-    # Other processes may be gone: what this one knows has to do.
+    """Waits for a save under way; one that fails now is not retried."""
+    self._finisher.shutdown()
+    # Other processes may be gone, so this one does not ask them.
     if self._pending is not None and (error := self._pending.exception()) is not None:
       logger.error(
         "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, _reason(error)
       )
-    with contextlib.suppress(Exception):  # which says the same once more
+    with contextlib.suppress(Exception):  # which raises the same error once more
       self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -212,10 +207,10 @@ class Checkpoints:
       },
     )
 
-  def _seal(self, step: int) -> None:
+  def _write_checksums(self, step: int) -> None:
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      checksums.seal(self._folder / str(step))
+      checksums.write_checksums(self._folder / str(step))
 
   def _end_of_save(self) -> bool:
     """Waits for the save under way, if there is one; whether it failed.
@@ -230,34 +225,16 @@ class Checkpoints:
     if reason:
       self._failed(reason)
       return True
-    self._failures = 0
-    self._not_saved = None
+    self._retries.succeeded()
     return False
 
   def _failed(self, reason: str) -> None:
-    self._failures += 1
-    self._not_saved = self._saving
-    if self._failures >= self._max_failures:
-      raise SaveError(
-        f"{self._folder}: {self._failures} saves in a row failed, the last of step "
-        f"{self._saving}: {reason}"
-      )
-    pause = FIRST_PAUSE * 2 ** (self._failures - 1)
-    self._try_again = time.monotonic() + pause
-    logger.error(
-      "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s. Training goes on; saves are tried "
-      "again after %d s (failure %d of %d)",
-      self._saving,
-      reason,
-      pause,
-      self._failures,
-      self._max_failures,
-    )
-    with contextlib.suppress(Exception):  # which says the same once more
+    self._retries.failed(self._saving, reason)
+    with contextlib.suppress(Exception):  # which raises the same error once more
       self._manager.close()
-    if jax.process_index() == 0:  # where it is whole, but for its seal
+    if jax.process_index() == 0:  # where all but its checksums is written
       shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
-    self._manager = self._open()  # and away with what is half-written
+    self._manager = self._open()  # which removes what is half-written
 
   def _put_aside(self, step: int, damage: str) -> None:
     """Moves a damaged checkpoint out of the way; nothing is deleted."""
@@ -292,7 +269,7 @@ def _on_any_process(text: str) -> str:
   return next(filter(None, said), "")
 
 
-def _restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
+def restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
   """For arrays of these shapes, types and shardings; `partial`: leave out others."""
   return ocp.args.PyTreeRestore(
     like,
@@ -301,108 +278,14 @@ def _restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore
   )
 
 
+def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """The config of a checkpoint, as JSON holds it."""
+  restored = manager.restore(
+    step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+  )
+  return restored["config"]
+
+
 def _versions() -> dict[str, str]:
   """Of the packages that a checkpoint was made with, to be looked at."""
   return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def workdir_of(path: str | Path) -> Path:
-  """The workdir that `path`, or the folder "checkpoints" in it, is."""
-  folder = Path(path).expanduser().absolute()
-  return folder.parent if folder.name == FOLDER else folder
-
-
-def save_model(
-  workdir: str | Path, config: ConfigDict, params: Params, step: int = 0
-) -> None:
-  """Saves parameters that come from elsewhere, to be sampled as averaged ones.
-
-  Args:
-    workdir: folder without checkpoints.
-    config: the run that they are of; they are saved as its first average.
-    params: parameters of `make_model(config)`.
-    step: number of the checkpoint.
-  """
-  with ocp.CheckpointManager(
-    Path(workdir).absolute() / FOLDER, item_names=("ema", "config")
-  ) as manager:
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        ema=ocp.args.StandardSave({str(config.ema_decays[0]): params}),
-        config=ocp.args.JsonSave(config.to_dict()),
-      ),
-    )
-  checksums.seal(Path(workdir).absolute() / FOLDER / str(step))
-
-
-def load_ema(
-  path: str | Path, step: int | None = None, ema_decay: float | None = None
-) -> tuple[ConfigDict, Params, int]:
-  """Config and averaged parameters of a checkpoint, from the folder alone.
-
-  Args:
-    path: a workdir, or the folder "checkpoints" in it.
-    step: of the checkpoint; None for the latest that is not damaged.
-    ema_decay: which average; None for config.sampling.ema_decay, else the first.
-
-  Returns:
-    (config, params, step).
-
-  Raises:
-    SettingError: there is no checkpoint, or none of that step or decay, or it is
-      damaged.
-  """
-  folder = workdir_of(path) / FOLDER
-  if not folder.is_dir():
-    raise SettingError(
-      "--checkpoint", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
-    )
-  with ocp.CheckpointManager(
-    folder,
-    item_names=("state", "ema", "config"),
-    options=ocp.CheckpointManagerOptions(create=False),
-  ) as manager:
-    steps = manager.all_steps()
-    if not steps:
-      raise SettingError("--checkpoint", str(path), "holds no finished checkpoint")
-    step = _whole_step(folder, steps, step)
-    saved = manager.restore(
-      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config
-    config = config_from_dict(saved)
-    decay = ema_decay if ema_decay is not None else factories.sampled_decay(config)
-    check_choice("--ema_decay", decay, config.ema_decays)
-    model = factories.make_model(config)
-    abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-    )
-    ema = manager.restore(
-      step,
-      args=ocp.args.Composite(ema=_restore_args({str(decay): abstract}, partial=True)),
-    ).ema
-  return config, ema[str(decay)], step
-
-
-def _whole_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:
-  """The step asked for, or else the latest whose averages are not damaged."""
-  if asked is not None:
-    check_choice("--step", asked, sorted(steps))
-  for step in sorted(steps, reverse=True) if asked is None else [asked]:
-    damage = checksums.damage(folder / str(step), items=("ema", "config"))
-    if damage is None:
-      return step
-    logger.warning("the checkpoint of step %d is passed over: %s", step, damage)
-  raise SettingError("--checkpoint", str(folder.parent), f"is damaged: {damage}")
-
-
-def config_from_dict(saved: dict[str, Any]) -> ConfigDict:
-  """A config as it was saved; settings that came later have their defaults."""
-  config = settings.default_config()
-  with config.unlocked():
-    config.update(saved)
-  config.ema_decays = tuple(saved["ema_decays"])
-  config.sampling.cfg_interval = tuple(config.sampling.cfg_interval)
-  return config

@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from mdt_jax.diffusion.process import PROCESSES, Levels, Process, mean_flat
 from mdt_jax.diffusion.schedules import (
   SPACINGS,
+  log_snr,
   make_betas,
   solver_timesteps,
   spaced_timesteps,
 )
 from mdt_jax.errors import SettingError, check_choice
-
-Array = jax.Array
+from mdt_jax.types import Array
 
 PREDICTIONS = ("epsilon", "x0", "v")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
@@ -40,7 +42,7 @@ class Prediction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
   """A process of S steps, taken from an original one of T.
 
   In all methods t (B,) counts the S steps; a network is given the original
@@ -50,7 +52,7 @@ class GaussianDiffusion:
   Attributes:
     betas: (S,) noise variances.
     timesteps: (S,) original timestep of each step.
-    num_original_timesteps: T.
+    original_alphas_cumprod: (T,) products of 1 - beta of the original process.
     prediction: what the network's output means: "epsilon", "x0" or "v".
     variance: "learned_range" (2C output channels), "fixed_small" or "fixed_large".
     loss_weight: of the squared error: "none", or "min_snr" as MDTv2 is released:
@@ -61,7 +63,7 @@ class GaussianDiffusion:
 
   betas: np.ndarray
   timesteps: np.ndarray
-  num_original_timesteps: int
+  original_alphas_cumprod: np.ndarray
   prediction: str = "epsilon"
   variance: str = "learned_range"
   loss_weight: str = "none"
@@ -95,28 +97,56 @@ class GaussianDiffusion:
     check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
     if min_snr_gamma <= 0:
       raise SettingError("min_snr_gamma", min_snr_gamma, "must be above 0")
-    alphas_cumprod = np.cumprod(1 - make_betas(schedule, num_timesteps))
-    named = re.fullmatch(rf"({'|'.join(SPACINGS)})(\d+)", spacing)
-    if named:
-      timesteps = solver_timesteps(alphas_cumprod, named[1], int(named[2]))
-    else:
-      timesteps = spaced_timesteps(num_timesteps, spacing)
-    kept = alphas_cumprod[timesteps]
-    betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
-    return cls(
-      betas=betas,
-      timesteps=timesteps,
-      num_original_timesteps=num_timesteps,
+    original = np.cumprod(1 - make_betas(schedule, num_timesteps))
+    return cls._on_timesteps(
+      original,
+      _chosen_timesteps(original, spacing),
       prediction=prediction,
       variance=variance,
       loss_weight=loss_weight,
       min_snr_gamma=min_snr_gamma,
     )
 
+  @classmethod
+  def _on_timesteps(
+    cls, original: np.ndarray, timesteps: np.ndarray, **settings: Any
+  ) -> GaussianDiffusion:
+    """The process that takes `timesteps` of the original one."""
+    kept = original[timesteps]
+    betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
+    return cls(betas, timesteps, original, **settings)
+
+  def respaced(self, spacing: str, num_steps: int) -> GaussianDiffusion:
+    """The same process in `num_steps` of its original timesteps.
+
+    Args:
+      spacing: "uniform", "log_snr" or "karras", see `schedules.solver_timesteps`; ""
+        for even timesteps as released, see `schedules.spaced_timesteps`.
+      num_steps: S.
+    """
+    original = self.original_alphas_cumprod
+    return self._on_timesteps(
+      original,
+      _chosen_timesteps(original, f"{spacing}{num_steps}"),
+      prediction=self.prediction,
+      variance=self.variance,
+      loss_weight=self.loss_weight,
+      min_snr_gamma=self.min_snr_gamma,
+    )
+
   @property
   def num_timesteps(self) -> int:
     """S, steps of this process."""
     return len(self.betas)
+
+  @property
+  def num_original_timesteps(self) -> int:
+    """T, steps of the original process."""
+    return len(self.original_alphas_cumprod)
+
+  @property
+  def end_time(self) -> int:
+    return self.num_timesteps
 
   @property
   def learns_variance(self) -> bool:
@@ -166,8 +196,28 @@ class GaussianDiffusion:
     # The first step takes the posterior's: a better likelihood of the decoder.
     return np.concatenate([self.posterior_log_variance[:1], np.log(self.betas[1:])])
 
-  def model_timesteps(self, t: Array) -> Array:
-    """Original timesteps (B,) int32 of the steps t."""
+  def alpha(self, t: Array) -> Float[Array, "B"]:
+    return jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)[t]
+
+  def sigma(self, t: Array) -> Float[Array, "B"]:
+    return jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)[t]
+
+  def weight(self, t: Array) -> Float[Array, "B"]:
+    return jnp.asarray(self.mse_weights, jnp.float32)[t]
+
+  def sample_t(self, key: Array, batch: int) -> Int[Array, "batch"]:
+    return jax.random.randint(key, (batch,), 0, self.num_timesteps)
+
+  def levels(self) -> Levels:
+    """Noise levels of the S steps, float64 on the host."""
+    return Levels(
+      np.sqrt(self.alphas_cumprod),
+      np.sqrt(1 - self.alphas_cumprod),
+      log_snr(self.alphas_cumprod),
+    )
+
+  def network_time(self, t: Array) -> Int[Array, "B"]:
+    """Original timesteps of the steps t."""
     return jnp.asarray(self.timesteps, jnp.int32)[t]
 
   def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
@@ -192,8 +242,11 @@ class GaussianDiffusion:
     scale = _at(np.sqrt(1 / self.alphas_cumprod), t, x_t)
     return scale * x_t - _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t) * output
 
-  def predict_epsilon(self, x0: Array, x_t: Array, t: Array) -> Array:
-    """The noise that leads from x0 to x_t."""
+  def to_x0(self, output: Array, x_t: Array, t: Array) -> Array:
+    """x0 from the network's output, with or without its variance channels."""
+    return self.predict_x0(output[..., : x_t.shape[-1]], x_t, t)
+
+  def noise_from_x0(self, x0: Array, x_t: Array, t: Array) -> Array:
     scale = _at(np.sqrt(1 / self.alphas_cumprod), t, x_t)
     return (scale * x_t - x0) / _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t)
 
@@ -248,10 +301,7 @@ class GaussianDiffusion:
     self._check_output(model_output, x0)
     model_output = model_output.astype(jnp.float32)
     output = model_output[..., : x0.shape[-1]]
-    target = self._target(x0, x_t, t, noise)
-    mse = jnp.asarray(self.mse_weights, jnp.float32)[t] * mean_flat(
-      (target - output) ** 2
-    )
+    mse = self.weight(t) * mean_flat((self.target(x0, noise, t) - output) ** 2)
     losses = {"mse": mse, "loss": mse}
     if self.learns_variance:
       frozen = jnp.concatenate(
@@ -293,7 +343,7 @@ class GaussianDiffusion:
     weights = np.minimum(self.snr, self.min_snr_gamma)
     return weights if self.prediction == "x0" else weights / self.snr
 
-  def _target(self, x0: Array, x_t: Array, t: Array, noise: Array) -> Array:
+  def target(self, x0: Array, noise: Array, t: Array) -> Array:
     if self.prediction == "x0":
       return x0
     if self.prediction == "epsilon":
@@ -310,15 +360,21 @@ class GaussianDiffusion:
       )
 
 
+PROCESSES["gaussian"] = GaussianDiffusion.create
+
+
+def _chosen_timesteps(alphas_cumprod: np.ndarray, spacing: str) -> np.ndarray:
+  """The original timesteps that a spacing such as "", "250" or "karras20" keeps."""
+  named = re.fullmatch(rf"({'|'.join(SPACINGS)})(\d+)", spacing)
+  if named:
+    return solver_timesteps(alphas_cumprod, named[1], int(named[2]))
+  return spaced_timesteps(len(alphas_cumprod), spacing)
+
+
 def _at(table: np.ndarray, t: Array, like: Array) -> Array:
   """table[t] in float32, shaped (B, 1, 1, 1) to go with `like`."""
   values = jnp.asarray(table, jnp.float32)[t]
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
-
-
-def mean_flat(x: Array) -> Array:
-  """Mean over all axes but the first."""
-  return x.mean(axis=tuple(range(1, x.ndim)))
 
 
 def normal_kl(

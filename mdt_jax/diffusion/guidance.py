@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from mdt_jax.types import Array
+
 WHOLE = (0.0, 1.0)  # every timestep, as shares of T
 ModelFn = Callable[[Array, Array], Array]  # x_t (B, H, W, C), t (B,) -> output
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+  """How much, where and when samples are guided; see `guided`.
+
+  Attributes:
+    scale: guidance scale w; 1 for none.
+    power: of the power-cosine scale; 0 for a constant scale.
+    channels: leading channels that are guided; None for all.
+    interval: (low, high) of t / T, both included, within which samples are guided.
+    num_timesteps: T, of the original process.
+  """
+
+  scale: float = 1.0
+  power: float = 4.0
+  channels: int | None = 3
+  interval: tuple[float, float] = WHOLE
+  num_timesteps: int = 1000
+
+  def apply(
+    self,
+    network: Callable[[Array, Array, Array], Array],
+    labels: Array,
+    null_labels: Array,
+    *,
+    one_batch: bool = True,
+  ) -> ModelFn:
+    """`guided` with this guidance."""
+    return guided(
+      network,
+      labels,
+      null_labels,
+      scale=self.scale,
+      power=self.power,
+      channels=self.channels,
+      interval=self.interval,
+      num_timesteps=self.num_timesteps,
+      one_batch=one_batch,
+    )
 
 
 def power_cosine_scale(
@@ -27,7 +69,7 @@ def power_cosine_scale(
 def guided(
   network: Callable[[Array, Array, Array], Array],
   labels: Array,
-  null_label: int,
+  null_label: int | Array,
   *,
   scale: float,
   power: float = 4.0,
@@ -41,7 +83,7 @@ def guided(
   Args:
     network: (x (B, H, W, C), t (B,), y (B,)) -> output (B, H, W, C or 2C).
     labels: (B,) classes to sample.
-    null_label: label of the unconditional half.
+    null_label: label of the unconditional half; a number, or an array like `labels`.
     scale: guidance scale w; 1 leaves the unconditional half out.
     power: of the power-cosine scale; the paper's runs use 4, the demo 0.01.
     channels: how many leading channels are guided. The released code guides the

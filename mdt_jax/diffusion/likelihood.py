@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn
+from mdt_jax.diffusion.process import mean_flat
 from mdt_jax.diffusion.samplers import step_noise
-
-Array = jax.Array
+from mdt_jax.types import Array
 
 
 def calc_bpd(
@@ -50,9 +50,9 @@ def calc_bpd(
     drawn = step_noise(key, step, x0.shape) if given is None else given
     t = jnp.full((x0.shape[0],), step)
     x_t = diffusion.q_sample(x0, t, drawn)
-    output = model_fn(x_t, diffusion.model_timesteps(t)).astype(jnp.float32)
+    output = model_fn(x_t, diffusion.network_time(t)).astype(jnp.float32)
     vb, p = diffusion.variational_bound(output, x0, x_t, t, clip_denoised)
-    epsilon = diffusion.predict_epsilon(p.x0, x_t, t)
+    epsilon = diffusion.noise_from_x0(p.x0, x_t, t)
     terms = {
       "vb": vb,
       "xstart_mse": mean_flat((p.x0 - x0) ** 2),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.diffusion.schedules import log_snr
+from mdt_jax.diffusion.process import Levels
 
 SOLVERS = ("euler", "heun", "dpm++", "dpm++sde")
 # Which timesteps suit each best; measured in docs/sampling.md.
@@ -36,11 +36,11 @@ class Rows(NamedTuple):
   noise: np.ndarray
 
 
-def solver_rows(alphas_cumprod: np.ndarray, method: str) -> Rows:
+def solver_rows(levels: Levels, method: str) -> Rows:
   """The rows of a solver, from the noisiest step to no noise.
 
   Args:
-    alphas_cumprod: (S,) of the process, which gives the noise levels.
+    levels: noise levels of the S steps, cleanest first.
     method: of SOLVERS.
       "euler": of the probability flow ODE in sigma / alpha (EDM, arXiv 2206.00364);
         equal to DDIM without noise.
@@ -49,9 +49,9 @@ def solver_rows(alphas_cumprod: np.ndarray, method: str) -> Rows:
       "dpm++": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
       "dpm++sde": SDE-DPM-Solver++(2M), equation 18 there.
   """
-  alpha = np.append(np.sqrt(alphas_cumprod[::-1]), 1.0)
-  sigma = np.append(np.sqrt(1 - alphas_cumprod[::-1]), 0.0)
-  h = np.diff(log_snr(alphas_cumprod[::-1]))
+  alpha = np.append(levels.alpha[::-1], 1.0)
+  sigma = np.append(levels.sigma[::-1], 0.0)
+  h = np.diff(levels.log_snr[::-1])
   if method == "heun":
     return _heun(alpha, sigma)
   # The first step has no x0 before it, and the last one, to no noise, goes to the x0

@@ -8,9 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mdt_jax.errors import check_choice
-
-Array = jax.Array
+from mdt_jax.diffusion.process import Process
+from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.types import Array
 
 SAMPLERS = ("uniform", "loss-second-moment")
 
@@ -35,18 +35,27 @@ class TimestepSampler:
   Attributes:
     name: "uniform", or "loss-second-moment": in proportion to the root mean square
       of each step's last losses, once every step has a full history.
-    num_timesteps: S.
+    process: whose times are drawn; importance takes a process of S timesteps.
     history: losses kept for a step.
     uniform_share: of the probability spread evenly, so that no step is left out.
   """
 
   name: str
-  num_timesteps: int
+  process: Process
   history: int = 10
   uniform_share: float = 0.001
 
   def __post_init__(self):
     check_choice("timestep_sampler", self.name, SAMPLERS)
+    if self.name != "uniform" and not isinstance(self.process.end_time, int):
+      raise SettingError(
+        "timestep_sampler", self.name, "must be uniform: this process has no timesteps"
+      )
+
+  @property
+  def num_timesteps(self) -> int:
+    """S."""
+    return int(self.process.end_time)
 
   def init(self) -> LossHistory | None:
     """The state at the start; None for the uniform sampler, which has none."""
@@ -70,9 +79,9 @@ class TimestepSampler:
   def sample(
     self, key: Array, batch: int, state: LossHistory | None
   ) -> tuple[Array, Array]:
-    """Steps t (batch,) int32 and weights (batch,) float32 of their losses."""
+    """Times t (batch,) of the process, and weights (batch,) float32 of their losses."""
     if state is None:
-      t = jax.random.randint(key, (batch,), 0, self.num_timesteps)
+      t = self.process.sample_t(key, batch)
       return t, jnp.ones((batch,), jnp.float32)
     p = self.probabilities(state)
     t = jax.random.categorical(key, jnp.log(p), shape=(batch,)).astype(jnp.int32)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
+from mdt_jax.experiment import Experiment
 from mdt_jax.train_state import TrainState, init_state
 from mdt_jax.training.step import TrainStep, make_train_step
 
@@ -32,29 +32,26 @@ class Program:
   step: TrainStep
 
 
-def make_program(config: ConfigDict, mesh: Mesh) -> Program:
-  """The program of a run that `mdt_jax.config.check` accepts."""
-  model = factories.make_model(config)
-  optimizer, learning_rate = factories.make_optimizer(config)
-  timestep_sampler = factories.make_timestep_sampler(config)
+def make_program(experiment: Experiment) -> Program:
+  """The program of a run on its mesh."""
+  settings, mesh = experiment.settings, experiment.mesh
   init = functools.partial(
     init_state,
-    model=model,
-    optimizer=optimizer,
-    ema_decays=config.ema_decays,
-    timestep_sampler=timestep_sampler,
+    model=experiment.model,
+    optimizer=experiment.optimizer,
+    ema_decays=settings.ema_decays,
+    timestep_sampler=experiment.objective.timestep_sampler,
   )
   shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = sharding.of_state(mesh, shapes)
   train_step = make_train_step(
-    model,
-    factories.make_diffusion(config),
-    optimizer,
-    timestep_sampler,
-    seed=config.seed,
-    ema_decays=config.ema_decays,
-    accumulation_steps=config.accumulation_steps,
-    learning_rate=learning_rate,
+    experiment.model,
+    experiment.objective,
+    experiment.optimizer,
+    seed=settings.seed,
+    ema_decays=settings.ema_decays,
+    accumulation_steps=settings.accumulation_steps,
+    learning_rate=experiment.learning_rate,
   )
   return Program(
     mesh=mesh,
@@ -66,7 +63,7 @@ def make_program(config: ConfigDict, mesh: Mesh) -> Program:
     init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(
       train_step,
-      static_argnames="num_keep",
+      static_argnames="static",
       donate_argnames="state",
       out_shardings=(shardings, sharding.replicated(mesh)),
     ),

@@ -170,7 +170,7 @@ def test_a_perfect_output_gives_x0(kind):
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
 def test_a_perfect_output_gives_the_noise(kind):
   diffusion, out, x_t = perfect(kind)
-  noise = diffusion.predict_epsilon(diffusion.predict_x0(out, x_t, T), x_t, T)
+  noise = diffusion.noise_from_x0(diffusion.predict_x0(out, x_t, T), x_t, T)
   # x0 is divided by the noise's share, which is 1/100 at the first step.
   np.testing.assert_allclose(noise, NOISE, atol=1e-4)
 
@@ -316,7 +316,7 @@ def test_a_respaced_process_has_the_noise_of_the_original_at_its_timesteps(spaci
 
 def test_a_network_is_given_the_original_timesteps():
   spaced = GaussianDiffusion.create(spacing="10")
-  timesteps = spaced.model_timesteps(jnp.arange(10))
+  timesteps = spaced.network_time(jnp.arange(10))
   assert timesteps.dtype == jnp.int32
   np.testing.assert_array_equal(timesteps, toy.RECORDED["spacing/10"])
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError
 
 NUM_TIMESTEPS = 5
+PROCESS = GaussianDiffusion.create("cosine", NUM_TIMESTEPS)
 HISTORY = 10
-SAMPLER = TimestepSampler("loss-second-moment", NUM_TIMESTEPS)
+SAMPLER = TimestepSampler("loss-second-moment", PROCESS)
 UPDATE = jax.jit(SAMPLER.update)
 
 
@@ -131,28 +133,28 @@ def test_all_samples_of_a_step_have_one_weight():
 
 @pytest.mark.parametrize("name", ["uniform", "loss-second-moment"])
 def test_draws_have_the_documented_types(name):
-  sampler = TimestepSampler(name, NUM_TIMESTEPS)
+  sampler = TimestepSampler(name, PROCESS)
   t, weights = sampler.sample(jax.random.key(0), 7, sampler.init())
   assert (t.shape, t.dtype) == ((7,), jnp.int32)
   assert (weights.shape, weights.dtype) == ((7,), jnp.float32)
 
 
 def test_the_uniform_sampler_draws_every_step_with_weight_one():
-  sampler = TimestepSampler("uniform", NUM_TIMESTEPS)
+  sampler = TimestepSampler("uniform", PROCESS)
   t, weights = sampler.sample(jax.random.key(0), 20_000, None)
   np.testing.assert_allclose(np.bincount(t) / len(t), 0.2, atol=0.015)
   np.testing.assert_array_equal(weights, 1)
 
 
 def test_the_uniform_sampler_keeps_no_state():
-  sampler = TimestepSampler("uniform", NUM_TIMESTEPS)
+  sampler = TimestepSampler("uniform", PROCESS)
   assert sampler.init() is None
   assert sampler.update(None, jnp.zeros(3, jnp.int32), jnp.ones(3)) is None
 
 
 def test_an_unknown_sampler_is_refused():
   with pytest.raises(SettingError) as error:
-    TimestepSampler("importance", NUM_TIMESTEPS)
+    TimestepSampler("importance", PROCESS)
   assert str(error.value) == (
     "timestep_sampler = 'importance': accepted are uniform, loss-second-moment"
   )

@@ -1,0 +1,14 @@
+"""Objectives: what is random about a training step, and the loss that it descends."""
+
+from mdt_jax.objectives.mdt import MDTObjective
+from mdt_jax.objectives.objective import OBJECTIVES, Draws, Objective, create_objective
+from mdt_jax.objectives.plain import PlainObjective
+
+__all__ = [
+  "OBJECTIVES",
+  "Draws",
+  "MDTObjective",
+  "Objective",
+  "PlainObjective",
+  "create_objective",
+]

@@ -1,0 +1,101 @@
+"""The objective of MDT (arXiv 2303.14389): a pass over all tokens and a masked one.
+
+Both passes see the same latents at the same times, each with its own noise and its own
+dropped labels. The number of tokens that the masked pass keeps is drawn on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from mdt_jax.diffusion.process import Process
+from mdt_jax.diffusion.timestep_samplers import TimestepSampler
+from mdt_jax.errors import SettingError
+from mdt_jax.models.masking import KeptLengths, token_mask_from_noise
+from mdt_jax.models.mdt import MDT
+from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses, Objective
+from mdt_jax.types import Array, Params
+
+MAX_MASK_RATIO = 0.8
+
+
+class MDTObjective(Objective):
+  """The sum of the losses of an unmasked and of a masked pass.
+
+  Args:
+    model: a network that takes a mask.
+    process, timestep_sampler: see `Objective`.
+    ratio: smallest share of tokens that are masked.
+    width: the share is uniform in [ratio, ratio + width].
+    num_lengths: how many numbers of kept tokens, each compiled once.
+    multiple: numbers of kept tokens are multiples of this where the sequence allows.
+
+  Raises:
+    SettingError: a value out of range; a mask that leaves no token to see; a network
+      without a side-interpolater.
+  """
+
+  def __init__(
+    self,
+    model: MDT,
+    process: Process,
+    timestep_sampler: TimestepSampler | None = None,
+    *,
+    ratio: float = 0.3,
+    width: float = 0.2,
+    num_lengths: int = 4,
+    multiple: int = 8,
+  ):
+    super().__init__(model, process, timestep_sampler)
+    check_masking(ratio, width, num_lengths, multiple)
+    if not model.takes_mask:
+      raise SettingError(
+        "objective", "mdt", f"{model.variant} takes no mask: accepted is plain"
+      )
+    self.kept_lengths = KeptLengths.create(
+      model.num_tokens, ratio, width, num_lengths, multiple
+    )
+    if self.kept_lengths.lengths[0] < 1:
+      raise SettingError(
+        "ratio", ratio, f"leaves none of the {model.num_tokens} tokens to see"
+      )
+
+  @property
+  def static_choices(self) -> tuple[int, ...]:
+    """The numbers of tokens that the masked pass keeps, increasing."""
+    return self.kept_lengths.lengths
+
+  def choose_static(self, seed: int, step: int) -> int:
+    return self.kept_lengths.draw(seed, step)
+
+  @property
+  def summary(self) -> str:
+    return "kept tokens " + ", ".join(map(str, self.static_choices))
+
+  def loss(
+    self, apply: Apply, params: Params, draws: Draws, static: Hashable
+  ) -> tuple[Array, Losses]:
+    assert isinstance(static, int)
+    losses = self.pass_losses(apply, params, draws, 0)
+    mask = token_mask_from_noise(draws.mask_noise, static)
+    masked = self.pass_losses(apply, params, draws, 1, mask)
+    total = losses["loss"] + masked["loss"]
+    losses |= {f"masked_{name}": loss for name, loss in masked.items()}
+    return (total * draws.weights).mean(), {**losses, "total": total}
+
+
+def check_masking(ratio: float, width: float, num_lengths: int, multiple: int) -> None:
+  """Raises SettingError for the first value that cannot be used."""
+  if not 0 <= ratio <= MAX_MASK_RATIO:
+    raise SettingError("ratio", ratio, f"must lie in [0, {MAX_MASK_RATIO}]")
+  if not 0 <= width <= 1 or ratio + width > MAX_MASK_RATIO:
+    largest = f"{MAX_MASK_RATIO - ratio:g}"
+    raise SettingError(
+      "width", width, f"must lie in [0, {MAX_MASK_RATIO} - ratio = {largest}]"
+    )
+  for name, value in (("num_lengths", num_lengths), ("multiple", multiple)):
+    if value < 1:
+      raise SettingError(name, value, "must be at least 1")
+
+
+OBJECTIVES["mdt"] = MDTObjective

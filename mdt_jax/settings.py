@@ -1,0 +1,433 @@
+"""Every setting of a run with its default: one frozen dataclass for each group.
+
+`Settings.from_config` turns a ConfigDict into settings and checks each by itself;
+`mdt_jax.experiment.build` makes the objects of a run, which checks how they fit
+together. An error names the setting as `config.group.name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mdt_jax.diffusion.guidance import WHOLE
+from mdt_jax.diffusion.samplers import METHODS
+from mdt_jax.diffusion.schedules import SPACINGS
+from mdt_jax.errors import SettingError, check_choice, named_in_errors
+
+
+def _arguments() -> dict[str, Any]:
+  return dataclasses.field(default_factory=dict)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """The network. None: as the preset of that name has it."""
+
+  name: str = "MDTv2-S/2"  # a key of mdt_jax.MODELS
+  input_size: int = 32  # height and width of the input: 32 for latents of 256x256
+  in_channels: int = 4  # 4 for latents
+  num_classes: int = 1000  # 1: unconditional
+  patch_size: int | None = None
+  hidden_size: int | None = None
+  depth: int | None = None  # blocks, without the side block
+  num_heads: int | None = None
+  decode_depth: int | None = None  # blocks after the side-interpolater
+  mlp_ratio: float = 4.0
+  condition: str = "label"  # what the network is conditioned on
+  label_dropout: float = 0.1  # share of conditions dropped; needed for guidance
+  dtype: str = "float32"  # compute type: float32 or bfloat16
+  remat: str = "none"  # recompute in the backward pass: none, full or dots
+  unroll: int = 1  # blocks compiled in a row; -1: all, faster on CPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings:
+  """What a training step descends."""
+
+  name: str | None = None  # plain or mdt; None: mdt where a share of tokens is masked
+  arguments: dict[str, Any] = _arguments()  # of an objective of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingSettings:
+  """The masked pass of the objective "mdt"."""
+
+  ratio: float = 0.3  # smallest share of tokens masked; 0: no masked pass
+  width: float = 0.2  # the share is uniform in [ratio, ratio + width]; v1: 0
+  num_lengths: int = 4  # numbers of kept tokens, each compiled once
+  multiple: int = 8  # they are multiples of this where the sequence allows
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionSettings:
+  """The process; all but the first two are of the process "gaussian"."""
+
+  process: str = "gaussian"
+  arguments: dict[str, Any] = _arguments()  # of a process of one's own
+  schedule: str = "linear"  # linear or cosine
+  num_timesteps: int = 1000
+  prediction: str = "epsilon"  # epsilon, x0 or v
+  variance: str = "learned_range"  # learned_range, fixed_small or fixed_large
+  loss_weight: str = "min_snr"  # of the squared error: none (v1) or min_snr (v2)
+  min_snr_gamma: float = 5.0
+
+  def process_arguments(self) -> dict[str, Any]:
+    """Arguments of the process, for `create_process`."""
+    if self.process != "gaussian":
+      return dict(self.arguments)
+    named = dataclasses.asdict(self)
+    del named["process"]
+    return named.pop("arguments") | named
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """The optimizer; b1, b2 and b3 of None are those of the paper's runs."""
+
+  name: str = "adan"  # adan (v2) or adamw (v1, DiT)
+  learning_rate: float = 3e-4
+  schedule: str = "constant"  # constant, cosine or linear, to zero at num_steps
+  warmup_steps: int = 0
+  b1: float | None = None
+  b2: float | None = None
+  b3: float | None = None  # adan alone
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0  # largest global norm of the gradient; 0: no limit
+
+  def check(self) -> None:
+    for name in ("learning_rate", "eps"):
+      if not getattr(self, name) > 0:
+        raise SettingError(name, getattr(self, name), "must be above 0")
+    for name in ("weight_decay", "clip_norm"):
+      if not getattr(self, name) >= 0:
+        raise SettingError(name, getattr(self, name), "must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """Examples to train on, and the autoencoder between images and latents."""
+
+  source: str = "latents"  # latents (of mdt_jax.encode), images, arrays, or digits
+  path: str | None = None  # folder; images: also tar files, or tfds:NAME
+  split: str = "train"  # of a data set of TFDS
+  validation: float = 0.0  # share of the examples that are held out of training
+  vae: str | None = None  # folder or hub id: encodes images, decodes samples
+  flip: bool = True  # mirror images at random; arrays are used as they are
+  max_unreadable: int = 100  # examples that each worker leaves out before it stops
+  num_workers: int = 0  # processes that read; 0: threads of this one
+  num_threads: int = 8  # batches read at a time; 0: in the main thread
+
+  def check(self) -> None:
+    for name in ("max_unreadable", "num_threads", "num_workers"):
+      _at_least(self, name, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """Devices along each axis of the mesh; one axis may be -1: the rest of them."""
+
+  data: int = -1  # share the batch, hold copies of the state
+  fsdp: int = 1  # share the batch and the state
+  tensor: int = 1  # share heads and hidden units, of the same images
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+  """How the pictures of a run are drawn, and the defaults of mdt_jax.sample."""
+
+  method: str = "ddpm"  # ddpm, ddim, euler, heun, dpm++ or dpm++sde
+  num_steps: int = 250  # 10 to 30 for the last four; heun calls twice a step
+  spacing: str | None = None  # uniform, log_snr, karras; None: the method's
+  eta: float = 0.0  # noise of ddim: 0 none, 1 as ddpm
+  cfg_scale: float = 3.8  # guidance; 1: none
+  cfg_power: float = 4.0  # of the power-cosine scale; 0: constant
+  cfg_channels: int = 3  # leading channels guided, as released; 0: all
+  cfg_interval: tuple[float, float] = WHOLE  # guide where t / T lies in it
+  clip_denoised: bool = False  # clip x0 to [-1, 1] at each step; for pixels
+  ema_decay: float | None = None  # which average; None: the first
+
+  def check(self) -> None:
+    check_choice("method", self.method, METHODS)
+    if self.spacing is not None:
+      check_choice("spacing", self.spacing, SPACINGS)
+    if not 0 <= self.eta <= 1:
+      raise SettingError("eta", self.eta, "must lie in [0, 1]")
+    for name in ("cfg_scale", "cfg_power", "cfg_channels"):
+      if not getattr(self, name) >= 0:
+        raise SettingError(name, getattr(self, name), "must be 0 or more")
+    pair = self.cfg_interval
+    is_pair = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
+    if not (is_pair and 0 <= pair[0] <= pair[1] <= 1):
+      raise SettingError(
+        "cfg_interval", tuple(pair), "must be (low, high), 0 <= low <= high <= 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+  """Scores of sampled images during training: docs/evaluation.md."""
+
+  every: int = 0  # steps between them; 0: none
+  metrics: str = "fid"  # by commas; fid, sfid, is, precision and recall need the
+  # weights of Inception, frechet, accuracy and diversity are for small data
+  num_images: int = 10_000  # sampled as config.sampling says; papers take 50,000
+  batch_size: int = 64  # images at a time, over all devices
+  reference: str | None = None  # .npz of images or statistics; None: the data
+  inception: str | None = None  # file of weights
+
+  @property
+  def metric_names(self) -> list[str]:
+    return self.metrics.split(",")
+
+  def check(self) -> None:
+    for name, least in (("every", 0), ("num_images", 2), ("batch_size", 1)):
+      _at_least(self, name, least)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All settings of a run; the defaults are MDTv2-S/2 on ImageNet 256x256."""
+
+  seed: int = 0  # of every random draw, together with the step
+  num_steps: int = 400_000
+  batch_size: int = 256  # images a step, over all devices
+  accumulation_steps: int = 1  # parts a batch is split into, one after another
+  model: ModelSettings = ModelSettings()
+  objective: ObjectiveSettings = ObjectiveSettings()
+  masking: MaskingSettings = MaskingSettings()
+  diffusion: DiffusionSettings = DiffusionSettings()
+  timestep_sampler: str = "uniform"  # uniform or loss-second-moment
+  optimizer: OptimizerSettings = OptimizerSettings()
+  ema_decays: tuple[float, ...] = (0.9999,)  # averages of the parameters; the first
+  # is sampled
+  data: DataSettings = DataSettings()
+  mesh: MeshSettings = MeshSettings()
+  sampling: SamplingSettings = SamplingSettings()
+  eval: EvalSettings = EvalSettings()
+  log_every: int = 100  # steps between log lines and TensorBoard points
+  checkpoint_every: int = 10_000  # steps
+  checkpoint_minutes: float = 0.0  # save as well after so many; 0: by steps alone
+  checkpoints_to_keep: int = 2  # the last ones; at least 2
+  checkpoint_keep_every: int = 0  # keep those of multiples of so many steps; 0: none
+  save_failures: int = 5  # saves in a row that may fail before the run stops
+  grace_seconds: float = 60.0  # from SIGTERM or SIGINT until the process ends
+  max_skipped: int = 10  # steps of a loss or gradient not finite before the run stops
+  max_rollbacks: int = 0  # or goes back to a checkpoint, without the batches since
+  sample_every: int = 10_000  # steps between pictures; 0: none
+  num_samples: int = 16  # images in a picture
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> Settings:
+    """Settings of a config that has all of them; each is checked by itself.
+
+    Raises:
+      SettingError: a setting is missing, unknown, of another type or out of range.
+    """
+    settings = _parse(cls, config, "config")
+    settings.check()
+    return settings
+
+  @classmethod
+  def from_dict(cls, saved: Mapping[str, Any]) -> Settings:
+    """Settings of a checkpoint's JSON; settings that it lacks have their defaults."""
+    return cls.from_config(config_from_dict(saved))
+
+  def to_config(self) -> ConfigDict:
+    """A locked ConfigDict of these settings."""
+    return _to_config(self).lock()
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested dicts of these settings, as checkpoints hold them."""
+    return self.to_config().to_dict()
+
+  def check(self) -> None:
+    """Raises SettingError for the first setting that cannot be used by itself."""
+    with named_in_errors("config"):
+      for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
+        _at_least(self, name, 1)
+      _at_least(self, "checkpoint_every", 1)
+      # With one alone, the next would replace it before the next is known to be whole.
+      _at_least(self, "checkpoints_to_keep", 2)
+      for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
+        _at_least(self, name, 0)
+      for name in ("checkpoint_keep_every", "max_skipped", "max_rollbacks"):
+        _at_least(self, name, 0)
+      for name in ("save_failures", "grace_seconds"):
+        _at_least(self, name, 1)
+      if self.seed >= 2**32:
+        raise SettingError("seed", self.seed, "must be below 2**32")
+    for group in ("data", "optimizer", "eval"):
+      with named_in_errors(f"config.{group}"):
+        getattr(self, group).check()
+    decays = self.ema_decays
+    if not decays or not all(
+      isinstance(decay, (int, float)) and 0 <= decay < 1 for decay in decays
+    ):
+      raise SettingError(
+        "config.ema_decays", decays, "must be one or more numbers in [0, 1)"
+      )
+    self._check_sampling()
+
+  @property
+  def sampled_decay(self) -> float:
+    """The decay of the averaged parameters that are sampled."""
+    chosen = self.sampling.ema_decay
+    return self.ema_decays[0] if chosen is None else chosen
+
+  def with_sampling(self, changes: Mapping[str, Any]) -> Settings:
+    """These settings with others of sampling.
+
+    Args:
+      changes: settings of config.sampling, such as {"num_steps": 50}; not ema_decay,
+        which belongs to the parameters.
+
+    Raises:
+      SettingError: a name or a value that cannot be used.
+    """
+    known = {field.name for field in dataclasses.fields(SamplingSettings)}
+    for name, value in changes.items():
+      if name not in known:
+        accepted = ", ".join(sorted(known))
+        raise SettingError(name, value, f"is no setting of sampling: {accepted}")
+      if name == "ema_decay":
+        raise SettingError(
+          f"config.sampling.{name}",
+          value,
+          "is chosen when a checkpoint is loaded: by --ema_decay, or "
+          "Pipeline.from_checkpoint(…, ema_decay=…)",
+        )
+    types_of = typing.get_type_hints(SamplingSettings)
+    parsed = {
+      name: _parse_value(value, types_of[name], f"config.sampling.{name}")
+      for name, value in changes.items()
+    }
+    changed = dataclasses.replace(
+      self, sampling=dataclasses.replace(self.sampling, **parsed)
+    )
+    changed._check_sampling()
+    return changed
+
+  def with_data(self, **changes: Any) -> Settings:
+    """These settings with others of data, such as path or vae."""
+    return dataclasses.replace(self, data=dataclasses.replace(self.data, **changes))
+
+  def with_ema_decay(self, ema_decay: float) -> Settings:
+    """These settings with another average to sample."""
+    sampling = dataclasses.replace(self.sampling, ema_decay=ema_decay)
+    return dataclasses.replace(self, sampling=sampling)
+
+  def _check_sampling(self) -> None:
+    sampling = self.sampling
+    with named_in_errors("config.sampling"):
+      sampling.check()
+      total, is_discrete = (
+        self.diffusion.num_timesteps,
+        self.diffusion.process == "gaussian",
+      )
+      if sampling.num_steps < 1 or (is_discrete and sampling.num_steps > total):
+        accepted = f"must lie in [1, config.diffusion.num_timesteps = {total}]"
+        raise SettingError(
+          "num_steps",
+          sampling.num_steps,
+          accepted if is_discrete else "must be at least 1",
+        )
+      if sampling.cfg_scale != 1 and self.model.label_dropout == 0:
+        raise SettingError(
+          "cfg_scale",
+          sampling.cfg_scale,
+          "must be 1: config.model.label_dropout = 0 trains no unconditional model",
+        )
+      if sampling.ema_decay is not None:
+        check_choice("ema_decay", sampling.ema_decay, self.ema_decays)
+
+
+def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
+  """A config as a checkpoint holds it; settings that it lacks have their defaults."""
+  config = Settings().to_config()
+  with config.unlocked():
+    config.update(saved)
+  config.ema_decays = tuple(saved.get("ema_decays", config.ema_decays))
+  config.sampling.cfg_interval = tuple(config.sampling.cfg_interval)
+  return config
+
+
+def _parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
+  """Settings of a group, whose names and types are checked."""
+  types_of = typing.get_type_hints(cls)
+  for name in config:
+    if name not in types_of:
+      near = difflib.get_close_matches(name, types_of, 1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise SettingError(f"{prefix}.{name}", config[name], f"is no setting{hint}")
+  values = {}
+  for name, accepted in types_of.items():
+    setting = f"{prefix}.{name}"
+    if name not in config:
+      raise SettingError(setting, None, "is missing, the file takes it away")
+    if dataclasses.is_dataclass(accepted):
+      if not isinstance(config[name], ConfigDict):
+        raise SettingError(setting, config[name], "must be a group of settings")
+      values[name] = _parse(accepted, config[name], setting)  # type: ignore[arg-type]
+    else:
+      values[name] = _parse_value(config[name], accepted, setting)
+  return cls(**values)
+
+
+def _parse_value(value: Any, accepted: Any, setting: str) -> Any:
+  """The value, where it is of the accepted type: one, a tuple, a dict, or None."""
+  kind, is_optional = _kind(accepted)
+  if value is None and is_optional:
+    return None
+  if kind is dict and isinstance(value, ConfigDict):
+    return value.to_dict()
+  if kind is tuple and isinstance(value, list):
+    return tuple(value)
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  is_right = is_number if kind is float else isinstance(value, kind)
+  if not is_right or (kind is int and isinstance(value, bool)):
+    raise SettingError(setting, value, f"must be of type {kind.__name__}")
+  if is_number and not math.isfinite(value):
+    raise SettingError(setting, value, "must be finite")
+  return value
+
+
+def _kind(accepted: Any) -> tuple[type[Any], bool]:
+  """The class of an annotation such as `int | None`, and whether None is accepted."""
+  options: Iterable[Any] = (accepted,)
+  if isinstance(accepted, types.UnionType):
+    options = typing.get_args(accepted)
+  kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
+  return kinds[0], len(kinds) < len(tuple(options))
+
+
+def _to_config(settings: Any) -> ConfigDict:
+  config = ConfigDict()
+  types_of = typing.get_type_hints(type(settings))
+  for name, accepted in types_of.items():
+    value = getattr(settings, name)
+    if dataclasses.is_dataclass(value):
+      config[name] = _to_config(value)
+      continue
+    kind, is_optional = _kind(accepted)
+    if is_optional:
+      config[name] = placeholder(kind)
+      if value is not None:
+        config[name] = value
+    else:
+      config[name] = ConfigDict(value) if kind is dict else value
+  return config
+
+
+def _at_least(settings: Any, name: str, least: int) -> None:
+  if getattr(settings, name) < least:
+    raise SettingError(name, getattr(settings, name), f"must be at least {least}")
