@@ -87,7 +87,9 @@ class _Blank:
 
 def write_set(folder: str, num_images: int) -> int:
   """Writes a latent set of noise; returns its bytes on disk."""
-  from mdt_jax.data import latent_writer, latents
+  from mdt_jax.data import latents
+  from mdt_jax.data.latent_set import LatentSet
+  from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
 
   rng = np.random.default_rng(0)
   card = {
@@ -101,9 +103,9 @@ def write_set(folder: str, num_images: int) -> int:
     shape = (len(images), 2, 2, *LATENT_SHAPE)
     return rng.standard_normal(shape, np.float32).astype(np.float16)
 
-  num_shards = -(-num_images // latent_writer.IMAGES_A_SHARD)
-  plan = latent_writer.Plan(card, num_images, num_shards)
-  latent_writer.encode(plan, _Blank(num_images), noise, folder, batch_size=64)
+  num_shards = -(-num_images // IMAGES_PER_SHARD)
+  latent_set = LatentSet(Path(folder), card, num_images, num_shards)
+  write_latents(latent_set, _Blank(num_images), noise, batch_size=64)
   return sum(shard["bytes"] for shard in latents.read_card(folder)["shards"])
 
 
@@ -173,7 +175,7 @@ def time_step(timing: Timing) -> list[Rate]:
 def time_reading(folder: str, num_threads: int, timing: Timing) -> list[Rate]:
   """JPEG files decoded and cropped a second."""
   from mdt_jax.data.files import open_files
-  from mdt_jax.data.sources import ImageSource
+  from mdt_jax.data.images import ImageSource
 
   source = ImageSource(open_files(folder), IMAGE_SIZE, 3, 0)
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:

@@ -1,21 +1,24 @@
-"""Where encoded images lie: folders, tar files, and TensorFlow Datasets.
+"""Labelled files at random access: folders, tar files, and TensorFlow Datasets.
 
-Each is a `Files`: names, labels and the bytes of any image, at random. They are
-numbered alike by every process.
+Each of them is a `Files`, and gives the name, label and bytes of file i. Every process
+numbers the files alike.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int32
 
+from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.errors import SettingError
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
@@ -24,23 +27,61 @@ TFDS_PREFIX = "tfds:"
 
 
 class Files(Protocol):
-  """Labelled images as they are stored.
+  """Labelled files of images or arrays.
 
   Attributes:
-    path: the setting that names them.
-    classes: the names of the classes.
+    path: of the files, as the user typed it.
+    classes: the names of the classes; a label is an index into them.
   """
 
-  path: str
-  classes: Sequence[str]
+  @property
+  def path(self) -> str: ...
+
+  @property
+  def classes(self) -> Sequence[str]: ...
 
   def __len__(self) -> int: ...
 
-  def name(self, index: int) -> str:
-    """Of an image; it is told in messages and kept with latents."""
+  def name(self, index: int, /) -> str:
+    """Returns the name of a file; messages show it, and latent sets store it."""
+    ...
 
-  def read(self, index: int) -> tuple[bytes, int]:
-    """Bytes and label of an image; raises anything where they cannot be read."""
+  def read(self, index: int, /) -> tuple[bytes, int]:
+    """Returns bytes and label of a file; raises any exception if unreadable."""
+    ...
+
+
+class FileSource(TolerantSource):
+  """A source that decodes one array from each file.
+
+  Subclasses define `decode`.
+
+  Args:
+    files: the files.
+    image_size: height and width of a decoded array.
+    channels: of a decoded array.
+    max_unreadable: how many files may be unreadable.
+  """
+
+  def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
+    super().__init__(files.path, max_unreadable)
+    self.files = files
+    self.num_classes = len(files.classes)
+    self.image_shape = (image_size, image_size, channels)
+
+  @abc.abstractmethod
+  def decode(self, data: bytes) -> np.ndarray:
+    """Decodes the bytes of a file to an array of `image_shape`, or raises."""
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def name(self, index: int) -> str:
+    return os.path.join(self._path, self.files.name(index))
+
+  def load(self, index: int) -> Example:
+    data, label = self.files.read(index)
+    return {"image": self.decode(data), "label": np.int32(label)}
 
 
 def open_files(
@@ -48,16 +89,17 @@ def open_files(
   split: str = "train",
   extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
 ) -> Files:
-  """Opens a folder of images, tar files, or a data set of TFDS.
+  """Opens a folder of files, tar files, or a TFDS data set.
 
   Args:
     path: a folder; a .tar file or a folder of them; or "tfds:NAME", a data set
-      prepared in array_record form under TFDS_DATA_DIR.
-    split: of a data set of TFDS.
-    extensions: of the files that count, in any case; others are ignored.
+      prepared as array_record under TFDS_DATA_DIR.
+    split: of a TFDS data set.
+    extensions: of the files to read, in any case; other files are ignored.
 
   Raises:
-    SettingError: there is nothing to read, or it is not laid out as documented.
+    SettingError: there is no such path, no file in it, or its layout is none of those
+      in docs/data.md.
   """
   path = str(path)
   if path.startswith(TFDS_PREFIX):
@@ -70,12 +112,12 @@ def open_files(
 
 
 class FolderFiles:
-  """A folder of images, or of other files.
+  """Files in a folder.
 
   The classes are the subfolders of `path` in sorted order, with files at any depth
-  below them. Without subfolders they are the sorted distinct parts of the file names
-  before the first underscore, as ADM names its files (ClassID_ImgID.jpg), or one class
-  where no name has an underscore. Names that start with a dot are ignored.
+  below them. In a folder without subfolders, the class of a file is its name up to the
+  first underscore, as ADM names its files (ClassID_ImgID.jpg); if no name has an
+  underscore, there is one class. Names that start with a dot are ignored.
   """
 
   def __init__(self, path: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS):
@@ -95,11 +137,11 @@ class FolderFiles:
 
 
 class TarFiles:
-  """Images in uncompressed tar files, read in place.
+  """Files in uncompressed tar files, read in place.
 
-  ImageNet's own layout: one tar file a class (n01440764.tar, …) in a folder, or all of
-  them in one tar file (ILSVRC2012_img_train.tar). Any other tar file is taken as the
-  folder that it holds.
+  Reads ImageNet's own layout: a tar file for each class (n01440764.tar, …) in a folder,
+  or all of these in one tar file (ILSVRC2012_img_train.tar). Any other tar file is read
+  like the folder that it holds.
   """
 
   def __init__(self, path: str, tars: list[str], extensions: tuple[str, ...]):
@@ -140,18 +182,19 @@ class TarFiles:
 
 
 class TfdsFiles:
-  """An image-classification set of TensorFlow Datasets, in array_record form.
+  """An image-classification set of TensorFlow Datasets, prepared as array_record.
 
-  Its images are left encoded, so that they are read as those of a folder are.
+  The images stay encoded, so that they are decoded like those of a folder.
   """
 
   def __init__(self, path: str, split: str):
-    import tensorflow_datasets as tfds  # imports in seconds, needs no TensorFlow here
+    # Takes seconds to import. Reading array_record needs no TensorFlow.
+    import tensorflow_datasets as tfds
 
     self.path = path
     name = path.removeprefix(TFDS_PREFIX)
     try:
-      builder = tfds.builder(name)
+      builder: Any = tfds.builder(name)
       self._source = builder.as_data_source(
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
       )
@@ -177,9 +220,9 @@ class TfdsFiles:
     return example["image"], int(example["label"])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)  # ImageNet has 1.3 million
+@dataclasses.dataclass(frozen=True, slots=True)  # slots: ImageNet has 1.3 million
 class _TarEntry:
-  """A file inside a tar file, or inside a tar file in it."""
+  """A file inside a tar file, or inside a tar file that the tar file holds."""
 
   tar: str
   name: str
@@ -188,7 +231,7 @@ class _TarEntry:
 
 
 def _list_tars(path: str) -> list[str]:
-  """The tar file, or those at the top of the folder, that `path` names."""
+  """Lists `path` itself if it is a tar file, or the tar files in the folder `path`."""
   if path.endswith(".tar") and os.path.isfile(path):
     return [path]
   if not os.path.isdir(path):
@@ -197,7 +240,7 @@ def _list_tars(path: str) -> list[str]:
 
 
 def _index_tar(path: str, prefix: str) -> list[_TarEntry]:
-  """The files in a tar file, and in tar files in it, put under their names."""
+  """Lists the files in a tar file; those of an inner tar file get its name in front."""
   entries = []
   try:
     with tarfile.open(path, "r:") as outer:
@@ -233,7 +276,7 @@ def _tar_entries(
 def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], list[str]]:
   """Returns the data files below a folder, relative to it, and its subfolders.
 
-  Both are sorted, so that every process numbers them alike.
+  Both are sorted, so that every process numbers the files alike.
   """
   if not os.path.exists(path):
     raise SettingError(
@@ -242,14 +285,15 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
   if not os.path.isdir(path):
     raise SettingError("config.data.path", path, "expected a folder, this is a file")
 
-  def fail(error: OSError):  # os.walk would leave such a folder out in silence.
+  def fail(error: OSError):  # By default os.walk skips such a folder silently.
     raise SettingError(
       "config.data.path",
       path,
       f"expected readable folders; {error.filename}: {error.strerror}",
     ) from error
 
-  files = []
+  files: list[str] = []
+  classes: list[str] = []
   for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
     subfolders[:] = [name for name in subfolders if not name.startswith(".")]
     prefix = os.path.relpath(folder, path)
@@ -269,8 +313,8 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
 
 def _label_files(
   path: str, files: list[str], subfolders: list[str]
-) -> tuple[np.ndarray, list[str]]:
-  """Returns the label of each file, int32 (N,), and the names of the classes."""
+) -> tuple[Int32[np.ndarray, " N"], list[str]]:
+  """Returns the label of each file, and the names of the classes."""
   flat = [name for name in files if "/" not in name]
   if not flat:
     class_of, classes = [name.split("/")[0] for name in files], subfolders

@@ -1,77 +1,70 @@
-"""Writes sets of latents: images through an autoencoder, once, shard by shard.
+"""Writes the shards of a set of latents.
 
-A shard depends on its own images alone, is written under another name and renamed when
-it is whole. So a stopped run goes on with the next shard, processes share the shards
-without talking to each other, and the result is the same however often it was stopped.
+A shard depends on its own images alone. The writer writes it under a temporary name and
+renames it when it is complete. So a stopped run goes on with the next shard, processes
+share the shards without messages, and the set is the same however often the run stops.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import fcntl
-import hashlib
-import json
-import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from mdt_jax.atomic import write_json
 from mdt_jax.data import latents
-from mdt_jax.data.sources import ImageSource
+from mdt_jax.data.examples import Example
+from mdt_jax.data.latent_set import LatentSet, entry_path
+from mdt_jax.data.latents import Progress
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
-logger = logging.getLogger("mdt_jax")
-# (B, H, W, 3) uint8 -> (B, 2, 2, h, w, C) in the type that is stored
-EncodeFn = Callable[[np.ndarray], jax.Array]
-Progress = Callable[[int], Any]
+if TYPE_CHECKING:
+  from mdt_jax.types import Array
 
-BEGUN = "begun.json"  # the card of a set that is not finished
-IMAGES_A_SHARD = 10_000
-# For reading at random: each record by itself; noise does not compress.
+# Images -> moments of images and mirror images, in the dtype of the set.
+EncodeFn: TypeAlias = Callable[
+  [UInt8[np.ndarray, "B H W 3"]],
+  "Float[np.ndarray, 'B 2 2 h w C'] | Float[Array, 'B 2 2 h w C']",
+]
+# Image, label and name; or the name alone of an image that is left out.
+Loaded: TypeAlias = tuple[np.ndarray, int, str] | str
+
+IMAGES_PER_SHARD = 10_000
+# For random access, one record in each chunk; compression gains nothing on noise.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a set will hold.
+class NamedImages(Protocol):
+  """Images with names, such as `images.ImageSource`."""
 
-  Attributes:
-    card: of the set, but for its shards.
-    num_images: before any is left out.
-    num_shards: images are shared out evenly, in order.
-  """
-
-  card: dict[str, Any]
-  num_images: int
-  num_shards: int
+  def __len__(self) -> int: ...
 
   @property
-  def layout(self) -> latents.Layout:
-    return latents.Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
+  def files(self) -> Any:
+    """`files.name(index)` is the name that the record stores."""
+    ...
 
-  @property
-  def num_bytes(self) -> int:
-    """About what the set takes on disk; names and ArrayRecord's own are small."""
-    return self.num_images * (self.layout.moment_bytes + latents.LABEL_BYTES)
+  def load(self, index: int, /) -> Example:
+    """Reads an image; raises any exception if it is unreadable."""
+    ...
 
-  def shard_images(self, shard: int) -> range:
-    edges = np.linspace(0, self.num_images, self.num_shards + 1).round().astype(int)
-    return range(edges[shard], edges[shard + 1])
+  def leave_out(self, index: int, error: Exception, /) -> None:
+    """Counts an unreadable image; raises if there are too many."""
+    ...
 
 
-def encode(
-  plan: Plan,
-  source: ImageSource,
+def write_latents(
+  latent_set: LatentSet,
+  source: NamedImages,
   encode_fn: EncodeFn,
-  output: str | Path,
   *,
   batch_size: int,
   num_threads: int = 8,
@@ -79,212 +72,47 @@ def encode(
   process_count: int = 1,
   progress: Progress = lambda count: None,
 ) -> bool:
-  """Writes this process's shards; the last process to finish writes the card.
+  """Writes this process's shards; the last process to finish also writes the card.
 
   Args:
-    plan: the same in every process, and when a stopped run goes on.
+    latent_set: the set, equal in every process.
     source: of the images.
-    encode_fn: (batch_size, H, W, 3) uint8 -> moments of images and mirrors.
-    output: folder, empty or of the same plan.
-    batch_size: images at a time.
-    num_threads: that read and crop images.
-    process_index, process_count: shards are taken in turn.
-    progress: told how many images are done, shard by shard and batch by batch.
+    encode_fn: encodes `batch_size` images.
+    batch_size: images in a batch.
+    num_threads: threads that read and crop images.
+    process_index: this process writes the shards process_index,
+      process_index + process_count, ….
+    process_count: processes that write the set.
+    progress: called with the number of further images done.
 
   Returns:
     Whether the set is finished.
 
   Raises:
-    SettingError: another set lies in `output`, or another process is at work on the
-      same shard; too many unreadable images; the disk refuses; the devices have too
-      little memory. Finished shards stay, and the same call goes on after them.
+    SettingError: the folder holds another set; another process writes the same shard;
+      too many images are unreadable; latents are not finite; the disk is full or fails.
+      Finished shards stay, and the same call goes on after them.
   """
-  output = Path(output)
-  if is_finished(plan, output):
+  if latent_set.is_finished():
     return True
-  _begin(plan, output)
-  for shard in range(process_index, plan.num_shards, process_count):
-    indices = plan.shard_images(shard)
-    path = output / latents.shard_name(shard, plan.num_shards)
-    if _sidecar(path).exists() and path.exists():
+  latent_set.begin()
+  for shard in range(process_index, latent_set.num_shards, process_count):
+    indices = latent_set.shard_images(shard)
+    if latent_set.has_shard(shard):
       progress(len(indices))
       continue
     batches = _batches(source, indices, batch_size, num_threads)
-    try:
-      _write_shard(
-        path, _records(plan.layout, encode_fn, batches, batch_size, progress)
-      )
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      raise SettingError(
-        "--batch_size", batch_size, "takes more memory than the devices have"
-      ) from None
-    except (OSError, RuntimeError) as error:
-      raise SettingError(
-        "--output",
-        str(output),
-        f"{path.name} cannot be written ({error}); finished shards stay, and the same "
-        "command goes on after them",
-      ) from None
-  return _finish(plan, output)
-
-
-def is_finished(plan: Plan, output: str | Path) -> bool:
-  """Whether `output` holds the whole set; raises where it holds another one."""
-  output = Path(output)
-  if not (output / latents.CARD).exists():
-    return False
-  card = _read_json(output, latents.CARD)
-  _check_same(plan.card, card, output)
-  return all(_is_whole(output, shard) for shard in card["shards"])
-
-
-def bytes_missing(plan: Plan, output: str | Path) -> int:
-  """What is still to be written, about, by the shards that are there."""
-  names = (latents.shard_name(i, plan.num_shards) for i in range(plan.num_shards))
-  paths = (Path(output) / name for name in names)
-  return plan.num_bytes - sum(path.stat().st_size for path in paths if path.exists())
-
-
-def check_disk(plan: Plan, output: str | Path) -> tuple[int, int]:
-  """(bytes missing, bytes free); raises SettingError where they do not fit."""
-  folder = Path(output).absolute()
-  while not folder.exists():
-    folder = folder.parent
-  missing, free = bytes_missing(plan, output), shutil.disk_usage(folder).free
-  if missing > free:
-    raise SettingError(
-      "--output",
-      str(output),
-      f"needs {missing / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free",
-    )
-  return missing, free
-
-
-def verify(path: str | Path, progress: Progress = lambda count: None) -> int:
-  """Compares every shard of a finished set with its checksum.
-
-  Returns:
-    The number of images.
-
-  Raises:
-    SettingError: names the first shard that differs.
-  """
-  card = latents.read_card(path)
-  for shard in card["shards"]:
-    file = Path(path) / shard["file"]
-    found = _sha256(file) if file.is_file() else "none"
-    if found != shard["sha256"]:
-      raise SettingError(
-        "--output",
-        str(path),
-        f"{shard['file']} has checksum {found[:12]}, where {latents.CARD} says "
-        f"{shard['sha256'][:12]}; delete it, and the command that made the set makes "
-        "it anew",
-      )
-    progress(shard["images"])
-  return card["images"]
-
-
-def statistics(
-  source: latents.LatentSource, progress: Progress = lambda count: None
-) -> dict[str, list[float]]:
-  """Mean and deviation of the latents of a set, by channel, mirrors included.
-
-  The deviation is that of draws from the posteriors: E[mean^2 + deviation^2] less the
-  square of the mean.
-  """
-  channels = source.image_shape[-1]
-  totals = np.zeros((2, channels))
-  count = 0
-  for index in range(len(source)):
-    mean, deviation = np.moveaxis(source[index]["views"].astype(np.float64), 1, 0)
-    totals[0] += mean.sum(axis=(0, 1, 2))
-    totals[1] += (mean**2 + deviation**2).sum(axis=(0, 1, 2))
-    count += mean.size // channels
-    progress(1)
-  mean, square = totals / count
-  return {"mean": mean.tolist(), "deviation": np.sqrt(square - mean**2).tolist()}
-
-
-def _begin(plan: Plan, output: Path) -> None:
-  """Claims the folder for this plan; raises where it holds something else."""
-  output.mkdir(parents=True, exist_ok=True)
-  names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-  if latents.CARD in names:
-    _reopen(plan, output)
-  elif not names:
-    write_json(output / BEGUN, plan.card)
-  elif BEGUN not in names:
-    raise SettingError(
-      "--output", str(output), "must be empty, or hold a set begun with these settings"
-    )
-  _check_same(plan.card, _read_json(output, BEGUN), output)
-
-
-def _reopen(plan: Plan, output: Path) -> None:
-  """A finished set that has lost shards becomes one that has to be gone on with."""
-  shards = _read_json(output, latents.CARD)["shards"]
-  write_json(output / BEGUN, plan.card)
-  for shard in shards:
-    if _is_whole(output, shard):
-      write_json(_sidecar(output / shard["file"]), shard)
-  (output / latents.CARD).unlink(missing_ok=True)
-
-
-def _is_whole(output: Path, shard: dict[str, Any]) -> bool:
-  path = output / shard["file"]
-  return path.is_file() and path.stat().st_size == shard["bytes"]
-
-
-def _read_json(output: Path, name: str) -> dict[str, Any]:
-  try:
-    found = json.loads((output / name).read_text())
-  except (OSError, ValueError) as error:
-    raise SettingError(
-      "--output", str(output), f"{name} cannot be read: {error}"
-    ) from None
-  if not isinstance(found, dict):
-    raise SettingError("--output", str(output), f"{name} must hold a dict")
-  return found
-
-
-def _check_same(card: dict[str, Any], found: dict[str, Any], output: Path) -> None:
-  for name, value in card.items():
-    if found.get(name) != json.loads(json.dumps(value)):
-      raise SettingError(
-        "--output",
-        str(output),
-        f"holds a set with {name} = {_short(found.get(name))}, not {_short(value)}: "
-        "take another folder, or those settings",
-      )
-
-
-def _finish(plan: Plan, output: Path) -> bool:
-  """Writes the card if all shards are there: whichever process sees that first."""
-  paths = [
-    output / latents.shard_name(shard, plan.num_shards)
-    for shard in range(plan.num_shards)
-  ]
-  card_path = output / latents.CARD
-  try:
-    shards = [json.loads(_sidecar(path).read_text()) for path in paths]
-  except FileNotFoundError:  # not all are there, or another process has finished
-    return card_path.exists()
-  images = sum(shard["images"] for shard in shards)
-  write_json(card_path, {**plan.card, "images": images, "shards": shards})
-  for path in [output / BEGUN, *(_sidecar(path) for path in paths)]:
-    path.unlink(missing_ok=True)
-  return True
+    records = _records(latent_set.layout, encode_fn, batches, batch_size, progress)
+    _write_shard(latent_set, latent_set.shard_path(shard), records)
+  return latent_set.finish()
 
 
 def _batches(
-  source: ImageSource, indices: range, batch_size: int, num_threads: int
-) -> Iterator[list[tuple[np.ndarray, int, str] | str]]:
-  """Images, labels and names of a shard; a name alone where an image is left out."""
+  source: NamedImages, indices: range, batch_size: int, num_threads: int
+) -> Iterator[list[Loaded]]:
+  """Yields the images of a shard in batches, reading ahead in threads."""
 
-  def load(index: int) -> tuple[np.ndarray, int, str] | str:
+  def load(index: int) -> Loaded:
     name = source.files.name(index)
     try:
       example = source.load(index)
@@ -295,7 +123,7 @@ def _batches(
 
   with concurrent.futures.ThreadPoolExecutor(max(1, num_threads)) as pool:
     starts = range(indices.start, indices.stop, batch_size)
-    waiting: list[Any] = []
+    waiting: list[list[concurrent.futures.Future[Loaded]]] = []
     for start in starts:
       stop = min(start + batch_size, indices.stop)
       waiting.append([pool.submit(load, index) for index in range(start, stop)])
@@ -308,16 +136,16 @@ def _batches(
 def _records(
   layout: latents.Layout,
   encode_fn: EncodeFn,
-  batches: Iterator[list[tuple[np.ndarray, int, str] | str]],
+  batches: Iterator[list[Loaded]],
   batch_size: int,
   progress: Progress,
 ) -> Iterator[bytes | str]:
-  """Records of a shard, and the names of images that were left out."""
+  """Yields the records of a shard, and the names of images that are left out."""
 
   def finish(pending: tuple[Any, list, int]) -> Iterator[bytes]:
     views, read, count = pending
     for moments, (_, label, name) in zip(np.asarray(views), read, strict=False):
-      if not np.isfinite(moments).all():  # one would end a training run
+      if not np.isfinite(moments).all():  # One NaN would end a training run.
         raise SettingError(
           "--dtype", layout.dtype, f"the latents of {name} are not finite in it"
         )
@@ -332,9 +160,9 @@ def _records(
       progress(len(batch))
       continue
     images = np.stack([image for image, _, _ in read])
-    # Filled up, so that one compilation serves all.
+    # Repeats images up to the full batch: one shape compiles once.
     images = np.resize(images, (batch_size, *images.shape[1:]))
-    views = encode_fn(images)  # runs on while the batch before is written
+    views = encode_fn(images)  # JAX computes while the previous batch is written.
     if pending is not None:
       yield from finish(pending)
     pending = views, read, len(batch)
@@ -342,66 +170,68 @@ def _records(
     yield from finish(pending)
 
 
-def _write_shard(path: Path, records: Iterator[bytes | str]) -> None:
-  """Writes a shard and, before it gets its name, what the card will say of it."""
+def _write_shard(
+  latent_set: LatentSet, path: Path, records: Iterator[bytes | str]
+) -> None:
+  """Writes a shard, then its entry of the card, and then renames the shard."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   partial = path.with_name(f".{path.name}.partial")
   count, left_out = 0, []
-  with _claim(partial, path):
+  with _lock(latent_set, partial, path):
     try:
-      writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+      with _disk_errors(latent_set, path):
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
       try:
         for record in records:
           if isinstance(record, str):
             left_out.append(record)
-          else:
+            continue
+          with _disk_errors(latent_set, path):
             writer.write(record)
-            count += 1
+          count += 1
       finally:
-        writer.close()
-      with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-      entry = {
-        "file": path.name,
-        "images": count,
-        "bytes": partial.stat().st_size,
-        "sha256": _sha256(partial),
-        "left_out": left_out,
-      }
-      write_json(_sidecar(path), entry)
-      os.replace(partial, path)
+        with _disk_errors(latent_set, path):
+          writer.close()
+      with _disk_errors(latent_set, path):
+        with open(partial, "rb") as file:
+          os.fsync(file.fileno())
+        entry = {
+          "file": path.name,
+          "images": count,
+          "bytes": partial.stat().st_size,
+          "left_out": left_out,
+        }
+        write_json(entry_path(path), entry)
+        os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _claim(partial: Path, path: Path) -> Iterator[None]:
-  """Keeps other processes off a shard; one that is killed lets go of it."""
-  with open(partial, "ab") as file:
+def _disk_errors(latent_set: LatentSet, path: Path) -> Iterator[None]:
+  """Reports errors of the file system; ArrayRecord raises them as RuntimeError."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    raise latent_set.error(
+      f"{path.name} cannot be written ({error}); finished shards stay, and the same "
+      "command goes on after them"
+    ) from None
+
+
+@contextlib.contextmanager
+def _lock(latent_set: LatentSet, partial: Path, path: Path) -> Iterator[None]:
+  """Locks a shard against other processes; the lock ends with the process."""
+  with contextlib.ExitStack() as stack:
+    with _disk_errors(latent_set, path):
+      file = stack.enter_context(open(partial, "ab"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise SettingError(
-        "--output",
-        str(path.parent),
-        f"another process is at work on {path.name}; each needs its own "
-        "--process_index",
+      raise latent_set.error(
+        f"another process is at work on {path.name}; each needs its own --process_index"
       ) from None
     except OSError as error:  # a file system without locks
       logger.warning("%s cannot be locked (%s)", path.name, error)
     yield
-
-
-def _sidecar(path: Path) -> Path:
-  return path.with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,8 +1,17 @@
-"""Sets of latents on disk: ArrayRecord shards and a card.
+"""Sets of latents on disk: their format, and how to read them.
 
-A folder holds latents-00000-of-00064.array_record, … and card.json, which says what is
-in them and how they were made. A record holds the moments of the latents of an image
-and of its mirror, as a diffusion sees them (shifted and scaled), its label and name.
+A set is a folder of ArrayRecord shards, latents-00000-of-00064.array_record, …, and a
+card.json that describes them. A record holds the moments of the latents of an image and
+of its mirror image, already shifted and scaled for the diffusion, with label and name.
+`latent_writer` writes sets.
+
+What guards a set against damage:
+- ArrayRecord hashes every record, every header of a record or of a 64 KiB block, and
+  the index of the shard, and raises RuntimeError if a hash differs. The rest of a shard
+  is padding and a 64-byte file signature, which no reader uses.
+- The card holds the size and the number of records of each shard, which `LatentSource`
+  compares when it opens the set.
+- `verify` reads every record, and finds a shard that is a copy of another one.
 """
 
 from __future__ import annotations
@@ -12,24 +21,36 @@ import functools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float, Float64
 
-from mdt_jax.data.sources import TolerantSource, shape_error
+from mdt_jax.data.examples import (
+  Example,
+  SourceArguments,
+  TolerantSource,
+  shape_error,
+)
 from mdt_jax.errors import SettingError, check_choice
+
+if TYPE_CHECKING:
+  from grain.sources import ArrayRecordDataSource
 
 FORMAT = "mdt_jax latents 1"
 CARD = "card.json"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LABEL_BYTES = 4
 
+Progress = Callable[[int], Any]  # called with the number of further images done
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How records are laid out: moments, label, name.
+  """The layout of a record: moments, label, name.
 
   Attributes:
     latent_shape: (H, W, C).
@@ -41,20 +62,20 @@ class Layout:
 
   @functools.cached_property
   def shape(self) -> tuple[int, ...]:
-    """(image or mirror, mean or deviation, H, W, C)."""
+    """(2, 2, H, W, C): image or mirror image; mean or std; the latent."""
     return (2, 2, *self.latent_shape)
 
   @functools.cached_property
   def moment_bytes(self) -> int:
     return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-  def pack(self, views: np.ndarray, label: int, name: str) -> bytes:
-    """A record of `views`, of this shape and dtype."""
+  def pack(self, views: Float[np.ndarray, "2 2 H W C"], label: int, name: str) -> bytes:
+    """Packs a record; `views` must have this layout's shape and dtype."""
     label_bytes = int(label).to_bytes(LABEL_BYTES, "little")
     return views.tobytes() + label_bytes + name.encode()
 
-  def unpack(self, record: bytes) -> tuple[np.ndarray, int, str]:
-    """Views, label and name; raises ValueError for a record that is cut short."""
+  def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
+    """Returns views, label and name; raises ValueError for a truncated record."""
     end = self.moment_bytes + LABEL_BYTES
     if len(record) < end:
       raise ValueError(f"record of {len(record)} bytes, where {end} are expected")
@@ -67,8 +88,8 @@ def shard_name(index: int, count: int) -> str:
   return f"latents-{index:05d}-of-{count:05d}.array_record"
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-  """The card of a finished set; raises SettingError where there is none."""
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads the card of a finished set; raises SettingError if there is none."""
   card = Path(path).expanduser() / CARD
   try:
     found = json.loads(card.read_text())
@@ -90,19 +111,19 @@ def read_card(path: str | Path) -> dict[str, Any]:
 class LatentSource(TolerantSource):
   """A set of latents.
 
-  An example holds "views" (2, 2, H, W, C), float16 or bfloat16: mean and deviation of
-  the latents of the image and of its mirror. `transforms.random_flip` chooses one, and
-  the training step draws the latent from it, on the device.
+  An example holds "views", float16 or bfloat16 (2, 2, H, W, C): mean and std of the
+  latents of the image and of its mirror image. `transforms.random_flip` chooses image
+  or mirror image; the training step draws the latent on the device.
 
   Args:
-    path: folder of `mdt_jax.encode`.
-    input_size: the model's.
-    channels: the model's.
+    path: output folder of `mdt_jax.encode`.
+    input_size: height and width of the latents.
+    channels: of the latents.
     max_unreadable: how many records may be unreadable.
 
   Raises:
-    SettingError: no set, one of latents of another shape, or one whose shards are not
-      those of its card.
+    SettingError: `path` holds no finished set; the latents have another shape; a shard
+      is missing, damaged, or differs from the card in size or number of records.
   """
 
   def __init__(
@@ -125,44 +146,138 @@ class LatentSource(TolerantSource):
     self._ends = np.cumsum([shard["images"] for shard in shards])
 
   def __len__(self) -> int:
-    return len(self._records)
+    return int(self._ends[-1])
 
   def name(self, index: int) -> str:
-    shard = int(np.searchsorted(self._ends, index, side="right"))
-    start = self._ends[shard - 1] if shard else 0
-    file = self.card["shards"][shard]["file"]
-    return f"record {index - start} of {os.path.join(self._path, file)}"
+    shard, record = self.locate(index)
+    return f"record {record} of {os.path.join(self._path, shard)}"
 
-  def load(self, index: int) -> dict[str, np.ndarray]:
-    views, label, _ = self.layout.unpack(self._records[index])
+  def locate(self, index: int) -> tuple[str, int]:
+    """Returns the shard's file name, and the number of the record in the shard."""
+    shard = int(np.searchsorted(self._ends, index, side="right"))
+    start = int(self._ends[shard - 1]) if shard else 0
+    return self.card["shards"][shard]["file"], index - start
+
+  def read(self, index: int) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
+    """Reads views, label and name; raises any exception if the record is damaged."""
+    views, label, name = self.layout.unpack(self._records[index])
     if not 0 <= label < self.num_classes:
       raise ValueError(f"label {label}, where there are {self.num_classes} classes")
+    return views, label, name
+
+  def load(self, index: int) -> Example:
+    views, label, _ = self.read(index)
     return {"views": views, "label": np.int32(label)}
 
 
-def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> Any:
-  """A random-access view of all records; raises for shards unlike their card."""
+def open_latents(arguments: SourceArguments) -> LatentSource:
+  """Opens a set; `image_size` and `channels` are those of the latents."""
+  return LatentSource(
+    arguments.path, arguments.image_size, arguments.channels, arguments.max_unreadable
+  )
+
+
+def open_set(path: str | os.PathLike[str], max_unreadable: int = 0) -> LatentSource:
+  """Opens a set of latents of any shape."""
+  height, _, channels = read_card(path)["latent_shape"]
+  return LatentSource(path, height, channels, max_unreadable)
+
+
+def verify(
+  path: str | os.PathLike[str], progress: Progress = lambda count: None
+) -> int:
+  """Reads every record of a finished set.
+
+  ArrayRecord compares the hash of each record that it reads. This function also checks
+  the sizes and record counts of the shards, the labels, that all moments are finite,
+  and that no shard is a copy of another one.
+
+  Args:
+    path: folder of the set.
+    progress: called with the number of further records read.
+
+  Returns:
+    The number of images.
+
+  Raises:
+    SettingError: names the first shard or record that is missing or damaged.
+  """
+  source = open_set(path)
+  first_names: dict[str, str] = {}  # of the first image of each shard -> shard
+  for index in range(len(source)):
+    shard, record = source.locate(index)
+    try:
+      views, _, name = source.read(index)
+      if not np.isfinite(views).all():
+        raise ValueError("its moments are not finite")
+      if record == 0 and (other := first_names.setdefault(name, shard)) != shard:
+        raise ValueError(f"it begins with the same image as {other}")
+    except Exception as error:
+      raise SettingError(
+        "config.data.path",
+        str(path),
+        f"record {record} of {shard} is damaged ({error}); delete {shard}, and run "
+        "the command that made the set to write it again",
+      ) from None
+    progress(1)
+  return len(source)
+
+
+class ChannelStatistics(NamedTuple):
+  """Mean and std by channel."""
+
+  mean: Float64[np.ndarray, " C"]
+  std: Float64[np.ndarray, " C"]
+
+
+def channel_statistics(
+  source: LatentSource, progress: Progress = lambda count: None
+) -> ChannelStatistics:
+  """Returns mean and std of the latents of a set by channel, mirror images included.
+
+  The std is that of draws from the posteriors:
+  Var[z] = E[mean^2 + std^2] - E[mean]^2.
+
+  Args:
+    source: the set.
+    progress: called with the number of further records read.
+  """
+  channels = source.image_shape[-1]
+  totals = np.zeros((2, channels))
+  count = 0
+  for index in range(len(source)):
+    mean, std = np.moveaxis(source[index]["views"].astype(np.float64), 1, 0)
+    totals[0] += mean.sum(axis=(0, 1, 2))
+    totals[1] += (mean**2 + std**2).sum(axis=(0, 1, 2))
+    count += mean.size // channels
+    progress(1)
+  mean, square = totals / count
+  return ChannelStatistics(mean, np.sqrt(square - mean**2))
+
+
+def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataSource:
+  """Opens all records for random access; raises if a shard differs from the card."""
   import grain
   from array_record.python.array_record_module import ArrayRecordReader
+
+  def refuse(text: str) -> SettingError:
+    return SettingError("config.data.path", str(folder), text)
 
   for shard in shards:
     path = folder / shard["file"]
     if not path.is_file():
-      raise SettingError("config.data.path", str(folder), f"misses {shard['file']}")
-    if path.stat().st_size != shard["bytes"]:
-      raise SettingError(
-        "config.data.path",
-        str(folder),
-        f"{shard['file']} has {path.stat().st_size} bytes, where {CARD} says "
-        f"{shard['bytes']}",
-      )
-    reader = ArrayRecordReader(str(path))
-    count = reader.num_records()
-    reader.close()
+      raise refuse(f"misses {path.name}")
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+      raise refuse(f"{path.name} has {size} bytes, where {CARD} says {shard['bytes']}")
+    try:
+      reader = ArrayRecordReader(str(path))
+      count = reader.num_records()
+      reader.close()
+    except RuntimeError as error:  # a damaged index
+      raise refuse(f"{path.name} is damaged ({error})") from None
     if count != shard["images"]:
-      raise SettingError(
-        "config.data.path",
-        str(folder),
-        f"{shard['file']} holds {count} records, where {CARD} says {shard['images']}",
+      raise refuse(
+        f"{path.name} holds {count} records, where {CARD} says {shard['images']}"
       )
   return grain.sources.ArrayRecordDataSource([str(folder / s["file"]) for s in shards])

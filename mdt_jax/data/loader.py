@@ -1,4 +1,4 @@
-"""Batches without end, of which a step number is the only state."""
+"""Endless batches; a step number is the only state of the loader."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
 from absl import flags
 
-from mdt_jax.data import sources, transforms
+from mdt_jax.data import transforms
+from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
 
 
 def create_loader(
-  source: sources.Source,
+  source: Source,
   *,
   seed: int,
   batch_size: int,
@@ -31,30 +32,30 @@ def create_loader(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this process's rows of the global batches start_step, start_step + 1, …
 
-  The source is shuffled anew for each epoch and repeated for ever; batches run across
-  the ends of epochs. Row j of the global batch of step s is element s * batch_size + j
-  of that stream, flip included. A batch therefore depends on `seed` and s alone, not on
-  the number of processes nor on where the iterator started.
+  The stream of examples is the source, repeated for ever, in a new random order in each
+  epoch. A batch may cross the end of an epoch. Row j of the global batch of step s is
+  element s * batch_size + j of the stream, flip included. So a batch depends on `seed`
+  and s alone, not on the number of processes, workers or threads, nor on `start_step`.
 
   Args:
-    source: labelled examples. uint8 images are scaled to [-1, 1]; float images are
-      neither scaled nor flipped; latents of `LatentSource` come as their moments.
+    source: labelled examples. The loader scales uint8 images to [-1, 1]; it neither
+      scales nor flips float images; of a `LatentSource` it yields moments.
     seed: seed of the order and of the flips, >= 0.
     batch_size: examples in the global batch, over all processes.
-    flip: whether to mirror images left to right at random, drawn anew at each visit.
-    start_step: the step of the first batch; earlier ones are not read.
-    rows: R rows of the global batch that this process reads, see
-      `sharding.local_rows`; None for all.
-    num_workers: processes that read; 0 reads in this one.
+    flip: whether to mirror images left to right at random, with a new draw each epoch.
+    start_step: the step of the first batch; the loader does not read earlier batches.
+    rows: the R rows of the global batch that this process reads, see
+      `sharding.local_rows`; None for all rows.
+    num_workers: processes that read; 0 reads in this process.
     num_threads: batches read at the same time; 0 reads in the caller's thread.
     prefetch: batches held ready in memory, >= num_threads.
 
   Yields:
-    "image" float32 (R, H, W, C), or "moments" (R, 2, H, W, C) in the type they are
-    stored in, and "label" int32 (R,).
+    "image" float32 (R, H, W, C), or "moments" (R, 2, H, W, C) in the dtype of the set;
+    and "label" int32 (R,).
 
   Raises:
-    SettingError: the batch size or the seed is out of range; from the iterator, what
+    SettingError: the batch size or the seed is out of range. The iterator raises what
       the source raises.
   """
   if batch_size < 1:
@@ -63,7 +64,7 @@ def create_loader(
     raise SettingError("config.seed", seed, "accepted is a whole number from 0")
   stream = _shuffled(grain.MapDataset.source(source), seed)
   if flip:
-    # After `repeat`: the draw goes by the place in the stream, so each visit has one.
+    # After `repeat`: the draw depends on the place in the stream, so on the epoch too.
     stream = stream.random_map(transforms.random_flip)
   else:
     stream = stream.map(transforms.without_draws)
@@ -74,10 +75,10 @@ def create_loader(
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)
   if num_workers:
-    if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its flags there
+    if not flags.FLAGS.is_parsed():  # In a notebook; Grain's workers read absl flags.
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=num_workers), _live_as_the_run
+      grain.MultiprocessingOptions(num_workers=num_workers), _handle_signals
     )
   return iter(batches)
 
@@ -85,34 +86,40 @@ def create_loader(
 def batch_indices(
   num_examples: int, seed: int, batch_size: int, step: int
 ) -> list[int]:
-  """Indices into a source of that length, of the global batch of a step."""
+  """Returns the indices, into a source of `num_examples`, of a step's global batch."""
   stream = _shuffled(grain.MapDataset.range(num_examples), seed)
-  return [int(stream[step * batch_size + row]) for row in range(batch_size)]
+  places = range(step * batch_size, (step + 1) * batch_size)
+  return [int(cast(int, stream[place])) for place in places]
 
 
-def _live_as_the_run(worker: int, num_workers: int) -> None:
-  """In a worker process: it ends when its run wants it to, or is gone."""
+def _handle_signals(worker: int, num_workers: int) -> None:
+  """Sets up a worker process, which ends when the training process does.
+
+  A terminal or srun sends a signal to the workers too, while the training process still
+  needs batches until it has saved. So a worker ignores signals: Grain stops it by an
+  event, and then by SIGKILL.
+  """
   del worker, num_workers
-  # Terminals and srun signal it with its run, which takes batches until it has saved.
-  # Grain stops it by an event, and after that by SIGKILL.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  threading.Thread(target=_end_with_the_run, daemon=True).start()
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_the_run() -> None:
-  multiprocessing.parent_process().join()  # Grain would wait for room in its queue
-  os._exit(1)
+def _exit_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+  os._exit(1)  # Grain itself would wait for a free place in its queue.
 
 
 def _shuffled(examples: grain.MapDataset, seed: int) -> grain.MapDataset:
-  # `seed` derives a seed for each later transformation. Given to `shuffle` directly,
-  # it would make seed 1 run through the epochs of seed 0, one epoch ahead.
+  # `MapDataset.seed` derives a seed for each later transformation. With
+  # `shuffle(seed)`, seed 1 would give the epochs of seed 0, one epoch ahead.
   return examples.seed(seed).shuffle().repeat()
 
 
 class _Rows(grain.MapDataset):
-  """Of each `batch_size` elements in turn, those at the places `rows`."""
+  """Keeps the elements `rows` of every `batch_size` consecutive elements."""
 
   def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
     super().__init__(stream)

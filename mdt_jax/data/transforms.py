@@ -1,16 +1,19 @@
-"""What happens to an image between the disk and the batch."""
+"""The crop of images, and the random flip and scaling of examples."""
 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image
+
+from mdt_jax.data.examples import Example
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-  """Scales the smaller side to `size` and cuts the middle square out, as ADM does.
+  """Scales the smaller side to `size` and crops the middle square, as ADM does.
 
-  The steps and their rounding are those of ADM's data loader, because the reference
-  statistics of its evaluation suite come from images prepared in this way.
+  The steps and their rounding equal those of ADM's data loader, because the reference
+  statistics of ADM's evaluation suite come from images cropped that way.
 
   Args:
     image: an image of any size and mode.
@@ -19,7 +22,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
   Returns:
     An image of size x size pixels in the mode of `image`.
   """
-  # Averaging 2x2 blocks first keeps fine detail out of the bicubic step's aliases.
+  # Averaging 2x2 blocks first keeps fine detail from aliasing in the bicubic resize.
   while min(image.size) >= 2 * size:
     width, height = image.size
     image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
@@ -30,40 +33,39 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
   return image.crop((left, top, left + size, top + size))
 
 
-def to_float(image: np.ndarray) -> np.ndarray:
-  """Scales pixels to the range of the diffusion: x / 127.5 - 1.
+def to_float(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+  """Scales pixels from [0, 255] to the range of the diffusion, [-1, 1].
+
+  x / 127.5 - 1.
 
   Args:
-    image: uint8 array of any shape, in [0, 255].
+    image: pixels in [0, 255].
 
   Returns:
-    float32 array of the same shape, in [-1, 1].
+    The same pixels in [-1, 1].
   """
   return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def pixels_to_float(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A batch, with uint8 images scaled to [-1, 1]."""
+def pixels_to_float(batch: Example) -> Example:
+  """Returns an example or a batch with uint8 images scaled to [-1, 1]."""
   if "image" not in batch or batch["image"].dtype != np.uint8:
     return batch
   return {**batch, "image": to_float(batch["image"])}
 
 
-def random_flip(
-  example: dict[str, np.ndarray], rng: np.random.Generator
-) -> dict[str, np.ndarray]:
+def random_flip(example: Example, rng: np.random.Generator) -> Example:
   """Mirrors an image left to right with probability 1/2; a `grain` random map.
 
   Args:
-    example: "image" (H, W, C), or "views" (2, 2, H, W, C), moments of the latents of
-      an image and of its mirror, and anything else. Of images only uint8 ones are
-      mirrored: floats may be latents, and the mirror of a latent is not the latent of
-      the mirror.
-    rng: decides; one number is drawn.
+    example: "image" (H, W, C), or "views" (2, 2, H, W, C), the moments of the latents
+      of an image and of its mirror image; other entries are kept. A uint8 image is
+      mirrored. A float image is not: it may be a latent, and the mirror image of a
+      latent is not the latent of the mirror image.
+    rng: draws one number.
 
   Returns:
-    A new example, with "moments" (2, H, W, C) in place of "views"; the argument is
-    left as it is.
+    A new example, with "moments" (2, H, W, C) in place of "views".
   """
   flip = rng.random() < 0.5
   if "views" in example:
@@ -74,11 +76,11 @@ def random_flip(
   return {**example, "image": image}
 
 
-def without_draws(example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The example as it is, not mirrored; the form is that of `random_flip`."""
+def without_draws(example: Example) -> Example:
+  """Returns the example without a flip, in the form that `random_flip` returns."""
   return _choose_view(example, 0) if "views" in example else example
 
 
-def _choose_view(example: dict[str, np.ndarray], view: int) -> dict[str, np.ndarray]:
+def _choose_view(example: Example, view: int) -> Example:
   rest = {name: value for name, value in example.items() if name != "views"}
   return {**rest, "moments": example["views"][view]}

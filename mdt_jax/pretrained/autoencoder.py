@@ -1,4 +1,4 @@
-"""A pretrained autoencoder in use: images to moments of latents, latents to images."""
+"""A pretrained autoencoder: images to moments of latents, latents to images."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import functools
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import spmd
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Float32, Shaped
 
 from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
 from mdt_jax.pretrained.torch_vae import load_vae
-
-Array = jax.Array
-Params = Any
+from mdt_jax.types import Array, Dtype, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-  """A network with its parameters.
+  """An autoencoder network with its parameters.
 
-  Latents are as a diffusion sees them: shifted and scaled to about unit variance.
+  Its latents are those of the diffusion: shifted and scaled to about unit variance.
   """
 
   model: AutoencoderKL
@@ -34,47 +33,52 @@ class Autoencoder:
   def load(
     cls,
     name: str,
-    dtype: Any = jnp.float32,
+    dtype: Dtype = jnp.float32,
     sharding: jax.sharding.Sharding | None = None,
   ) -> Autoencoder:
     """Loads a folder, or a model of the Hugging Face hub; see `torch_vae.load_vae`.
 
     Args:
       name: folder or hub id.
-      dtype: compute type.
-      sharding: where the parameters lie; None for the first device.
+      dtype: type that the network computes in.
+      sharding: of the parameters; None for the first device.
     """
     model, params = load_vae(name, dtype)
     return cls(model, jax.device_put(params, sharding))
 
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-    """(H, W, C) of the latents of square images."""
+    """Returns (h, w, C) of the latents of square images."""
     side = image_size // self.model.downsampling
     return (side, side, self.model.latent_channels)
 
-  def moments(self, images: Array | np.ndarray) -> Array:
-    """Mean and deviation (B, 2, h, w, C) float32 of the latents of images.
+  def moments(
+    self, images: Shaped[Array | np.ndarray, "B H W 3"]
+  ) -> Float32[Array, "B 2 h w C"]:
+    """Returns mean and std of the latents of images.
 
     Args:
-      images: (B, H, W, 3), uint8, or floats in [-1, 1].
+      images: uint8, or floats in [-1, 1].
     """
     return _moments(self.model, self.params, images)
 
-  def decode(self, latents: Array | np.ndarray) -> Array:
-    """Images (B, H, W, 3) float32, about in [-1, 1], of latents (B, h, w, C).
+  def decode(
+    self, latents: Float[Array | np.ndarray, "B h w C"]
+  ) -> Float32[Array, "B H W 3"]:
+    """Decodes latents to images, about in [-1, 1].
 
-    Inside `sharding.use_mesh` its devices share them, where B is a multiple of
-    the devices that share a batch. Of several processes all must take part.
+    Inside `sharding.use_mesh`, the devices of the mesh share the latents if B is a
+    multiple of the number of devices that share a batch. With several processes, all
+    of them must call this function.
     """
-    (axes,) = nn.logical_to_mesh_axes(("batch",))
-    return _decode(self.model, self.params, latents, axes)
+    axes = spmd.logical_to_mesh_axes(("batch",)) or (None,)
+    return _decode(self.model, self.params, latents, axes[0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "axes"))
 def _decode(
   model: AutoencoderKL, params: Params, latents: Array, axes: tuple[str, ...] | None
 ) -> Array:
-  """`axes`: of the mesh, that share the images; None for none."""
+  """Decodes latents; `axes` of the mesh share the images, None for no sharing."""
 
   def decode(params: Params, latents: Array) -> Array:
     return decode_in_slices(model, params, model.unscale(latents))
@@ -82,10 +86,13 @@ def _decode(
   mesh = jax.sharding.get_abstract_mesh()
   if not axes or len(latents) % math.prod(mesh.shape[axis] for axis in axes):
     return decode(params, latents)
-  # By hand: to JAX the slices of a shared batch are one loop over all of it.
-  whole, split = PartitionSpec(), PartitionSpec(axes)
+  # Sharded by hand: JAX would run the loop over slices on the whole batch.
+  replicated, over_batch = PartitionSpec(), PartitionSpec(axes)
   return jax.shard_map(
-    decode, in_specs=(whole, split), out_specs=split, check_vma=False
+    decode,
+    in_specs=(replicated, over_batch),
+    out_specs=over_batch,
+    check_vma=False,
   )(params, latents)
 
 
@@ -93,6 +100,7 @@ def _decode(
 def _moments(model: AutoencoderKL, params: Params, images: Array) -> Array:
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 127.5 - 1
-  mean, logvar = model.apply({"params": params}, images, method="encode")
-  deviation = jnp.exp(0.5 * logvar) * model.scaling_factor
-  return jnp.stack([model.scale(mean), deviation], axis=1)
+  output: Any = model.apply({"params": params}, images, method="encode")
+  mean, logvar = output
+  std = jnp.exp(0.5 * logvar) * model.scaling_factor
+  return jnp.stack([model.scale(mean), std], axis=1)

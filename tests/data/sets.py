@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.data import latent_writer, latents
+from mdt_jax.data import latents
+from mdt_jax.data.latent_set import LatentSet
+from mdt_jax.data.latent_writer import write_latents
 from mdt_jax.errors import SettingError
 
 LATENT_SHAPE = (4, 4, 3)
@@ -16,7 +19,7 @@ BATCH_SIZE = 3
 
 
 class Images:
-  """Images 4x4x3 that tell their number, and have names; some cannot be read."""
+  """Images 4x4x3 filled with their index, with names; some are unreadable."""
 
   def __init__(self, unreadable=(), max_unreadable=10):
     self.files = self
@@ -43,7 +46,7 @@ class Images:
 
 
 def views(index):
-  """The moments of an image and of its mirror, float16."""
+  """The moments of an image and of its mirror image, float16."""
   rng = np.random.default_rng(index)
   return rng.uniform(0.1, 2, (2, 2, *LATENT_SHAPE)).astype(np.float16)
 
@@ -52,7 +55,7 @@ def encode_fn(images):
   return np.stack([views(int(image[0, 0, 0])) for image in images])
 
 
-def plan(**changes):
+def latent_set(folder, **changes):
   card = {
     "format": latents.FORMAT,
     "classes": [f"class {i}" for i in range(NUM_CLASSES)],
@@ -60,18 +63,18 @@ def plan(**changes):
     "dtype": "float16",
     **changes,
   }
-  return latent_writer.Plan(card, NUM_IMAGES, NUM_SHARDS)
+  return LatentSet(Path(folder), card, NUM_IMAGES, NUM_SHARDS)
 
 
 def write(output, source=None, encode=encode_fn, **settings):
-  latent_writer.encode(
-    plan(), source or Images(), encode, output, batch_size=BATCH_SIZE, **settings
+  write_latents(
+    latent_set(output), source or Images(), encode, batch_size=BATCH_SIZE, **settings
   )
   return output
 
 
 def write_slowly(output, process_index=0, process_count=1):
-  """Long enough to be killed at any moment; python -m tests.data.sets OUTPUT …"""
+  """Takes long enough to be killed; python -m tests.data.sets OUTPUT …"""
 
   def encode(images):
     time.sleep(0.03)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.data.files import open_files
-from mdt_jax.data.sources import ImageSource
+from mdt_jax.data.images import ImageSource
 from mdt_jax.errors import SettingError
 
 

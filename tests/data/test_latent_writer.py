@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.data import latent_writer, latents
+from mdt_jax.data import latents
+from mdt_jax.data.latent_set import BEGUN
+from mdt_jax.data.latent_writer import write_latents
 from mdt_jax.errors import SettingError
 from tests.data import sets
 
@@ -63,11 +65,10 @@ def test_batches_are_filled_up_so_that_all_have_one_size(tmp_path):
 @pytest.mark.parametrize("process_count", [2, 3, 5])
 def test_processes_share_the_shards(whole, tmp_path, process_count):
   finished = [
-    latent_writer.encode(
-      sets.plan(),
+    write_latents(
+      sets.latent_set(tmp_path),
       sets.Images(),
       sets.encode_fn,
-      tmp_path,
       batch_size=sets.BATCH_SIZE,
       process_index=index,
       process_count=process_count,
@@ -163,7 +164,7 @@ def test_a_shard_that_another_process_writes_is_refused_and_left_alone(tmp_path)
     return sets.encode_fn(images)
 
   sets.write(tmp_path, encode=encode)
-  assert latent_writer.verify(tmp_path) == sets.NUM_IMAGES
+  assert latents.verify(tmp_path) == sets.NUM_IMAGES
 
 
 @pytest.mark.parametrize("harm", ["remove", "cut"])
@@ -180,7 +181,7 @@ def test_a_lost_shard_of_a_finished_set_alone_is_made_anew(whole, tmp_path, harm
   assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("name", [latents.CARD, latent_writer.BEGUN])
+@pytest.mark.parametrize("name", [latents.CARD, BEGUN])
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_card_is_refused(tmp_path, name, text):
   (tmp_path / name).write_text(text)
@@ -193,14 +194,6 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
     return np.full((len(images), 2, 2, *sets.LATENT_SHAPE), np.inf, np.float16)
 
   with pytest.raises(SettingError, match=r"^--dtype = 'float16': the latents of class"):
-    sets.write(tmp_path, encode=encode)
-
-
-def test_too_little_memory_on_the_devices_is_told(tmp_path):
-  def encode(images):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-
-  with pytest.raises(SettingError, match=r"^--batch_size = 3: takes more memory"):
     sets.write(tmp_path, encode=encode)
 
 
@@ -238,15 +231,6 @@ def test_a_full_disk_is_told_and_loses_no_finished_shard(whole, tmp_path):
   assert (tmp_path / first).read_bytes() == (whole / first).read_bytes()
   sets.write(tmp_path)
   assert contents(tmp_path) == contents(whole)
-
-
-def test_too_little_room_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
-  import shutil
-
-  usage = shutil.disk_usage(tmp_path)._replace(free=100)
-  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-  with pytest.raises(SettingError, match=r"--output = .*needs 0.0 GB more, and 0.0 GB"):
-    latent_writer.check_disk(sets.plan(), tmp_path / "not" / "yet")
 
 
 # What is left out, and what is refused.
@@ -292,22 +276,9 @@ def test_a_set_begun_with_other_settings_is_refused(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     sets.write(tmp_path, encode=stop_after(1))
   with pytest.raises(SettingError, match="holds a set with dtype = 'float16', not 'bf"):
-    latent_writer.encode(
-      sets.plan(dtype="bfloat16"),
+    write_latents(
+      sets.latent_set(tmp_path, dtype="bfloat16"),
       sets.Images(),
       sets.encode_fn,
-      tmp_path,
       batch_size=3,
     )
-
-
-def test_a_finished_set_of_other_settings_is_refused(whole):
-  assert latent_writer.is_finished(sets.plan(), whole)
-  with pytest.raises(SettingError, match="holds a set with dtype = 'float16', not 'bf"):
-    latent_writer.is_finished(sets.plan(dtype="bfloat16"), whole)
-
-
-def test_what_the_set_will_take_is_near_what_it_takes(whole):
-  """But for the names, and for what ArrayRecord adds."""
-  layout = sets.plan().layout
-  assert sets.plan().num_bytes == 24 * (layout.moment_bytes + 4) == 24 * 388

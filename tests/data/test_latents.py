@@ -9,11 +9,12 @@ import shutil
 import numpy as np
 import pytest
 
-from mdt_jax.data import latent_writer, latents, loader
+from mdt_jax.data import latents, loader
 from mdt_jax.errors import SettingError
 from tests.data import sets
 
 CHANNELS = sets.LATENT_SHAPE[-1]
+BLOCK = 2**16  # bytes of a block of an ArrayRecord file
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +127,88 @@ def test_more_damaged_records_than_allowed_stop_the_run(folder):
     open_set(folder, max_unreadable=0)[10]
 
 
-def test_verifying_finds_a_damaged_shard(folder):
-  assert latent_writer.verify(folder) == sets.NUM_IMAGES
+def test_a_shard_with_a_damaged_index_is_named(folder):
+  path = folder / latents.shard_name(1, sets.NUM_SHARDS)
+  data = bytearray(path.read_bytes())
+  data[-BLOCK + 70] ^= 1  # the last block begins with the place of the index
+  path.write_bytes(data)
+  with pytest.raises(SettingError, match=r"latents-00001-of-00003\S+ is damaged"):
+    open_set(folder)
+
+
+# Verifying.
+
+
+def records_of(folder):
+  source = open_set(folder, max_unreadable=0)
+  return [source.read(index) for index in range(len(source))]
+
+
+def assert_same_records(found, expected):
+  for (a, *rest), (b, *expected_rest) in zip(found, expected, strict=True):
+    assert a.tobytes() == b.tobytes()
+    assert rest == expected_rest
+
+
+def test_verifying_finds_a_damaged_record(folder):
+  assert latents.verify(folder) == sets.NUM_IMAGES
   damage(folder)
-  with pytest.raises(SettingError, match=r"latents-00001\S+ has checksum"):
-    latent_writer.verify(folder)
+  with pytest.raises(
+    SettingError, match=r"^config.data.path = .*record 2 of latents-00001\S+ is damaged"
+  ):
+    latents.verify(folder)
+
+
+def test_every_flip_that_changes_a_record_is_found(folder):
+  """ArrayRecord hashes all of a shard but its padding and its signature."""
+  path = folder / latents.shard_name(1, sets.NUM_SHARDS)
+  data = path.read_bytes()
+  expected = records_of(folder)
+  used = np.flatnonzero(np.frombuffer(data, np.uint8))
+  found = 0
+  for place in [*used[::17], *range(BLOCK - 16, BLOCK + 140)]:
+    flipped = bytearray(data)
+    flipped[place] ^= 1 << (place % 8)
+    path.write_bytes(flipped)
+    try:
+      latents.verify(folder)
+    except SettingError:
+      found += 1
+    else:
+      assert_same_records(records_of(folder), expected)
+  assert found > 0.9 * len(used[::17])
+
+
+def test_verifying_finds_a_shard_that_is_a_copy_of_another(folder):
+  paths = [folder / latents.shard_name(i, sets.NUM_SHARDS) for i in range(2)]
+  paths[1].write_bytes(paths[0].read_bytes())
+  with pytest.raises(SettingError, match=r"latents-00001.* same image as latents-0"):
+    latents.verify(folder)
+
+
+@pytest.mark.parametrize(
+  ("label", "value", "message"),
+  [(99, 1, "label 99, where there are 5"), (0, np.inf, "moments are not finite")],
+)
+def test_verifying_finds_a_record_that_was_written_wrong(
+  folder, monkeypatch, label, value, message
+):
+  def unpack(layout, record):
+    return np.full(layout.shape, value, np.float16), label, "name"
+
+  monkeypatch.setattr(latents.Layout, "unpack", unpack)
+  with pytest.raises(SettingError, match=rf"record 0 of latents-00000.*{message}"):
+    latents.verify(folder)
 
 
 def test_statistics_are_those_of_draws(original):
-  found = latent_writer.statistics(open_set(original))
+  found = latents.channel_statistics(open_set(original))
   rng = np.random.default_rng(0)
   views = np.stack([sets.views(i) for i in range(sets.NUM_IMAGES)]).astype(np.float64)
-  mean, deviation = views[:, :, 0], views[:, :, 1]
-  draws = mean + deviation * rng.standard_normal((200, *mean.shape))
-  np.testing.assert_allclose(found["mean"], draws.mean((0, 1, 2, 3, 4)), atol=0.01)
-  np.testing.assert_allclose(found["deviation"], draws.std((0, 1, 2, 3, 4)), rtol=0.01)
+  mean, std = views[:, :, 0], views[:, :, 1]
+  draws = mean + std * rng.standard_normal((200, *mean.shape))
+  np.testing.assert_allclose(found.mean, draws.mean((0, 1, 2, 3, 4)), atol=0.01)
+  np.testing.assert_allclose(found.std, draws.std((0, 1, 2, 3, 4)), rtol=0.01)
 
 
 # In the loader.

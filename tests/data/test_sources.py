@@ -10,7 +10,10 @@ from absl import logging
 from PIL import Image
 
 from mdt_jax.data import sources
+from mdt_jax.data.arrays import ArraySource
+from mdt_jax.data.examples import Subset, split_indices
 from mdt_jax.data.files import ARRAY_EXTENSIONS, open_files
+from mdt_jax.data.images import ImageSource
 from mdt_jax.errors import SettingError
 
 SIZE = 8
@@ -27,12 +30,12 @@ def write_array(path, array):
 
 
 def open_folder(path, image_size=SIZE, channels=3, max_unreadable=10):
-  return sources.ImageSource(open_files(path), image_size, channels, max_unreadable)
+  return ImageSource(open_files(path), image_size, channels, max_unreadable)
 
 
 def open_arrays(path, image_size=4, channels=4, max_unreadable=10):
   files = open_files(path, extensions=ARRAY_EXTENSIONS)
-  return sources.ArraySource(files, image_size, channels, max_unreadable)
+  return ArraySource(files, image_size, channels, max_unreadable)
 
 
 def labels(source):
@@ -223,7 +226,7 @@ def test_sources_go_to_worker_processes(three):
 
 
 def test_a_split_shares_out_every_example_once():
-  training, validation = sources.split_indices(1000, 0.1)
+  training, validation = split_indices(1000, 0.1)
   assert len(validation) == 100
   np.testing.assert_array_equal(
     np.sort(np.concatenate([training, validation])), np.arange(1000)
@@ -232,7 +235,7 @@ def test_a_split_shares_out_every_example_once():
 
 
 def test_a_subset_holds_the_examples_asked_for(three):
-  subset = sources.Subset(open_folder(three), np.array([2, 0]))
+  subset = Subset(open_folder(three), np.array([2, 0]))
   assert values(subset) == [3, 1]
   assert (subset.num_classes, subset.image_shape) == (1, (SIZE, SIZE, 3))
 
@@ -489,3 +492,11 @@ def test_digits_of_other_channels_are_refused():
     SettingError, match=r"^config.model.in_channels = 3: accepted is 1 for digits"
   ):
     create("digits", channels=3)
+
+
+@pytest.mark.parametrize(
+  ("name", "pixels"),
+  [("digits", True), ("images", True), ("latents", False), ("arrays", False)],
+)
+def test_a_source_says_whether_it_holds_pixels(name, pixels):
+  assert sources.SOURCES[name].pixels == pixels

@@ -1,0 +1,52 @@
+"""The handwritten digits that are bundled with scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mdt_jax.data.examples import Example, SourceArguments
+from mdt_jax.errors import SettingError
+
+SIZE, CHANNELS = 8, 1
+
+
+class DigitsSource:
+  """The 1,797 handwritten digits of scikit-learn, 8x8x1, in 10 classes.
+
+  "image" is uint8 (8, 8, 1): the 17 grey levels 0 … 16, scaled to 0 … 255.
+  """
+
+  num_classes: int = 10
+  image_shape: tuple[int, int, int] = (SIZE, SIZE, CHANNELS)
+
+  def __init__(self):
+    from sklearn.datasets import load_digits  # Slow to import, and only used here.
+
+    digits: Any = load_digits()
+    self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    self._labels = digits.target.astype(np.int32)
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> Example:
+    return {"image": self._images[index], "label": self._labels[index]}
+
+
+def open_digits(arguments: SourceArguments) -> DigitsSource:
+  """Opens the digits; raises SettingError for another size or number of channels."""
+  if arguments.image_size != SIZE:
+    raise SettingError(
+      "config.model.input_size",
+      arguments.image_size,
+      f"accepted is {SIZE} for digits",
+    )
+  if arguments.channels != CHANNELS:
+    raise SettingError(
+      "config.model.in_channels",
+      arguments.channels,
+      f"accepted is {CHANNELS} for digits",
+    )
+  return DigitsSource()

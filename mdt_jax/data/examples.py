@@ -1,0 +1,174 @@
+"""What every source of examples shares: the protocol, unreadable examples, subsets."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import threading
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+
+from mdt_jax.errors import SettingError
+
+# An example by name. "label": int32 scalar in [0, num_classes). And one of
+#   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) for a latent that is
+#     used as stored;
+#   "views": see `latents.LatentSource`.
+Example: TypeAlias = dict[str, Any]
+
+
+class Source(Protocol):
+  """Labelled examples with random access, the input of `loader.create_loader`.
+
+  Attributes:
+    num_classes: labels lie in [0, num_classes).
+    image_shape: (H, W, C) of an image or of a latent.
+  """
+
+  num_classes: int
+  image_shape: tuple[int, int, int]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceArguments:
+  """What `sources.create_source` passes to the function that opens a source.
+
+  Attributes:
+    path: where the data lie; "" for a source without a path.
+    split: of a TFDS data set.
+    image_size: height and width of the examples.
+    channels: channels of the examples.
+    max_unreadable: how many examples may be unreadable.
+  """
+
+  path: str
+  split: str
+  image_size: int
+  channels: int
+  max_unreadable: int
+
+
+class TolerantSource(abc.ABC):
+  """A source that replaces unreadable examples.
+
+  The next readable example replaces an unreadable one, on every process alike, so
+  batches keep their size. Each unreadable example is logged once. Reading is
+  thread-safe. Subclasses define `__len__`, `load(index)` and `name(index)`.
+
+  Args:
+    path: of the data, as the user typed it.
+    max_unreadable: how many examples may be unreadable.
+
+  Raises:
+    SettingError: in `__getitem__`, if more than `max_unreadable` examples, or all of
+      them, cannot be read.
+  """
+
+  def __init__(self, path: str, max_unreadable: int):
+    self._path = path
+    self._max_unreadable = max_unreadable
+    self._unreadable: set[int] = set()
+    self._lock = threading.Lock()
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def load(self, index: int) -> Example:
+    """Reads example `index` itself; raises any exception if it is unreadable."""
+
+  @abc.abstractmethod
+  def name(self, index: int) -> str:
+    """Returns the name of an example, for messages."""
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} of a source of {len(self)}")
+    for offset in range(len(self)):
+      candidate = (index + offset) % len(self)
+      if candidate in self._unreadable:
+        continue
+      try:
+        return self.load(candidate)
+      except Exception as error:  # Pillow's decoders raise nearly every type.
+        self.leave_out(candidate, error)
+    raise SettingError(
+      "config.data.path",
+      self._path,
+      f"expected readable files, but none of the {len(self)} there can be read",
+    )
+
+  def leave_out(self, index: int, error: Exception) -> None:
+    """Counts and logs an unreadable example; raises if there are too many."""
+    reason = f"{type(error).__name__}: {error}"
+    name = self.name(index)
+    with self._lock:
+      if index in self._unreadable:
+        return  # Another thread has counted it in the meantime.
+      self._unreadable.add(index)
+      count = len(self._unreadable)
+    logging.warning("Left out %s, which cannot be read (%s)", name, reason)
+    if count > self._max_unreadable:
+      raise SettingError(
+        "config.data.max_unreadable",
+        self._max_unreadable,
+        f"{count} files cannot be read, the last is {name} ({reason}); "
+        "repair or remove them, or set a higher number",
+      ) from error
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Leaves out the lock, which cannot be pickled for a worker process."""
+    return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state, _lock=threading.Lock())
+
+
+class Subset:
+  """The examples of a source at given indices."""
+
+  def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
+    self._source, self._indices = source, indices
+    self.num_classes, self.image_shape = source.num_classes, source.image_shape
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Example:
+    return self._source[int(self._indices[index])]
+
+
+def split_indices(
+  length: int, share: float
+) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " V"]]:
+  """Splits the indices of `length` examples into training and validation.
+
+  Args:
+    length: number of examples.
+    share: of the examples for validation, in [0, 1]; they are evenly spaced.
+
+  Returns:
+    Sorted indices for training, and those for validation.
+  """
+  count = round(length * share)
+  held_out = np.linspace(0, length - 1, count).round().astype(int)
+  return np.setdiff1d(np.arange(length), held_out), held_out
+
+
+def shape_error(
+  path: str, found: tuple[int, ...], expected: tuple[int, int, int]
+) -> SettingError:
+  """Returns the error for data of another shape than the network's input."""
+  return SettingError(
+    "config.data.path",
+    path,
+    f"holds arrays of shape {found}, where config.model.input_size and in_channels "
+    f"make it {expected}",
+  )

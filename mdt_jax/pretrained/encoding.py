@@ -1,0 +1,301 @@
+"""Encodes the images of a data set once, with a pretrained autoencoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jaxtyping import Float, UInt8
+
+from mdt_jax import sharding
+from mdt_jax.atomic import write_json
+from mdt_jax.data import latents, reference_batches
+from mdt_jax.data.files import open_files
+from mdt_jax.data.images import ImageSource
+from mdt_jax.data.latent_set import LatentSet
+from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
+from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
+from mdt_jax.logs import logger
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.types import Array
+
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STATISTICS = "statistics.json"
+# Errors below name settings; these functions name their arguments.
+_ARGUMENTS = {
+  "config.data.max_unreadable": "max_unreadable",
+  "--dtype": "dtype",
+  "--output": "output",
+  "--reference_batch": "reference_batch",
+  "--vae": "vae",
+}
+
+
+@renamed_in_errors({**_ARGUMENTS, "config.data.path": "source"})
+def encode_images(
+  source: str,
+  output: str | os.PathLike[str],
+  *,
+  vae: str,
+  split: str = "train",
+  image_size: int = 256,
+  dtype: str = "float16",
+  compute_dtype: str = "float32",
+  num_shards: int | None = None,
+  batch_size: int = 32,
+  num_threads: int = 8,
+  max_unreadable: int = 100,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> bool:
+  """Encodes images and their mirror images into a set of latents.
+
+  A stopped call goes on with the next shard when it is repeated. Several processes
+  write one set together if each calls this function with its `process_index`.
+
+  Args:
+    source: folder of images, .tar file or folder of them, or tfds:NAME.
+    output: folder of the set.
+    vae: autoencoder, as a folder in the form of diffusers or a hub id.
+    split: of a TFDS data set.
+    image_size: height and width of the crops in pixels.
+    dtype: of the stored latents, float16 or bfloat16.
+    compute_dtype: of the autoencoder, float32 or bfloat16.
+    num_shards: shards of the set; None for one per 10,000 images.
+    batch_size: images in a batch, over all devices of this process.
+    num_threads: threads that read and crop images.
+    max_unreadable: images that may be left out.
+    process_index: of this process, from 0; None for JAX's.
+    process_count: processes that write the set; None for JAX's.
+
+  Returns:
+    Whether the set is finished; False if other processes still write shards.
+
+  Raises:
+    SettingError: an argument is out of range; no images or no autoencoder are found;
+      what `latent_writer.write_latents` refuses; the devices have too little memory.
+  """
+  check_choice("dtype", dtype, latents.DTYPES)
+  check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+  _check_minimum(
+    1,
+    image_size=image_size,
+    batch_size=batch_size,
+    num_threads=num_threads,
+    num_shards=num_shards,
+  )
+  images = _open_images(source, split, image_size, max_unreadable)
+  index, count = _process(process_index, process_count)
+  devices = jax.local_devices()
+  mesh = sharding.make_mesh(devices=devices)
+  if batch_size % len(devices):
+    raise SettingError(
+      "batch_size", batch_size, f"must be divisible by {len(devices)} devices"
+    )
+  autoencoder = Autoencoder.load(
+    vae, COMPUTE_DTYPES[compute_dtype], sharding.replicated(mesh)
+  )
+  model = autoencoder.model
+  if image_size % model.downsampling:
+    raise SettingError(
+      "image_size", image_size, f"must be divisible by {model.downsampling}"
+    )
+  num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
+  card = {
+    "format": latents.FORMAT,
+    "source": source,
+    "split": split,
+    "num_source_images": len(images),
+    "classes": list(images.files.classes),
+    "image_size": image_size,
+    "vae": vae,
+    "compute_dtype": compute_dtype,
+    "scaling_factor": model.scaling_factor,
+    "shift_factor": model.shift_factor,
+    "latent_shape": list(autoencoder.latent_shape(image_size)),
+    "dtype": dtype,
+    "num_shards": num_shards,
+  }
+  latent_set = LatentSet(
+    Path(output).expanduser(), card, num_images=len(images), num_shards=num_shards
+  )
+  if latent_set.is_finished():
+    logger.info("nothing to do: %s is finished", latent_set.folder)
+    return True
+  _log_sizes(latent_set, images)
+  shards = range(index, num_shards, count)
+  total = sum(len(latent_set.shard_images(shard)) for shard in shards)
+  with tqdm.tqdm(total=total, unit="image") as bar:
+    try:
+      finished = write_latents(
+        latent_set,
+        images,
+        _make_encode_fn(autoencoder, mesh, dtype),
+        batch_size=batch_size,
+        num_threads=num_threads,
+        process_index=index,
+        process_count=count,
+        progress=bar.update,
+      )
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise SettingError(
+        "batch_size", batch_size, "takes more memory than the devices have"
+      ) from None
+  if finished:
+    entries = latents.read_card(latent_set.folder)["shards"]
+    written = sum(entry["images"] for entry in entries)
+    left_out = sum(len(entry["left_out"]) for entry in entries)
+    logger.info("%d images in %s, %d left out", written, latent_set.folder, left_out)
+  else:
+    logger.info(
+      "this process is done; others are still at work on %s", latent_set.folder
+    )
+  return finished
+
+
+@renamed_in_errors({**_ARGUMENTS, "config.data.path": "output"})
+def verify(output: str | os.PathLike[str]) -> int:
+  """Reads and checks every record of a set, see `latents.verify`.
+
+  Args:
+    output: folder of the set.
+
+  Returns:
+    The number of images.
+
+  Raises:
+    SettingError: names the first shard or record that is missing or damaged.
+  """
+  output = Path(output).expanduser()
+  with tqdm.tqdm(total=latents.read_card(output)["images"], unit="image") as bar:
+    count = latents.verify(output, bar.update)
+  logger.info("%d images in %s: every checksum agrees", count, output)
+  return count
+
+
+@renamed_in_errors({**_ARGUMENTS, "config.data.path": "output"})
+def write_statistics(
+  output: str | os.PathLike[str], max_unreadable: int = 100
+) -> latents.ChannelStatistics:
+  """Writes mean and std of a set by channel to its statistics.json, and returns them.
+
+  Args:
+    output: folder of the set.
+    max_unreadable: records that may be unreadable.
+
+  Raises:
+    SettingError: the folder holds no set; too many records are unreadable.
+  """
+  output = Path(output).expanduser()
+  source = latents.open_set(output, max_unreadable)
+  with tqdm.tqdm(total=len(source), unit="image") as bar:
+    found = latents.channel_statistics(source, bar.update)
+  # The file's name for the std is "deviation".
+  values = {"mean": found.mean.tolist(), "deviation": found.std.tolist()}
+  write_json(output / STATISTICS, values)
+  for name, numbers in found._asdict().items():
+    logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in numbers))
+  logger.info("%s", output / STATISTICS)
+  return found
+
+
+@renamed_in_errors({**_ARGUMENTS, "config.data.path": "source"})
+def write_reference_batch(
+  reference_batch: str | os.PathLike[str],
+  source: str,
+  *,
+  split: str = "train",
+  image_size: int = 256,
+  num_images: int = 10_000,
+  max_unreadable: int = 100,
+) -> int:
+  """Writes crops, evenly spaced over a source, see `data.reference_batches`.
+
+  Args:
+    reference_batch: the .npz file.
+    source: folder of images, .tar file or folder of them, or tfds:NAME.
+    split: of a TFDS data set.
+    image_size: height and width of the crops in pixels.
+    num_images: images to take, or all if the source has fewer.
+    max_unreadable: images that may be left out.
+
+  Returns:
+    The number of images written.
+
+  Raises:
+    SettingError: an argument is out of range; no images are found.
+  """
+  _check_minimum(1, image_size=image_size, num_images=num_images)
+  path = Path(reference_batch).expanduser()
+  images = _open_images(source, split, image_size, max_unreadable)
+  with tqdm.tqdm(total=min(num_images, len(images)), unit="image") as bar:
+    count = reference_batches.write_reference_batch(
+      path, images, num_images, bar.update
+    )
+  logger.info("%d images of %d pixels: %s", count, image_size, path)
+  return count
+
+
+def _make_encode_fn(
+  autoencoder: Autoencoder, mesh: jax.sharding.Mesh, dtype: str
+) -> Callable[[UInt8[np.ndarray, "B H W 3"]], Float[Array, "B 2 2 h w C"]]:
+  """Returns a function that encodes images and their mirror images on all devices."""
+  over_batch = sharding.over_batch(mesh)
+  store = jax.jit(lambda *views: jnp.stack(views, axis=1).astype(dtype))
+
+  def encode_fn(images: np.ndarray) -> Array:
+    mirrored = np.ascontiguousarray(images[:, :, ::-1])
+    placed = (jax.device_put(view, over_batch) for view in (images, mirrored))
+    return store(*(autoencoder.moments(view) for view in placed))
+
+  return encode_fn
+
+
+def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
+  """Logs the sizes of the set; raises if it does not fit on the disk."""
+  missing, free = latent_set.check_disk()
+  logger.info(
+    "%d images of %d classes to %d shards: %.2f GB, %.2f GB still to be written, "
+    "%.1f GB free",
+    len(images),
+    images.num_classes,
+    latent_set.num_shards,
+    latent_set.num_bytes / 1e9,
+    missing / 1e9,
+    free / 1e9,
+  )
+
+
+def _open_images(
+  source: str, split: str, image_size: int, max_unreadable: int
+) -> ImageSource:
+  _check_minimum(0, max_unreadable=max_unreadable)
+  return ImageSource(open_files(source, split), image_size, 3, max_unreadable)
+
+
+def _process(index: int | None, count: int | None) -> tuple[int, int]:
+  """Returns index and count of the processes that share the work."""
+  if index is None and count is None:
+    return jax.process_index(), jax.process_count()
+  if count is None:
+    raise SettingError("process_count", None, "goes with --process_index")
+  if index is None:
+    raise SettingError("process_index", None, "goes with --process_count")
+  _check_minimum(1, process_count=count)
+  if not 0 <= index < count:
+    raise SettingError("process_index", index, f"must lie in [0, {count})")
+  return index, count
+
+
+def _check_minimum(minimum: int, **values: Any) -> None:
+  for name, value in values.items():
+    if value is not None and value < minimum:
+      raise SettingError(name, value, f"must be at least {minimum}")

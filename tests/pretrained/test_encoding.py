@@ -1,0 +1,92 @@
+"""Encoding by a function: what it writes, and what it refuses by argument name."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.data import latents
+from mdt_jax.errors import SettingError
+from mdt_jax.pretrained import encoding
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from tests import reference
+
+VAE = str(reference.FIXTURES / "vae")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("images")
+  rng = np.random.default_rng(0)
+  for name in ("ant_1.png", "bee_1.png"):
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / name)
+  return str(folder)
+
+
+def encode(images, output, **changes):
+  settings = {"vae": VAE, "image_size": 16, "batch_size": 8, **changes}
+  return encoding.encode_images(images, output, **settings)
+
+
+def test_a_set_holds_the_moments_of_images_and_mirror_images(images, tmp_path):
+  assert encode(images, tmp_path)
+  source = latents.open_set(tmp_path)
+  autoencoder = Autoencoder.load(VAE)
+  for index, name in enumerate(("ant_1.png", "bee_1.png")):
+    pixels = np.array(Image.open(f"{images}/{name}"))
+    views = np.stack([pixels, pixels[:, ::-1]])
+    expected = np.asarray(autoencoder.moments(views))
+    np.testing.assert_allclose(source[index]["views"], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_statistics_are_written_under_the_names_of_the_file(images, tmp_path):
+  encode(images, tmp_path)
+  found = encoding.write_statistics(tmp_path)
+  written = json.loads((tmp_path / encoding.STATISTICS).read_text())
+  assert written == {"mean": found.mean.tolist(), "deviation": found.std.tolist()}
+
+
+@pytest.mark.parametrize(
+  ("settings", "argument"),
+  [
+    ({"batch_size": 0}, "batch_size"),
+    ({"num_shards": 0}, "num_shards"),
+    ({"dtype": "float8"}, "dtype"),
+    ({"vae": "./nowhere"}, "vae"),
+    ({"process_index": 1}, "process_count"),
+    ({"process_count": 1}, "process_index"),
+    ({"process_index": 2, "process_count": 2}, "process_index"),
+  ],
+)
+def test_an_error_names_the_argument(images, tmp_path, settings, argument):
+  with pytest.raises(SettingError) as caught:
+    encode(images, tmp_path / "out", **settings)
+  assert caught.value.setting == argument
+  assert not (tmp_path / "out").exists()
+
+
+def test_missing_images_are_an_error_of_the_source(tmp_path):
+  with pytest.raises(SettingError) as caught:
+    encode(str(tmp_path / "gone"), tmp_path)
+  assert caught.value.setting == "source"
+
+
+def test_a_folder_without_a_set_is_an_error_of_the_output(tmp_path):
+  with pytest.raises(SettingError) as caught:
+    encoding.verify(tmp_path)
+  assert caught.value.setting == "output"
+
+
+def test_too_little_memory_on_the_devices_is_an_error_of_the_batch_size(
+  images, tmp_path, monkeypatch
+):
+  def moments(self, images):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(Autoencoder, "moments", moments)
+  with pytest.raises(SettingError, match=r"^batch_size = 8: takes more memory"):
+    encode(images, tmp_path)
