@@ -13,13 +13,13 @@ for mdt_jax.evaluate.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints import converted
+from mdt_jax.logs import logger
 from mdt_jax.pretrained import torch_inception, torch_vae
 
 INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
@@ -36,8 +36,6 @@ NUM_HEADS = flags.DEFINE_integer(
 STEP = flags.DEFINE_integer("step", None, "Step to convert back; the latest.")
 EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Average to convert back.")
 flags.mark_flags_as_required(["input", "output"])
-
-logger = logging.getLogger("mdt_jax")
 
 
 def main(argv: list[str]) -> None:
@@ -56,7 +54,7 @@ def main(argv: list[str]) -> None:
     )
     logger.info("step %d of %s: %s", step, INPUT.value, output)
   else:
-    config = converted.from_torch_file(
+    settings = converted.from_torch_file(
       INPUT.value,
       output,
       overwrite=OVERWRITE.value,
@@ -65,7 +63,7 @@ def main(argv: list[str]) -> None:
     )
     logger.info(
       "%s: python -m mdt_jax.sample --checkpoint=%s --vae=%s",
-      config.model.name,
+      settings.model.name,
       output,
       torch_vae.DEFAULT_ID,
     )

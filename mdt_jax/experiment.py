@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.data.sources import Source, Subset, create_source, split_indices
+from mdt_jax.diffusion import Process, create_process
 from mdt_jax.diffusion.guidance import Guidance
-from mdt_jax.diffusion.process import Process, create_process
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
-from mdt_jax.errors import SettingError, named_in_errors
+from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import DTYPES, create_model
 from mdt_jax.objectives import Objective, create_objective
@@ -31,6 +31,7 @@ from mdt_jax.objectives.mdt import check_masking
 from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.settings import Settings
+from mdt_jax.types import Batch
 
 
 def build(
@@ -99,13 +100,17 @@ class Experiment:
     if name is None:
       name = "mdt" if self.model.takes_mask and masking.ratio > 0 else "plain"
     is_mdt = name == "mdt"
-    with named_in_errors("config.masking" if is_mdt else "config.objective"):
+    arguments = chosen.arguments | (dataclasses.asdict(masking) if is_mdt else {})
+    with (
+      named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
+      renamed_in_errors({"objective": "config.objective.name"}),
+    ):
       return create_objective(
         name,
         model=self.model,
         process=self.process,
         timestep_sampler=sampler,
-        **(dataclasses.asdict(masking) if is_mdt else chosen.arguments),
+        **arguments,
       )
 
   @functools.cached_property
@@ -195,6 +200,14 @@ class Experiment:
       and self.settings.data.vae is None
     )
 
+  def encode(self, batch: Batch) -> Batch:
+    """A batch with the moments of its images, where the run encodes images."""
+    if not self.encodes_images or self.autoencoder is None:
+      return batch
+    encoded = dict(batch)
+    encoded["moments"] = self.autoencoder.moments(encoded.pop("image"))
+    return encoded
+
   def with_sampling(self, changes: Mapping[str, Any]) -> Experiment:
     """The same objects, with another sampler; see `Settings.with_sampling`."""
     return self._sharing(self.settings.with_sampling(changes))
@@ -268,7 +281,7 @@ class Experiment:
     return Subset(source, indices) if share else source
 
   def _check_scale(self, source: Any) -> None:
-    """Raises where latents would be decoded at another scale than they are stored in."""
+    """Raises where latents are stored at another scale than they are decoded from."""
     assert self.autoencoder is not None
     for name in ("scaling_factor", "shift_factor"):
       own, stored = getattr(self.autoencoder.model, name), source.card[name]

@@ -15,8 +15,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from mdt_jax import cli
-from mdt_jax.checkpoints.manager import SaveError
+from mdt_jax.checkpoints.retries import SaveError
+from mdt_jax.logs import logger
 from mdt_jax.training import distributed, loop, replay
+from mdt_jax.training.preemption import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Python file with get_config().", lock_config=True
@@ -46,8 +48,8 @@ def main(argv: list[str]) -> None:
     loop.train(cli.load_config(CONFIG), WORKDIR.value)
   except SaveError as error:
     sys.exit(f"error: {error}")
-  except loop.Interrupted as stop:
-    loop.logger.info("%s; the same command goes on from there", stop)
+  except Interrupted as stop:
+    logger.info("%s; the same command goes on from there", stop)
     # Taken away, and not stopped by hand: launchers start it once more.
     by_hand = signal.SIGINT in stop.signals
     sys.exit(cli.EXIT_INTERRUPTED if by_hand else distributed.EXIT_TRY_AGAIN)

@@ -2,67 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mdt_jax.config import default_config
 from mdt_jax.models.registry import MODELS, SIZES
+from mdt_jax.settings import (
+  DiffusionSettings,
+  MaskingSettings,
+  ModelSettings,
+  OptimizerSettings,
+  SamplingSettings,
+  Settings,
+)
 
 
 def mdtv2(size: str) -> ConfigDict:
   """MDTv2-S/2, B/2, L/2 or XL/2 as released: the defaults, with its learning rate."""
-  config = default_config()
-  config.model.name = f"MDTv2-{size}/2"
-  config.optimizer.learning_rate = 5e-4 if size == "S" else 3e-4
-  return config
+  return _mdtv2(size).to_config()
 
 
 def mdt(size: str) -> ConfigDict:
   """MDT v1: one mask ratio, plain squared error, AdamW."""
-  config = default_config()
-  config.model.name = f"MDT-{size}/2"
-  config.masking.width = 0.0
-  config.diffusion.loss_weight = "none"
-  _adamw(config, 3e-4)
-  return config
+  return _mdt(size).to_config()
 
 
 def dit(size: str) -> ConfigDict:
   """DiT, the unmasked baseline (arXiv 2212.09748)."""
-  config = default_config()
-  config.model.name = f"DiT-{size}/2"
-  config.masking.ratio = 0.0
-  config.masking.width = 0.0
-  config.diffusion.loss_weight = "none"
-  _adamw(config, 1e-4)
-  config.sampling.cfg_scale = 1.5
-  config.sampling.cfg_power = 0.0  # a constant scale
-  return config
+  return _dit(size).to_config()
 
 
-def of_network(attributes: Mapping[str, Any]) -> ConfigDict:
-  """The run that a released network is of, whatever its size.
+def of_network(attributes: Mapping[str, Any]) -> Settings:
+  """The run that a released network comes from, whatever its size.
 
   Args:
     attributes: of MDT, as `pretrained.torch_mdt.from_torch` returns them.
   """
   attributes = dict(attributes)
-  variant = attributes.pop("variant")
+  variant, learn_sigma = attributes.pop("variant"), attributes.pop("learn_sigma")
   width = attributes["hidden_size"]
   # A network of no published size takes the recipe, and the name, of the smallest.
   size = next((s for s, known in SIZES.items() if known["hidden_size"] == width), "S")
-  config = {"DiT": dit, "MDT": mdt, "MDTv2": mdtv2}[variant](size)
+  recipes: dict[str, Callable[[str], Settings]] = {
+    "DiT": _dit,
+    "MDT": _mdt,
+    "MDTv2": _mdtv2,
+  }
+  settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
-  config.model.name = name if name in MODELS else f"{variant}-{size}/2"
-  if not attributes.pop("learn_sigma"):
-    config.diffusion.variance = "fixed_large"
-  config.model.update(attributes)
-  return config
+  name = name if name in MODELS else f"{variant}-{size}/2"
+  diffusion = settings.diffusion
+  if not learn_sigma:
+    diffusion = dataclasses.replace(diffusion, variance="fixed_large")
+  model = dataclasses.replace(settings.model, **{**attributes, "name": name})
+  return dataclasses.replace(settings, model=model, diffusion=diffusion)
 
 
-def _adamw(config: ConfigDict, learning_rate: float) -> None:
-  config.optimizer.name = "adamw"
-  config.optimizer.learning_rate = learning_rate
-  config.optimizer.clip_norm = 0.0
+def _mdtv2(size: str) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"MDTv2-{size}/2"),
+    optimizer=OptimizerSettings(learning_rate=5e-4 if size == "S" else 3e-4),
+  )
+
+
+def _mdt(size: str) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"MDT-{size}/2"),
+    masking=MaskingSettings(width=0.0),
+    diffusion=DiffusionSettings(loss_weight="none"),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=3e-4, clip_norm=0.0),
+  )
+
+
+def _dit(size: str) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"DiT-{size}/2"),
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(loss_weight="none"),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
+    sampling=SamplingSettings(cfg_scale=1.5, cfg_power=0.0),  # a constant scale
+  )

@@ -24,10 +24,6 @@ from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
 
 
-def _arguments() -> dict[str, Any]:
-  return dataclasses.field(default_factory=dict)  # type: ignore[return-value]
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
   """The network. None: as the preset of that name has it."""
@@ -54,7 +50,8 @@ class ObjectiveSettings:
   """What a training step descends."""
 
   name: str | None = None  # plain or mdt; None: mdt where a share of tokens is masked
-  arguments: dict[str, Any] = _arguments()  # of an objective of one's own
+  # Arguments of an objective of one's own.
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,8 @@ class DiffusionSettings:
   """The process; all but the first two are of the process "gaussian"."""
 
   process: str = "gaussian"
-  arguments: dict[str, Any] = _arguments()  # of a process of one's own
+  # Arguments of a process of one's own.
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   schedule: str = "linear"  # linear or cosine
   num_timesteps: int = 1000
   prediction: str = "epsilon"  # epsilon, x0 or v

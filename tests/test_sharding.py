@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 import mdt_jax
 from mdt_jax import sharding
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
 from mdt_jax.models.partitioning import parameter_axes
-from mdt_jax.train_state import init_params
+from mdt_jax.models.registry import init_params
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 
@@ -62,9 +63,7 @@ def test_every_matrix_has_axes(name):
 
 
 def test_moments_and_averages_lie_as_their_parameters():
-  config = tiny_config()
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  state = make_program(config, mesh).state
+  state = make_program(build(tiny_config(), jax.devices()[:1])).state
   end = "decode_blocks/attention/qkv/kernel"
   spec = PartitionSpec(None, "fsdp", None, "tensor", None)
   paths = [

@@ -54,7 +54,14 @@ def _attributes(experiment: Experiment) -> dict[str, Any]:
 def _identity(settings: Settings) -> dict[str, Any]:
   """The settings that the other arrays of a checkpoint depend on."""
   diffusion = settings.diffusion
-  names = ("process", "arguments", "schedule", "num_timesteps", "prediction", "variance")
+  names = (
+    "process",
+    "arguments",
+    "schedule",
+    "num_timesteps",
+    "prediction",
+    "variance",
+  )
   return {
     "config.optimizer.name": settings.optimizer.name,
     # Clipping is one more transformation, whose state lies beside the moments.

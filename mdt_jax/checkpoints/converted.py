@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
-from mdt_jax import factories, recipes
-from mdt_jax.checkpoints import manager
+from mdt_jax import recipes
+from mdt_jax.checkpoints import loading, manager
+from mdt_jax.config import write_config
 from mdt_jax.errors import SettingError
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
+from mdt_jax.settings import Settings
 
 
 def from_torch_file(
   path: str | Path, workdir: str | Path, *, overwrite: bool = False, **known: Any
-) -> ConfigDict:
-  """Makes a workdir, to sample from, of a released checkpoint.
+) -> Settings:
+  """Converts a released checkpoint to a workdir that can be sampled from.
 
   Args:
     path: see `torch_mdt.from_torch`.
@@ -30,7 +30,7 @@ def from_torch_file(
     **known: decode_depth and num_heads, as `torch_mdt.from_torch` takes them.
 
   Returns:
-    The config of the run that the checkpoint is of.
+    The settings of the run that the checkpoint comes from.
 
   Raises:
     SettingError: before anything is written.
@@ -43,20 +43,20 @@ def from_torch_file(
       "--output", str(workdir), "must be empty, or --overwrite must be given"
     )
   attributes, params = torch_mdt.from_torch(path, **known)
-  config = recipes.of_network(attributes)
-  # What is there goes when what replaces it is whole.
+  settings = recipes.of_network(attributes)
+  # The old checkpoints are removed once the new one is complete.
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
-    manager.save_model(partial, config, params)
-    settings.write(config, partial)
+    loading.save_model(partial, settings, params)
+    write_config(settings, partial)
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workdir / manager.FOLDER, ignore_errors=True)
     for made in partial.iterdir():
       made.replace(workdir / made.name)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  return config
+  return settings
 
 
 def to_torch_file(
@@ -87,15 +87,15 @@ def to_torch_file(
   if path.exists() and not overwrite:
     raise SettingError("--output", str(path), "is there already: give --overwrite")
   try:
-    config, params, step = manager.load_ema(workdir, step, ema_decay)
+    checkpoint = loading.load_ema(workdir, step, ema_decay)
   except SettingError as error:
     if error.setting != "--checkpoint":
       raise
     raise SettingError("--input", error.value, error.accepted) from None
-  attributes = dataclasses.asdict(factories.make_model(config))
+  attributes = dataclasses.asdict(checkpoint.experiment.model)
   tensors = torch_mdt.to_torch(
-    {k: v for k, v in attributes.items() if k not in ("parent", "name")},
-    jax.device_get(params),
+    {k: v for k, v in attributes.items() if k not in ("parent", "name", "condition")},
+    jax.device_get(checkpoint.params),
   )
   write_tensors(path, tensors)
-  return step
+  return checkpoint.step

@@ -96,9 +96,7 @@ def load_ema(
     settings = Settings.from_dict(restore_config(manager, step))
     decay = settings.sampled_decay if ema_decay is None else ema_decay
     check_choice("--ema_decay", decay, settings.ema_decays)
-    settings = dataclasses.replace(
-      settings.with_ema_decay(decay), mesh=MeshSettings()
-    )
+    settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
     experiment = Experiment(settings)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

@@ -71,7 +71,12 @@ class Checkpoints:
     return max((step for step in steps if until is None or step <= until), default=None)
 
   def save(
-    self, step: int, state: TrainState, config: Mapping[str, Any], *, again: bool = False
+    self,
+    step: int,
+    state: TrainState,
+    config: Mapping[str, Any],
+    *,
+    again: bool = False,
   ) -> bool:
     """Begins to save the state after `step` steps, unless that step is saved already.
 

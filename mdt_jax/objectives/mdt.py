@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError
+from mdt_jax.models.flops import train_flops
 from mdt_jax.models.masking import KeptLengths, token_mask_from_noise
 from mdt_jax.models.mdt import MDT
 from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses, Objective
@@ -67,6 +68,10 @@ class MDTObjective(Objective):
 
   def choose_static(self, seed: int, step: int) -> int:
     return self.kept_lengths.draw(seed, step)
+
+  def flops(self, static: Hashable) -> float:
+    assert isinstance(static, int)
+    return train_flops(self.model, static)
 
   @property
   def summary(self) -> str:

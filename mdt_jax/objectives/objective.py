@@ -19,6 +19,7 @@ from jaxtyping import Float
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.models.flops import train_flops
 from mdt_jax.models.mdt import MDT
 from mdt_jax.types import Array, Batch, Params
 
@@ -87,6 +88,11 @@ class Objective(abc.ABC):
   def largest_static(self) -> Hashable:
     """The one of `static_choices` that takes the most memory and operations."""
     return self.static_choices[-1]
+
+  def flops(self, static: Hashable) -> float:
+    """Floating-point operations of a training step on one image, see `models.flops`."""
+    del static
+    return train_flops(self.model)
 
   @property
   def summary(self) -> str:

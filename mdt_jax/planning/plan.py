@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
 from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.evaluator import check_eval
+from mdt_jax.experiment import Experiment, build
+from mdt_jax.logs import logger
 from mdt_jax.models import flops
 from mdt_jax.planning import hlo
 from mdt_jax.planning.chips import CHIPS, Chip, Topology
-from mdt_jax.sampling.batches import make_generator
+from mdt_jax.sampling.generator import make_generator
+from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program
 
 WHATS = ("train", "sample")
@@ -115,8 +117,53 @@ def open_devices(topology: Topology) -> list[Any]:
     ) from None
 
 
+def plan_run(
+  settings: Settings,
+  topology: Topology,
+  *,
+  what: str = "train",
+  chip: Chip | None = None,
+  batch_per_device: int | None = None,
+  find_batch: bool = False,
+) -> Plan:
+  """Plans a run on a topology; JAX must not have been started before.
+
+  Args:
+    settings: of the run.
+    topology, what, chip: see `make_plan`.
+    batch_per_device: images of a device; by `settings.batch_size` unless given.
+    find_batch: search the largest batch that fits, from `batch_per_device` on.
+
+  Raises:
+    SettingError: a setting that cannot be used, or the program does not fit.
+  """
+  # Nothing is computed: a TPU or GPU of this machine stays free.
+  jax.config.update("jax_platforms", "cpu")
+  if topology.kind == "cpu":
+    jax.config.update("jax_num_cpu_devices", topology.num_devices)
+  devices = open_devices(topology)
+
+  def plan_with(batch: int | None) -> Plan:
+    planned = settings
+    if batch is not None:
+      planned = dataclasses.replace(settings, batch_size=batch * len(devices))
+    logger.info("compiling %d images for %s", planned.batch_size, topology.name)
+    return make_plan(planned, topology, devices, what, chip)
+
+  if not find_batch:
+    try:
+      return plan_with(batch_per_device)
+    except DoesNotFitError as error:
+      raise SettingError("--batch_per_device", batch_per_device, str(error)) from None
+  found = largest_batch(plan_with, batch_per_device or 16)
+  if found is None:
+    raise SettingError("--find_batch", True, "not even one image a device fits")
+  logger.info("largest batch a device: %d", found[0])
+  return found[1]
+
+
 def make_plan(
-  config: ConfigDict,
+  settings: Settings,
   topology: Topology,
   devices: list[Any],
   what: str = "train",
@@ -125,7 +172,7 @@ def make_plan(
   """Compiles the training step, or the sampler, of a run.
 
   Args:
-    config: of the run; config.batch_size images are trained or sampled at a time.
+    settings: of the run; `batch_size` images are trained or sampled at a time.
     topology: of `parse_topology`.
     devices: of `open_devices`.
     what: "train" or "sample".
@@ -135,14 +182,15 @@ def make_plan(
     SettingError: a setting that cannot be used on these devices.
     DoesNotFitError: a device has too little memory.
   """
-  settings.check(config, len(devices))
+  experiment = build(settings, devices)
+  check_eval(settings)
   chip = chip or CHIPS.get(topology.kind)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  program = make_program(config, mesh)
+  mesh = experiment.mesh
+  program = make_program(experiment)
   lower = _lower_step if what == "train" else _lower_sampler
   start = time.monotonic()
   with sharding.use_mesh(mesh):
-    lowered = lower(config, program)
+    lowered = lower(experiment, program)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -153,13 +201,13 @@ def make_plan(
   if limit and memory["total"] > limit:
     raise DoesNotFitError(memory["total"], limit)
   found = hlo.collectives(compiled.as_text(), len(devices))
-  count = _count_flops(config, what)
+  count = _count_flops(experiment, what)
   return Plan(
     what=what,
     topology=topology.name,
     mesh=dict(mesh.shape),
-    batch_size=config.batch_size,
-    dtype=config.model.dtype,
+    batch_size=settings.batch_size,
+    dtype=settings.model.dtype,
     memory=memory,
     limit=limit,
     flops=count,
@@ -199,33 +247,38 @@ def largest_batch(
   return best
 
 
-def _lower_step(config: ConfigDict, program: Program) -> Any:
-  model = factories.make_model(config)
+def _lower_step(experiment: Experiment, program: Program) -> Any:
+  """The training step that takes the most memory, lowered for the mesh."""
+  model, batch_size = experiment.model, experiment.settings.batch_size
   size = (model.input_size, model.input_size, model.in_channels)
-  spread = sharding.over_batch(program.mesh)
-  images = {"image": ((config.batch_size, *size), jnp.float32)}
-  if not factories.holds_pixels(config):
-    images = {"moments": ((config.batch_size, 2, *size), jnp.float16)}
-  shapes = {"label": ((config.batch_size,), jnp.int32), **images}
+  over_batch = sharding.over_batch(program.mesh)
+  images: dict[str, tuple[tuple[int, ...], Any]]
+  images = {"image": ((batch_size, *size), jnp.float32)}
+  if not experiment.holds_pixels:
+    images = {"moments": ((batch_size, 2, *size), jnp.float16)}
+  shapes = {"label": ((batch_size,), jnp.int32), **images}
   batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=spread)
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=over_batch)
     for name, (shape, dtype) in shapes.items()
   }
-  lengths = factories.kept_lengths(config)
-  return program.step.lower(program.state, batch, lengths and lengths.lengths[-1])
+  step: Any = program.step  # jitted
+  return step.lower(program.state, batch, experiment.objective.largest_static)
 
 
-def _lower_sampler(config: ConfigDict, program: Program) -> Any:
-  spread = sharding.over_batch(program.mesh)
+def _lower_sampler(experiment: Experiment, program: Program) -> Any:
+  """The sampler, lowered for the mesh."""
+  over_batch = sharding.over_batch(program.mesh)
   labels, ids = (
-    jax.ShapeDtypeStruct((config.batch_size,), dtype, sharding=spread)
+    jax.ShapeDtypeStruct((experiment.settings.batch_size,), dtype, sharding=over_batch)
     for dtype in (jnp.int32, jnp.uint32)
   )
   seed = jax.ShapeDtypeStruct(
     (), jnp.uint32, sharding=sharding.replicated(program.mesh)
   )
   platform = program.mesh.devices.flat[0].platform
-  generator = make_generator(config, platform=platform)
+  generator: Any = make_generator(
+    experiment.model, experiment.sampler, platform=platform
+  )
   return generator.lower(program.state.params, labels, ids, seed, {})
 
 
@@ -268,15 +321,14 @@ def _bytes_of(tree: Any) -> int:
   )
 
 
-def _count_flops(config: ConfigDict, what: str) -> float:
-  model = factories.make_model(config)
+def _count_flops(experiment: Experiment, what: str) -> float:
+  """Model FLOPs of a step, or of all calls of a sampler, over the whole batch."""
+  batch_size = experiment.settings.batch_size
   if what == "sample":
-    passes = 1 if config.sampling.cfg_scale == 1 else 2
-    steps = passes * config.sampling.num_steps
-    return config.batch_size * steps * flops.forward_flops(model)
-  lengths = factories.kept_lengths(config)
-  longest = lengths.lengths[-1] if lengths else None
-  return config.batch_size * flops.train_flops(model, longest)
+    calls = experiment.sampler.num_calls
+    return batch_size * calls * flops.forward_flops(experiment.model)
+  objective = experiment.objective
+  return batch_size * objective.flops(objective.largest_static)
 
 
 def _least_seconds(

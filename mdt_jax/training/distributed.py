@@ -114,6 +114,14 @@ def check_same_config(config: ConfigDict) -> None:
     )
 
 
+def any_process(*here: bool) -> tuple[bool, ...]:
+  """For each flag, whether it holds on any process; all processes call this."""
+  if jax.process_count() == 1:
+    return here
+  found = multihost_utils.process_allgather(np.array(here))
+  return tuple(bool(any_of) for any_of in found.any(axis=0))
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """All processes leave the block well, or none does: no one waits for ever.

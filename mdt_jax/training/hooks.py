@@ -1,43 +1,44 @@
-"""Pictures and scores of the averaged parameters, every so many steps."""
+"""Hooks: pictures and scores of the averaged parameters, every so many steps."""
 
 from __future__ import annotations
 
 import abc
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from PIL import Image
 
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
 from mdt_jax.atomic import write_json
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.evaluator import Evaluator, Stopped
-from mdt_jax.sampling import batches, pictures
+from mdt_jax.evaluation.evaluator import Stopped
+from mdt_jax.experiment import Experiment
+from mdt_jax.logs import logger
+from mdt_jax.sampling import pictures
+from mdt_jax.sampling.blocks import generate_batches
+from mdt_jax.sampling.generator import make_generator
+from mdt_jax.settings import Settings
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.progress import is_due
+from mdt_jax.types import Params
 
-if TYPE_CHECKING:
-  from mdt_jax.pretrained.autoencoder import Autoencoder
-
-logger = logging.getLogger("mdt_jax")
+# (steps done, averages by decay, whether to stop) -> scores by TensorBoard tag
+Evaluate = Callable[[int, Mapping[str, Params], Callable[[], bool]], dict[str, float]]
 
 
-class Periodic(abc.ABC):
-  """What is made of the averaged parameters every so many steps, and after the last.
+class Hook(abc.ABC):
+  """Makes something of the averaged parameters every so many steps, and after the last.
 
-  A run goes on where it fails. Of several processes all must take part, and the first
+  The run goes on where that fails. With several processes all take part, and the first
   one writes.
 
   Attributes:
-    what: its name, for messages.
-    is_long: a stop is likely to be asked for meanwhile: the state is saved first.
+    what: name of what is made, for messages.
+    is_long: whether the state is saved first, as a stop is likely meanwhile.
   """
 
   what: str
@@ -49,15 +50,15 @@ class Periodic(abc.ABC):
 
   @abc.abstractmethod
   def _make(self, done: int, ema: Mapping[str, Any], stops: Callable[[], bool]) -> Any:
-    """Makes it, or None on a process that does not write; see `__call__`."""
+    """Makes the picture or scores; None on a process that does not write."""
 
   @abc.abstractmethod
   def _write(self, path: Path, made: Any) -> None:
-    """Writes it to its file."""
+    """Writes what was made to its file."""
 
   @abc.abstractmethod
   def _log(self, done: int, made: Any, events: Events) -> None:
-    """Shows it in TensorBoard."""
+    """Shows what was made in TensorBoard."""
 
   def __call__(
     self,
@@ -66,27 +67,29 @@ class Periodic(abc.ABC):
     events: Events,
     stops: Callable[[], bool],
   ) -> None:
-    """Makes and writes it.
+    """Makes, writes and shows it.
 
     Args:
       done: steps done.
       ema: averaged parameters by decay, of a `TrainState`.
-      events: take it too.
+      events: for TensorBoard.
       stops: whether the run is asked to stop, the same on every process.
 
     Raises:
-      Stopped: it is.
+      Stopped: the run is asked to stop.
     """
     try:
       made = self._make(done, ema, stops)
     except Stopped:
-      if jax.process_index() == 0:  # to be made at the next start, as often as it takes
+      if (
+        jax.process_index() == 0
+      ):  # so the next start makes it
         self._tried(done).unlink(missing_ok=True)
       raise
     except Exception as error:
       is_of_setting = isinstance(error, SettingError)
       if jax.process_count() > 1 and not is_of_setting:
-        raise  # it may be of this process alone, and the others wait for it
+        raise  # the error may be of this process alone, and the others wait for it
       logger.error(
         "NO %s OF STEP %d: %s. The run goes on",
         self.what.upper(),
@@ -107,9 +110,9 @@ class Periodic(abc.ABC):
     return 0 < done <= self._num_steps and is_due(done, self._every, self._num_steps)
 
   def is_missing(self, done: int) -> bool:
-    """Whether a start at this step has to make it: the one before ended meanwhile.
+    """Whether a start at this step has to make what the last start did not finish.
 
-    Once: where making it ends this start too, the next one goes on without.
+    It is tried once: where making it ends this start too, the next one goes on without.
     """
     is_missing = self.is_due(done) and not self._path(done).exists()
     if is_missing and jax.process_index() == 0:
@@ -128,52 +131,45 @@ class Periodic(abc.ABC):
     return self._folder / f"step_{done:07d}.{self._suffix}"
 
   def _tried(self, done: int) -> Path:
-    """There while a start makes up for it."""
+    """A file that exists while a start makes what the last start did not finish."""
     return self._folder / f".step_{done:07d}.tried"
 
 
-class Pictures(Periodic):
-  """Draws config.num_samples images, for a look."""
+class Pictures(Hook):
+  """Draws `settings.num_samples` images, to look at."""
 
   what = "picture"
 
-  def __init__(
-    self,
-    config: ConfigDict,
-    mesh: Mesh,
-    workdir: Path,
-    autoencoder: Autoencoder | None,
-  ):
-    every = config.sample_every if config.num_samples else 0
-    super().__init__(every, config.num_steps, workdir / "samples", "png")
-    self._config = config
-    self._autoencoder = autoencoder
-    self._generator = batches.make_generator(config)
-    self._decay = str(factories.sampled_decay(config))
-    shards = sharding.batch_shards(mesh)
-    count = -(-config.num_samples // shards) * shards
-    self._labels = np.arange(count) % config.model.num_classes
+  def __init__(self, experiment: Experiment, folder: Path):
+    settings = experiment.settings
+    super().__init__(settings.sample_every, settings.num_steps, folder, "png")
+    self._settings = settings
+    self._autoencoder = experiment.autoencoder
+    self._draws_pixels = self._autoencoder is not None or experiment.holds_pixels
+    self._generator = make_generator(experiment.model, experiment.sampler)
+    shards = sharding.batch_shards(experiment.mesh)
+    count = -(-settings.num_samples // shards) * shards
+    self._labels = experiment.model.conditioning.choose(count)
 
   def _make(
-    self, done: int, ema: Mapping[str, Any], stops: Callable[[], bool]
+    self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
   ) -> Image.Image | None:
     del done, stops  # it is one call of a compiled function
-    config, labels = self._config, self._labels
-    (arrays,) = batches.generate_batches(
+    settings, labels = self._settings, self._labels
+    (arrays,) = generate_batches(
       self._generator,
-      ema[self._decay],
+      ema[str(settings.sampled_decay)],
       labels,
-      seed=config.seed,
+      seed=settings.seed,
       batch_size=len(labels),
     )
     if self._autoencoder is not None:
       arrays = sharding.fetch(self._autoencoder.decode(arrays))
     if jax.process_index() > 0:
       return None
-    is_pixels = self._autoencoder is not None or factories.holds_pixels(config)
-    convert = pictures.to_uint8 if is_pixels else pictures.latent_preview
-    captions = [str(label) for label in labels[: config.num_samples]]
-    return pictures.make_grid(convert(arrays[: config.num_samples]), captions)
+    convert = pictures.to_uint8 if self._draws_pixels else pictures.latent_preview
+    captions = [str(label) for label in labels[: settings.num_samples]]
+    return pictures.make_grid(convert(arrays[: settings.num_samples]), captions)
 
   def _write(self, path: Path, made: Image.Image) -> None:
     made.save(path)
@@ -182,24 +178,18 @@ class Pictures(Periodic):
     events.write_images(done, {"samples": np.asarray(made)[None]})
 
 
-class Scores(Periodic):
-  """Scores as config.eval says.
-
-  Args:
-    config: of the run.
-    workdir: of the run.
-    evaluate: None where config.eval.every is 0.
-  """
+class Scores(Hook):
+  """Scores of sampled images, as `settings.eval` says."""
 
   what = "scores"
   is_long = True
 
-  def __init__(self, config: ConfigDict, workdir: Path, evaluate: Evaluator | None):
-    super().__init__(config.eval.every, config.num_steps, workdir / "scores", "json")
+  def __init__(self, settings: Settings, folder: Path, evaluate: Evaluate):
+    super().__init__(settings.eval.every, settings.num_steps, folder, "json")
     self._evaluate = evaluate
 
   def _make(
-    self, done: int, ema: Mapping[str, Any], stops: Callable[[], bool]
+    self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
   ) -> dict[str, float]:
     return self._evaluate(done, ema, stops)
 

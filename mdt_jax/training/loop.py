@@ -1,13 +1,9 @@
-"""The training loop: data in, steps, logs, pictures and checkpoints out."""
+"""The training loop: batches in; steps, logs, pictures and checkpoints out."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,40 +11,28 @@ from pathlib import Path
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.config import write_config
 from mdt_jax.data.loader import create_loader
-from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.evaluator import Evaluator, Stopped
-from mdt_jax.models.masking import KeptLengths
+from mdt_jax.evaluation.evaluator import Stopped, check_eval, make_training_evaluator
+from mdt_jax.experiment import Experiment, build
+from mdt_jax.logs import logger
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, tolerate
-from mdt_jax.training.hooks import Periodic, Pictures, Scores
+from mdt_jax.training.hooks import Hook, Pictures, Scores
 from mdt_jax.training.lock import locked
+from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
+from mdt_jax.types import Batch
 
-logger = logging.getLogger("mdt_jax")
 STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
-
-
-class Interrupted(Exception):
-  """The run was asked to stop; its state is saved.
-
-  Attributes:
-    signals: that asked for it; none where another process was asked.
-  """
-
-  def __init__(self, message: str, signals: list[int]):
-    super().__init__(message)
-    self.signals = signals
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -74,257 +58,262 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   is_main = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
     with distributed.together():
-      settings.check(config, jax.device_count())
-      if os.path.isfile(workdir):  # not Path's, which raises where it may not look
-        raise SettingError(
-          "--workdir", str(workdir), "must be a folder, this is a file"
-        )
-      mesh = sharding.make_mesh(**config.mesh)
-      autoencoder = factories.make_autoencoder(config, sharding.replicated(mesh))
-      source = factories.make_source(config, autoencoder)
-      kept_lengths = factories.kept_lengths(config)
-      evaluate = None
-      if config.eval.every:
-        evaluate = Evaluator(config, mesh, source, autoencoder)
+      experiment = build(config)
+      hooks = _make_hooks(experiment, workdir)
       if is_main:
         stack.enter_context(locked(workdir))
-    stop = stack.enter_context(stop_signals(config.grace_seconds))
-    saved = stack.enter_context(contextlib.closing(_open_checkpoints(config, workdir)))
-    stack.enter_context(sharding.use_mesh(mesh))
-    program = make_program(config, mesh)
-    state = _first_state(config, program, saved)
+    settings = experiment.settings
+    stop = stack.enter_context(stop_signals(settings.grace_seconds))
+    saved = stack.enter_context(contextlib.closing(_checkpoints(experiment, workdir)))
+    stack.enter_context(sharding.use_mesh(experiment.mesh))
+    program = make_program(experiment)
+    state = _first_state(experiment, program, saved)
     start = int(state.step)
-    logger.info("%s", _summary(config, mesh, source, state, kept_lengths))
-    shown = [
-      Pictures(config, mesh, workdir, autoencoder),
-      Scores(config, workdir, evaluate),
-    ]
-    missing = [show for show in shown if show.is_missing(start)]
-    if start >= config.num_steps and not missing:
-      logger.info("nothing to do: %d of %d steps are done", start, config.num_steps)
+    logger.info("%s", _summary(experiment, state))
+    missing = [hook for hook in hooks if hook.is_missing(start)]
+    if start >= settings.num_steps and not missing:
+      logger.info("nothing to do: %d of %d steps are done", start, settings.num_steps)
       return state
     events = Events(workdir / "tensorboard" if is_main else None)
     stack.callback(events.close)
-    # The start before this one ended while they were made.
-    if _show(missing, start, state, events, stop):
+    trainer = Trainer(experiment, workdir, program, saved, hooks, events, stop)
+    if trainer.run_hooks(missing, state):
       raise Interrupted(f"stopped at step {start}, which is saved", stop)
-    if start >= config.num_steps:
+    if start >= settings.num_steps:
       return state
     if is_main:
       with tolerate("config.json"):
-        settings.write(config, workdir)
-
-    loader, offset = _open_loader(config, mesh, source, state)
-    progress = Progress(config, events, start)
-    skipped = SkippedSteps(config, workdir, len(source))
-    last_save = time.monotonic()
-    rollbacks = 0
-    done = start
-    while done < config.num_steps:
-      n, done = done, done + 1
-      try:
-        batch = next(loader)
-      except SettingError:  # too many unreadable files: what is done stays done
-        if n > start and jax.process_count() == 1:  # a save needs every process
-          saved.finish(n, state, config)
-        raise
-      num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
-      batch = sharding.put_batch(batch, mesh, config.batch_size)
-      with jax.transfer_guard("disallow"):  # but for what is asked for by name
-        if factories.encodes_images(config):
-          batch["moments"] = autoencoder.moments(batch.pop("image"))
-        state, metrics = program.step(state, batch, num_keep)
-        progress.add(done, metrics)
-      skipped.add(n, n + offset, metrics)
-      if done == config.num_steps:
-        skipped.look_at_all()
-      if skipped.too_many:
-        rollbacks += 1
-        if rollbacks > config.max_rollbacks or saved.latest_step(skipped.first) is None:
-          skipped.stop(saved.latest_step())
-        state = _go_back(config, program, saved, skipped, batch=n + offset)
-        done = int(state.step)
-        loader, offset = _open_loader(config, mesh, source, state)
-        progress.go_back(done)
-        continue
-      stops, is_late, again = _any_process(
-        done, bool(stop), _is_late(config, last_save), saved.must_try_again()
-      )
-      due = [show for show in shown if show.is_due(done)]
-      is_planned = done % config.checkpoint_every == 0
-      is_planned |= any(show.is_long for show in due)
-      if done == config.num_steps:
-        saved.finish(done, state, config)
-      elif again or is_late or is_planned:
-        began = saved.save(done, state, config, again=again)
-        last_save = time.monotonic() if began else last_save
-      if due and not stops:
-        with progress.paused():
-          stops = _show(due, done, state, events, stop)
-      if stops:
-        saved.finish(done, state, config)
-        raise Interrupted(f"stopped after step {done}, which is saved", stop)
-  return state
+        write_config(settings, workdir)
+    return trainer.run(state)
 
 
-def _open_loader(
-  config: ConfigDict, mesh: jax.sharding.Mesh, source: Source, state: TrainState
-) -> tuple[Iterator[dict[str, np.ndarray]], int]:
-  """The batches from that of the next step on, and the offset of their numbers."""
-  offset = int(state.batch_offset)
-  loader = create_loader(
-    source,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    flip=config.data.flip,
-    start_step=int(state.step) + offset,
-    rows=sharding.local_rows(mesh, config.batch_size),
-    num_workers=config.data.num_workers,
-    num_threads=config.data.num_threads,
-    prefetch=config.data.num_threads,
-  )
-  return loader, offset
-
-
-def _go_back(
-  config: ConfigDict,
-  program: Program,
-  saved: Checkpoints,
-  skipped: SkippedSteps,
-  batch: int,
-) -> TrainState:
-  """The last state before steps were skipped, to go on from with later batches.
+class Trainer:
+  """Takes a state through the steps of a run.
 
   Args:
-    config: of the run.
-    program: of the run.
-    saved: its checkpoints; there is one to go back to.
-    skipped: the steps; they are forgotten.
-    batch: the last one that was taken, and is left out with those since that state.
+    experiment: objects of the run.
+    workdir: of the run.
+    program: compiled functions of the run.
+    saved: checkpoints of the run.
+    hooks: what is made of the averages every so many steps.
+    events: for TensorBoard.
+    stop: filled by signals that ask the run to stop.
   """
-  saved.put_aside_after(skipped.first)
-  state = saved.restore(program.state, config)
-  step = int(state.step)
-  logger.warning(
-    "too many steps are skipped: the run goes back to step %d, and leaves out the "
-    "batches %d to %d",
-    step,
-    step + int(state.batch_offset),
-    batch,
-  )
-  skipped.forget()
-  offset = np.int32(batch + 1 - step)
-  return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    workdir: Path,
+    program: Program,
+    saved: Checkpoints,
+    hooks: Sequence[Hook],
+    events: Events,
+    stop: list[int],
+  ):
+    self._experiment = experiment
+    self._settings = experiment.settings
+    self._config = experiment.settings.to_dict()
+    self._program = program
+    self._saved = saved
+    self._hooks = hooks
+    self._events = events
+    self._stop = stop
+    self._skipped = SkippedSteps(
+      self._settings, workdir, num_examples=len(experiment.source)
+    )
+    self._rollbacks = 0
+
+  def run(self, state: TrainState) -> TrainState:
+    """All steps from that of `state` to the last one of the run."""
+    start = done = int(state.step)
+    total = self._settings.num_steps
+    self._last_save = time.monotonic()
+    self._progress = Progress(
+      self._events,
+      start=start,
+      log_every=self._settings.log_every,
+      num_steps=total,
+      batch_size=self._settings.batch_size,
+    )
+    loader, offset = self._open_loader(state)
+    while done < total:
+      batch = self._next_batch(loader, state, done, is_new=done > start)
+      state = self._step(state, batch, done, offset)
+      done += 1
+      if done == total:
+        self._skipped.look_at_all()
+      if self._skipped.too_many:
+        state = self._roll_back(batch=done - 1 + offset)
+        done = int(state.step)
+        loader, offset = self._open_loader(state)
+        continue
+      self._finish_step(state, done)
+    return state
+
+  def run_hooks(self, hooks: Sequence[Hook], state: TrainState) -> bool:
+    """Runs hooks for a state; whether the run was asked to stop meanwhile."""
+    try:
+      for hook in hooks:
+        hook(int(state.step), state.ema, self._events, self._is_stopped)
+    except Stopped:
+      return True
+    return False
+
+  def _open_loader(
+    self, state: TrainState
+  ) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+    """The batches from that of the next step on, and the offset of their numbers."""
+    settings, data = self._settings, self._settings.data
+    offset = int(state.batch_offset)
+    loader = create_loader(
+      self._experiment.source,
+      seed=settings.seed,
+      batch_size=settings.batch_size,
+      flip=data.flip,
+      start_step=int(state.step) + offset,
+      rows=sharding.local_rows(self._program.mesh, settings.batch_size),
+      num_workers=data.num_workers,
+      num_threads=data.num_threads,
+      prefetch=data.num_threads,
+    )
+    return loader, offset
+
+  def _next_batch(
+    self,
+    loader: Iterator[dict[str, np.ndarray]],
+    state: TrainState,
+    done: int,
+    is_new: bool,
+  ) -> Batch:
+    """The next batch on the devices; a state that is new is saved if there is none."""
+    try:
+      batch = next(loader)
+    except SettingError:  # too many unreadable files
+      if is_new and jax.process_count() == 1:  # a save needs every process
+        self._saved.finish(done, state, self._config)
+      raise
+    return sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
+
+  def _step(self, state: TrainState, batch: Batch, n: int, offset: int) -> TrainState:
+    """One step, the n-th from 0; its metrics are logged later."""
+    static = self._experiment.objective.choose_static(self._settings.seed, n)
+    with jax.transfer_guard("disallow"):  # but for explicit transfers
+      batch = self._experiment.encode(batch)
+      state, metrics = self._program.step(state, batch, static)
+      self._progress.add(n + 1, metrics)
+    self._skipped.add(n, n + offset, metrics)
+    return state
+
+  def _finish_step(self, state: TrainState, done: int) -> None:
+    """Saves, pictures and scores that are due after step `done`, or a stop."""
+    stops, is_late, again = self._any_process(
+      done, bool(self._stop), self._is_late(), self._saved.must_retry()
+    )
+    due = [hook for hook in self._hooks if hook.is_due(done)]
+    is_planned = done % self._settings.checkpoint_every == 0
+    is_planned |= any(hook.is_long for hook in due)
+    began = False
+    if done == self._settings.num_steps:
+      self._saved.finish(done, state, self._config)
+    elif again or is_late or is_planned:
+      began = self._saved.save(done, state, self._config, again=again)
+    if began:
+      self._last_save = time.monotonic()
+    if due and not stops:
+      with self._progress.paused():
+        stops = self.run_hooks(due, state)
+    if stops:
+      self._saved.finish(done, state, self._config)
+      raise Interrupted(f"stopped after step {done}, which is saved", self._stop)
+
+  def _roll_back(self, batch: int) -> TrainState:
+    """The last state before steps were skipped; later batches than `batch` follow.
+
+    Raises:
+      SettingError: the run may not go back, or has no state to go back to.
+    """
+    self._rollbacks += 1
+    first = self._skipped.first
+    may_go_back = self._rollbacks <= self._settings.max_rollbacks
+    if not may_go_back or self._saved.latest_step(first) is None:
+      self._skipped.stop(self._saved.latest_step())
+    self._saved.put_aside_after(first)
+    state = self._saved.restore(self._program.state, self._experiment)
+    step = int(state.step)
+    logger.warning(
+      "too many steps are skipped: the run goes back to step %d, and leaves out the "
+      "batches %d to %d",
+      step,
+      step + int(state.batch_offset),
+      batch,
+    )
+    self._skipped.forget()
+    self._progress.go_back(step)
+    offset = np.int32(batch + 1 - step)
+    return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
+
+  def _is_late(self) -> bool:
+    """Whether config.checkpoint_minutes have passed since a save."""
+    minutes = self._settings.checkpoint_minutes
+    return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+
+  def _is_stopped(self) -> bool:
+    """Whether any process was asked to stop; all processes call this together."""
+    return distributed.any_process(bool(self._stop))[0]
+
+  def _any_process(self, done: int, *here: bool) -> tuple[bool, ...]:
+    """What holds on any process, alike on all: they stop and save together."""
+    if jax.process_count() > 1 and done % STEPS_BETWEEN_AGREEMENTS:
+      return (False,) * len(here)  # asking the others waits for the devices
+    return distributed.any_process(*here)
 
 
-def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
+  """Opens all that a run needs, and raises SettingError before anything is written."""
+  if os.path.isfile(workdir):  # not Path's, which raises where it may not look
+    raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
+  check_eval(experiment.settings)
+  _ = experiment.autoencoder, experiment.source
+  hooks: list[Hook] = []
+  if experiment.settings.sample_every and experiment.settings.num_samples:
+    hooks.append(Pictures(experiment, workdir / "samples"))
+  if experiment.settings.eval.every:
+    evaluate = make_training_evaluator(experiment)
+    hooks.append(Scores(experiment.settings, workdir / "scores", evaluate))
+  return hooks
+
+
+def _checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+  settings = experiment.settings
   return Checkpoints(
     workdir,
-    config.checkpoints_to_keep,
-    config.checkpoint_keep_every or None,
-    config.save_failures,
+    settings.checkpoints_to_keep,
+    settings.checkpoint_keep_every or None,
+    settings.save_failures,
     cleans=True,
   )
 
 
-def _is_late(config: ConfigDict, last_save: float) -> bool:
-  """Whether config.checkpoint_minutes have passed since a save."""
-  minutes = config.checkpoint_minutes
-  return minutes > 0 and time.monotonic() - last_save >= 60 * minutes
-
-
-def _any_process(done: int, *here: bool) -> tuple[bool, ...]:
-  """What holds on any process, the same on all: they stop and save together."""
-  if jax.process_count() > 1 and done % STEPS_BETWEEN_AGREEMENTS:
-    return (False,) * len(here)  # agreeing waits for the devices
-  return _agree(*here)
-
-
-def _agree(*here: bool) -> tuple[bool, ...]:
-  if jax.process_count() == 1:
-    return here
-  found = multihost_utils.process_allgather(np.array(here))
-  return tuple(bool(any_of) for any_of in found.any(axis=0))
-
-
-def _show(
-  due: Sequence[Periodic], done: int, state: TrainState, events: Events, stop: list[int]
-) -> bool:
-  """Pictures and scores of a step; whether the run was asked to stop meanwhile."""
-  try:
-    for show in due:
-      show(done, state.ema, events, lambda: _agree(bool(stop))[0])
-  except Stopped:
-    return True
-  return False
-
-
-@contextlib.contextmanager
-def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
-  """Gathers SIGINT and SIGTERM in the list it gives; a second one acts at once.
-
-  Args:
-    grace_seconds: from the first one until the process ends, saved or not; the last
-      finished checkpoint is there in any case.
-  """
-  received: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield received  # only the main thread may handle signals
-    return
-
-  def end() -> None:
-    logger.error("not saved within %g s: the process ends", grace_seconds)
-    os._exit(distributed.EXIT_TRY_AGAIN)
-
-  def restore() -> None:
-    for number, handler in before.items():
-      # None: set by other means than Python's, as jax.distributed does.
-      signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-  timer = threading.Timer(min(grace_seconds, threading.TIMEOUT_MAX), end)
-  timer.daemon = True
-
-  def handle(number: int, frame: object) -> None:
-    received.append(number)
-    timer.start()
-    logger.info("stopping after this step; once more to stop without saving")
-    restore()
-
-  before = {
-    number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield received
-  finally:
-    timer.cancel()
-    restore()
-
-
 def _first_state(
-  config: ConfigDict, program: Program, saved: Checkpoints
+  experiment: Experiment, program: Program, saved: Checkpoints
 ) -> TrainState:
   """The state to start from, saved or fresh."""
   latest = saved.latest_step()
   if latest is None:
-    return program.init(jax.random.key(config.seed))
-  state = saved.restore(program.state, config)
+    return program.init(jax.random.key(experiment.settings.seed))
+  state = saved.restore(program.state, experiment)
   logger.info("going on from the checkpoint of step %d", latest)
   return state
 
 
-def _summary(
-  config: ConfigDict,
-  mesh: jax.sharding.Mesh,
-  source: Source,
-  state: TrainState,
-  kept_lengths: KeptLengths | None,
-) -> str:
+def _summary(experiment: Experiment, state: TrainState) -> str:
+  """What the log says of a run at its start."""
   table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-  masked = "no masked pass"
-  if kept_lengths:
-    masked = "kept tokens " + ", ".join(map(str, kept_lengths.lengths))
   devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
   if jax.device_count() > 1:
-    devices += " as " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    shape = experiment.mesh.shape.items()
+    devices += " as " + " x ".join(f"{axis} {n}" for axis, n in shape)
+  source = experiment.source
   data = f"{len(source)} images, {source.num_classes} classes"
-  return f"{config.model.name}\n{table}\n{data}; {masked}; {devices}"
+  name = experiment.settings.model.name
+  return f"{name}\n{table}\n{data}; {experiment.objective.summary}; {devices}"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 
 import jax
 import tqdm
-from ml_collections import ConfigDict
 
+from mdt_jax.logs import logger
 from mdt_jax.training import step
 from mdt_jax.training.events import Events
-
-logger = logging.getLogger("mdt_jax")
 
 
 def is_due(done: int, every: int, total: int) -> bool:
@@ -23,49 +20,66 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 class Progress:
-  """Gathers metrics, and every config.log_every steps writes them and logs a line."""
+  """Gathers metrics, and every so many steps writes them and logs a line.
 
-  def __init__(self, config: ConfigDict, events: Events, start: int):
-    self._config = config
+  Args:
+    events: takes the metrics.
+    start: step that the run starts from.
+    log_every: steps between lines.
+    num_steps: of the run.
+    batch_size: images a step.
+  """
+
+  def __init__(
+    self,
+    events: Events,
+    *,
+    start: int,
+    log_every: int,
+    num_steps: int,
+    batch_size: int,
+  ):
     self._events = events
+    self._log_every, self._num_steps = log_every, num_steps
+    self._batch_size = batch_size
     self._add = jax.jit(step.add_metrics)
     self._metrics: step.Metrics | None = None
     self._last_step, self._last_time = start, time.monotonic()
 
   def add(self, done: int, metrics: step.Metrics) -> None:
-    """Takes the metrics of step number `done`, counted from 1."""
+    """Adds the metrics of step number `done`, counted from 1."""
     if self._metrics is not None:
       metrics = self._add(self._metrics, metrics)
     self._metrics = metrics
-    if is_due(done, self._config.log_every, self._config.num_steps):
-      self._report(done)
+    if is_due(done, self._log_every, self._num_steps):
+      self._report(done, metrics)
 
   def go_back(self, done: int) -> None:
-    """Forgets what is not written yet, where the run goes back to step `done`."""
+    """Forgets metrics that are not written yet; the run goes back to step `done`."""
     self._metrics = None
     self._last_step, self._last_time = done, time.monotonic()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """What is done inside is no training: it is left out of images a second."""
+    """Leaves the time inside the block out of images a second."""
     jax.block_until_ready(self._metrics)  # the steps before are
     start = time.monotonic()
     yield
     self._last_time += time.monotonic() - start
 
-  def _report(self, done: int) -> None:
-    means = step.mean_metrics(self._metrics)  # waits for the devices
+  def _report(self, done: int, metrics: step.Metrics) -> None:
+    means = step.mean_metrics(metrics)  # waits for the devices
     now = time.monotonic()
     seconds = (now - self._last_time) / (done - self._last_step)
-    means["images_per_second"] = self._config.batch_size / seconds
+    means["images_per_second"] = self._batch_size / seconds
     self._events.write_scalars(done, means)
-    left = tqdm.tqdm.format_interval(seconds * (self._config.num_steps - done))
+    left = tqdm.tqdm.format_interval(seconds * (self._num_steps - done))
     shown = ("loss", "masked_loss", "gradient_norm")
     numbers = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
     logger.info(
       "step %d/%d  %s  %.1f images/s  %s left",
       done,
-      self._config.num_steps,
+      self._num_steps,
       numbers,
       means["images_per_second"],
       left,

@@ -1,9 +1,8 @@
-"""One step of a run once more, looked at closely: what made its loss not finite."""
+"""Replays one step of a run, to find what made its loss not finite."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import config as settings
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
 from mdt_jax.atomic import write_json
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import batch_indices, create_loader
 from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.evaluator import check_eval
+from mdt_jax.experiment import Experiment, build
+from mdt_jax.logs import logger
+from mdt_jax.objectives import Draws
+from mdt_jax.objectives.objective import Losses
+from mdt_jax.train_state import TrainState
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import make_program
-from mdt_jax.training.step import Draws, draw, step_loss
+from mdt_jax.training.step import step_key
+from mdt_jax.types import Array, Batch, Params
 
-logger = logging.getLogger("mdt_jax")
+# (state, batch, static) -> loss, losses of each sample, gradients, draws
+Look = Callable[[TrainState, Batch, Hashable], tuple[Array, Losses, Params, Draws]]
 
 
 def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]:
-  """Goes from the last checkpoint before a step to it, bit for bit, and looks at it.
+  """Repeats the steps from the last checkpoint, bit for bit, and examines one of them.
 
   Args:
     config: of the run.
-    workdir: of the run; takes replay_STEP.json, and nothing else in it changes.
-    step: counted from 0; from the first step on where no checkpoint is old enough.
+    workdir: of the run; replay_STEP.json is written there, and nothing else changes.
+    step: counted from 0; where no checkpoint is old enough the run starts anew.
 
   Returns:
     What replay_STEP.json holds: "loss", the names of "parameters" and "gradients" that
@@ -42,53 +48,53 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   Raises:
     SettingError: the step is not one of the run, or the workdir is none of it.
   """
-  settings.check(config, jax.device_count())
+  experiment = build(config)
+  settings = experiment.settings
+  check_eval(settings)
   if jax.process_count() > 1:
     raise SettingError("--replay_step", step, "takes one process")
-  if not 0 <= step < config.num_steps:
+  if not 0 <= step < settings.num_steps:
     raise SettingError(
-      "--replay_step", step, f"must lie in [0, config.num_steps = {config.num_steps})"
+      "--replay_step", step, f"must lie in [0, config.num_steps = {settings.num_steps})"
     )
   workdir = Path(workdir).expanduser().absolute()
   if not workdir.is_dir():
     raise SettingError("--workdir", str(workdir), "must be the folder of a run")
-  mesh = sharding.make_mesh(**config.mesh)
-  autoencoder = factories.make_autoencoder(config, sharding.replicated(mesh))
-  source = factories.make_source(config, autoencoder)
-  kept_lengths = factories.kept_lengths(config)
-  program = make_program(config, mesh)
+  mesh, source, objective = experiment.mesh, experiment.source, experiment.objective
+  program = make_program(experiment)
   with locked(workdir), sharding.use_mesh(mesh):
-    saved = Checkpoints(workdir, config.checkpoints_to_keep)
+    saved = Checkpoints(workdir, settings.checkpoints_to_keep)
     if saved.latest_step(step) is None:
-      state = program.init(jax.random.key(config.seed))
+      state = program.init(jax.random.key(settings.seed))
     else:
-      state = saved.restore(program.state, config, until=step)
+      state = saved.restore(program.state, experiment, until=step)
     saved.close()
     offset = int(state.batch_offset)
     logger.info("replaying steps %d to %d", int(state.step), step)
     batches = create_loader(
       source,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      flip=config.data.flip,
+      seed=settings.seed,
+      batch_size=settings.batch_size,
+      flip=settings.data.flip,
       start_step=int(state.step) + offset,
-      rows=sharding.local_rows(mesh, config.batch_size),
+      rows=sharding.local_rows(mesh, settings.batch_size),
     )
     while True:
       n = int(state.step)
-      batch = sharding.put_batch(next(batches), mesh, config.batch_size)
-      if factories.encodes_images(config):
-        batch["moments"] = autoencoder.moments(batch.pop("image"))
-      num_keep = kept_lengths.draw(config.seed, n) if kept_lengths else None
+      batch = sharding.put_batch(next(batches), mesh, settings.batch_size)
+      batch = experiment.encode(batch)
+      static = objective.choose_static(settings.seed, n)
       if n == step:
         break
-      state, _ = program.step(state, batch, num_keep)
-    loss, losses, gradients, draws = _looker(config)(state, batch, num_keep)
-    examples = batch_indices(len(source), config.seed, config.batch_size, n + offset)
+      state, _ = program.step(state, batch, static)
+    loss, losses, gradients, draws = _make_look(experiment)(state, batch, static)
+    examples = batch_indices(
+      len(source), settings.seed, settings.batch_size, n + offset
+    )
     found = {
       "step": step,
       "batch": step + offset,
-      "kept_tokens": num_keep,
+      "kept_tokens": static,
       "loss": _number(loss),
       "parameters": _not_finite(state.params),
       "gradients": _not_finite(gradients),
@@ -111,17 +117,21 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   return found
 
 
-def _looker(config: ConfigDict) -> Callable[..., Any]:
-  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
-  timestep_sampler = factories.make_timestep_sampler(config)
+def _make_look(experiment: Experiment) -> Look:
+  """What a step of the run computes, without the update."""
+  objective, seed = experiment.objective, experiment.settings.seed
 
-  def look(state, batch, num_keep):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    draws = draw(key, batch, model, timestep_sampler, state.loss_history)
-    (loss, (losses, _)), gradients = jax.value_and_grad(
-      lambda params: step_loss(model, diffusion, params, draws, num_keep), has_aux=True
-    )(state.params)
-    return loss, losses, gradients, draws
+  def look(
+    state: TrainState, batch: Batch, static: Hashable
+  ) -> tuple[Array, Losses, Params, Draws]:
+    draws = objective.draw(step_key(seed, state.step), batch, state.loss_history)
+
+    def loss(params: Params) -> tuple[Array, Losses]:
+      return objective.loss(experiment.model.apply, params, draws, static)
+
+    (value, losses), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    weighted = {name: loss * draws.weights for name, loss in losses.items()}
+    return value, weighted, gradients, draws
 
   return jax.jit(look, static_argnums=2)
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import collections
-import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
-from ml_collections import ConfigDict
 
 from mdt_jax.atomic import write_json
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
+from mdt_jax.settings import Settings
 from mdt_jax.training.step import Metrics
 
 DIAGNOSIS = "diagnosis.json"  # in the workdir
 STEPS_BEHIND = 8  # of the devices, so that looking does not make them wait
 
-logger = logging.getLogger("mdt_jax")
-
 
 class SkippedStep(NamedTuple):
-  step: int  # counted from 0; its draws follow from (config.seed, step)
+  step: int  # counted from 0; its draws follow from (seed, step)
   batch: int  # of the data, counted from 0
 
 
@@ -30,13 +28,13 @@ class SkippedSteps:
   """Looks at the metric "skipped" of each step, some steps later.
 
   Args:
-    config: of the run; more than `config.max_skipped` steps are too many.
+    settings: of the run; more than `settings.max_skipped` steps are too many.
     workdir: takes the diagnosis.
     num_examples: of the data.
   """
 
-  def __init__(self, config: ConfigDict, workdir: Path, num_examples: int):
-    self._config = config
+  def __init__(self, settings: Settings, workdir: Path, num_examples: int):
+    self._settings = settings
     self._path = workdir / DIAGNOSIS
     self._num_examples = num_examples
     self.forget()
@@ -60,28 +58,28 @@ class SkippedSteps:
 
   @property
   def too_many(self) -> bool:
-    return len(self._found) > self._config.max_skipped
+    return len(self._found) > self._settings.max_skipped
 
   @property
   def first(self) -> int:
     """The first step that was skipped."""
     return self._found[0].step
 
-  def stop(self, last_saved: int | None) -> None:
+  def stop(self, last_saved: int | None) -> NoReturn:
     """Writes the diagnosis and raises SettingError.
 
     Args:
       last_saved: steps of the last checkpoint.
     """
-    config = self._config
+    settings = self._settings
     if jax.process_index() == 0:
       found = {
-        "config": config.to_dict(),
+        "config": settings.to_dict(),
         "skipped": [
           skipped._asdict()
           | {
             "examples": batch_indices(
-              self._num_examples, config.seed, config.batch_size, skipped.batch
+              self._num_examples, settings.seed, settings.batch_size, skipped.batch
             )
           }
           for skipped in self._found
@@ -93,7 +91,7 @@ class SkippedSteps:
     batches = ", ".join(str(skipped.batch) for skipped in self._found)
     raise SettingError(
       "config.max_skipped",
-      config.max_skipped,
+      settings.max_skipped,
       f"the loss or gradient of steps {steps} (batches {batches}) was not finite; the "
       f"last checkpoint is of step {last_saved}; config and examples are in "
       f"{self._path}; --replay_step={self.first} looks into the first one",

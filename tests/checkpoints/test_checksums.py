@@ -11,7 +11,7 @@ def folder(tmp_path):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-  checksums.seal(tmp_path)
+  checksums.write_checksums(tmp_path)
   return tmp_path
 
 

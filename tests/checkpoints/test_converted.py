@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdt_jax import SettingError, factories, recipes
+from mdt_jax import Experiment, SettingError, recipes
 from mdt_jax.checkpoints.converted import from_torch_file, to_torch_file
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.models.registry import MODELS
@@ -45,7 +45,7 @@ def test_a_file_comes_back_bit_for_bit(converted, name, suffix, tmp_path):
 def test_a_converted_network_is_the_one_in_the_file(converted, name):
   pipeline = Pipeline.from_checkpoint(converted / name)
   attributes, _ = from_torch(fixture(name), **HEADS[name])
-  model = factories.make_model(pipeline.config)
+  model = pipeline.experiment.model
   assert {key: getattr(model, key) for key in attributes} == attributes
 
 
@@ -65,19 +65,19 @@ def test_the_folder_holds_what_a_run_leaves_and_nothing_else(converted):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_of_a_published_size_gets_its_name_and_settings(name):
   attributes = dict(MODELS[name], input_size=32, learn_sigma=True)
-  config = recipes.of_network(attributes)
-  assert config.model.name == name
-  assert factories.make_model(config).depth == MODELS[name]["depth"]
+  settings = recipes.of_network(attributes)
+  assert settings.model.name == name
+  assert Experiment(settings).model.depth == MODELS[name]["depth"]
   released = {"DiT": ("adamw", "none"), "MDT": ("adamw", "none")}
   expected = released.get(attributes["variant"], ("adan", "min_snr"))
-  assert (config.optimizer.name, config.diffusion.loss_weight) == expected
+  assert (settings.optimizer.name, settings.diffusion.loss_weight) == expected
 
 
 def test_a_network_without_learned_variance_samples_with_a_fixed_one():
   attributes = dict(MODELS["DiT-S/8"], input_size=32, learn_sigma=False)
-  config = recipes.of_network(attributes)
-  assert config.diffusion.variance == "fixed_large"
-  assert not factories.make_model(config).learn_sigma
+  settings = recipes.of_network(attributes)
+  assert settings.diffusion.variance == "fixed_large"
+  assert not Experiment(settings).model.learn_sigma
 
 
 # What is refused.

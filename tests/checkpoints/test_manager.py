@@ -8,28 +8,25 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import factories
-from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints import manager as checkpoints_module
-from mdt_jax.checkpoints.manager import (
-  Checkpoints,
-  SaveError,
-  config_from_dict,
-  load_ema,
-)
+from mdt_jax.checkpoints import checksums, retries
+from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
+from mdt_jax.settings import Settings
 from mdt_jax.train_state import init_state
 from tests.training.tiny import tiny_config
 
 
 def make_state(config):
-  optimizer, _ = factories.make_optimizer(config)
+  experiment = build(config)
   state = init_state(
     jax.random.key(1),
-    factories.make_model(config),
-    optimizer,
+    experiment.model,
+    experiment.optimizer,
     config.ema_decays,
-    factories.make_timestep_sampler(config),
+    experiment.objective.timestep_sampler,
   )
   ema = {d: jax.tree.map(lambda x, d=d: x + float(d), p) for d, p in state.ema.items()}
   return state.replace(step=state.step + 7, ema=ema)
@@ -39,7 +36,7 @@ def save(folder, config, steps=(7,), to_keep=2):
   state = make_state(config)
   checkpoints = Checkpoints(folder, to_keep)
   for number in steps:
-    checkpoints.save(number, state, config)
+    checkpoints.save(number, state, config.to_dict())
   checkpoints.close()
   return state
 
@@ -60,7 +57,7 @@ def saved(tmp_path_factory):
 def test_a_state_comes_back_bit_for_bit_and_without_a_warning(saved, caplog):
   folder, config, state = saved
   checkpoints = Checkpoints(folder, 2)
-  restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
+  restored = checkpoints.restore(jax.eval_shape(lambda: state), build(config))
   checkpoints.close()
   assert_same(state, restored)
   assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
@@ -70,27 +67,30 @@ def test_a_decay_of_zero_is_no_missing_one(tmp_path):
   """It is the parameters themselves."""
   config = tiny_config(ema_decays=(0.9, 0.0))
   state = save(tmp_path, config)
-  assert_same(load_ema(tmp_path, ema_decay=0.0)[1], state.ema["0.0"])
+  assert_same(load_ema(tmp_path, ema_decay=0.0).params, state.ema["0.0"])
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
 def test_sampling_loads_the_average_asked_for(saved, decay, expected):
   folder, _, state = saved
-  _, params, step = load_ema(folder, ema_decay=decay)
-  assert step == 7
-  assert_same(params, state.ema[expected])
+  checkpoint = load_ema(folder, ema_decay=decay)
+  assert checkpoint.step == 7
+  assert checkpoint.experiment.settings.sampled_decay == float(expected)
+  assert_same(checkpoint.params, state.ema[expected])
 
 
 def test_the_config_comes_back_with_the_checkpoint(saved):
   folder, config, _ = saved
-  assert load_ema(folder)[0].to_dict() == config.to_dict()
+  expected = config.copy_and_resolve_references()
+  expected.sampling.ema_decay = 0.5  # that of the parameters
+  assert load_ema(folder).experiment.settings.to_dict() == expected.to_dict()
 
 
 def test_a_setting_that_came_later_has_its_default():
   old = tiny_config().to_dict()
   del old["sampling"]["eta"], old["log_every"]
-  config = config_from_dict(old)
-  assert (config.sampling.eta, config.log_every) == (0.0, 100)
+  settings = Settings.from_dict(old)
+  assert (settings.sampling.eta, settings.log_every) == (0.0, 100)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
@@ -117,7 +117,7 @@ def test_a_run_of_another_kind_is_refused_and_the_difference_named(
   other.update_from_flattened_dict({setting: value})
   checkpoints = Checkpoints(folder, 2)
   with pytest.raises(SettingError) as error:
-    checkpoints.restore(jax.eval_shape(lambda: state), other)
+    checkpoints.restore(jax.eval_shape(lambda: state), build(other))
   checkpoints.close()
   assert str(folder) in str(error.value)
   name = "variant" if setting == "model.name" else setting.split(".")[-1]
@@ -129,7 +129,7 @@ def test_another_learning_rate_may_go_on(saved):
   other = config.copy_and_resolve_references()
   other.optimizer.learning_rate = 0.5
   checkpoints = Checkpoints(folder, 2)
-  assert_same(state, checkpoints.restore(jax.eval_shape(lambda: state), other))
+  assert_same(state, checkpoints.restore(jax.eval_shape(lambda: state), build(other)))
   checkpoints.close()
 
 
@@ -165,7 +165,7 @@ def test_what_is_half_written_is_removed_by_the_run_that_saves_and_no_other(tmp_
   restore(tmp_path, state, config)
   assert half.is_dir()
   checkpoints = Checkpoints(tmp_path, 2, cleans=True)
-  checkpoints.save(10, state, config)
+  checkpoints.save(10, state, config.to_dict())
   checkpoints.close()
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "7"]
 
@@ -173,7 +173,7 @@ def test_what_is_half_written_is_removed_by_the_run_that_saves_and_no_other(tmp_
 def restore(folder, state, config):
   checkpoints = Checkpoints(folder, 2)
   try:
-    return checkpoints.restore(jax.eval_shape(lambda: state), config)
+    return checkpoints.restore(jax.eval_shape(lambda: state), build(config))
   finally:
     checkpoints.close()
 
@@ -206,39 +206,39 @@ def test_where_every_checkpoint_is_damaged_nothing_is_trained_on(tmp_path):
 def failing(monkeypatch, count):
   """Lets the first `count` saves end in the error of a full disk."""
   left = [count]
-  original = checksums.seal
+  original = checksums.write_checksums
 
-  def seal(folder):
+  def write(folder):
     if left[0]:
       left[0] -= 1
       raise OSError(28, "No space left on device")
     original(folder)
 
-  monkeypatch.setattr(checksums, "seal", seal)
-  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
+  monkeypatch.setattr(checksums, "write_checksums", write)
+  monkeypatch.setattr(retries, "FIRST_PAUSE", 0)
 
 
-def wait_until_it_must_be_tried_again(checkpoints):
+def wait_until_it_must_be_retried(checkpoints):
   end = time.monotonic() + 60
-  while not checkpoints.must_try_again():
+  while not checkpoints.must_retry():
     assert time.monotonic() < end
     time.sleep(0.01)
 
 
 def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
   failing(monkeypatch, 1)
-  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 1)
+  monkeypatch.setattr(retries, "FIRST_PAUSE", 1)
   config = tiny_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
-  assert checkpoints.save(1, state, config)
-  wait_until_it_must_be_tried_again(checkpoints)  # the failure is there, to be said
-  assert not checkpoints.save(2, state, config, again=True)
+  assert checkpoints.save(1, state, config.to_dict())
+  wait_until_it_must_be_retried(checkpoints)  # the failure is there, to be said
+  assert not checkpoints.save(2, state, config.to_dict(), again=True)
   start = time.monotonic()
-  assert not checkpoints.save(3, state, config)  # one that is due waits as well
-  wait_until_it_must_be_tried_again(checkpoints)
+  assert not checkpoints.save(3, state, config.to_dict())  # one that is due waits as well
+  wait_until_it_must_be_retried(checkpoints)
   assert time.monotonic() - start > 0.9
-  assert checkpoints.save(4, state, config, again=True)
+  assert checkpoints.save(4, state, config.to_dict(), again=True)
   checkpoints.close()
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
   assert checksums.damage(tmp_path / "checkpoints" / "4") is None
@@ -248,7 +248,7 @@ def test_the_last_save_is_tried_until_it_is_whole(tmp_path, monkeypatch):
   failing(monkeypatch, 2)
   config = tiny_config()
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
-  checkpoints.finish(1, make_state(config), config)
+  checkpoints.finish(1, make_state(config), config.to_dict())
   checkpoints.close()
   assert checksums.damage(tmp_path / "checkpoints" / "1") is None
 
@@ -259,7 +259,7 @@ def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=2)
   with pytest.raises(SaveError, match=r"2 saves in a row failed.*No space left"):
-    checkpoints.finish(1, state, config)
+    checkpoints.finish(1, state, config.to_dict())
   checkpoints.close()
 
 
@@ -268,6 +268,6 @@ def test_checkpoints_of_multiples_are_kept_besides_the_last(tmp_path):
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 1, keep_every=4)
   for step in (3, 4, 5, 6):
-    checkpoints.save(step, state, config)
+    checkpoints.save(step, state, config.to_dict())
   checkpoints.close()
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]

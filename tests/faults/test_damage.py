@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import config as settings
-from mdt_jax import sharding
-from mdt_jax.checkpoints.manager import Checkpoints, load_ema
+from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program
 from tests.faults import run_config, runs
 
@@ -25,8 +25,7 @@ def run(tmp_path_factory):
   runs.finish(workdir, "--config.num_steps=15", "--config.checkpoints_to_keep=2")
   assert runs.steps_saved(workdir) == list(STEPS)
   config = run_config.get_config()
-  mesh = sharding.make_mesh(**config.mesh)
-  return workdir, config, make_program(config, mesh).state
+  return workdir, config, make_program(build(config)).state
 
 
 def flip_a_byte(path, random):
@@ -50,7 +49,7 @@ DAMAGES = {
 def restore(workdir, config, like):
   checkpoints = Checkpoints(workdir, 2)
   try:
-    return checkpoints.restore(like, config)
+    return checkpoints.restore(like, build(config))
   finally:
     checkpoints.close()
 
@@ -87,7 +86,7 @@ def test_every_file_of_the_newest_in_turn(run, tmp_path, caplog, request):
       damage(path, np.random.default_rng(i))
       caplog.clear()
       with caplog.at_level(logging.WARNING, "mdt_jax"):
-        sampled = load_ema(copy)[2]
+        sampled = load_ema(copy).step
         assert sampled == STEPS[0] or file.parts[0] not in ("ema", "config")
         restored = values(restore(copy, config, like))
       assert f"the checkpoint of step {STEPS[-1]} is moved" in caplog.text, (file, name)
@@ -111,4 +110,4 @@ def test_a_command_goes_on_from_the_one_before(run, tmp_path):
 
 
 def test_the_config_of_the_tests_is_one_that_is_accepted():
-  settings.check(run_config.get_config())
+  build(run_config.get_config())

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.checkpoints import checksums, manager
+from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.data.loader import batch_indices
 from tests.faults import runs
 
@@ -115,18 +115,18 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
   assert trained == expected
 
 
-def before_a_seal_fails(records, num_processes):
+def before_a_save_fails(records, num_processes):
   """The first one, which the first process alone writes."""
   before(records, num_processes)
-  seal, left = checksums.seal, [OSError(28, "No space left on device")]
+  write, left = checksums.write_checksums, [OSError(28, "No space left on device")]
 
   def fail_once(folder):
     if left:
       raise left.pop()
-    seal(folder)
+    write(folder)
 
-  checksums.seal = fail_once
-  manager.FIRST_PAUSE = 0
+  checksums.write_checksums = fail_once
+  retries.FIRST_PAUSE = 0
 
 
 def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
@@ -141,7 +141,7 @@ def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
     "--config.eval.batch_size=8",
   ]
   processes = start(
-    workdir, data, 2, tmp_path / "logs", *scored, before=before_a_seal_fails
+    workdir, data, 2, tmp_path / "logs", *scored, before=before_a_save_fails
   )
   assert [process.end() for process in processes] == [0, 0]
   for process in processes:

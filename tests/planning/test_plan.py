@@ -1,6 +1,6 @@
 import pytest
 
-from mdt_jax import sharding
+from mdt_jax.experiment import build
 from mdt_jax.planning import plan
 from mdt_jax.planning.plan import DoesNotFitError, largest_batch
 from mdt_jax.training.program import make_program
@@ -36,7 +36,7 @@ def test_where_nothing_fits_there_is_no_batch():
 
 @pytest.fixture(scope="module")
 def program():
-  return make_program(tiny_config(), sharding.make_mesh())
+  return make_program(build(tiny_config()))
 
 
 @pytest.mark.parametrize(

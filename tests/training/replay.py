@@ -7,9 +7,10 @@ import sys
 import jax
 import numpy as np
 
-from mdt_jax import factories, sharding
-from mdt_jax.training import step
+from mdt_jax import sharding
+from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program
+from mdt_jax.training.step import step_key
 from tests.training.tiny import tiny_config
 
 NUM_KEEP = 10
@@ -17,29 +18,22 @@ NUM_KEEP = 10
 
 def replay() -> dict[str, np.ndarray]:
   """The draws, losses and parameters of a step, by name."""
-  config = tiny_config(batch_size=16, seed=5)
-  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
-  timestep_sampler = factories.make_timestep_sampler(config)
-  mesh = sharding.make_mesh()
+  experiment = build(tiny_config(batch_size=16, seed=5))
+  settings, objective = experiment.settings, experiment.objective
 
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32),
     "label": rng.integers(0, 10, 16).astype(np.int32),
   }
-  batch = sharding.put_batch(batch, mesh, config.batch_size)
-  program = make_program(config, mesh)
-  state = program.init(jax.random.key(config.seed))
+  batch = sharding.put_batch(batch, experiment.mesh, settings.batch_size)
+  program = make_program(experiment)
+  state = program.init(jax.random.key(settings.seed))
 
   def losses(state, batch):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    draws = step.draw(key, batch, model, timestep_sampler, None)
-    return draws, {
-      "loss": step.pass_losses(model, diffusion, state.params, draws, None)["loss"],
-      "masked_loss": step.pass_losses(model, diffusion, state.params, draws, NUM_KEEP)[
-        "loss"
-      ],
-    }
+    draws = objective.draw(step_key(settings.seed, state.step), batch)
+    _, found = objective.loss(experiment.model.apply, state.params, draws, NUM_KEEP)
+    return draws, {name: found[name] for name in ("loss", "masked_loss")}
 
   # Fresh parameters give zero everywhere: look after a few steps.
   for _ in range(3):

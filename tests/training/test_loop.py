@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints import manager as checkpoints_module
+from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
+from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -90,7 +90,7 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
       os.kill(os.getpid(), signal.SIGINT)
 
   monkeypatch.setattr(loop.Progress, "add", stop_at_three)
-  with pytest.raises(loop.Interrupted, match="step 3"):
+  with pytest.raises(Interrupted, match="step 3"):
     loop.train(tiny_config(), tmp_path)
   checkpoints = Checkpoints(tmp_path, 2)
   assert checkpoints.latest_step() == 3
@@ -100,23 +100,23 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
 def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
   tmp_path, monkeypatch
 ):
-  seal, left = checksums.seal, [OSError(28, "No space left on device")]
+  write, left = checksums.write_checksums, [OSError(28, "No space left on device")]
 
   def fail_once(folder):
     if left:
       raise left.pop()
-    seal(folder)
+    write(folder)
 
-  original = Checkpoints.must_try_again
+  original = Checkpoints.must_retry
 
   def look_once_it_has_ended(self):
     if self._pending is not None:
       futures.wait([self._pending])
     return original(self)
 
-  monkeypatch.setattr(checksums, "seal", fail_once)
-  monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE", 0)
-  monkeypatch.setattr(Checkpoints, "must_try_again", look_once_it_has_ended)
+  monkeypatch.setattr(checksums, "write_checksums", fail_once)
+  monkeypatch.setattr(retries, "FIRST_PAUSE", 0)
+  monkeypatch.setattr(Checkpoints, "must_retry", look_once_it_has_ended)
   changes = {"num_steps": 7, "checkpoint_every": 3, "checkpoints_to_keep": 9}
   loop.train(tiny_config(**changes), tmp_path)
   # That of step 3 failed, as was seen after step 4.
@@ -127,7 +127,7 @@ def test_a_second_signal_acts_at_once(request):
   # A shell that starts the tests in the background has SIGINT ignored.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-  with pytest.raises(KeyboardInterrupt), loop.stop_signals() as stop:
+  with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
     signal.raise_signal(signal.SIGINT)
     assert stop == [signal.SIGINT]
     signal.raise_signal(signal.SIGINT)
@@ -135,7 +135,7 @@ def test_a_second_signal_acts_at_once(request):
 
 def test_handlers_of_the_caller_come_back():
   before = signal.getsignal(signal.SIGTERM)
-  with loop.stop_signals():
+  with stop_signals():
     assert signal.getsignal(signal.SIGTERM) != before
   assert signal.getsignal(signal.SIGTERM) == before
 
@@ -146,7 +146,7 @@ def test_training_works_outside_the_main_thread(tmp_path):
 
   def run():
     try:
-      with loop.stop_signals() as stop:
+      with stop_signals() as stop:
         assert stop == []
     except Exception as error:
       failures.append(error)

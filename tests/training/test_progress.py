@@ -7,7 +7,6 @@ import pytest
 
 from mdt_jax.training import progress as progress_module
 from mdt_jax.training.progress import Progress
-from tests.training.tiny import tiny_config
 
 
 def test_pauses_are_left_out_of_images_a_second(monkeypatch):
@@ -20,7 +19,7 @@ def test_pauses_are_left_out_of_images_a_second(monkeypatch):
       written[done] = scalars["images_per_second"]
 
   metrics = {"loss": jnp.ones(2)}
-  progress = Progress(tiny_config(num_steps=8), Events(), start=0)
+  progress = Progress(Events(), start=0, log_every=2, num_steps=8, batch_size=8)
   progress.add(1, metrics)
   with progress.paused():  # between two log lines
     now += 100

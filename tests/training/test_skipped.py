@@ -12,6 +12,7 @@ import pytest
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
 from mdt_jax.training import loop
 from mdt_jax.training.replay import replay
 from tests.training.tiny import tiny_config
@@ -119,7 +120,7 @@ def test_a_run_goes_back_and_leaves_the_batches_out(data, tmp_path, caplog):
   assert moved.name.startswith("4_")
   checkpoints = Checkpoints(tmp_path, 9)
   assert checkpoints.latest_step() == 6
-  restored = checkpoints.restore(jax.eval_shape(lambda: state), config)
+  restored = checkpoints.restore(jax.eval_shape(lambda: state), build(config))
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 

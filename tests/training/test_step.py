@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import factories
+from mdt_jax.experiment import build
+from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import step
 from tests import reference
@@ -29,34 +30,30 @@ def make_batch(config, seed=0):
 
 
 def make_state(config):
-  optimizer, _ = factories.make_optimizer(config)
-  sampler = factories.make_timestep_sampler(config)
-  params = jax.tree.map(
-    jnp.asarray, reference.random_params(factories.make_model(config))
-  )
+  experiment = build(config)
+  params = jax.tree.map(jnp.asarray, reference.random_params(experiment.model))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=experiment.optimizer.init(params),
     ema={str(decay): params for decay in config.ema_decays},
-    loss_history=sampler.init(),
+    loss_history=experiment.objective.timestep_sampler.init(),
     batch_offset=jnp.zeros((), jnp.int32),
   )
 
 
 def make_step(config):
-  optimizer, learning_rate = factories.make_optimizer(config)
+  experiment = build(config)
   train_step = step.make_train_step(
-    factories.make_model(config),
-    factories.make_diffusion(config),
-    optimizer,
-    factories.make_timestep_sampler(config),
+    experiment.model,
+    experiment.objective,
+    experiment.optimizer,
     seed=config.seed,
     ema_decays=config.ema_decays,
     accumulation_steps=config.accumulation_steps,
-    learning_rate=learning_rate,
+    learning_rate=experiment.learning_rate,
   )
-  return jax.jit(train_step, static_argnames="num_keep")
+  return jax.jit(train_step, static_argnames="static")
 
 
 def smooth_config(**settings):
@@ -101,42 +98,27 @@ def test_the_step_is_that_of_the_released_loop_written_out():
   """Two passes, losses averaged and added, one optimizer step, then the averages."""
   config = smooth_config()
   state, after, metrics = run_once()
-  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
-  key = jax.random.fold_in(jax.random.key(config.seed), 0)
-  sampler = factories.make_timestep_sampler(config)
-  draws = step.draw(key, make_batch(config), model, sampler, None)
+  experiment = build(config)
+  model, process = experiment.model, experiment.process
+  draws = experiment.objective.draw(step.step_key(config.seed, 0), make_batch(config))
+
+  def pass_loss(params, index, mask):
+    noise = draws.noise[:, index]
+    x_t = process.q_sample(draws.x0, draws.t, noise)
+    t, y = process.network_time(draws.t), draws.y[:, index]
+    output = model.apply({"params": params}, x_t, t, y, mask)
+    return process.training_losses(output, draws.x0, x_t, draws.t, noise)["loss"].mean()
 
   def loss(params):
-    full = step.pass_losses(model, diffusion, params, draws, None)["loss"]
-    masked = step.pass_losses(model, diffusion, params, draws, NUM_KEEP)["loss"]
-    return full.mean() + masked.mean()
+    mask = token_mask_from_noise(draws.mask_noise, NUM_KEEP)
+    return pass_loss(params, 0, None) + pass_loss(params, 1, mask)
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
-  optimizer, _ = factories.make_optimizer(config)
-  updates, _ = optimizer.update(gradients, state.opt_state, state.params)
+  updates, _ = experiment.optimizer.update(gradients, state.opt_state, state.params)
   expected = jax.tree.map(jnp.add, state.params, updates)
   assert distance(after.params, expected) < 2e-6
   means = step.mean_metrics(metrics)
   np.testing.assert_allclose(means["loss"] + means["masked_loss"], value, rtol=1e-5)
-
-
-def test_both_passes_share_timesteps_and_differ_in_noise():
-  config = tiny_config()
-  model = factories.make_model(config)
-  sampler = factories.make_timestep_sampler(config)
-  draws = step.draw(jax.random.key(0), make_batch(config), model, sampler, None)
-  assert draws.t.shape == (config.batch_size,)
-  assert np.abs(draws.noise[:, 0] - draws.noise[:, 1]).max() > 0.1
-
-
-def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
-  config = tiny_config(batch_size=4096)
-  model = factories.make_model(config)
-  sampler = factories.make_timestep_sampler(config)
-  batch = {"image": np.zeros((4096, 8, 8, 1), "f"), "label": np.zeros(4096, np.int32)}
-  dropped = step.draw(jax.random.key(0), batch, model, sampler, None).labels == 10
-  np.testing.assert_allclose(dropped.mean(axis=0), 0.1, atol=0.02)
-  np.testing.assert_allclose(jnp.all(dropped, axis=1).mean(), 0.01, atol=0.008)
 
 
 def test_averages_follow_their_decays():
@@ -153,7 +135,7 @@ def test_averages_follow_their_decays():
 
 
 def test_without_a_masked_pass_its_losses_are_absent_and_its_parameters_stay():
-  config = tiny_config(**{"optimizer.name": "adamw"})
+  config = tiny_config(**{"optimizer.name": "adamw", "masking.ratio": 0.0})
   state = make_state(config)
   after, metrics = make_step(config)(state, make_batch(config), None)
   assert "masked_loss" not in metrics
@@ -194,20 +176,21 @@ def test_loss_second_moment_sampler_learns_from_the_step():
 def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
   """Else the sampler would learn from its own weights."""
   config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
-  model, diffusion = factories.make_model(config), factories.make_diffusion(config)
-  sampler = factories.make_timestep_sampler(config)
+  experiment = build(config)
+  objective = experiment.objective
   rng = np.random.default_rng(0)
   num_timesteps = config.diffusion.num_timesteps
-  history = sampler.init().replace(
+  history = objective.timestep_sampler.init().replace(
     losses=rng.uniform(0.1, 2, (num_timesteps, 10)).astype(np.float32),
     counts=np.full(num_timesteps, 10, np.int32),
   )
   state = make_state(config).replace(loss_history=history)
   after, metrics = make_step(config)(state, make_batch(config), None)
-  key = jax.random.fold_in(jax.random.key(config.seed), 0)
-  draws = step.draw(key, make_batch(config), model, sampler, history)
+  key = step.step_key(config.seed, 0)
+  draws = objective.draw(key, make_batch(config), history)
   assert np.std(draws.weights) > 0.1
-  losses = step.pass_losses(model, diffusion, state.params, draws, None)["loss"]
+  _, found = objective.loss(experiment.model.apply, state.params, draws, None)
+  losses = found["total"]
   mean = step.mean_metrics(metrics)["loss"]
   np.testing.assert_allclose(mean, np.mean(losses * draws.weights), rtol=1e-4)
   changed = np.asarray(after.loss_history.losses) != history.losses
@@ -215,26 +198,12 @@ def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
   np.testing.assert_allclose(recorded, np.sort(losses), rtol=1e-4)
 
 
-def test_latents_are_drawn_from_their_posterior():
-  """Anew at each step, and the same at a replayed one."""
-  rng = np.random.default_rng(0)
-  moments = rng.uniform(0.5, 1, (512, 2, 4, 4, 3)).astype(np.float16)
-  draws = [
-    np.asarray(step.draw_images(jax.random.key(seed), {"moments": moments}))
-    for seed in (0, 0, 1)
-  ]
-  np.testing.assert_array_equal(draws[0], draws[1])
-  assert np.abs(draws[0] - draws[2]).max() > 0.1
-  normal = (draws[0] - moments[:, 0]) / moments[:, 1]
-  np.testing.assert_allclose([normal.mean(), normal.std()], [0, 1], atol=0.03)
-
-
 def test_the_step_imports_neither_tensorflow_nor_torch():
   import subprocess
   import sys
 
   code = (
-    "import sys, mdt_jax, mdt_jax.training.step, mdt_jax.models, mdt_jax.diffusion\n"
+    "import sys, mdt_jax, mdt_jax.training.step, mdt_jax.objectives\n"
     "heavy = {'tensorflow', 'torch', 'tensorflow_datasets', 'ml_collections', 'clu'}\n"
     "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
   )

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mdt_jax import config as settings
-from mdt_jax import factories
+from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
+from mdt_jax.objectives import PlainObjective
+from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,6 +24,11 @@ def load(name):
   return module
 
 
+def build_on(config, num_devices):
+  """Builds and checks all but the mesh, for which devices would have to be there."""
+  return build(config, devices=[None] * num_devices)
+
+
 def test_there_is_a_config_for_each_published_run_and_for_digits():
   runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit") for s in ("s", "b", "l", "xl")}
   assert {path.stem for path in CONFIGS.glob("*.py")} == runs | {"digits"}
@@ -30,7 +37,7 @@ def test_there_is_a_config_for_each_published_run_and_for_digits():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_is_valid_and_its_docstring_gives_its_command(path):
   module = load(path.stem)
-  settings.check(module.get_config(), num_devices=8 if path.stem != "digits" else 1)
+  build_on(module.get_config(), 8 if path.stem != "digits" else 1)
   assert f"python -m mdt_jax.main --config=configs/{path.name}" in module.__doc__
 
 
@@ -39,10 +46,10 @@ def test_v1_runs_are_as_released(size):
   config = load(f"mdt_{size}2").get_config()
   assert config.optimizer.name == "adamw"
   assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-4, 0)
-  assert factories.kept_lengths(config).lengths == (179,)
+  assert build_on(config, 8).objective.static_choices == (179,)
   assert config.diffusion.loss_weight == "none"
   assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
-  assert factories.make_model(config).decode_depth == 2
+  assert build_on(config, 8).model.decode_depth == 2
 
 
 @pytest.mark.parametrize(
@@ -53,15 +60,18 @@ def test_v2_runs_are_as_released(size, rate, decode):
   assert config.optimizer.name == "adan"
   assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (rate, 1.0)
   assert config.diffusion.loss_weight == "min_snr"
-  assert factories.make_model(config).decode_depth == decode
-  lengths = factories.kept_lengths(config).lengths
+  experiment = build_on(config, 8)
+  assert experiment.model.decode_depth == decode
+  lengths = experiment.objective.static_choices
   assert all(length % 8 == 0 for length in lengths)
   assert (lengths[0], lengths[-1]) == (128, 176)
 
 
 def test_dit_has_no_masked_pass():
-  assert factories.kept_lengths(load("dit_s2").get_config()) is None
-  assert factories.kept_lengths(tiny_config(**{"model.name": "DiT-S/2"})) is None
+  for config in (load("dit_s2").get_config(), tiny_config(**{"model.name": "DiT-S/2"})):
+    objective = build(config).objective
+    assert isinstance(objective, PlainObjective)
+    assert objective.static_choices == (None,)
 
 
 BAD = [
@@ -123,7 +133,7 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_accepted(
 ):
   config = tiny_config(**{setting: value})
   with pytest.raises(SettingError) as error:
-    settings.check(config, num_devices=2)
+    build_on(config, 2)
   message = str(error.value)
   assert message.startswith("config.")
   assert accepted in message
@@ -138,9 +148,44 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_accepted(
 def test_guidance_without_label_dropout_is_refused():
   config = tiny_config(**{"model.label_dropout": 0.0})
   with pytest.raises(SettingError, match=r"config\.sampling\.cfg_scale = 3\.8"):
-    settings.check(config)
+    build(config)
 
 
 def test_an_unknown_field_cannot_be_set():
   with pytest.raises(AttributeError):
     tiny_config().modle = 1
+
+
+def test_settings_and_config_are_two_forms_of_the_same():
+  config = tiny_config(**{"sampling.spacing": "karras"})
+  settings = Settings.from_config(config)
+  assert settings.to_dict() == config.to_dict()
+  assert Settings.from_dict(settings.to_dict()) == settings
+  assert Settings.from_config(default_config()) == Settings()
+
+
+def test_settings_that_a_checkpoint_lacks_have_their_defaults():
+  saved = tiny_config().to_dict()
+  del saved["objective"], saved["diffusion"]["process"], saved["model"]["condition"]
+  settings = Settings.from_dict(saved)
+  assert settings == Settings.from_config(tiny_config())
+
+
+def test_an_optional_setting_keeps_its_type():
+  config = tiny_config()
+  with pytest.raises(TypeError):
+    config.sampling.spacing = 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"steps": 3}, r"^steps = 3: is no setting of sampling: cfg_channels, "),
+    ({"ema_decay": 0.9}, r"^config\.sampling\.ema_decay = 0\.9: is chosen when"),
+    ({"eta": "1"}, r"^config\.sampling\.eta = '1': must be of type float"),
+    ({"num_steps": 0}, r"^config\.sampling\.num_steps = 0: must lie in \[1, "),
+  ],
+)
+def test_a_bad_setting_of_a_call_is_named(changes, message):
+  with pytest.raises(SettingError, match=message):
+    Settings.from_config(tiny_config()).with_sampling(changes)
