@@ -216,6 +216,19 @@ class Experiment:
     """The same network and process, with other data; see `Settings.with_data`."""
     return self._sharing(self.settings.with_data(**changes))
 
+  def with_vae(self, vae: str | None) -> Experiment:
+    """The same network and process, with another autoencoder.
+
+    Args:
+      vae: folder or hub id; None keeps the autoencoder of the run.
+
+    Raises:
+      SettingError: the network draws pixels, which need no autoencoder.
+    """
+    if vae is not None and self.holds_pixels:
+      raise SettingError("vae", vae, "must be left out: this model draws pixels")
+    return self.with_data(vae=vae) if vae else self
+
   def load_autoencoder(
     self, placement: jax.sharding.Sharding | None = None
   ) -> Autoencoder | None:

@@ -396,7 +396,8 @@ def _parse_value(value: Any, accepted: Any, setting: str) -> Any:
     raise SettingError(setting, value, f"must be of type {kind.__name__}")
   if is_number and not math.isfinite(value):
     raise SettingError(setting, value, "must be finite")
-  return value
+  # x**4 and x**4.0 are different operations of XLA: a float stays a float.
+  return float(value) if kind is float else value
 
 
 def _kind(accepted: Any) -> tuple[type[Any], bool]:
