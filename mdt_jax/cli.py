@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -33,10 +34,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[list[str]], None]) -> None:
   """Runs a command; a setting that cannot be used is one line and exit code 2."""
 
-  def guarded(argv: Sequence[str]) -> None:
+  def guarded(argv: list[str]) -> None:
     _plain_log_lines()
     if len(argv) > 1:
       _refuse(f"unknown argument {argv[1]!r}: settings are given as --name=value")
@@ -94,7 +95,7 @@ def _plain_log_lines() -> None:
   logger.handlers = [handler]
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> list[str]:
   absl_logging.set_verbosity(absl_logging.ERROR)  # what is wrong is said here
   try:
     return flags.FLAGS(argv)
@@ -125,7 +126,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     _refuse(f"config has no field {unknown[1]!r}{accepted}")
 
 
-def _place_in_config(error: BaseException, argv: Sequence[str]) -> str | None:
+def _place_in_config(error: BaseException, argv: list[str]) -> str | None:
   """FILE:LINE of a config file that raised an error; None if nothing of it did."""
   values = (argument.removeprefix("--config=") for argument in argv)
   paths = {os.path.abspath(value.partition(":")[0]) for value in values}
@@ -141,6 +142,6 @@ def _place_in_config(error: BaseException, argv: Sequence[str]) -> str | None:
   return None
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
   sys.exit(EXIT_BAD_SETTING)

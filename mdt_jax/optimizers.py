@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.types import Array, Params
 
-Array = jax.Array
-Params = Any
-Schedule = Callable[[Array], Array]
+# Steps taken -> learning rate.
+Schedule: TypeAlias = optax.Schedule
 
-OPTIMIZERS = ("adamw", "adan")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -50,7 +49,7 @@ def learning_rate_schedule(
 class AdanState(NamedTuple):
   """Moments of Adan; each tree is shaped as the parameters, float32."""
 
-  count: Array  # () int32, steps taken
+  count: Array  # () int32, steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
   mean: Params  # m, of the gradient
   difference: Params  # v, of the change of the gradient
   square: Params  # n, of the squared look-ahead gradient
@@ -107,7 +106,7 @@ def adan(
     updates = jax.tree.map(step, params, mean, difference, square)
     return updates, AdanState(count, mean, difference, square, gradients)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
@@ -154,18 +153,28 @@ def create_optimizer(
   for setting, decay in dict(b1=b1, b2=b2, b3=b3).items():
     if decay is not None and not 0 <= decay < 1:
       raise SettingError(setting, decay, "must lie in [0, 1)")
-  settings = dict(eps=eps, weight_decay=weight_decay)
-  settings |= {k: b for k, b in dict(b1=b1, b2=b2).items() if b is not None}
-  if name == "adamw":
-    if b3 is not None:
-      raise SettingError("b3", b3, "is of adan alone")
-    optimizer = optax.adamw(learning_rate, **settings)
-  else:
-    settings |= {} if b3 is None else {"b3": b3}
-    optimizer = adan(learning_rate, **settings)
+  given: dict[str, Any] = {"eps": eps, "weight_decay": weight_decay}
+  given |= {k: b for k, b in dict(b1=b1, b2=b2, b3=b3).items() if b is not None}
+  optimizer = OPTIMIZERS[name](learning_rate, **given)
   if clip_norm is not None:
     optimizer = optax.chain(clip_by_global_norm(clip_norm, eps), optimizer)
   return _without_frozen(optimizer, tuple(frozen)) if frozen else optimizer
+
+
+def _adamw(
+  learning_rate: float | Schedule, **given: Any
+) -> optax.GradientTransformation:
+  """AdamW, which MDT v1 and DiT are trained with."""
+  if "b3" in given:
+    raise SettingError("b3", given["b3"], "is of adan alone")
+  return optax.adamw(learning_rate, **given)
+
+
+# Name -> (learning rate, moment decays that are given, eps, weight decay) -> optimizer
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": _adamw,
+  "adan": adan,
+}
 
 
 def _without_frozen(
@@ -179,5 +188,6 @@ def _without_frozen(
       for name, tree in params.items()
     }
 
+  transforms: dict[Hashable, optax.GradientTransformation]
   transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
   return optax.partition(transforms, labels)

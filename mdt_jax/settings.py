@@ -351,11 +351,15 @@ class Settings:
 
 def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   """A config as a checkpoint holds it; settings that it lacks have their defaults."""
+  saved = dict(saved)
+  if "ema_decays" in saved:
+    saved["ema_decays"] = tuple(saved["ema_decays"])
+  sampling = dict(saved.get("sampling", {}))
+  if "cfg_interval" in sampling:
+    sampling["cfg_interval"] = tuple(sampling["cfg_interval"])
   config = Settings().to_config()
   with config.unlocked():
-    config.update(saved)
-  config.ema_decays = tuple(saved.get("ema_decays", config.ema_decays))
-  config.sampling.cfg_interval = tuple(config.sampling.cfg_interval)
+    config.update({**saved, "sampling": sampling})
   return config
 
 
@@ -390,14 +394,17 @@ def _parse_value(value: Any, accepted: Any, setting: str) -> Any:
     return value.to_dict()
   if kind is tuple and isinstance(value, list):
     return tuple(value)
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  is_right = is_number if kind is float else isinstance(value, kind)
-  if not is_right or (kind is int and isinstance(value, bool)):
+  if kind not in (int, float):
+    if not isinstance(value, kind):
+      raise SettingError(setting, value, f"must be of type {kind.__name__}")
+    return value
+  accepted_types = (int,) if kind is int else (int, float)
+  if isinstance(value, bool) or not isinstance(value, accepted_types):
     raise SettingError(setting, value, f"must be of type {kind.__name__}")
-  if is_number and not math.isfinite(value):
+  if not math.isfinite(value):
     raise SettingError(setting, value, "must be finite")
   # x**4 and x**4.0 are different operations of XLA: a float stays a float.
-  return float(value) if kind is float else value
+  return kind(value)
 
 
 def _kind(accepted: Any) -> tuple[type[Any], bool]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
+from flax.linen import spmd
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
@@ -113,7 +114,8 @@ def of_state(mesh: Mesh, state: Any) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = parameter_axes(name)
     stacked = (None,) * (len(leaf.shape) - len(axes))
-    return NamedSharding(mesh, nn.logical_to_mesh_axes((*stacked, *axes), RULES))
+    spec = spmd.logical_to_mesh_axes((*stacked, *axes), RULES)
+    return NamedSharding(mesh, spec or PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(of_leaf, state)
 
@@ -124,9 +126,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   Several processes may need the same rows: those that a tensor axis spans.
   """
   places = over_batch(mesh).addressable_devices_indices_map((batch_size,))
-  rows = {
-    row for (part,) in places.values() for row in range(*part.indices(batch_size))
-  }
+  parts = [index[0] for index in places.values() if index is not None]
+  rows = {row for part in parts for row in range(*part.indices(batch_size))}
   return np.array(sorted(rows))
 
 

@@ -15,8 +15,7 @@ from mdt_jax.models.registry import init_params
 from mdt_jax.types import Array, Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """State of a run after `step` steps.
 
   Attributes:

@@ -114,6 +114,7 @@ def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> in
   """The step asked for, or else the latest whose averages are not damaged."""
   if asked is not None:
     check_choice("--step", asked, sorted(steps))
+  damage = None
   for step in sorted(steps, reverse=True) if asked is None else [asked]:
     damage = checksums.damage(folder / str(step), items=("ema", "config"))
     if damage is None:

@@ -196,16 +196,16 @@ class GaussianDiffusion(Process):
     # The first step takes the posterior's: a better likelihood of the decoder.
     return np.concatenate([self.posterior_log_variance[:1], np.log(self.betas[1:])])
 
-  def alpha(self, t: Array) -> Float[Array, B]:
+  def alpha(self, t: Array) -> Float[Array, " B"]:
     return jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)[t]
 
-  def sigma(self, t: Array) -> Float[Array, B]:
+  def sigma(self, t: Array) -> Float[Array, " B"]:
     return jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)[t]
 
-  def weight(self, t: Array) -> Float[Array, B]:
+  def weight(self, t: Array) -> Float[Array, " B"]:
     return jnp.asarray(self.mse_weights, jnp.float32)[t]
 
-  def sample_t(self, key: Array, batch: int) -> Int[Array, batch]:
+  def sample_t(self, key: Array, batch: int) -> Int[Array, " batch"]:
     return jax.random.randint(key, (batch,), 0, self.num_timesteps)
 
   def levels(self) -> Levels:
@@ -216,7 +216,7 @@ class GaussianDiffusion(Process):
       log_snr(self.alphas_cumprod),
     )
 
-  def network_time(self, t: Array) -> Int[Array, B]:
+  def network_time(self, t: Array) -> Int[Array, " B"]:
     """Original timesteps of the steps t."""
     return jnp.asarray(self.timesteps, jnp.int32)[t]
 

@@ -107,7 +107,7 @@ class Process(abc.ABC):
     x_t: Float[Array, "B H W C"],
     t: Array,
     noise: Float[Array, "B H W C"],
-  ) -> dict[str, Float[Array, B]]:
+  ) -> dict[str, Float[Array, " B"]]:
     """Losses of each sample by name; "loss" (B,) is the one that training descends."""
     output = model_output.astype(jnp.float32)
     loss = self.weight(t) * mean_flat((self.target(x0, noise, t) - output) ** 2)
@@ -137,7 +137,7 @@ def like(values: Array, x: Array) -> Array:
   return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
 
-def mean_flat(x: Array) -> Float[Array, B]:
+def mean_flat(x: Array) -> Float[Array, " B"]:
   """Mean over all axes but the first."""
   return x.mean(axis=tuple(range(1, x.ndim)))
 

@@ -7,7 +7,7 @@ next latent. Rows are computed once, in float64 on the host; `samplers` scans th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,12 +28,12 @@ class Rows(NamedTuple):
     keep, now, before, noise: (E,) float32.
   """
 
-  step: np.ndarray
-  corrects: np.ndarray
-  keep: np.ndarray
-  now: np.ndarray
-  before: np.ndarray
-  noise: np.ndarray
+  step: Any  # NumPy arrays here, traced ones in a scan
+  corrects: Any
+  keep: Any
+  now: Any
+  before: Any
+  noise: Any
 
 
 def solver_rows(levels: Levels, method: str) -> Rows:

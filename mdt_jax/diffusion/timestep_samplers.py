@@ -15,8 +15,7 @@ from mdt_jax.types import Array
 SAMPLERS = ("uniform", "loss-second-moment")
 
 
-@flax.struct.dataclass
-class LossHistory:
+class LossHistory(flax.struct.PyTreeNode):
   """The last losses of every step.
 
   Attributes:

@@ -24,13 +24,12 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.types import Array, Batch, Params
 
 # model.apply: ({"params": params}, x_t, t, y, token_mask) -> output
-Apply = Callable[..., Array]
+Apply = Callable[..., Any]
 # Name -> (B,) loss of each sample. "total" is required: it is the loss of all passes.
 Losses = dict[str, Array]
 
 
-@flax.struct.dataclass
-class Draws:
+class Draws(flax.struct.PyTreeNode):
   """Samples of a batch with all that is random about them; the first axis is B.
 
   Attributes:

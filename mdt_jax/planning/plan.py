@@ -237,7 +237,7 @@ def largest_batch(
     except DoesNotFitError:
       too_large = batch
     if best is None:
-      batch = too_large // 2
+      batch = batch // 2
     elif too_large is None:
       batch = 2 * best[0]
     elif too_large - best[0] <= max(1, best[0] // 8):

@@ -61,8 +61,10 @@ def start(
     _check_address(coordinator_address)
   if num_processes is not None and num_processes < 1:
     raise SettingError("--num_processes", num_processes, "must be at least 1")
-  if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
-    raise SettingError("--process_id", process_id, f"must lie in [0, {num_processes})")
+  if num_processes is not None and process_id is not None:
+    if not 0 <= process_id < num_processes:
+      accepted = f"must lie in [0, {num_processes})"
+      raise SettingError("--process_id", process_id, accepted)
   with _deadline(timeout, f"--coordinator_address = {coordinator_address!r}"):
     try:
       jax.distributed.initialize(
