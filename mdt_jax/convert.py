@@ -22,8 +22,12 @@ from mdt_jax.checkpoints import converted
 from mdt_jax.logs import logger
 from mdt_jax.pretrained import torch_inception, torch_vae
 
-INPUT = flags.DEFINE_string("input", None, "File; with --to_torch a workdir.")
-OUTPUT = flags.DEFINE_string("output", None, "Workdir; with --to_torch a file.")
+INPUT = flags.DEFINE_string(
+  "input", None, "File; with --to_torch a workdir.", required=True
+)
+OUTPUT = flags.DEFINE_string(
+  "output", None, "Workdir; with --to_torch a file.", required=True
+)
 TO_TORCH = flags.DEFINE_bool("to_torch", False, "From a workdir to a PyTorch file.")
 INCEPTION = flags.DEFINE_bool("inception", False, "Weights of FID's network.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
@@ -35,7 +39,6 @@ NUM_HEADS = flags.DEFINE_integer(
 )
 STEP = flags.DEFINE_integer("step", None, "Step to convert back; the latest.")
 EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Average to convert back.")
-flags.mark_flags_as_required(["input", "output"])
 
 
 def main(argv: list[str]) -> None:

@@ -24,7 +24,10 @@ CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Python file with get_config().", lock_config=True
 )
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder for checkpoints, TensorBoard events and pictures."
+  "workdir",
+  None,
+  "Folder for checkpoints, TensorBoard events and pictures.",
+  required=True,
 )
 REPLAY_STEP = flags.DEFINE_integer(
   "replay_step",
@@ -32,12 +35,13 @@ REPLAY_STEP = flags.DEFINE_integer(
   "Train nothing; look into this step, counted from 0, once more: which examples, "
   "parameters and gradients are not finite. Writes WORKDIR/replay_STEP.json.",
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
   del argv
-  if jax.config.jax_compilation_cache_dir is None:
+  cache_dir = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if cache_dir is None:
     # The next start of this run compiles nothing.
     cache = Path(WORKDIR.value).expanduser().absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -26,7 +26,7 @@ CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Python file with get_config().", lock_config=True
 )
 TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "v5e:16x16, v4:4x4x4, v5e-256 or the like; cpu:8."
+  "topology", None, "v5e:16x16, v4:4x4x4, v5e-256 or the like; cpu:8.", required=True
 )
 WHAT = flags.DEFINE_string("what", "train", "train or sample.")
 BATCH_PER_DEVICE = flags.DEFINE_integer(
@@ -35,7 +35,7 @@ BATCH_PER_DEVICE = flags.DEFINE_integer(
 FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest one that fits.")
 CHIP = flags.DEFINE_string("chip", None, "With cpu:N: whose memory and speed count.")
 JSON = flags.DEFINE_string("json", None, "File that the plan is written to as well.")
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     settings,
     topology,
     what=WHAT.value,
-    chip=CHIPS.get(CHIP.value),
+    chip=None if CHIP.value is None else CHIPS[CHIP.value],
     batch_per_device=BATCH_PER_DEVICE.value,
     find_batch=FIND_BATCH.value,
   )

@@ -120,7 +120,7 @@ def of_state(mesh: Mesh, state: Any) -> Any:
   return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Rows of a global batch that this process's devices need, increasing.
 
   Several processes may need the same rows: those that a tensor axis spans.
@@ -128,7 +128,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   places = over_batch(mesh).addressable_devices_indices_map((batch_size,))
   parts = [index[0] for index in places.values() if index is not None]
   rows = {row for part in parts for row in range(*part.indices(batch_size))}
-  return np.array(sorted(rows))
+  return sorted(rows)
 
 
 def put_batch(

@@ -16,6 +16,7 @@ import optax
 from mdt_jax.models.mdt import MDT
 from mdt_jax.objectives import Draws, Objective
 from mdt_jax.objectives.objective import Losses
+from mdt_jax.optimizers import Schedule
 from mdt_jax.train_state import TrainState
 from mdt_jax.types import Array, Batch, Params
 
@@ -40,7 +41,7 @@ def make_train_step(
   seed: int,
   ema_decays: Iterable[float],
   accumulation_steps: int = 1,
-  learning_rate: Callable[[Array], Array] | None = None,
+  learning_rate: Schedule | None = None,
 ) -> TrainStep:
   """Builds the step, to be jitted with `static` static and the state donated.
 
@@ -92,7 +93,7 @@ def make_train_step(
     norm = optax.tree.norm(trained)
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
-      metrics["learning_rate"] = jnp.stack([learning_rate(state.step), 1.0])
+      metrics["learning_rate"] = jnp.stack([jnp.asarray(learning_rate(state.step)), 1.0])
     finite = jnp.isfinite(total.mean()) & jnp.isfinite(norm)
     metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}
     metrics["skipped"] = jnp.stack([1.0 - finite, 1.0])
