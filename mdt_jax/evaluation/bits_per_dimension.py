@@ -1,70 +1,98 @@
-"""Bits a dimension of a data set under a trained network."""
+"""Bits per dimension of a data set under a trained network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+import tqdm
+from jaxtyping import Float, Int, UInt32
 
-from mdt_jax import factories
+from mdt_jax import sharding
+from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.data.sources import Source
 from mdt_jax.data.transforms import pixels_to_float, without_draws
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.likelihood import calc_bpd
+from mdt_jax.diffusion.process import Process
+from mdt_jax.errors import SettingError
+from mdt_jax.models.mdt import MDT
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.types import Array, Batch, Params
 
-if TYPE_CHECKING:
-  from mdt_jax.pretrained.autoencoder import Autoencoder
+NUM_IMAGES = 1000  # of `measure`
 
-Array = jax.Array
-Params = Any
 # (params, batch, ids (B,), seed) -> terms of `calc_bpd`
-Bound = Callable[[Params, dict[str, Array], Array, Array], dict[str, Array]]
+Bound: TypeAlias = Callable[[Params, Batch, Array, Array], dict[str, Array]]
 
 
 def make_bound(
-  config: ConfigDict,
+  model: MDT,
+  process: Process,
   num_steps: int | None = None,
+  *,
+  clip_denoised: bool,
   autoencoder: Autoencoder | None = None,
 ) -> Bound:
-  """The jitted bound of a run's network, conditioned on the labels.
+  """The jitted variational bound of images under a network, given their conditions.
 
   Args:
-    config: of the run.
-    num_steps: of a respaced process; None for every timestep, as released.
-    autoencoder: encodes images, where the run does so.
+    model: the network.
+    process: the process that the network was trained on; gaussian.
+    num_steps: steps of a respaced process; None for all steps, as released.
+    clip_denoised: whether to clip each predicted x0 to [-1, 1]; for pixels.
+    autoencoder: encodes the images of a batch; None if batches hold what the network
+      was trained on.
 
   Returns:
-    (params, batch, ids, seed) -> terms of `calc_bpd`. The noise of an image derives
-    from (seed, its id), whatever the batch; of latents the means are taken.
+    (params, batch, ids (B,), seed) -> terms of `calc_bpd`. The noise of an image
+    derives from (seed, id), whatever the batch. Latents are the means of the encoder.
+
+  Raises:
+    SettingError: the process is not gaussian, or has fewer steps.
   """
-  model = factories.make_model(config)
-  spacing = "" if num_steps is None else str(num_steps)
-  diffusion = factories.make_diffusion(config, spacing=spacing)
+  if not isinstance(process, GaussianDiffusion):
+    raise SettingError(
+      "metrics",
+      "bpd",
+      f"needs a gaussian process, not a {type(process).__name__}",
+    )
+  total = process.num_timesteps
+  if num_steps is not None and not 1 <= num_steps <= total:
+    raise SettingError(
+      "num_steps",
+      num_steps,
+      f"must lie in [1, config.diffusion.num_timesteps = {total}]",
+    )
+  diffusion = process if num_steps is None else process.respaced("", num_steps)
 
   @jax.jit
   def bound(
-    params: Params, batch: dict[str, Array], ids: Array, seed: Array
+    params: Params, batch: Batch, ids: UInt32[Array, " B"], seed: UInt32[Array, ""]
   ) -> dict[str, Array]:
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
-    return calc_bpd(
-      lambda x, t: model.apply({"params": params}, x, t, batch["label"]),
-      diffusion,
-      batch["moments"][:, 0] if "moments" in batch else batch["image"],
-      keys,
-      clip_denoised=factories.holds_pixels(config),
-    )
+    y = model.conditioning.of_batch(batch)
 
-  if not factories.encodes_images(config):
+    def model_fn(x: Array, t: Array) -> Array:
+      output = model.apply({"params": params}, x, t, y)
+      assert isinstance(output, Array)
+      return output
+
+    x0 = batch["moments"][:, 0] if "moments" in batch else batch["image"]
+    return calc_bpd(model_fn, diffusion, x0, keys, clip_denoised=clip_denoised)
+
+  if autoencoder is None:
     return bound
 
   def bound_of_images(
-    params: Params, batch: dict[str, Array], ids: Array, seed: Array
+    params: Params, batch: Batch, ids: Array, seed: Array
   ) -> dict[str, Array]:
-    moments = autoencoder.moments(batch["image"])
-    return bound(params, {"moments": moments, "label": batch["label"]}, ids, seed)
+    encoded = dict(batch)
+    encoded["moments"] = autoencoder.moments(encoded.pop("image"))
+    return bound(params, encoded, ids, seed)
 
   return bound_of_images
 
@@ -73,27 +101,27 @@ def bounds(
   bound: Bound,
   params: Params,
   source: Source,
-  indices: np.ndarray,
+  indices: Int[np.ndarray, " N"],
   *,
   seed: int,
   batch_size: int,
-) -> Iterator[dict[str, np.ndarray]]:
-  """The bound of images of a source, batch by batch.
+) -> Iterator[dict[str, Float[np.ndarray, "B *steps"]]]:
+  """Bounds of images of a source, batch by batch.
 
   Args:
-    bound: of `make_bound`.
+    bound: from `make_bound`.
     params: of the network.
     source: of labelled images.
-    indices: (N,) which of them.
-    seed: image i derives its noise from (seed, i).
+    indices: numbers of the images in the source.
+    seed: the noise of image i derives from (seed, i).
     batch_size: images at a time.
 
   Yields:
-    Terms of `calc_bpd` for each batch; the last one may be shorter.
+    Terms of `calc_bpd` for each batch; the last batch may be shorter.
   """
   for start in range(0, len(indices), batch_size):
     count = min(batch_size, len(indices) - start)
-    # The last batch is filled up, so that one compilation serves all.
+    # The last batch is filled up, so that one compilation serves all batches.
     ids = indices[(start + np.arange(batch_size)) % len(indices)]
     examples = [without_draws(source[int(i)]) for i in ids]
     batch = jax.tree.map(lambda *arrays: np.stack(arrays), *examples)
@@ -104,3 +132,67 @@ def bounds(
       jnp.asarray(seed, jnp.uint32),
     )
     yield {name: np.asarray(term)[:count] for name, term in terms.items()}
+
+
+def measure(
+  checkpoint: Checkpoint,
+  num_images: int = NUM_IMAGES,
+  *,
+  num_steps: int | None = None,
+  batch_size: int = 64,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """The mean bound of images spread evenly over a run's data, with a progress bar.
+
+  The images are held out of training if the run holds out any.
+
+  Args:
+    checkpoint: the run and its averaged parameters.
+    num_images: largest number of images.
+    num_steps: see `make_bound`.
+    batch_size: images at a time.
+    seed: the noise of image i derives from (seed, i).
+
+  Returns:
+    "step" and "ema_decay" of the parameters, "held_out", "images", and the mean of each
+    term of `calc_bpd`.
+
+  Raises:
+    SettingError: the run's process has no bound or fewer steps, or its data cannot be
+      read.
+  """
+  experiment = checkpoint.experiment
+  bound = make_bound(
+    experiment.model,
+    experiment.process,
+    num_steps,
+    clip_denoised=experiment.holds_pixels,
+    autoencoder=experiment.autoencoder if experiment.encodes_images else None,
+  )
+  held_out = experiment.settings.data.validation > 0
+  source = experiment.held_out if held_out else experiment.source
+  count = min(num_images, len(source))
+  batches = bounds(
+    bound,
+    jax.device_put(checkpoint.params, sharding.replicated(experiment.mesh)),
+    source,
+    np.linspace(0, len(source) - 1, count).astype(int),
+    seed=seed,
+    batch_size=min(batch_size, count),
+  )
+  found: list[dict[str, np.ndarray]] = []
+  with tqdm.tqdm(total=count, unit="image") as bar:
+    for terms in batches:
+      found.append(terms)
+      bar.update(len(terms["total_bpd"]))
+  means = {
+    name: np.concatenate([terms[name] for terms in found]).mean(axis=0).tolist()
+    for name in found[0]
+  }
+  return {
+    "step": checkpoint.step,
+    "ema_decay": experiment.settings.sampled_decay,
+    "held_out": held_out,
+    "images": count,
+    **means,
+  }

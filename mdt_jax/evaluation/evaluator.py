@@ -1,129 +1,229 @@
-"""Scores of a network while it trains, as `config.eval` says."""
+"""Evaluators: scores against the same real images, for the command and in training."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from mdt_jax import factories
 from mdt_jax.data.sources import Source
-from mdt_jax.evaluation import scores
+from mdt_jax.errors import SettingError
+from mdt_jax.evaluation import references, scores
+from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import (
-  Batch,
   GeneratedImages,
   ImageStream,
+  LabelledImages,
   SourceImages,
 )
-from mdt_jax.evaluation.scores import Summary
+from mdt_jax.evaluation.registry import check_metrics
+from mdt_jax.evaluation.summary import Summary
+from mdt_jax.experiment import Experiment
+from mdt_jax.logs import logger
 from mdt_jax.pretrained.torch_inception import load_inception
-from mdt_jax.sampling import batches
+from mdt_jax.sampling.generator import make_generator
+from mdt_jax.settings import Settings
+from mdt_jax.types import Params
 
-if TYPE_CHECKING:
-  from mdt_jax.pretrained.autoencoder import Autoencoder
-
-MAX_REAL_IMAGES = 10_000  # of the data, where no reference is given
-
-logger = logging.getLogger("mdt_jax")
+MAX_REAL_IMAGES = 10_000  # images of the run's data that replace a reference
+_EVAL = "config.eval."  # prefix of the settings of scores in training
 
 
 class Stopped(Exception):
-  """The run is asked to stop: there are no scores of this step."""
+  """The run must stop; the scores of this step are not complete."""
 
 
 class Evaluator:
-  """Samples with the averaged parameters, and scores what comes out.
+  """Scores streams of images against the same real images.
 
-  Of several processes all must take part.
+  Attributes:
+    metrics: names of the scores.
+    real: summary of the real images.
 
   Args:
-    config: of the run.
-    mesh: its devices, which share the work.
-    source: its data, real images where `config.eval.reference` names none.
-    autoencoder: decodes latents.
-
-  Raises:
-    SettingError: a file that is named cannot be used, images are missing, or a score
-      cannot be had of those that will be drawn.
+    metrics: keys of `registry.METRICS`.
+    extract: computes the features of all these scores; see `scores.make_extractor`.
+    real: summary of the real images.
+    reference: file of the real images, for errors; None if they are the run's data.
+    prefix: of the names of settings, for errors: "--" or "config.eval.".
   """
 
   def __init__(
     self,
-    config: ConfigDict,
-    mesh: Mesh,
-    source: Source,
-    autoencoder: Autoencoder | None = None,
+    metrics: Sequence[str],
+    extract: FeatureExtractor,
+    real: Summary,
+    *,
+    reference: str | None = None,
+    prefix: str = "--",
   ):
-    self._config = config
-    self._autoencoder = autoencoder
-    self._generator = batches.make_generator(config)
-    self._names = factories.eval_metrics(config)
-    drawn = self._drawn(params=None)
-    inception = None
-    if config.eval.inception is not None:
-      inception = load_inception(config.eval.inception, "config.eval.inception")
-    self._extract = scores.make_extractor(
-      self._names, inception, config.eval.batch_size, mesh
-    )
-    self._real = self._read_real(source)
+    self.metrics, self.real = list(metrics), real
+    self._extract, self._reference, self._prefix = extract, reference, prefix
+
+  @classmethod
+  def create(
+    cls,
+    metrics: Sequence[str],
+    *,
+    reference: str | None = None,
+    open_data: Callable[[], Source] | None = None,
+    inception: str | Path | None = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    prefix: str = "--",
+    progress: bool = False,
+  ) -> Evaluator:
+    """Loads Inception and computes what the scores need of the real images.
+
+    Args:
+      metrics: keys of `registry.METRICS`.
+      reference: file of real images or of their statistics, see
+        `references.read_reference`; None for images of the run's data.
+      open_data: opens the run's data; called only if a score needs real images and
+        `reference` is None.
+      inception: file of Inception's weights, if a score needs Inception.
+      batch_size: images at a time, over all devices.
+      mesh: devices; None for all.
+      prefix: of the names of settings, for errors: "--" or "config.eval.".
+      progress: whether to show progress bars.
+
+    Raises:
+      SettingError: a score does not exist, a file cannot be read, or real images are
+        missing or too few.
+    """
+    check_metrics(f"{prefix}metrics", metrics, inception is not None)
+    weights = None
+    if inception is not None:
+      weights = load_inception(inception, f"{prefix}inception")
+    extract = scores.make_extractor(metrics, weights, batch_size, mesh)
+    names, setting = scores.of_real_images(metrics), f"{prefix}reference"
+    real = Summary({}, {})
+    if names and reference is not None:
+      bar = "reference" if progress else None
+      real = references.read_reference(
+        reference, names, extract, setting=setting, progress=bar
+      )
+    elif names:
+      if open_data is None:
+        raise SettingError(setting, None, "must be given")
+      images = SourceImages(open_data(), MAX_REAL_IMAGES, setting)
+      bar = "data" if progress else None
+      real = scores.summarize(images, extract, names, progress=bar)
+    return cls(metrics, extract, real, reference=reference, prefix=prefix)
+
+  def check(self, images: GeneratedImages) -> None:
+    """Raises SettingError if images that are not drawn yet will lack a score."""
     scores.check_comparable(
-      self._names,
-      self._real,
-      drawn.labels,
-      self._extract.sizes(drawn.image_shape),
-      number="config.eval.num_images",
-      reference="config.eval.reference",
-      path=config.eval.reference,
+      self.metrics,
+      self.real,
+      images.labels,
+      self._extract.sizes(images.image_shape),
+      path=self._reference,
+      prefix=self._prefix,
     )
+
+  def __call__(
+    self, images: ImageStream, progress: str | None = None
+  ) -> dict[str, float]:
+    """Scores of images, by name. All processes of a run must take part.
+
+    Args:
+      images: read once, in batches.
+      progress: title of a progress bar; None for no bar.
+
+    Raises:
+      SettingError: the images cannot be read, or are too few for a score.
+    """
+    generated = scores.summarize(images, self._extract, self.metrics, progress=progress)
+    return scores.score(self.metrics, self.real, generated)
+
+
+class TrainingEvaluator:
+  """Draws images with the averaged parameters of a training step, and scores them.
+
+  Args:
+    evaluator: scores the images.
+    draw: averaged parameters -> the images to score.
+    ema_decay: decay of the averaged parameters.
+  """
+
+  def __init__(
+    self,
+    evaluator: Evaluator,
+    draw: Callable[[Params], GeneratedImages],
+    ema_decay: float,
+  ):
+    self._evaluator, self._draw, self._decay = evaluator, draw, str(ema_decay)
 
   def __call__(
     self,
     done: int,
-    ema: Mapping[str, Any],
+    ema: Mapping[str, Params],
     stops: Callable[[], bool] = lambda: False,
   ) -> dict[str, float]:
-    """Scores by the name of their TensorBoard tag, "eval/fid".
+    """Scores by TensorBoard tag, such as "eval/fid". All processes must take part.
 
     Args:
-      done: steps done.
+      done: number of steps done.
       ema: averaged parameters by decay, of a `TrainState`.
-      stops: asked after each batch, and the same on every process.
+      stops: whether the run must stop; called after each batch, with the same result
+        on all processes.
 
     Raises:
-      Stopped: `stops` says so.
+      Stopped: `stops` returned True.
     """
-    drawn = self._drawn(ema[str(factories.sampled_decay(self._config))])
-    images = _UntilStopped(drawn, stops)
-    generated = scores.summarize(images, self._extract, self._names)
-    found = scores.score(self._names, self._real, generated)
+    found = self._evaluator(_UntilStopped(self._draw(ema[self._decay]), stops))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
     logger.info("step %d  %s", done, shown)
     return {f"eval/{name}": value for name, value in found.items()}
 
-  def _drawn(self, params: Any) -> GeneratedImages:
+
+def check_eval(settings: Settings) -> None:
+  """Raises SettingError if training cannot compute the scores of `config.eval`."""
+  chosen = settings.eval
+  if chosen.every:
+    has_inception = chosen.inception is not None
+    check_metrics(f"{_EVAL}metrics", chosen.metric_names, has_inception)
+
+
+def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
+  """The evaluator of `config.eval`.
+
+  The real images are those of `config.eval.reference`, or else images of the run's
+  data. The devices of the run share the work.
+
+  Raises:
+    SettingError: a file cannot be read, real images are missing, or the images to be
+      drawn will lack a score.
+  """
+  settings = experiment.settings
+  chosen = settings.eval
+  generator = make_generator(experiment.model, experiment.sampler)
+
+  def draw(params: Params) -> GeneratedImages:
     return GeneratedImages(
-      self._config,
-      self._generator,
+      experiment.model,
+      generator,
       params,
-      self._config.eval.num_images,
-      self._autoencoder,
-      self._config.seed,
+      chosen.num_images,
+      experiment.autoencoder,
+      settings.seed,
+      holds_pixels=experiment.holds_pixels,
     )
 
-  def _read_real(self, source: Source) -> Summary:
-    names = scores.of_real_images(self._names)
-    reference = self._config.eval.reference
-    if names and reference is None:
-      images = SourceImages(source, MAX_REAL_IMAGES, "config.eval.reference")
-      return scores.summarize(images, self._extract, names)
-    if names:
-      return scores.read_reference(
-        reference, names, self._extract, setting="config.eval.reference"
-      )
-    return Summary({}, {})
+  drawn = draw(None)  # checked before the real images are read
+  evaluator = Evaluator.create(
+    chosen.metric_names,
+    reference=chosen.reference,
+    open_data=lambda: experiment.source,
+    inception=chosen.inception,
+    batch_size=chosen.batch_size,
+    mesh=experiment.mesh,
+    prefix=_EVAL,
+  )
+  evaluator.check(drawn)
+  return TrainingEvaluator(evaluator, draw, settings.sampled_decay)
 
 
 class _UntilStopped:
@@ -135,7 +235,7 @@ class _UntilStopped:
   def __len__(self) -> int:
     return len(self._images)
 
-  def batches(self, batch_size: int) -> Iterator[Batch]:
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]:
     for batch in self._images.batches(batch_size):
       if self._stops():
         raise Stopped

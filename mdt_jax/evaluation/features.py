@@ -1,37 +1,40 @@
-"""Images to features: in batches over the devices, by any function.
+"""Features of images, computed in batches over the devices.
 
-What is computed of an image is a `FeatureFn`. Two are here: `inception_features`, which
-FID, sFID, the Inception score, precision and recall are of, and `pixel_features`, which
-need no network.
+A `FeatureFn` computes features. This module has two: `inception_features`, for FID,
+sFID, Inception score, precision and recall, and `pixel_features`, which needs no
+network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Num
 
 from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.models.inception import IMAGE_SIZE, Inception
+from mdt_jax.types import Array, Params
 
-Array = jax.Array
 # (parameters, images (B, H, W, C) in [0, 255], uint8 or float32) -> name: (B, D)
-FeatureFn = Callable[[Any, Array], dict[str, Array]]
+FeatureFn: TypeAlias = Callable[[Params, Array], dict[str, Array]]
 
-PIXELS_A_SIDE = 8  # of `pixel_features`
+PIXELS_A_SIDE = 8  # largest height and width of `pixel_features`
 
 
-def inception_features(params: Any, images: Array) -> dict[str, Array]:
+def inception_features(
+  params: Params, images: Num[Array, "B H W 3"]
+) -> dict[str, Float[Array, "B D"]]:
   """Features of the Inception of 2015, as ADM's evaluator computes them.
 
   Args:
-    params: of `pretrained.torch_inception.load_inception`.
-    images: (B, H, W, 3) in [0, 255].
+    params: from `pretrained.torch_inception.load_inception`.
+    images: in [0, 255], uint8 or float32.
 
   Returns:
     "pool3" (B, 2048), "spatial" (B, 2023) and "logits" (B, 1008), float32; see
@@ -45,11 +48,19 @@ def inception_features(params: Any, images: Array) -> dict[str, Array]:
       "images", images.shape[1:], "Inception takes RGB images (H, W, 3)"
     )
   resized = tf1_resize(images, (IMAGE_SIZE, IMAGE_SIZE))
-  return Inception().apply({"params": params}, (resized - 128) / 128)
+  found = Inception().apply({"params": params}, (resized - 128) / 128)
+  assert isinstance(found, dict)
+  return found
 
 
-def pixel_features(params: Any, images: Array) -> dict[str, Array]:
+def pixel_features(
+  params: Params, images: Num[Array, "B H W C"]
+) -> dict[str, Float[Array, "B D"]]:
   """Pixels in [0, 1], averaged to at most 8x8; for small data.
+
+  Args:
+    params: unused.
+    images: in [0, 255], uint8 or float32.
 
   Returns:
     "pixels" (B, min(H, 8) min(W, 8) C) float32.
@@ -62,23 +73,26 @@ def pixel_features(params: Any, images: Array) -> dict[str, Array]:
   return {"pixels": small.reshape(batch, -1)}
 
 
-def tf1_resize(images: Array, size: tuple[int, int]) -> Array:
+def tf1_resize(
+  images: Num[Array, "B H W C"], size: tuple[int, int]
+) -> Float[Array, "B h w C"]:
   """Bilinear resize of TensorFlow 1: no half-pixel centres, no antialiasing.
 
-  As tf.compat.v1.image.resize_bilinear(align_corners=False) does. Every published FID
-  hangs on it: the top left pixels coincide, and the last ones are repeated.
+  The function equals tf.compat.v1.image.resize_bilinear(align_corners=False), which
+  every published FID depends on: the top left pixels of input and output coincide, and
+  the last pixels are repeated.
 
   Args:
-    images: (B, H, W, C).
+    images: of any range and type.
     size: height and width of the result.
 
   Returns:
-    (B, *size, C) float32, in the range of the images.
+    float32 images of that size, in the range of the input.
   """
   images = images.astype(jnp.float32)
   for axis, length in ((2, size[1]), (1, size[0])):
     old = images.shape[axis]
-    # In float32, as there.
+    # In float32, as TensorFlow computes it.
     place = np.arange(length, dtype=np.float32) * np.float32(old / length)
     low = np.floor(place).astype(np.int32)
     high = np.minimum(low + 1, old - 1)
@@ -91,22 +105,25 @@ def tf1_resize(images: Array, size: tuple[int, int]) -> Array:
 
 
 class FeatureExtractor:
-  """A feature function, jitted, with batches spread over the devices.
+  """A jitted feature function that spreads each batch over the devices.
 
-  Of several processes all must call it, with the same images.
+  All processes of a run must call it, with the same images.
 
   Args:
     function: any `FeatureFn`.
-    params: its first argument; copied to every device.
-    batch_size: images at a time, over all devices; rounded up to a multiple of those
-      that share a batch.
-    mesh: of `sharding.make_mesh`; all devices unless given.
+    params: first argument of the function; copied to every device.
+    batch_size: images at a time, over all devices; rounded up to a multiple of the
+      devices that share a batch.
+    mesh: from `sharding.make_mesh`; None for all devices.
+
+  Raises:
+    SettingError: the batch size is below 1.
   """
 
   def __init__(
     self,
     function: FeatureFn,
-    params: Any = None,
+    params: Params = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
   ):
@@ -120,15 +137,17 @@ class FeatureExtractor:
     self._function = jax.jit(function, out_shardings=self._over_batch)
 
   def sizes(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """How many features by name images (H, W, C) have; computes none."""
+    """Number of features of an image (H, W, C), by name; computes no features."""
     images = jax.ShapeDtypeStruct((self.batch_size, *image_shape), np.uint8)
     found = jax.eval_shape(self._function, self._params, images)
     return {name: values.shape[1] for name, values in found.items()}
 
-  def __call__(self, images: np.ndarray) -> dict[str, Array]:
+  def __call__(
+    self, images: Num[np.ndarray, "B H W C"]
+  ) -> dict[str, Float[Array, "B D"]]:
     """Features of at most `batch_size` images; does not wait for the devices."""
     count = len(images)
-    # A shorter batch is filled up, so that one compilation serves all.
+    # A shorter batch is filled up, so that one compilation serves all batches.
     filled = np.resize(images, (self.batch_size, *images.shape[1:]))
     placed = jax.make_array_from_callback(
       filled.shape, self._over_batch, lambda rows: filled[rows]

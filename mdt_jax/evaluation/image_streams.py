@@ -1,7 +1,7 @@
-"""Where the images to be scored come from: a file, a run's data, or its network.
+"""Streams of images to score: from a file, from a run's data, or from its network.
 
-Each is an `ImageStream`: it says how many there are, and gives them in batches, so that
-any number of images takes the memory of one batch.
+An `ImageStream` knows its number of images and yields them in batches, so that any
+number of images takes the memory of one batch.
 """
 
 from __future__ import annotations
@@ -11,46 +11,49 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, Protocol, TypeAlias
 
 import numpy as np
-from ml_collections import ConfigDict
+from jaxtyping import Num
 
-from mdt_jax import factories
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.sampling import batches
+from mdt_jax.models.mdt import MDT
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sampling.blocks import generate_batches
+from mdt_jax.sampling.generator import Generator, output_shape
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.sharding import fetch
-
-if TYPE_CHECKING:
-  from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.types import Params
 
 IMAGES, LABELS = "arr_0", "arr_1"  # members of an .npz, as ADM names them
 # (images (B, H, W, C) in [0, 255], uint8 or float32; labels (B,) or None)
-Batch = tuple[np.ndarray, np.ndarray | None]
+LabelledImages: TypeAlias = tuple[np.ndarray, np.ndarray | None]
 
 
 class ImageStream(Protocol):
-  """Images, some number at a time; the last batch may be shorter."""
+  """Images, in batches; the last batch may be shorter."""
 
   def __len__(self) -> int: ...
 
-  def batches(self, batch_size: int) -> Iterator[Batch]: ...
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]: ...
 
 
 class NpzImages:
   """The images of an .npz file, read as a stream and checked.
 
+  Attributes:
+    shape: (N, H, W, C).
+
   Args:
-    path: its arr_0 holds (N, H, W, 1 or 3) uint8, or floats in [0, 255]; its arr_1,
-      if it is there, N labels.
-    setting: that names the file, for errors.
+    path: file whose arr_0 holds images (N, H, W, 1 or 3), uint8 or floats in [0, 255],
+      and whose optional arr_1 holds N labels.
+    setting: name of the file's setting, for errors.
 
   Raises:
-    SettingError: no such file or array, another dtype or rank, or pickled objects; and
-      while it is read: images that are cut off, out of range or not finite, with the
-      number of the first.
+    SettingError: the file or the array does not exist, or has another type or rank, or
+      holds pickled objects. `batches` raises it for images that are cut off, out of
+      range or not finite, with the number of the first of them.
   """
 
   def __init__(self, path: str | Path, setting: str = "--samples"):
@@ -62,7 +65,7 @@ class NpzImages:
   def __len__(self) -> int:
     return self.shape[0]
 
-  def batches(self, batch_size: int) -> Iterator[Batch]:
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]:
     with self._open() as member:
       self._read_header(member)
       for start in range(0, len(self), batch_size):
@@ -116,13 +119,15 @@ class NpzImages:
       raise self._error(f"{IMAGES} is cut off after {whole} of {len(self)} images")
     return np.frombuffer(data, self._dtype).reshape(-1, *self.shape[1:])
 
-  def _check(self, images: np.ndarray, start: int) -> np.ndarray:
-    """Finite floats in [0, 255], as float32; uint8 as it is."""
+  def _check(
+    self, images: Num[np.ndarray, "B H W C"], start: int
+  ) -> Num[np.ndarray, "B H W C"]:
+    """Images uint8, or float32 once all are checked to be finite and in [0, 255]."""
     if images.dtype == np.uint8:
       return images
     images = images.astype(np.float32)
     lowest, highest = (f(images, axis=(1, 2, 3)) for f in (np.min, np.max))
-    bad = np.flatnonzero(~((lowest >= 0) & (highest <= 255)))  # also where it is NaN
+    bad = np.flatnonzero(~((lowest >= 0) & (highest <= 255)))  # NaN counts as bad
     if bad.size:
       i = bad[0]
       raise self._error(
@@ -156,15 +161,15 @@ class NpzImages:
 
 
 class SourceImages:
-  """Images of a run's data, spread evenly over it.
+  """Images of a run's data, spread evenly over the data.
 
   Args:
     source: of uint8 images; see `mdt_jax.data.sources`.
-    num_images: as many, or all if there are fewer.
-    setting: what would name other images, for errors.
+    num_images: largest number of images.
+    setting: setting that can name other images, for errors.
 
   Raises:
-    SettingError: while it is read, where the data holds no images.
+    SettingError: from `batches`, if the data holds no images.
   """
 
   def __init__(self, source: Source, num_images: int, setting: str = "--reference"):
@@ -175,7 +180,7 @@ class SourceImages:
   def __len__(self) -> int:
     return len(self._indices)
 
-  def batches(self, batch_size: int) -> Iterator[Batch]:
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]:
     for start in range(0, len(self), batch_size):
       indices = self._indices[start : start + batch_size]
       examples = [self._source[int(i)] for i in indices]
@@ -183,56 +188,58 @@ class SourceImages:
         raise SettingError(
           self._setting, None, "must be given: the run's data holds no images"
         )
-      yield tuple(
-        np.stack([example[name] for example in examples]) for name in ("image", "label")
-      )
+      images = np.stack([example["image"] for example in examples])
+      yield images, np.stack([example["label"] for example in examples])
 
 
 class GeneratedImages:
-  """Images that a network draws: the classes in turn, image i from (seed, i).
+  """Images that a network draws: one class after the other, image i from (seed, i).
 
-  Of several processes all must read the stream, and each gets the whole batches.
+  All processes of a run must read the stream; each gets whole batches.
 
   Attributes:
-    labels: (N,) their classes.
+    labels: (N,) classes of the images.
     image_shape: (H, W, C).
 
   Args:
-    config: of the run; `config.sampling` says how images are drawn.
-    generator: of `sampling.batches.make_generator(config)`.
-    params: averaged parameters; images are drawn where they lie, spread over the
-      devices inside `sharding.use_mesh`.
-    num_images: how many.
-    autoencoder: decodes latents.
+    model: the network.
+    generator: from `sampling.generator.make_generator`.
+    params: averaged parameters. The devices that hold them draw the images, and share
+      each batch inside `sharding.use_mesh`.
+    num_images: N.
+    autoencoder: decodes latents; None if the network draws pixels.
     seed: in [0, 2**32).
+    holds_pixels: whether the network draws pixels.
 
   Raises:
-    SettingError: the network draws latents, and nothing decodes them.
+    SettingError: the network draws latents, and there is no autoencoder.
   """
 
   def __init__(
     self,
-    config: ConfigDict,
-    generator: batches.Generator,
-    params: Any,
+    model: MDT,
+    generator: Generator,
+    params: Params,
     num_images: int,
     autoencoder: Autoencoder | None = None,
     seed: int = 0,
+    *,
+    holds_pixels: bool,
   ):
-    if autoencoder is None and not factories.holds_pixels(config):
+    if autoencoder is None and not holds_pixels:
       raise SettingError(
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
-    self.labels = np.arange(num_images) % config.model.num_classes
-    self.image_shape = factories.image_shape(config, autoencoder)
+    self.labels = model.conditioning.choose(num_images)
+    self.image_shape = output_shape(model, autoencoder)
     self._autoencoder = autoencoder
 
   def __len__(self) -> int:
     return len(self.labels)
 
-  def batches(self, batch_size: int) -> Iterator[Batch]:
-    drawn = batches.generate_batches(
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]:
+    drawn = generate_batches(
       self._generator,
       self._params,
       self.labels,

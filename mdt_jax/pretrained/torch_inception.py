@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from mdt_jax.errors import SettingError
-from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception, Params
+from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.pretrained.tensors import (
   Tensors,
   misfits,
@@ -25,6 +25,7 @@ from mdt_jax.pretrained.tensors import (
   refuse,
   write_tensors,
 )
+from mdt_jax.types import Params
 
 GRAPH_SUFFIX = ".pb"
 _BATCH_NORM_EPSILON = 1e-3

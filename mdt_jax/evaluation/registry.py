@@ -1,0 +1,181 @@
+"""The table of scores.
+
+To add a score, write a function (real summary, generated summary) -> float, and add one
+entry to `METRICS`. The entry says which features of the images the function uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Int
+
+from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.evaluation import classifier, metrics
+from mdt_jax.evaluation.features import (
+  FeatureFn,
+  inception_features,
+  pixel_features,
+)
+from mdt_jax.evaluation.summary import Summary
+
+# (real images, generated images) -> the score, or several scores by name.
+ScoreFn: TypeAlias = Callable[[Summary, Summary], float | dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """How a score is computed, and what the computation needs.
+
+  Attributes:
+    compute: (real, generated) -> the score. Several metrics may share a function that
+      returns all their scores by name; the function then runs once.
+    extract: function that computes the features.
+    gaussian: name of the features whose mean and covariance `compute` uses.
+    kept: name of the features that `compute` uses of each image. A metric has either
+      `gaussian` or `kept`.
+    needs_real: whether `compute` uses the real images.
+    needs_labels: whether `compute` uses labels.
+    fewest: smallest number of images.
+    check_labels: (real, drawn) labels -> None; raises SettingError for "reference" or
+      "num_images" if images with these labels have no such score. Called before the
+      images are drawn.
+  """
+
+  compute: ScoreFn
+  extract: FeatureFn
+  gaussian: str | None = None
+  kept: str | None = None
+  needs_real: bool = True
+  needs_labels: bool = False
+  fewest: int = 2
+  check_labels: Callable[[np.ndarray, np.ndarray], None] | None = None
+
+  @property
+  def needs_inception(self) -> bool:
+    """Whether the features are those of Inception, whose weights the user provides."""
+    return self.extract is inception_features
+
+
+def frechet_metric(features: str, extract: FeatureFn) -> Metric:
+  """A Frechet distance of the features of this name."""
+
+  def compute(real: Summary, generated: Summary) -> float:
+    return metrics.frechet_distance(
+      real.statistics[features], generated.statistics[features]
+    )
+
+  return Metric(compute, extract, gaussian=features)
+
+
+def labelled_metric(
+  name: str,
+  function: Callable[..., float],
+  check_labels: Callable[[np.ndarray, np.ndarray], None],
+) -> Metric:
+  """A score of labelled pixels.
+
+  Args:
+    name: of the score, for errors.
+    function: (real pixels (N, D), real labels (N,), generated pixels (M, D), generated
+      labels (M,)) -> score.
+    check_labels: see `Metric`.
+  """
+
+  def compute(real: Summary, generated: Summary) -> float:
+    arguments: list[Any] = []
+    for what, summary in (("real", real), ("generated", generated)):
+      if summary.labels is None:
+        raise SettingError(f"{what} images", None, f"{name} needs their labels (arr_1)")
+      arguments += [summary.features["pixels"], summary.labels]
+    return function(*arguments)
+
+  return Metric(
+    compute, pixel_features, kept="pixels", needs_labels=True, check_labels=check_labels
+  )
+
+
+def _inception_score(real: Summary, generated: Summary) -> float:
+  del real
+  return metrics.inception_score(generated.features["logits"])
+
+
+def _precision_recall(real: Summary, generated: Summary) -> dict[str, float]:
+  precision, recall = metrics.precision_recall(
+    real.features["pool3"], generated.features["pool3"]
+  )
+  return {"precision": precision, "recall": recall}
+
+
+def _two_classes(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -> None:
+  del drawn
+  if len(np.unique(real)) < 2:
+    raise SettingError("reference", None, "accuracy needs images of at least 2 classes")
+
+
+def _repeated_class(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -> None:
+  repeated = []
+  for labels in (drawn, real):
+    classes, counts = np.unique(labels, return_counts=True)
+    repeated.append(classes[counts > 1])
+  if not np.intersect1d(*repeated).size:
+    raise SettingError(
+      "num_images",
+      len(drawn),
+      "diversity needs two images of a class, both among the real and the drawn "
+      "images; the classes are drawn in turn",
+    )
+
+
+_MANIFOLD = Metric(
+  _precision_recall,
+  inception_features,
+  kept="pool3",
+  fewest=metrics.NUM_NEIGHBOURS + 1,
+)
+
+METRICS: dict[str, Metric] = {
+  "fid": frechet_metric("pool3", inception_features),
+  "sfid": frechet_metric("spatial", inception_features),
+  "is": Metric(
+    _inception_score, inception_features, kept="logits", needs_real=False, fewest=1
+  ),
+  "precision": _MANIFOLD,
+  "recall": _MANIFOLD,
+  "frechet": frechet_metric("pixels", pixel_features),
+  "accuracy": labelled_metric(
+    "accuracy", classifier.conditional_accuracy, _two_classes
+  ),
+  "diversity": labelled_metric("diversity", classifier.diversity, _repeated_class),
+}
+
+
+def inception_metrics() -> list[str]:
+  """Names of the scores that need Inception: those of ADM's evaluator."""
+  return [name for name, metric in METRICS.items() if metric.needs_inception]
+
+
+def other_metrics() -> list[str]:
+  """Names of the scores that need no weights."""
+  return [name for name, metric in METRICS.items() if not metric.needs_inception]
+
+
+def check_metrics(setting: str, names: Sequence[str], has_inception: bool) -> None:
+  """Raises SettingError for a score that does not exist or lacks Inception's weights.
+
+  Args:
+    setting: named in the error.
+    names: of the scores.
+    has_inception: whether Inception's weights are given.
+  """
+  if not names:
+    raise SettingError(setting, "", f"must be some of {', '.join(METRICS)}")
+  for name in names:
+    check_choice(setting, name, METRICS)
+    if METRICS[name].needs_inception and not has_inception:
+      raise SettingError(
+        setting, name, "needs the weights of Inception: see docs/evaluation.md"
+      )
