@@ -1,14 +1,14 @@
 """Does the data keep up with the step? python -m benchmarks.input_pipeline
 
-Measures, each in a process of its own, several times over:
+Measures several times, each in its own process:
 - latents a second from disk, by worker processes, out of the page cache and in it;
-- MDTv2-S/2's training step at batch 8 on this machine's CPU, and so how many times
-  faster than it the loader is;
-- JPEG images of ImageNet's usual size read and cropped a second, by threads;
-- images encoded a second (each with its mirror), with a small autoencoder of random
-  weights, and with --vae=DIR or, of random weights, --sd_size;
-- the CPU time of an image in the process that trains, which does not depend on what
-  else the machine does, and the most memory of that process and of a worker.
+- MDTv2-S/2's training step at batch 8 on this machine's CPU, and how many times faster
+  the loader is;
+- JPEG images of ImageNet's usual size, read and cropped, a second, by threads;
+- images encoded a second, each with its mirror image, with a small autoencoder of random
+  weights; also with --vae=DIR, and with one of Stable Diffusion's size (--sd_size);
+- the CPU time per image in the training process, which does not depend on the load of
+  the machine, and the peak memory of that process and of a worker.
 
 The latent set is synthetic, in ImageNet's format: moments (2, 2, 32, 32, 4) float16.
 """
@@ -68,7 +68,7 @@ class Rate(NamedTuple):
 
 
 class _Blank:
-  """As many images as are asked for, which take no time to read."""
+  """Blank images, which take no time to read."""
 
   def __init__(self, length: int):
     self._length = length
@@ -138,7 +138,7 @@ def time_loader(
 
   def prepare() -> None:
     (read_all if cached else leave_page_cache)(folder)
-    for _ in range(8 + 4 * num_workers):  # what lies ready in memory
+    for _ in range(8 + 4 * num_workers):  # batches that are already in memory
       next(batches)
 
   with contextlib.closing(batches):
@@ -149,22 +149,23 @@ def time_step(timing: Timing) -> list[Rate]:
   """Images a second of MDTv2-S/2's training step, both passes, blocks unrolled."""
   import jax
 
-  from mdt_jax import factories, recipes, sharding
+  from mdt_jax import recipes, sharding
+  from mdt_jax.experiment import build
   from mdt_jax.training import program
 
   config = recipes.mdtv2("S")
   config.batch_size = STEP_BATCH
   config.model.unroll = -1
-  mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+  experiment = build(config, devices=jax.devices("cpu")[:1])
   moments = np.zeros((STEP_BATCH, 2, *LATENT_SHAPE), np.float16)
   batch = {"moments": moments, "label": np.arange(STEP_BATCH, dtype=np.int32)}
-  lengths = factories.kept_lengths(config).lengths
-  with sharding.use_mesh(mesh):
-    compiled = program.make_program(config, mesh)
+  kept = experiment.objective.static_choices
+  with sharding.use_mesh(experiment.mesh):
+    compiled = program.make_program(experiment)
     states = [compiled.init(jax.random.key(0))]
 
     def step() -> None:
-      state, metrics = compiled.step(states.pop(), batch, lengths[len(lengths) // 2])
+      state, metrics = compiled.step(states.pop(), batch, kept[len(kept) // 2])
       jax.block_until_ready(metrics)
       states.append(state)
 
