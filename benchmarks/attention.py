@@ -25,8 +25,9 @@ from absl import app, flags
 
 from benchmarks import timing
 from mdt_jax.models.attention import attention
-from mdt_jax.models.blocks import UNUSED_BIAS_ROWS, relative_position_index
+from mdt_jax.models.embeddings import relative_position_index
 from mdt_jax.models.masking import token_mask_from_noise
+from mdt_jax.models.mdt import UNUSED_BIAS_ROWS
 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images.")
 GRID = flags.DEFINE_integer("grid", 16, "Tokens along a side.")

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from mdt_jax.models.mdt import MDT
-from mdt_jax.pretrained.torch_mdt import abstract_params, from_torch
+from mdt_jax.models.registry import abstract_params
+from mdt_jax.pretrained.torch_mdt import from_torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

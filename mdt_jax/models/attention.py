@@ -1,4 +1,4 @@
-"""Attention with a bias, and its gradient."""
+"""Softmax attention with a bias, and its gradient written out."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-Array = jax.Array
+from mdt_jax.types import Array
 
 
 @jax.custom_vjp
-def attention(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+def attention(
+  query: Float[Array, "B K H d"],
+  key: Float[Array, "B K H d"],
+  value: Float[Array, "B K H d"],
+  bias: Float[Array, "#B H K K"] | None,
+) -> Float[Array, "B K H d"]:
   """softmax(query key^T / sqrt(d) + bias) value, for each head.
 
-  As jax.nn.dot_product_attention. The gradient is written out, after FlashAttention
-  (arXiv 2205.14135, B.4), for two things that XLA would do otherwise: the weights are
-  divided by their sums only where that is K times as cheap, in the output; and the
-  gradient of a bias that images share is summed by a product.
+  Equals jax.nn.dot_product_attention. The gradient is written out, after FlashAttention
+  (arXiv 2205.14135, B.4). It is faster than XLA's in two places: the division by the
+  sums of the softmax is applied to the output, which has K / d times fewer numbers than
+  the weights; and the gradient of a bias that images share is summed by a product.
 
   Args:
-    query, key, value: (B, K, H, d), float32 or bfloat16.
-    bias: (1 or B, H, K, K) float32, added to the logits; None for none.
+    query, key, value: float32 or bfloat16.
+    bias: float32, added to the logits; with a first axis of 1 where images share it.
 
   Returns:
-    (B, K, H, d), of the type of `value`; logits and softmax are in float32.
+    The type of `value`. Logits and softmax are float32.
   """
   return _forward(query, key, value, bias)[0]
 
@@ -32,7 +38,7 @@ def attention(query: Array, key: Array, value: Array, bias: Array | None) -> Arr
 def _forward(
   query: Array, key: Array, value: Array, bias: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-  # Heads beside the batch, once, instead of in each product.
+  # (B, K, H, d) -> (B, H, K, d): transposed once, instead of in each product.
   q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
   logits = logits * q.shape[-1] ** -0.5
@@ -51,15 +57,15 @@ def _backward(
 ) -> tuple[Array, Array, Array, Array | None]:
   q, k, v, bias, weights, total, out = kept
   d_out = gradient.swapaxes(1, 2)
-  # The weights are still to be divided by their sums; so is everything below.
+  # `weights` lack the division by `total`: dividing d_out divides all that follows.
   d_out = (d_out / total).astype(v.dtype)
-  # Gradients of values and keys are made as (d, K) and transposed last: made as (K, d),
-  # XLA for CPUs transposes the weights (K, K) instead.
+  # The gradients of values and keys are computed as (d, K) and transposed at the end.
+  # Computed as (K, d), XLA for CPUs would transpose the weights (K, K) instead.
   d_value = jnp.einsum("bhqk,bhqd->bhdk", weights, d_out)
   d_weights = jnp.einsum(
     "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32
   )
-  # What a row of weights has in common, and which changes none, as they sum to one.
+  # The part that a row of weights shares cancels, because the row sums to one.
   common = (d_out * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
   d_logits = weights * (d_weights - common)
   rounded = d_logits.astype(q.dtype)
@@ -70,12 +76,13 @@ def _backward(
   if bias is not None:
     d_bias = d_logits if len(bias) == len(d_logits) else _sum_of_batch(d_logits)
   d_key, d_value = (x.swapaxes(2, 3) for x in (d_key, d_value))
-  return *(x.swapaxes(1, 2) for x in (d_query, d_key, d_value)), d_bias
+  d_query, d_key, d_value = (x.swapaxes(1, 2) for x in (d_query, d_key, d_value))
+  return d_query, d_key, d_value, d_bias
 
 
 attention.defvjp(_forward, _backward)
 
 
 def _sum_of_batch(x: Array) -> Array:
-  """(B, …) -> (1, …), as a product: XLA's sum takes CPUs several times as long."""
+  """(B, …) -> (1, …), as a product, which is several times as fast on CPUs as a sum."""
   return jnp.tensordot(jnp.ones((1, len(x)), x.dtype), x, axes=1)

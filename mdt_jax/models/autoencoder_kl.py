@@ -15,10 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.errors import SettingError
-
-Array = jax.Array
-Dtype = Any
-Params = dict[str, Any]
+from mdt_jax.types import Array, Dtype, Params
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -86,7 +83,7 @@ class AutoencoderKL(nn.Module):
 
   def setup(self) -> None:
     self.check()
-    shared = dict(
+    shared: dict[str, Any] = dict(
       block_out_channels=self.block_out_channels,
       groups=self.norm_num_groups,
       attention=self.mid_block_attention,
@@ -145,13 +142,18 @@ class AutoencoderKL(nn.Module):
 @functools.partial(jax.jit, static_argnames="model")
 def encode(model: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
   """`model.encode`, compiled once for each model and shape."""
-  return model.apply({"params": params}, images, method="encode")
+  # flax types the output as if it could come with variables.
+  return model.apply(  # pyright: ignore[reportReturnType]
+    {"params": params}, images, method="encode"
+  )
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode(model: AutoencoderKL, params: Params, latents: Array) -> Array:
   """`model.decode`, compiled once for each model and shape."""
-  return model.apply({"params": params}, latents, method="decode")
+  return model.apply(  # pyright: ignore[reportReturnType]
+    {"params": params}, latents, method="decode"
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slice_size"))
@@ -218,7 +220,7 @@ def decode_in_tiles(
     sums = decoded + jax.lax.dynamic_slice(images, corner, decoded.shape)
     return jax.lax.dynamic_update_slice(images, sums, corner), None
 
-  places = np.indices((len(tops), len(lefts))).reshape(2, -1).T
+  places = jnp.asarray(np.indices((len(tops), len(lefts))).reshape(2, -1).T)
   blank = jnp.zeros((batch, factor * height, factor * width, model.out_channels))
   return jax.lax.scan(add_tile, blank, places)[0]
 

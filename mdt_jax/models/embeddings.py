@@ -1,38 +1,33 @@
-"""What turns latents, timesteps, labels and positions into vectors."""
+"""Embeddings of patches, timesteps, labels and positions."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
-from mdt_jax.models.partitioning import gather, linear, parameter_axes
-
-Array = jax.Array
-Dtype = Any
+from mdt_jax.models.layers import linear, normal_init
+from mdt_jax.models.partitioning import gather, parameter_axes
+from mdt_jax.types import Array, Dtype
 
 NUM_FREQUENCIES = 256  # of the timestep embedding
 MAX_PERIOD = 10_000
 
-# Linear layers of the released code: Xavier uniform kernels, zero biases.
-linear_init = nn.initializers.xavier_uniform()
-normal_init = nn.initializers.normal(0.02)
 
-
-def sincos_positions(hidden_size: int, grid_size: int) -> np.ndarray:
-  """2-D sin-cos position embedding, the width coordinate first.
+def sincos_positions(hidden_size: int, grid_size: int) -> Float[np.ndarray, "L D"]:
+  """2-D sin-cos position embedding, the column first (MAE, arXiv 2111.06377).
 
   Args:
     hidden_size: D, divisible by 4.
     grid_size: tokens along each side.
 
   Returns:
-    (grid_size**2, D) float32, in row-major order: for each coordinate D/4 sines,
-    then D/4 cosines (MAE, arXiv 2111.06377).
+    (L, D) float32, the L = grid_size**2 tokens in row-major order: for each coordinate
+    D/4 sines, then D/4 cosines.
   """
   quarter = hidden_size // 4
   frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
@@ -42,43 +37,55 @@ def sincos_positions(hidden_size: int, grid_size: int) -> np.ndarray:
   return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def timestep_frequencies(t: Array) -> Array:
-  """Sinusoids of a timestep (B,), integer or not: (B, 256), cosines first."""
+def relative_position_index(grid_size: int) -> Int[np.ndarray, "L L"]:
+  """Row of the bias table for each pair (query, key) of the L = grid_size**2 tokens.
+
+  (dy + W - 1)(2W - 1) + dx + W - 1, where dy and dx are the query's row and column
+  minus the key's, and W is the grid size.
+  """
+  rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
+  dy = rows[:, None] - rows[None, :] + grid_size - 1
+  dx = columns[:, None] - columns[None, :] + grid_size - 1
+  return (dy * (2 * grid_size - 1) + dx).astype(np.int32)
+
+
+def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
+  """Sinusoids of timesteps, integer or not, cosines first: cos(t w_i), sin(t w_i).
+
+  w_i = MAX_PERIOD^(-i / 128), i = 0 … 127.
+  """
   half = NUM_FREQUENCIES // 2
   exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
-  # Rounded once, from float64, as PyTorch's exp is in all but two of 128 entries: an
-  # error in the last bit is multiplied by t, and XLA's and NumPy's float32 have more.
+  # Rounded once, from float64: t multiplies an error in the last bit. PyTorch's exp is
+  # exact to that rounding in all but two of 128 entries; XLA's and NumPy's are not.
   frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
   angles = t.astype(jnp.float32)[:, None] * frequencies
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def drop_labels(key: Array, labels: Array, num_classes: int, rate: float) -> Array:
-  """Replaces labels (B,) by the null label `num_classes` with probability `rate`."""
+def drop_labels(
+  key: Array, labels: Int[Array, "*B"], num_classes: int, rate: float
+) -> Int[Array, "*B"]:
+  """Replaces each label by the null label `num_classes` with probability `rate`."""
   dropped = jax.random.bernoulli(key, rate, labels.shape)
   return jnp.where(dropped, num_classes, labels)
 
 
 class PatchEmbed(nn.Module):
-  """Images (B, H, W, C) to tokens (B, (H/p)(W/p), D), one linear map a patch."""
+  """Images to tokens, L = (H / p) (W / p): one linear map of each patch."""
 
   patch_size: int
   hidden_size: int
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, images: Array) -> Array:
+  def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
     b, h, w, c = images.shape
     p = self.patch_size
     patches = images.reshape(b, h // p, p, w // p, p, c)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
-    return linear(
-      self.hidden_size,
-      "linear",
-      "patch_embed/",
-      kernel_init=linear_init,
-      dtype=self.dtype,
-    )(patches)
+    embed = linear(self.hidden_size, "linear", path="patch_embed/", dtype=self.dtype)
+    return embed(patches)  # (B, L, D)
 
 
 class TimestepEmbed(nn.Module):
@@ -88,24 +95,27 @@ class TimestepEmbed(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, t: Array) -> Array:
-    x = timestep_frequencies(t).astype(self.dtype)
-    for name in ("fc1", "fc2"):
-      x = nn.silu(x) if name == "fc2" else x
-      x = linear(
+  def __call__(self, t: Shaped[Array, "B"]) -> Float[Array, "B D"]:
+    fc1, fc2 = (
+      linear(
         self.hidden_size,
         name,
-        "timestep_embed/",
+        path="timestep_embed/",
         kernel_init=normal_init,
         dtype=self.dtype,
-      )(x)
-    return x
+      )
+      for name in ("fc1", "fc2")
+    )
+    x = timestep_frequencies(t).astype(self.dtype)  # (B, 256)
+    return fc2(nn.silu(fc1(x)))
 
 
 class LabelEmbed(nn.Module):
-  """Labels (B,) to vectors (B, D); the last row stands for "no label".
+  """Labels (B,) to vectors (B, D): the rows of a table.
 
-  The null row exists where `dropout` is above 0, as in the released code.
+  The last row, number `num_classes`, is the null label's. It exists where `dropout` is
+  above 0, as in the released code. In training, labels are dropped with the random
+  stream "label_dropout".
   """
 
   num_classes: int
@@ -114,7 +124,9 @@ class LabelEmbed(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, labels: Array, train: bool = False) -> Array:
+  def __call__(
+    self, labels: Int[Array, "B"], train: bool = False
+  ) -> Float[Array, "B D"]:
     rows = self.num_classes + (self.dropout > 0)
     table = self.param("table", normal_init, (rows, self.hidden_size), jnp.float32)
     if train and self.dropout > 0:

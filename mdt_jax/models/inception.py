@@ -14,8 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-Params = dict[str, Any]
+from mdt_jax.types import Array
 
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048

@@ -1,4 +1,7 @@
-"""The Masked Diffusion Transformer (arXiv 2303.14389), v1 and v2, and DiT."""
+"""The Masked Diffusion Transformer (arXiv 2303.14389), v1 and v2, and DiT, whole.
+
+Shapes: B samples; latents (H, W, C); L tokens of which the encoder sees K; width D.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +9,162 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models.blocks import (
-  UNUSED_BIAS_ROWS,
-  Block,
-  FinalLayer,
-  relative_position_index,
-)
+from mdt_jax.models import layers
+from mdt_jax.models.attention import attention
+from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.embeddings import (
-  LabelEmbed,
   PatchEmbed,
   TimestepEmbed,
-  normal_init,
+  relative_position_index,
   sincos_positions,
 )
+from mdt_jax.models.layers import gelu, linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
-from mdt_jax.models.partitioning import gather, parameter_axes
-
-Array = jax.Array
-Dtype = Any
+from mdt_jax.models.partitioning import gather, parameter_axes, shard_batch
+from mdt_jax.types import Array, Dtype
 
 VARIANTS = ("DiT", "MDT", "MDTv2")
-REMAT_POLICIES = {
-  "none": None,  # keep every activation
-  "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input
-  "dots": jax.checkpoint_policies.checkpoint_dots,  # keep matrix products
-}
+
+# Rows of the bias table that no index reads: BEiT's, for its class token. The released
+# checkpoints hold them.
+UNUSED_BIAS_ROWS = 3
+
+
+class Modulation(nn.Module):
+  """The conditioning to `count` vectors of shift, scale or gate; adaLN-Zero."""
+
+  count: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, c: Float[Array, "B D"]) -> list[Array]:
+    out = linear(
+      self.count * c.shape[-1],
+      "linear",
+      path="modulation/",
+      kernel_init=nn.initializers.zeros,
+      dtype=self.dtype,
+    )(nn.silu(c))
+    return jnp.split(out, self.count, axis=-1)  # count x (B, D)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention, with a relative position bias where asked.
+
+  Attributes:
+    num_heads: heads.
+    bias_rows: rows of the bias table; 0 for no bias (DiT).
+    dtype: of the products; the softmax is float32.
+  """
+
+  num_heads: int
+  bias_rows: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B K D"], index: Int[Array, "#B K K"] | None
+  ) -> Float[Array, "B K D"]:
+    """Attends; `index` holds the row of the bias table for each pair of tokens."""
+    dim = x.shape[-1]
+    # Heads are an axis of their own, which devices can share.
+    heads = (3, self.num_heads, dim // self.num_heads)
+    qkv = linear(heads, "qkv", dtype=self.dtype)(x)  # (B, K, 3, heads, D / heads)
+    query, key, value = jnp.unstack(qkv, axis=2)
+    bias = None
+    if self.bias_rows:
+      # timm truncates the normal at 2, a hundred stds away.
+      shape = (self.bias_rows, self.num_heads)
+      table = self.param("relative_position_bias", normal_init, shape, jnp.float32)
+      bias = jnp.asarray(table)[index]  # (1 or B, K, K, heads)
+      bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
+    out = attention(query, key, value, bias)  # (B, K, heads, D / heads)
+    return linear(dim, "proj", axis=(-2, -1), dtype=self.dtype)(out)
+
+
+class Block(nn.Module):
+  """A transformer block: long skip where given, attention and MLP, both modulated.
+
+  Attributes:
+    emit: whether to return the output a second time, for `nn.scan` to stack.
+    others: see `MDT` and `Attention`.
+  """
+
+  num_heads: int
+  mlp_ratio: float
+  bias_rows: int
+  emit: bool = False
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B K D"],
+    c: Float[Array, "B D"],
+    index: Int[Array, "#B K K"] | None,
+    skip: Float[Array, "B K D"] | None = None,
+  ) -> tuple[Array, Array | None]:
+    dim = x.shape[-1]
+    x = shard_batch(x)
+    if skip is not None:
+      joined = jnp.concatenate([x, skip], axis=-1)  # (B, K, 2D)
+      x = linear(dim, "skip", dtype=self.dtype)(joined)
+    modulation = Modulation(6, self.dtype, name="modulation")
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)  # each (B, D)
+
+    attend = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
+    h = attend(modulated_norm(x, shift1, scale1), index)
+    x = x + gate1[:, None] * h
+
+    h = modulated_norm(x, shift2, scale2)
+    h = linear(int(dim * self.mlp_ratio), "fc1", dtype=self.dtype)(h)
+    h = linear(dim, "fc2", dtype=self.dtype)(gelu(h))
+    x = x + gate2[:, None] * h
+    return x, (x if self.emit else None)
+
+
+class FinalLayer(nn.Module):
+  """Tokens to images: adaLN, a linear map to patches, which is zero at first."""
+
+  patch_size: int
+  out_channels: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B L D"], c: Float[Array, "B D"]
+  ) -> Float[Array, "B H W C"]:
+    batch, length, _ = x.shape
+    p, grid = self.patch_size, int(length**0.5)
+    shift, scale = Modulation(2, self.dtype, name="modulation")(c)
+    x = linear(
+      p * p * self.out_channels,
+      "linear",
+      path="final_layer/",
+      kernel_init=nn.initializers.zeros,
+      dtype=self.dtype,
+    )(modulated_norm(x, shift, scale))  # (B, L, p p C)
+    x = x.reshape(batch, grid, grid, p, p, self.out_channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, H / p, p, W / p, p, C)
+    return x.reshape(batch, grid * p, grid * p, self.out_channels)
 
 
 class MDT(nn.Module):
   """A diffusion transformer over latents, with masked latent modelling.
 
-  MDT:   depth - decode_depth blocks on the kept tokens, then the side-interpolater
-         predicts the removed ones, then decode_depth blocks on all tokens.
-  MDTv2: the first part is a U-shape of in-blocks and out-blocks joined by long
-         skips, and each decode block is joined with the embedded input.
-  DiT:   depth plain blocks, no position bias, frozen positions; it takes no mask.
+  MDT:   depth - decode_depth blocks on the kept tokens; the side-interpolater predicts
+         the removed tokens; decode_depth blocks on all tokens.
+  MDTv2: the blocks on the kept tokens form a U-shape of in-blocks and out-blocks with
+         long skips, and each decode block has a long skip from the embedded input.
+  DiT:   depth plain blocks, no position bias, frozen positions; takes no mask.
 
-  Gradients of products and attention are written out in reverse mode, so jax.jvp has no
-  rule for them. As they are linear in what they pull back, their own gradient is the
-  derivative forwards, along v, of f(x):
+  The gradients of products and attention are written out in reverse mode, so jax.jvp
+  has no rule for them. The pullback is linear in its argument, so its own pullback is
+  the derivative forwards. For f(x) along v:
 
     out, pull = jax.vjp(f, x)
     tangent = jax.vjp(pull, jnp.zeros_like(out))[1]((v,))[0]
@@ -62,15 +178,17 @@ class MDT(nn.Module):
     hidden_size: width D, divisible by num_heads and by 4.
     depth: blocks, without the side block.
     num_heads: attention heads.
-    decode_depth: blocks after the side-interpolater; of MDT variants.
+    decode_depth: blocks after the side-interpolater; unused by DiT.
     mlp_ratio: hidden width of the MLP over D.
     label_dropout: share of labels dropped in training, for guidance.
-    learn_sigma: 2C output channels, the second half for the variance.
-    dtype: compute type; parameters, softmax and LayerNorm stay float32.
-    remat: "none", "full" or "dots": which activations are computed again. On CPUs
-      it saves memory only where unroll is 1.
-    unroll: blocks of a stack compiled one after another in each turn of the loop;
+    learn_sigma: whether the output has 2C channels, the second half for the variance.
+    dtype: compute type; parameters, softmax and LayerNorm are float32.
+    remat: "none", "full" or "dots": which activations the backward pass recomputes. On
+      CPUs it saves memory only where unroll is 1.
+    unroll: blocks of a stack compiled one after another in each iteration of the loop;
       -1 for all (faster on CPUs, longer to compile).
+    condition: what the network is conditioned on; None for labels, of num_classes
+      classes and label_dropout.
   """
 
   variant: str = "MDTv2"
@@ -88,193 +206,120 @@ class MDT(nn.Module):
   dtype: Dtype = jnp.float32
   remat: str = "none"
   unroll: int = 1
+  condition: Condition | None = None
+
+  @property
+  def grid_size(self) -> int:
+    """Tokens along each side of an image."""
+    return self.input_size // self.patch_size
 
   @property
   def num_tokens(self) -> int:
     """L, tokens of one image."""
-    return (self.input_size // self.patch_size) ** 2
+    return self.grid_size**2
 
   @property
   def out_channels(self) -> int:
+    """Channels of the output."""
     return self.in_channels * (2 if self.learn_sigma else 1)
 
   @property
   def takes_mask(self) -> bool:
-    """Whether there is a side-interpolater to predict removed tokens."""
+    """Whether there is a side-interpolater, which predicts removed tokens."""
     return self.variant != "DiT"
 
   @property
   def frozen(self) -> tuple[str, ...]:
-    """Parameters that are not trained: the positions of DiT."""
+    """Names of the parameters that are not trained: the positions of DiT."""
     return () if self.takes_mask else ("pos_embed",)
 
-  def check(self) -> None:
-    """Raises SettingError where the attributes cannot make a network."""
-    check_choice("variant", self.variant, VARIANTS)
-    check_choice("remat", self.remat, REMAT_POLICIES)
-    positive = "input_size patch_size in_channels num_classes hidden_size depth"
-    for name in (*positive.split(), "num_heads"):
-      if getattr(self, name) < 1:
-        raise SettingError(name, getattr(self, name), "must be at least 1")
-    if self.input_size % self.patch_size:
-      raise SettingError(
-        "input_size",
-        self.input_size,
-        f"must be divisible by patch_size = {self.patch_size}",
-      )
-    if self.hidden_size % self.num_heads or self.hidden_size % 4:
-      raise SettingError(
-        "hidden_size",
-        self.hidden_size,
-        f"must be divisible by num_heads = {self.num_heads} and by 4",
-      )
-    if not self.mlp_ratio * self.hidden_size >= 1:
-      raise SettingError("mlp_ratio", self.mlp_ratio, "must be above 0")
-    if not 0 <= self.label_dropout < 1:
-      raise SettingError("label_dropout", self.label_dropout, "must lie in [0, 1)")
-    if self.unroll < -1 or self.unroll == 0:
-      raise SettingError("unroll", self.unroll, "must be -1 (all) or at least 1")
-    if self.takes_mask and not 1 <= self.decode_depth <= self.depth:
-      raise SettingError(
-        "decode_depth", self.decode_depth, f"must lie in [1, depth = {self.depth}]"
-      )
-    if self.variant == "MDTv2" and (self.depth - self.decode_depth) % 2:
-      raise SettingError(
-        "decode_depth",
-        self.decode_depth,
-        f"depth - decode_depth must be even for MDTv2 (depth = {self.depth}): "
-        "in-blocks and out-blocks come in pairs",
-      )
-
-  def stack(
-    self, name: str, length: int, *, emit: bool = False, skips: str = "none"
-  ) -> Callable[..., tuple[Array, Array | None]]:
-    """`length` blocks in a row, their parameters stacked along axis 0.
-
-    Args:
-      name: of the parameters.
-      length: number of blocks.
-      emit: return every block's output, stacked (length, B, K, D).
-      skips: "none"; "each": one skip a block, (length, B, K, D); "shared": the same
-        (B, K, D) for every block.
-    """
-    block = Block
-    if REMAT_POLICIES[self.remat] is not None:
-      # A rolled scan keeps XLA from merging the two computations by itself.
-      block = nn.remat(
-        Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll != 1
-      )
-    scanned = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, 0 if skips == "each" else nn.broadcast),
-      length=length,
-      unroll=length if self.unroll == -1 else min(self.unroll, length),
-    )
-    return scanned(
-      **self._block_settings(), long_skip=skips != "none", emit=emit, name=name
-    )
-
-  def _block_settings(self) -> dict[str, Any]:
-    grid = self.input_size // self.patch_size
-    bias_rows = (2 * grid - 1) ** 2 + UNUSED_BIAS_ROWS if self.takes_mask else 0
-    return dict(
-      num_heads=self.num_heads,
-      mlp_ratio=self.mlp_ratio,
-      bias_rows=bias_rows,
-      dtype=self.dtype,
-    )
+  @property
+  def conditioning(self) -> Condition:
+    """The condition in use."""
+    if self.condition is not None:
+      return self.condition
+    return LabelCondition(self.num_classes, self.label_dropout)
 
   @nn.compact
   def __call__(
     self,
-    x: Array,
-    t: Array,
-    y: Array,
+    x: Float[Array, "B H W C"],
+    t: Shaped[Array, "B"],
+    y: Shaped[Array, "B *_"],
     token_mask: TokenMask | None = None,
     train: bool = False,
-  ) -> Array:
+  ) -> Float[Array, "B H W out_channels"]:
     """Predicts the noise (or x0, or v), and the variance where learn_sigma is set.
 
     Args:
-      x: (B, H, W, C) noisy latents.
-      t: (B,) timesteps in the original 0 … T-1, integer or not.
-      y: (B,) integer labels; num_classes is the null label.
-      token_mask: which tokens the encoder sees; None for all. Not for DiT.
-      train: drop labels, with the random stream "label_dropout".
+      x: noisy latents, H = W = input_size.
+      t: timesteps in the original 0 … T-1, integer or not.
+      y: the condition; by default integer labels, where num_classes is the null label.
+      token_mask: the tokens that the encoder sees; None for all. Not for DiT.
+      train: whether conditions are dropped; labels need the random stream
+        "label_dropout".
 
     Returns:
-      (B, H, W, out_channels) float32.
+      float32.
+
+    Raises:
+      SettingError: attributes that cannot make a network.
+      ValueError: a mask for DiT.
     """
     self.check()
     if token_mask is not None and not self.takes_mask:
       raise ValueError("DiT has no side-interpolater: token_mask must be None")
-    positions = sincos_positions(self.hidden_size, self.input_size // self.patch_size)
 
-    def position_param(name: str) -> Array:
-      param = self.param(name, lambda key: jnp.asarray(positions))
-      return gather(param.astype(self.dtype), parameter_axes(name))
-
-    tokens = PatchEmbed(
+    patch_embed = PatchEmbed(
       self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
-    )(x.astype(self.dtype))
-    tokens = tokens + position_param("pos_embed")
+    )
+    embedded = patch_embed(x.astype(self.dtype))  # (B, L, D)
+    embedded = embedded + self._positions("pos_embed")
+
     c = TimestepEmbed(self.hidden_size, self.dtype, name="timestep_embed")(t)
-    c = c + LabelEmbed(
-      self.num_classes,
-      self.hidden_size,
-      self.label_dropout,
-      self.dtype,
-      name="label_embed",
-    )(y, train)
+    c = c + self.conditioning.embedder(self.hidden_size, self.dtype)(y, train)  # (B, D)
 
     if self.variant == "DiT":
-      tokens, _ = self.stack("blocks", self.depth)(tokens, c, None, None)
+      tokens, _ = self._blocks("blocks", self.depth)(embedded, c, None, None)
     else:
-      # The index of every pair of tokens, and of the kept ones.
-      index = relative_position_index(self.input_size // self.patch_size)
-      all_pairs = jnp.asarray(index)[None]
-      encoded = self._encode(tokens, c, all_pairs, token_mask)
-      full = self._interpolate(
-        encoded, c, all_pairs, token_mask, position_param("decode_pos_embed")
-      )
-      tokens = self._decode(full, tokens, c, all_pairs)
-    out = FinalLayer(
+      index = jnp.asarray(relative_position_index(self.grid_size))[None]  # (1, L, L)
+      tokens = self._encode(embedded, c, index, token_mask)  # (B, K, D)
+      tokens = self._interpolate(tokens, c, index, token_mask)  # (B, L, D)
+      tokens = self._decode(tokens, embedded, c, index)
+
+    final_layer = FinalLayer(
       self.patch_size, self.out_channels, self.dtype, name="final_layer"
-    )(tokens, c)
-    return out.astype(jnp.float32)
+    )
+    return final_layer(tokens, c).astype(jnp.float32)
 
   def _encode(
     self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
   ) -> Array:
     """The blocks that see the kept tokens only: (B, L, D) -> (B, K, D)."""
     if token_mask is not None:
-      tokens = keep_tokens(tokens, token_mask)
+      tokens = keep_tokens(tokens, token_mask)  # (B, K, D)
       ids = token_mask.ids_keep
-      index = index[0][ids[:, :, None], ids[:, None, :]]
+      index = index[0][ids[:, :, None], ids[:, None, :]]  # (B, K, K)
     length = self.depth - self.decode_depth
     if length == 0:
       return tokens
     if self.variant == "MDT":
-      return self.stack("blocks", length)(tokens, c, index, None)[0]
-    in_blocks = self.stack("in_blocks", length // 2, emit=True)
-    tokens, skips = in_blocks(tokens, c, index, None)
-    # Last in, first out.
-    out_blocks = self.stack("out_blocks", length // 2, skips="each")
+      return self._blocks("blocks", length)(tokens, c, index, None)[0]
+    in_blocks = self._blocks("in_blocks", length // 2, emit=True)
+    tokens, skips = in_blocks(tokens, c, index, None)  # skips: (length / 2, B, K, D)
+    assert skips is not None
+    # The last skip joins the first out-block.
+    out_blocks = self._blocks("out_blocks", length // 2, one_skip_a_block=True)
     return out_blocks(tokens, c, index, skips[::-1])[0]
 
   def _interpolate(
-    self,
-    tokens: Array,
-    c: Array,
-    index: Array,
-    token_mask: TokenMask | None,
-    positions: Array,
+    self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
   ) -> Array:
-    """The side-interpolater: fills in the removed tokens, (B, K, D) -> (B, L, D)."""
+    """The side-interpolater predicts the removed tokens: (B, K, D) -> (B, L, D)."""
+    # flax derives the key of mask_token from the number of parameters before it.
+    positions = self._positions("decode_pos_embed")
     mask_token = self.param("mask_token", normal_init, (self.hidden_size,), jnp.float32)
-    side_block = Block(**self._block_settings(), name="side_block")
+    side_block = Block(**self._block_attributes(), name="side_block")
     if token_mask is None:
       if self.is_initializing():  # the parameters exist with and without a mask
         side_block(tokens, c, index)
@@ -285,8 +330,72 @@ class MDT(nn.Module):
 
   def _decode(self, tokens: Array, embedded: Array, c: Array, index: Array) -> Array:
     """The blocks that see all tokens."""
-    if self.variant == "MDT":
-      blocks = self.stack("decode_blocks", self.decode_depth)
-      return blocks(tokens, c, index, None)[0]
-    blocks = self.stack("decode_blocks", self.decode_depth, skips="shared")
-    return blocks(tokens, c, index, embedded)[0]
+    skip = embedded if self.variant == "MDTv2" else None
+    return self._blocks("decode_blocks", self.decode_depth)(tokens, c, index, skip)[0]
+
+  def _positions(self, name: str) -> Float[Array, "L D"]:
+    """The parameter `name`, which starts as sin-cos positions."""
+    start = sincos_positions(self.hidden_size, self.grid_size)
+    param = self.param(name, lambda key: jnp.asarray(start))
+    return gather(param.astype(self.dtype), parameter_axes(name))
+
+  def _blocks(
+    self, name: str, length: int, **options: bool
+  ) -> Callable[..., tuple[Array, Array | None]]:
+    """`length` blocks in a row; see `layers.stack`."""
+    return layers.stack(
+      Block,
+      length,
+      name=name,
+      remat=self.remat,
+      unroll=self.unroll,
+      **options,
+      **self._block_attributes(),
+    )
+
+  def _block_attributes(self) -> dict[str, Any]:
+    offsets = (2 * self.grid_size - 1) ** 2  # of two tokens of the grid
+    return dict(
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      bias_rows=offsets + UNUSED_BIAS_ROWS if self.takes_mask else 0,
+      dtype=self.dtype,
+    )
+
+  def check(self) -> None:
+    """Raises SettingError where the attributes cannot make a network."""
+    check_choice("variant", self.variant, VARIANTS)
+    check_choice("remat", self.remat, layers.REMAT_POLICIES)
+    positive = "input_size patch_size in_channels num_classes hidden_size depth"
+    for name in (*positive.split(), "num_heads"):
+      if getattr(self, name) < 1:
+        raise SettingError(name, getattr(self, name), "must be at least 1")
+
+    def require(name: str, holds: bool, accepted: str) -> None:
+      if not holds:
+        raise SettingError(name, getattr(self, name), accepted)
+
+    p, heads, depth = self.patch_size, self.num_heads, self.depth
+    require(
+      "input_size", self.input_size % p == 0, f"must be divisible by patch_size = {p}"
+    )
+    require(
+      "hidden_size",
+      self.hidden_size % heads == 0 and self.hidden_size % 4 == 0,
+      f"must be divisible by num_heads = {heads} and by 4",
+    )
+    require("mlp_ratio", self.mlp_ratio * self.hidden_size >= 1, "must be above 0")
+    require("label_dropout", 0 <= self.conditioning.dropout < 1, "must lie in [0, 1)")
+    require(
+      "unroll", self.unroll == -1 or self.unroll > 0, "must be -1 (all) or at least 1"
+    )
+    if self.takes_mask:
+      holds = 1 <= self.decode_depth <= depth
+      require("decode_depth", holds, f"must lie in [1, depth = {depth}]")
+    if self.variant == "MDTv2":
+      require(
+        "decode_depth",
+        (depth - self.decode_depth) % 2 == 0,
+        f"depth - decode_depth must be even for MDTv2 (depth = {depth}): "
+        "in-blocks and out-blocks come in pairs",
+      )

@@ -1,14 +1,25 @@
-"""The published sizes, and `create_model`."""
+"""The networks by name, and what is known of each: sizes, flops and sharding axes.
+
+A new network is a file with its module and one entry in NETWORKS.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.models import mdt_flops
+from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.partitioning import PARAMETER_AXES, Axes
+from mdt_jax.types import Array, Params
+
+Model: TypeAlias = MDT  # any network of NETWORKS
 
 SIZES = {
   "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -16,55 +27,128 @@ SIZES = {
   "L": dict(hidden_size=1024, depth=24, num_heads=16),
   "XL": dict(hidden_size=1152, depth=28, num_heads=16),
 }
-
-# Blocks after the side-interpolater. MDT: 2 for every size. MDTv2: 6 for S and 4 for
-# XL are the released ones; none is published for B and L, which take those of the
-# size with as many blocks (B) and of the next larger one (L).
-DECODE_DEPTHS = {
-  "MDT": dict(S=2, B=2, L=2, XL=2),
-  "MDTv2": dict(S=6, B=6, L=4, XL=4),
-}
+PATCH_SIZES = (2, 4, 8)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def _presets() -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A family of networks: one architecture in several sizes.
+
+  Attributes:
+    module: the linen module. Its attribute `variant` is the family's key in NETWORKS.
+    presets: name, such as "MDTv2-S/2" -> attributes of the module.
+    forward_flops: (model, num_keep or None) -> operations of a forward pass over one
+      image, see `models.flops`.
+    parameter_axes: end of a parameter's path -> its axes, see `models.partitioning`.
+  """
+
+  module: type[Model]
+  presets: Mapping[str, dict[str, Any]]
+  forward_flops: Callable[[Any, int | None], int]
+  parameter_axes: Mapping[str, Axes] = dataclasses.field(
+    default_factory=lambda: PARAMETER_AXES
+  )
+
+
+def _presets(
+  variant: str, decode_depths: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Any]]:
+  """Attributes of every size and patch size, by name."""
   presets = {}
-  for variant in ("DiT", "MDT", "MDTv2"):
-    for size, settings in SIZES.items():
-      for patch_size in (2, 4, 8):
-        preset = dict(variant=variant, patch_size=patch_size, **settings)
-        if variant in DECODE_DEPTHS:
-          preset["decode_depth"] = DECODE_DEPTHS[variant][size]
-        presets[f"{variant}-{size}/{patch_size}"] = preset
+  for size, settings in SIZES.items():
+    for patch_size in PATCH_SIZES:
+      preset = dict(variant=variant, patch_size=patch_size, **settings)
+      if decode_depths is not None:
+        preset["decode_depth"] = decode_depths[size]
+      presets[f"{variant}-{size}/{patch_size}"] = preset
   return presets
 
 
-MODELS = _presets()
+NETWORKS: dict[str, Network] = {
+  "DiT": Network(MDT, _presets("DiT"), mdt_flops.forward_flops),
+  "MDT": Network(
+    MDT, _presets("MDT", dict(S=2, B=2, L=2, XL=2)), mdt_flops.forward_flops
+  ),
+  # Released: 6 for S, 4 for XL. None is published for B and L: B takes that of S, which
+  # has as many blocks, and L that of XL, the next larger size.
+  "MDTv2": Network(
+    MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
+  ),
+}
+
+# Name -> attributes, of all networks.
+MODELS: dict[str, dict[str, Any]] = {
+  name: preset
+  for network in NETWORKS.values()
+  for name, preset in network.presets.items()
+}
 
 
-def create_model(name: str, **overrides: Any) -> MDT:
-  """Builds a network from a preset, with some attributes replaced.
+def create_model(
+  name: str | None = None,
+  *,
+  condition: str | Condition | None = None,
+  **attributes: Any,
+) -> Model:
+  """Builds a network, from a preset or from its attributes.
 
   Args:
-    name: a key of MODELS, such as "MDTv2-S/2".
-    **overrides: attributes of MDT; None keeps the preset's value. `dtype` may be a
-      name: "float32" or "bfloat16".
+    name: a key of MODELS, such as "MDTv2-S/2"; None to give all attributes, with
+      `variant`, as `pretrained.torch_mdt.from_torch` returns them.
+    condition: what the network is conditioned on: a name, see `models.conditions`, or
+      an object; None for labels.
+    **attributes: of the module, such as MDT; they override the preset's. None stands
+      for the preset's value, or the module's default. `dtype` may be a name: "float32"
+      or "bfloat16".
 
   Raises:
     SettingError: unknown name or attribute, or attributes that do not fit together.
   """
-  check_choice("name", name, MODELS)
-  attributes = {field.name for field in dataclasses.fields(MDT)} - {"parent", "name"}
-  for attribute, value in overrides.items():
-    if attribute not in attributes:
+  given = {key: value for key, value in attributes.items() if value is not None}
+  if name is not None or "variant" not in given:
+    check_choice("name", name, MODELS)
+    assert name is not None
+    given = {**MODELS[name], **given}
+  check_choice("variant", given["variant"], NETWORKS)
+  module = NETWORKS[given["variant"]].module
+  known = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+  for attribute, value in attributes.items():
+    if attribute not in known:
       raise SettingError(
-        attribute, value, f"is no attribute of MDT, which has {sorted(attributes)}"
+        attribute,
+        value,
+        f"is no attribute of {module.__name__}, which has {sorted(known)}",
       )
-  overrides = {key: value for key, value in overrides.items() if value is not None}
-  if isinstance(dtype := overrides.get("dtype"), str):
+  if isinstance(dtype := given.get("dtype"), str):
     check_choice("dtype", dtype, DTYPES)
-    overrides["dtype"] = DTYPES[dtype]
-  model = MDT(**{**MODELS[name], **overrides})
+    given["dtype"] = DTYPES[dtype]
+  model = module(**given)
+  # Labels stay None: the attributes of a network are then those of old checkpoints.
+  if condition is not None and condition != "label":
+    if not isinstance(condition, Condition):
+      condition = create_condition(
+        condition, num_classes=model.num_classes, dropout=model.label_dropout
+      )
+    model = model.clone(condition=condition)
   model.check()
   return model
+
+
+def network_of(model: Model) -> Network:
+  """The entry of a network."""
+  return NETWORKS[model.variant]
+
+
+def init_params(model: Model, key: Array) -> Params:
+  """Fresh parameters of a network, float32."""
+  size = model.input_size
+  images = jnp.zeros((1, size, size, model.in_channels), jnp.float32)
+  timesteps = jnp.zeros((1,), jnp.int32)
+  return model.init(key, images, timesteps, model.conditioning.dummy(1))["params"]
+
+
+def abstract_params(model: Model) -> Params:
+  """Shapes and types of a network's parameters, without computing any."""
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

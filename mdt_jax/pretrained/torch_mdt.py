@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from mdt_jax.errors import SettingError
-from mdt_jax.models.blocks import relative_position_index
+from mdt_jax.models.embeddings import relative_position_index
 from mdt_jax.models.mdt import MDT
-from mdt_jax.models.registry import SIZES
+from mdt_jax.models.registry import SIZES, abstract_params
 from mdt_jax.pretrained.tensors import Tensors, misfits, read_tensors, refuse
 
 Params = dict[str, Any]
@@ -190,17 +190,6 @@ def infer_config(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, An
     if variant == "MDT":
       config["decode_depth"] = MDT_DECODE_DEPTH
   return config
-
-
-def abstract_params(model: MDT) -> Params:
-  """Shapes and types of the parameters, without making any."""
-
-  def init() -> Params:
-    x = np.zeros((1, model.input_size, model.input_size, model.in_channels), np.float32)
-    label = np.zeros((1,), np.int32)
-    return model.init(jax.random.key(0), x, label, label)["params"]
-
-  return jax.eval_shape(init)
 
 
 def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:

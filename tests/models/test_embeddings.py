@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.models.blocks import FinalLayer, layer_norm, relative_position_index
 from mdt_jax.models.embeddings import (
   LabelEmbed,
   PatchEmbed,
   drop_labels,
+  relative_position_index,
   sincos_positions,
   timestep_frequencies,
 )
+from mdt_jax.models.layers import layer_norm
+from mdt_jax.models.mdt import FinalLayer
 
 # Positions.
 
@@ -158,15 +160,3 @@ def test_the_final_layer_puts_each_token_s_patch_in_its_place(patch, channels):
     actual = images[:, row : row + patch, column : column + patch]
     expected = normed[:, token].reshape(2, patch, patch, channels)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-
-
-def test_layer_norm_has_a_small_epsilon_and_the_biased_variance():
-  x = np.array([[1e-3, 3e-3, -2e-3, 4e-3]], np.float32)
-  expected = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
-  np.testing.assert_allclose(layer_norm(jnp.asarray(x)), expected, rtol=1e-5)
-
-
-def test_layer_norm_of_low_precision_is_computed_in_float32():
-  x = jnp.asarray(100 + np.arange(8.0) / 2, jnp.bfloat16)[None]
-  expected = layer_norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
-  np.testing.assert_array_equal(layer_norm(x), expected)

@@ -18,8 +18,7 @@ import pytest
 from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.masking import random_token_mask
 from mdt_jax.models.mdt import MDT
-from mdt_jax.pretrained.torch_mdt import abstract_params
-from mdt_jax.train_state import init_params
+from mdt_jax.models.registry import abstract_params, init_params
 
 WIDTH, PATCH, CHANNELS, GRID, HEADS, MLP = 64, 2, 4, 8, 4, 4
 SIZES = dict(

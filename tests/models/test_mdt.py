@@ -14,8 +14,8 @@ from mdt_jax import MODELS, SettingError, create_model
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.models.masking import random_token_mask, token_mask_from_noise
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import init_params
 from mdt_jax.pretrained.torch_mdt import to_torch
-from mdt_jax.train_state import init_params
 from tests import reference
 
 # DESIGN.md, point 7: at 256x256 with 1,000 classes.

@@ -1,34 +1,56 @@
-"""Linear layers, and the order of factors in their gradients."""
+"""The table of sharding axes fits the parameters of every network, both ways."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import functools
+
+import flax
 import pytest
 
-from mdt_jax.models.partitioning import product
+from mdt_jax.models.partitioning import PARAMETER_AXES, parameter_axes
+from mdt_jax.models.registry import NETWORKS, abstract_params, create_model
+
+RANK_OF_A_MATRIX = 2
+
+
+@functools.cache
+def ranks(variant):
+  """Path -> rank of one block's parameter, of the smallest preset of a family."""
+  network = NETWORKS[variant]
+  params = abstract_params(create_model(next(iter(network.presets))))
+  return {
+    path: len(leaf.shape) - ("blocks/" in path)
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()
+  }
+
+
+PARAMETERS = [(variant, path) for variant in NETWORKS for path in ranks(variant)]
+
+
+@pytest.mark.parametrize(("variant", "path"), PARAMETERS)
+def test_axes_have_the_rank_of_the_parameter(variant, path):
+  axes = parameter_axes(path, NETWORKS[variant].parameter_axes)
+  assert len(axes) in (0, ranks(variant)[path])
 
 
 @pytest.mark.parametrize(
-  "x_shape, kernel_shape, count",
-  [
-    ((2, 5, 6), (6, 4), 1),
-    ((2, 5, 4), (4, 6), 1),
-    ((2, 5, 6), (6, 3, 2, 4), 1),
-    ((2, 5, 3, 4), (3, 4, 7), 2),
-  ],
+  ("variant", "path"),
+  [(v, path) for v, path in PARAMETERS if ranks(v)[path] >= RANK_OF_A_MATRIX],
 )
-def test_product_and_its_gradients_equal_tensordot(x_shape, kernel_shape, count):
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], x_shape)
-  kernel = jax.random.normal(keys[1], kernel_shape)
-  weights = jax.random.normal(keys[2], x_shape[:-count] + kernel_shape[count:])
+def test_every_matrix_is_sharded(variant, path):
+  axes = parameter_axes(path, NETWORKS[variant].parameter_axes)
+  assert {"width", "heads"} & {*axes}
 
-  def gradients(function):
-    total = lambda x, kernel: (function(x, kernel, count) * weights).sum()  # noqa: E731
-    return [function(x, kernel, count), *jax.grad(total, (0, 1))(x, kernel)]
 
-  for a, b in zip(gradients(product), gradients(jnp.tensordot), strict=True):
-    assert a.shape == b.shape
-    np.testing.assert_allclose(a, b, atol=1e-5)
+@pytest.mark.parametrize("end", PARAMETER_AXES)
+def test_every_row_of_the_table_is_that_of_a_parameter(end):
+  """A row that another one shadows would never be used, and is stale too."""
+  first = {
+    next((row for row in PARAMETER_AXES if path.endswith(row)), None)
+    for _, path in PARAMETERS
+  }
+  assert end in first
+
+
+def test_a_path_of_no_row_is_replicated():
+  assert parameter_axes("blocks/attention/proj/bias") == ()

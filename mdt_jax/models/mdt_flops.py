@@ -1,0 +1,50 @@
+"""Floating-point operations of MDT, counted from its attributes.
+
+Two operations for each multiply and add of a matrix product; see `models.flops`.
+"""
+
+from __future__ import annotations
+
+from mdt_jax.models.embeddings import NUM_FREQUENCIES
+from mdt_jax.models.mdt import MDT
+
+
+def forward_flops(model: MDT, num_keep: int | None = None) -> int:
+  """Operations of a forward pass over one image.
+
+  Args:
+    model: the network.
+    num_keep: tokens that the encoder sees in a masked pass; None for all.
+  """
+  length, width = model.num_tokens, model.hidden_size
+  patch = model.patch_size**2 * model.in_channels
+  out = model.patch_size**2 * model.out_channels
+  flops = 2 * length * patch * width
+  flops += 2 * (NUM_FREQUENCIES * width + width**2)  # timestep
+  flops += 2 * width * 2 * width + 2 * length * width * out  # final layer
+  if not model.takes_mask:
+    return flops + model.depth * block_flops(model, length)
+  kept = length if num_keep is None else num_keep
+  encoder_depth = model.depth - model.decode_depth
+  flops += encoder_depth * block_flops(model, kept)
+  flops += model.decode_depth * block_flops(model, length)
+  if num_keep is not None:
+    flops += block_flops(model, length)  # the side-interpolater
+  if model.variant == "MDTv2":
+    flops += encoder_depth // 2 * skip_flops(model, kept)
+    flops += model.decode_depth * skip_flops(model, length)
+  return flops
+
+
+def block_flops(model: MDT, length: int) -> int:
+  """Operations of one block over `length` tokens, without a long skip."""
+  width = model.hidden_size
+  hidden = int(width * model.mlp_ratio)
+  linear = 2 * length * width * (3 * width + width + 2 * hidden)
+  attention = 2 * 2 * length**2 * width
+  return linear + attention + 2 * width * 6 * width  # modulation
+
+
+def skip_flops(model: MDT, length: int) -> int:
+  """Operations of a long skip: 2D -> D for each token."""
+  return 2 * length * 2 * model.hidden_size**2
