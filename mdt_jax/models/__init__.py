@@ -1,6 +1,7 @@
-"""Networks: MDT v1, MDTv2 and DiT."""
+"""Networks: MDT v1, MDTv2 and DiT; `registry` lists them."""
 
+from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import MODELS, create_model
 
-__all__ = ["MDT", "MODELS", "create_model"]
+__all__ = ["MDT", "MODELS", "Condition", "LabelCondition", "create_model"]

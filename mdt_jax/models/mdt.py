@@ -90,8 +90,9 @@ class Block(nn.Module):
   """A transformer block: long skip where given, attention and MLP, both modulated.
 
   Attributes:
+    num_heads, bias_rows, dtype: see `Attention`.
+    mlp_ratio: hidden width of the MLP over D.
     emit: whether to return the output a second time, for `nn.scan` to stack.
-    others: see `MDT` and `Attention`.
   """
 
   num_heads: int

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import MODELS, SettingError, create_model
+from mdt_jax import SettingError, create_model
 from mdt_jax.diffusion.guidance import guided
 from mdt_jax.models.masking import random_token_mask, token_mask_from_noise
 from mdt_jax.models.mdt import MDT
@@ -173,10 +173,6 @@ def test_parameter_counts_are_those_of_the_released_code(name, expected):
   assert sum(x.size for x in jax.tree.leaves(shapes)) == expected
 
 
-def test_there_are_36_presets():
-  assert len(MODELS) == 3 * 4 * 3
-
-
 @pytest.mark.parametrize("name", ["DiT-S/2", "MDT-S/2", "MDTv2-S/2"])
 @pytest.mark.parametrize(
   "overrides",
@@ -330,17 +326,3 @@ def test_a_bad_attribute_is_named_with_what_is_accepted(
 )
 def test_a_decode_depth_at_its_limit_is_accepted(name, decode_depth):
   assert create_model(name, decode_depth=decode_depth).decode_depth == decode_depth
-
-
-def test_an_unknown_name_is_refused():
-  with pytest.raises(SettingError, match="name = 'MDT-M/2': accepted are DiT-S/2, DiT"):
-    create_model("MDT-M/2")
-
-
-def test_an_unknown_attribute_is_refused():
-  with pytest.raises(SettingError, match="width = 3: is no attribute of MDT"):
-    create_model("MDT-S/2", width=3)
-
-
-def test_none_keeps_the_value_of_the_preset():
-  assert create_model("MDT-L/4", depth=None, patch_size=None).depth == 24

@@ -1,0 +1,212 @@
+"""Networks by name or by attributes, and the parameters that checkpoints hold."""
+
+from __future__ import annotations
+
+import functools
+
+import flax
+import jax
+import numpy as np
+import pytest
+
+from mdt_jax import MODELS, SettingError, create_model
+from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import NETWORKS, abstract_params, init_params, network_of
+
+SMALL = dict(
+  input_size=8, in_channels=4, num_classes=10, hidden_size=16, num_heads=2, patch_size=2
+)
+
+
+def small(variant):
+  depths = dict(DiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2))
+  depth, decode_depth = depths[variant]
+  return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
+
+
+def test_there_are_36_presets():
+  assert len(MODELS) == 3 * 4 * 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_preset_belongs_to_its_network(name):
+  model = create_model(name)
+  assert name in network_of(model).presets
+  assert {key: getattr(model, key) for key in MODELS[name]} == MODELS[name]
+
+
+@pytest.mark.parametrize("variant", NETWORKS)
+def test_attributes_alone_make_a_network(variant):
+  attributes = dict(SMALL, variant=variant, depth=4, decode_depth=2, mlp_ratio=3.0)
+  assert create_model(**attributes) == MDT(**attributes)
+
+
+def test_the_dtype_may_be_a_name():
+  assert create_model("DiT-S/2", dtype="bfloat16").dtype == jax.numpy.bfloat16
+
+
+def test_none_keeps_the_value_of_the_preset():
+  assert create_model("MDT-L/4", depth=None, patch_size=None).depth == 24
+
+
+def test_an_unknown_name_is_refused():
+  with pytest.raises(SettingError, match="name = 'MDT-M/2': accepted are DiT-S/2, DiT"):
+    create_model("MDT-M/2")
+
+
+def test_neither_name_nor_variant_is_refused():
+  with pytest.raises(SettingError) as error:
+    create_model(depth=3)
+  assert (error.value.setting, error.value.value) == ("name", None)
+
+
+def test_an_unknown_variant_is_refused():
+  with pytest.raises(SettingError) as error:
+    create_model(variant="MDTv3", depth=3)
+  assert (error.value.setting, error.value.value) == ("variant", "MDTv3")
+
+
+def test_an_unknown_attribute_is_refused():
+  with pytest.raises(SettingError, match="width = 3: is no attribute of MDT"):
+    create_model("MDT-S/2", width=3)
+
+
+# The tree of parameters that every checkpoint so far holds. A change of these tables
+# means that old checkpoints no longer load.
+
+BLOCK = {
+  "attention/proj/bias": (16,),
+  "attention/proj/kernel": (2, 8, 16),
+  "attention/qkv/bias": (3, 2, 8),
+  "attention/qkv/kernel": (16, 3, 2, 8),
+  "fc1/bias": (64,),
+  "fc1/kernel": (16, 64),
+  "fc2/bias": (16,),
+  "fc2/kernel": (64, 16),
+  "modulation/linear/bias": (96,),
+  "modulation/linear/kernel": (16, 96),
+}
+BIASED_BLOCK = BLOCK | {"attention/relative_position_bias": (52, 2)}
+SKIP_BLOCK = BIASED_BLOCK | {"skip/bias": (16,), "skip/kernel": (32, 16)}
+SHARED = {
+  "final_layer/linear/bias": (32,),
+  "final_layer/linear/kernel": (16, 32),
+  "final_layer/modulation/linear/bias": (32,),
+  "final_layer/modulation/linear/kernel": (16, 32),
+  "label_embed/table": (11, 16),
+  "patch_embed/linear/bias": (16,),
+  "patch_embed/linear/kernel": (16, 16),
+  "pos_embed": (16, 16),
+  "timestep_embed/fc1/bias": (16,),
+  "timestep_embed/fc1/kernel": (256, 16),
+  "timestep_embed/fc2/bias": (16,),
+  "timestep_embed/fc2/kernel": (16, 16),
+}
+MASKED = (
+  SHARED
+  | {"decode_pos_embed": (16, 16), "mask_token": (16,)}
+  | {f"side_block/{path}": shape for path, shape in BIASED_BLOCK.items()}
+)
+
+
+def stacked(name, length, block):
+  return {f"{name}/{path}": (length, *shape) for path, shape in block.items()}
+
+
+TREES = {
+  "DiT": SHARED | stacked("blocks", 2, BLOCK),
+  "MDT": MASKED
+  | stacked("blocks", 1, BIASED_BLOCK)
+  | stacked("decode_blocks", 2, BIASED_BLOCK),
+  "MDTv2": MASKED
+  | stacked("in_blocks", 1, BIASED_BLOCK)
+  | stacked("out_blocks", 1, SKIP_BLOCK)
+  | stacked("decode_blocks", 2, SKIP_BLOCK),
+}
+
+
+@pytest.mark.parametrize("variant", TREES)
+def test_the_parameter_tree_is_that_of_old_checkpoints(variant):
+  flat = flax.traverse_util.flatten_dict(abstract_params(small(variant)), sep="/")
+  assert {path: leaf.shape for path, leaf in flat.items()} == TREES[variant]
+
+
+# The last entry of every random parameter, of key 3. A change means that a seed no
+# longer gives the network that it gave before.
+DRAWN = {
+  "DiT": {
+    "blocks/attention/proj/kernel": -0.06953707,
+    "blocks/attention/qkv/kernel": 0.1898004,
+    "blocks/fc1/kernel": 0.07258241,
+    "blocks/fc2/kernel": 0.01515641,
+    "label_embed/table": 0.02017719,
+    "patch_embed/linear/kernel": 0.4314528,
+    "timestep_embed/fc1/kernel": 0.001689803,
+    "timestep_embed/fc2/kernel": 0.005250327,
+  },
+  "MDT": {
+    "blocks/attention/proj/kernel": -0.3813816,
+    "blocks/attention/qkv/kernel": 0.1746128,
+    "blocks/attention/relative_position_bias": -0.00453441,
+    "blocks/fc1/kernel": 0.1155846,
+    "blocks/fc2/kernel": 0.1259304,
+    "decode_blocks/attention/proj/kernel": -0.4228134,
+    "decode_blocks/attention/qkv/kernel": -0.2706876,
+    "decode_blocks/attention/relative_position_bias": 0.006857621,
+    "decode_blocks/fc1/kernel": -0.04312715,
+    "decode_blocks/fc2/kernel": -0.04985547,
+    "label_embed/table": 0.02017719,
+    "mask_token": 0.004023413,
+    "patch_embed/linear/kernel": 0.4314528,
+    "side_block/attention/proj/kernel": -0.3204059,
+    "side_block/attention/qkv/kernel": -0.2353277,
+    "side_block/attention/relative_position_bias": 0.01539332,
+    "side_block/fc1/kernel": -0.2273129,
+    "side_block/fc2/kernel": -0.005947269,
+    "timestep_embed/fc1/kernel": 0.001689803,
+    "timestep_embed/fc2/kernel": 0.005250327,
+  },
+  "MDTv2": {
+    "decode_blocks/attention/proj/kernel": -0.4228134,
+    "decode_blocks/attention/qkv/kernel": -0.2706876,
+    "decode_blocks/attention/relative_position_bias": 0.006857621,
+    "decode_blocks/fc1/kernel": -0.04312715,
+    "decode_blocks/fc2/kernel": -0.04985547,
+    "decode_blocks/skip/kernel": -0.1951844,
+    "in_blocks/attention/proj/kernel": -0.3980308,
+    "in_blocks/attention/qkv/kernel": -0.1277219,
+    "in_blocks/attention/relative_position_bias": 0.004786941,
+    "in_blocks/fc1/kernel": -0.1572057,
+    "in_blocks/fc2/kernel": 0.153746,
+    "label_embed/table": 0.02017719,
+    "mask_token": 0.004023413,
+    "out_blocks/attention/proj/kernel": -0.2071059,
+    "out_blocks/attention/qkv/kernel": -0.03380419,
+    "out_blocks/attention/relative_position_bias": -0.003354311,
+    "out_blocks/fc1/kernel": -0.07767498,
+    "out_blocks/fc2/kernel": -0.09643979,
+    "out_blocks/skip/kernel": -0.1921558,
+    "patch_embed/linear/kernel": 0.4314528,
+    "side_block/attention/proj/kernel": -0.3204059,
+    "side_block/attention/qkv/kernel": -0.2353277,
+    "side_block/attention/relative_position_bias": 0.01539332,
+    "side_block/fc1/kernel": -0.2273129,
+    "side_block/fc2/kernel": -0.005947269,
+    "timestep_embed/fc1/kernel": 0.001689803,
+    "timestep_embed/fc2/kernel": 0.005250327,
+  },
+}
+
+
+@functools.cache
+def fresh(variant):
+  params = jax.jit(init_params, static_argnums=0)(small(variant), jax.random.key(3))
+  return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+@pytest.mark.parametrize(
+  ("variant", "path"), [(variant, path) for variant in DRAWN for path in DRAWN[variant]]
+)
+def test_a_seed_gives_the_network_that_it_gave_before(variant, path):
+  last = np.asarray(fresh(variant)[path]).ravel()[-1]
+  assert last == pytest.approx(DRAWN[variant][path], rel=1e-4)
