@@ -5,7 +5,7 @@ Measures several times, each in its own process:
 - MDTv2-S/2's training step at batch 8 on this machine's CPU, and how many times faster
   the loader is;
 - JPEG images of ImageNet's usual size, read and cropped, a second, by threads;
-- images encoded a second, each with its mirror image, with a small autoencoder of random
+- images encoded a second, each with its mirror image, by a small autoencoder of random
   weights; also with --vae=DIR, and with one of Stable Diffusion's size (--sd_size);
 - the CPU time per image in the training process, which does not depend on the load of
   the machine, and the peak memory of that process and of a worker.

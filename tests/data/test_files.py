@@ -1,8 +1,9 @@
-"""Where images lie: tar files and TFDS; folders are tested with the sources."""
+"""Files: folders, tar files and TFDS."""
 
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -12,6 +13,14 @@ from PIL import Image
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import ImageSource
 from mdt_jax.errors import SettingError
+from tests.data.folders import (
+  SIZE,
+  labels,
+  open_folder,
+  values,
+  write_array,
+  write_image,
+)
 
 
 def image_bytes(value, extension="PNG"):
@@ -152,3 +161,127 @@ def test_a_set_of_tfds_is_read_by_name(tfds_folder, monkeypatch):
 def test_an_unknown_set_of_tfds_is_refused():
   with pytest.raises(SettingError, match=r"^config.data.path = 'tfds:no_such_set': "):
     open_files("tfds:no_such_set")
+
+
+# Folders.
+
+
+def test_an_empty_class_folder_keeps_its_label_and_is_named(tmp_path, warnings):
+  for name in ("ant", "bee", "cat"):
+    (tmp_path / name).mkdir()
+  write_image(tmp_path / "ant" / "1.png", 1)
+  write_image(tmp_path / "cat" / "1.png", 2)
+  files = open_files(tmp_path)
+  assert [files.read(i)[1] for i in range(2)] == [0, 2]
+  (line,) = warnings
+  assert line == f"1 of 3 classes in {tmp_path} have no images: bee"
+
+
+def test_subfolders_are_the_classes_in_sorted_order(tmp_path):
+  for value, name in enumerate(["zebra", "ant", "cat"]):
+    write_image(tmp_path / name / "x.png", value)
+  source = open_folder(tmp_path)
+  assert dict(zip(values(source), labels(source), strict=True)) == {0: 2, 1: 0, 2: 1}
+
+
+def test_images_are_found_at_any_depth_below_a_class(tmp_path):
+  write_image(tmp_path / "a" / "deep" / "deeper" / "x.png")
+  write_image(tmp_path / "b" / "x.png")
+  assert labels(open_folder(tmp_path)) == [0, 1]
+
+
+def test_subfolder_without_images_still_is_a_class(tmp_path):
+  (tmp_path / "a").mkdir()
+  write_image(tmp_path / "b" / "x.png")
+  source = open_folder(tmp_path)
+  assert (labels(source), source.num_classes) == ([1], 2)
+
+
+def test_flat_names_carry_the_class_before_the_first_underscore(tmp_path):
+  for name in ("dog_1_a.jpg", "cat_1.jpg", "dog_2.jpg"):
+    write_image(tmp_path / name)
+  source = open_folder(tmp_path)
+  assert (labels(source), source.num_classes) == ([0, 1, 1], 2)
+
+
+def test_flat_names_without_underscores_are_one_class(three):
+  source = open_folder(three)
+  assert (labels(source), source.num_classes) == ([0, 0, 0], 1)
+
+
+def test_all_extensions_are_read_whatever_their_case(tmp_path):
+  for name in ("a.jpg", "b.JPEG", "c.Png", "d.webp", "e.GIF", "f.bmp"):
+    write_image(tmp_path / name)
+  assert len(open_folder(tmp_path)) == 6
+
+
+def test_hidden_files_and_folders_are_ignored(three):
+  write_image(three / ".4.png")
+  write_image(three / ".cache" / "5.png")
+  assert len(open_folder(three)) == 3
+
+
+def test_other_files_are_ignored(three):
+  (three / "notes.txt").write_text("three images")
+  assert len(open_folder(three)) == 3
+
+
+def test_linked_class_folder_is_followed(tmp_path):
+  write_image(tmp_path / "elsewhere" / "x.png", 7)
+  (tmp_path / "data").mkdir()
+  os.symlink(tmp_path / "elsewhere", tmp_path / "data" / "a")
+  assert values(open_folder(tmp_path / "data")) == [7]
+
+
+def test_missing_folder_is_refused(tmp_path):
+  with pytest.raises(SettingError, match=r"^config.data.path = '.*gone': .*a folder"):
+    open_folder(tmp_path / "gone")
+
+
+def test_file_in_place_of_a_folder_is_refused(three):
+  with pytest.raises(SettingError, match=r"^config.data.path = .*1.png': .*a folder"):
+    open_folder(three / "1.png")
+
+
+def test_folder_without_images_is_refused(tmp_path):
+  (tmp_path / "notes.txt").write_text("nothing here")
+  with pytest.raises(
+    SettingError, match=r"^config.data.path = .*expected .*\.png.* files, found none"
+  ):
+    open_folder(tmp_path)
+
+
+def test_images_both_at_the_top_and_in_subfolders_are_refused(three):
+  write_image(three / "a" / "x.png")
+  with pytest.raises(
+    SettingError, match=r"^config.data.path = .*subfolder for each class or a flat"
+  ):
+    open_folder(three)
+
+
+def test_arrays_beside_images_are_ignored(three):
+  write_array(three / "x.npy", np.zeros((SIZE, SIZE, 3), np.float32))
+  assert len(open_folder(three)) == 3
+
+
+def test_flat_names_of_which_some_have_underscores_are_refused(three):
+  write_image(three / "cat_1.png")
+  with pytest.raises(
+    SettingError, match=r"^config.data.path = .*ClassID_ImgID.*3 of 4 .*1\.png"
+  ):
+    open_folder(three)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+def test_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+  write_image(tmp_path / "a" / "x.png")
+  listed = os.scandir
+
+  def scandir(path):  # Root may list any folder, so the refusal is played.
+    if os.fspath(path).endswith("a"):
+      raise PermissionError(13, "Permission denied", os.fspath(path))
+    return listed(path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  with pytest.raises(SettingError, match=r"^config.data.path = .*Permission denied"):
+    open_folder(tmp_path)

@@ -1,0 +1,24 @@
+"""Fixtures that several tests of data share."""
+
+from __future__ import annotations
+
+import pytest
+from absl import logging
+
+from tests.data.folders import write_image
+
+
+@pytest.fixture
+def three(tmp_path):
+  """Three images of one class, filled with 1, 2 and 3."""
+  for value in (1, 2, 3):
+    write_image(tmp_path / f"{value}.png", value)
+  return tmp_path
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """The lines that absl logs as warnings."""
+  lines = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+  return lines
