@@ -328,16 +328,14 @@ class Settings:
     sampling = self.sampling
     with named_in_errors("config.sampling"):
       sampling.check()
-      total, is_discrete = (
-        self.diffusion.num_timesteps,
-        self.diffusion.process == "gaussian",
-      )
-      if sampling.num_steps < 1 or (is_discrete and sampling.num_steps > total):
+      is_gaussian = self.diffusion.process == "gaussian"
+      total = self.diffusion.num_timesteps if is_gaussian else math.inf
+      if sampling.num_steps < 1 or sampling.num_steps > total >= 1:
         accepted = f"must lie in [1, config.diffusion.num_timesteps = {total}]"
         raise SettingError(
           "num_steps",
           sampling.num_steps,
-          accepted if is_discrete else "must be at least 1",
+          accepted if is_gaussian else "must be at least 1",
         )
       if sampling.cfg_scale != 1 and self.model.label_dropout == 0:
         raise SettingError(

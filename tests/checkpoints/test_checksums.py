@@ -33,7 +33,7 @@ def test_what_was_written_is_whole(folder):
   assert checksums.damage(folder) is None
 
 
-@pytest.mark.parametrize("name", [*FILES, checksums.SEAL])
+@pytest.mark.parametrize("name", [*FILES, checksums.FILE])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_to_every_file_is_named(folder, name, damage):
   DAMAGES[damage](folder / name)
@@ -41,7 +41,7 @@ def test_every_damage_to_every_file_is_named(folder, name, damage):
 
 
 def test_every_byte_of_the_seal_is_guarded(folder):
-  path = folder / checksums.SEAL
+  path = folder / checksums.FILE
   whole = path.read_bytes()
   for place in range(len(whole)):
     damaged = bytearray(whole)
