@@ -1,16 +1,18 @@
-"""Images that are given to be painted in or edited: their checks and their masks."""
+"""Images to paint in or to edit: reading and checking them and their masks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from mdt_jax.errors import SettingError
 
-ImageLike = Any  # PIL image, uint8 array (H, W) or (H, W, C), or a path
+# A picture, an array (H, W) or (H, W, C), or a path
+ImageLike: TypeAlias = Image.Image | np.ndarray | str | Path
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
 IN_WORDS = {
   "L": "grey",
@@ -18,15 +20,50 @@ IN_WORDS = {
   "P": "of a palette",
   "RGBA": "RGB with transparency",
 }
-HIDDEN_FROM = 128  # of a mask's 0 … 255
+HIDDEN_FROM = 128  # smallest grey level of a mask that hides a pixel
 
 
-def read_image(setting: str, image: ImageLike, size: int, channels: int) -> np.ndarray:
-  """Pixels (size, size, channels) uint8.
+def read_images(
+  setting: str, image: ImageLike, count: int, size: int, channels: int
+) -> UInt8[np.ndarray, "*N H W C"]:
+  """Pixels of one image, or of an array of one image for each label.
+
+  Args:
+    setting: name of the argument in errors.
+    image: see `read_image`, or an array (N, size, size, channels).
+    count: N, number of labels.
+    size, channels: see `read_image`.
+
+  Returns:
+    (size, size, channels) or (N, size, size, channels) uint8.
 
   Raises:
-    SettingError: no image, or one of another mode or size than the model's. It is not
-      resized, as its visible pixels are to stay what they are.
+    SettingError: as `read_image`, or the array has another number of images.
+  """
+  if not (isinstance(image, np.ndarray) and image.ndim == 4):
+    return read_image(setting, image, size, channels)
+  if len(image) != count:
+    raise SettingError(setting, f"{len(image)} images", f"must be {count}, as labels")
+  return np.stack([read_image(setting, one, size, channels) for one in image])
+
+
+def read_image(
+  setting: str, image: ImageLike, size: int, channels: int
+) -> UInt8[np.ndarray, "H W C"]:
+  """Pixels of an image of the model's size.
+
+  Args:
+    setting: name of the argument in errors.
+    image: picture, uint8 array (H, W) or (H, W, C), or path.
+    size: height and width of the model's images.
+    channels: 1 or 3.
+
+  Returns:
+    (size, size, channels) uint8.
+
+  Raises:
+    SettingError: there is no image, or its mode or its size is not that of the model.
+      Images are not resized, because their visible pixels must not change.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -49,11 +86,22 @@ def read_image(setting: str, image: ImageLike, size: int, channels: int) -> np.n
   return pixels
 
 
-def read_mask(setting: str, mask: ImageLike, size: int) -> np.ndarray:
-  """What is hidden, (size, size) bool: white in an image, True in an array.
+def read_mask(
+  setting: str, mask: ImageLike | None, size: int
+) -> Bool[np.ndarray, "H W"]:
+  """The hidden pixels of an image, which are painted.
+
+  Args:
+    setting: name of the argument in errors.
+    mask: picture or path, or array (H, W) uint8 or bool; white, or True, is hidden.
+    size: height and width of the image.
+
+  Returns:
+    (size, size) bool.
 
   Raises:
-    SettingError: no mask, one of another size, or one that hides all or nothing.
+    SettingError: there is no mask, it has another size, or it hides everything or
+      nothing.
   """
   if mask is None:
     raise SettingError(setting, None, "must be given: what is white is painted")
@@ -77,16 +125,25 @@ def read_mask(setting: str, mask: ImageLike, size: int) -> np.ndarray:
   return hidden
 
 
-def downsample_mask(setting: str, hidden: np.ndarray, factor: int) -> np.ndarray:
-  """Mask (H, W) of an image -> (H / factor, W / factor) of its latents.
+def downsample_mask(
+  setting: str, hidden: Bool[np.ndarray, "H W"], factor: int
+) -> Bool[np.ndarray, "h w"]:
+  """The hidden latents of an image: those with a hidden pixel.
 
-  A latent is visible where all of its pixels are.
+  Args:
+    setting: name of the argument in errors.
+    hidden: (H, W) hidden pixels.
+    factor: height of an image over height of its latents.
+
+  Returns:
+    (H / factor, W / factor) bool.
 
   Raises:
-    SettingError: no latent is visible.
+    SettingError: every latent is hidden.
   """
   height, width = (side // factor for side in hidden.shape)
-  blocks = hidden.reshape(height, factor, width, factor).any(axis=(1, 3))
+  pixels = hidden.reshape(height, factor, width, factor)
+  blocks = np.asarray(pixels.any(axis=(1, 3)))
   if blocks.all():
     raise SettingError(
       setting, "mask", f"leaves no block of {factor}x{factor} pixels wholly visible"
@@ -94,8 +151,10 @@ def downsample_mask(setting: str, hidden: np.ndarray, factor: int) -> np.ndarray
   return blocks
 
 
-def hidden_tokens(hidden: np.ndarray, patch_size: int) -> np.ndarray:
-  """Tokens (L,) bool of which nothing is visible, of a mask (H, W) of the input."""
+def hidden_tokens(
+  hidden: Bool[np.ndarray, "H W"], patch_size: int
+) -> Bool[np.ndarray, "L"]:
+  """Tokens (L,) without a visible part, of the mask (H, W) of a network's input."""
   height, width = (side // patch_size for side in hidden.shape)
   patches = hidden.reshape(height, patch_size, width, patch_size)
   return patches.all(axis=(1, 3)).reshape(-1)

@@ -1,4 +1,4 @@
-"""Which classes to draw: numbers, ImageNet's names, in turn or at random."""
+"""Labels of the images to draw: by number, by ImageNet's name, or drawn."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from mdt_jax.errors import SettingError
 
-# One class a line, in the order of ILSVRC 2012: its synonyms in WordNet.
+# The synonyms of a class in WordNet, one class a line, in the order of ILSVRC 2012.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 BALANCED, RANDOM = "balanced", "random"
+MAX_DEFAULT_COUNT = 100  # labels of all classes, where no count is given
 
 
 @functools.cache
 def imagenet_classes() -> tuple[tuple[str, ...], ...]:
-  """The names of each of the 1,000 classes, the usual one first."""
+  """The names of each of ImageNet's 1,000 classes, the usual name first."""
   lines = IMAGENET_CLASSES.read_text(encoding="utf-8").splitlines()
   return tuple(tuple(line.split(", ")) for line in lines)
 
 
 def parse_labels(
   setting: str, labels: Sequence[int | str] | np.ndarray, num_classes: int
-) -> np.ndarray:
-  """Labels (N,) int64 from numbers, or from names where the classes are ImageNet's.
+) -> Int[np.ndarray, "N"]:
+  """Labels from numbers, or from names where the classes are ImageNet's.
+
+  Args:
+    setting: name of the argument in errors.
+    labels: N numbers or names.
+    num_classes: classes of the model.
+
+  Returns:
+    (N,) int64.
 
   Raises:
-    SettingError: no list, an empty one, a label outside 0 … num_classes - 1, or a
+    SettingError: not a list, an empty list, a label outside 0 … num_classes - 1, or a
       name that is unknown or belongs to two classes.
   """
   listed = not isinstance(labels, str) and np.ndim(labels) == 1 and len(labels)
@@ -38,14 +48,53 @@ def parse_labels(
   return np.asarray(found, np.int64)
 
 
-def draw_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-  """`count` labels: "balanced", all classes in turn, or "random", of (seed, i) each.
+def choose_labels(
+  setting: str,
+  labels: Sequence[int | str],
+  count: int | None,
+  num_classes: int,
+  seed: int,
+) -> Int[np.ndarray, "N"]:
+  """A label for each image of a command.
 
-  Label i does not depend on `count`.
+  Args:
+    setting: name of the argument in errors.
+    labels: classes to repeat in turn, or ["balanced"] or ["random"], see `draw_labels`.
+    count: N; None for as many as there are labels, but at most MAX_DEFAULT_COUNT of
+      all classes.
+    num_classes: classes of the model.
+    seed: of "random".
+
+  Returns:
+    (N,) int64.
+
+  Raises:
+    SettingError: as `parse_labels`.
+  """
+  if list(labels) in ([BALANCED], [RANDOM]):
+    count = count or min(num_classes, MAX_DEFAULT_COUNT)
+    return draw_labels(str(labels[0]), count, num_classes, seed)
+  parsed = parse_labels(setting, labels, num_classes)
+  return np.resize(parsed, count or len(parsed))
+
+
+def draw_labels(
+  how: str, count: int, num_classes: int, seed: int
+) -> Int[np.ndarray, "N"]:
+  """Labels by rule; label i does not depend on `count`.
+
+  Args:
+    how: "balanced": all classes in turn. "random": label i derives from (seed, i).
+    count: N.
+    num_classes: classes of the model.
+    seed: of "random".
+
+  Returns:
+    (N,) int64.
   """
   if how == BALANCED:
     return np.arange(count) % num_classes
-  # The stream of labels is not that of anything else drawn from the seed.
+  # A stream of its own: the noise of the images derives from the same seed.
   return np.random.default_rng((seed, 0x1ABE1)).integers(0, num_classes, count)
 
 

@@ -6,50 +6,56 @@ import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_TILE = 64  # pixels; smaller images are enlarged by a whole factor
+from mdt_jax.types import Array
+
+MIN_TILE = 64  # pixels; an integer factor enlarges smaller images
 CAPTION_HEIGHT = 14
 MARGIN = 2
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
   """[-1, 1] to 0 … 255, clipped and truncated as the released code does."""
   return np.clip((images + 1) * 127.5, 0, 255).astype(np.uint8)
 
 
-def to_uint8_on_device(images: jax.Array) -> jax.Array:
-  """As `to_uint8`, before images come to the host."""
+def to_uint8_on_device(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
+  """`to_uint8` on the device, before the images are copied to the host."""
   return jnp.clip((images + 1) * 127.5, 0, 255).astype(jnp.uint8)
 
 
-def to_pil(pixels: np.ndarray) -> Image.Image:
-  """A picture of uint8 pixels (H, W, 1 or 3)."""
+def to_pil(pixels: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+  """A picture of pixels (H, W, 1 or 3)."""
   return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def latent_preview(latents: np.ndarray) -> np.ndarray:
-  """Latents (N, H, W, C) as uint8 RGB: three channels at +-3 deviations.
+def latent_preview(
+  latents: Float[np.ndarray, "N H W C"],
+) -> UInt8[np.ndarray, "N H W rgb"]:
+  """A preview of latents: three channels (else one), mean +- 3 std as 0 … 255.
 
-  Only to look at: colours mean nothing before a VAE has decoded them.
+  The colours have no meaning.
   """
   channels = latents[..., :3] if latents.shape[-1] >= 3 else latents[..., :1]
-  deviation = channels.std(axis=(0, 1, 2), keepdims=True) + 1e-6
-  return to_uint8((channels - channels.mean(axis=(0, 1, 2))) / (3 * deviation))
+  std = channels.std(axis=(0, 1, 2), keepdims=True) + 1e-6
+  return to_uint8((channels - channels.mean(axis=(0, 1, 2))) / (3 * std))
 
 
-def make_grid(images: np.ndarray, captions: list[str], columns: int = 0) -> Image.Image:
-  """A picture of images (N, H, W, 1 or 3) uint8, each under its caption.
+def make_grid(
+  images: UInt8[np.ndarray, "N H W C"], captions: list[str], columns: int = 0
+) -> Image.Image:
+  """A picture with a grid of images, each below its caption.
 
   Args:
-    images: uint8 tiles.
+    images: (N, H, W, 1 or 3) uint8.
     captions: N texts.
-    columns: tiles in a row; 0 for as many as make the picture square.
+    columns: images in a row; 0 for a square grid.
   """
   count, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(count))
@@ -70,16 +76,16 @@ def make_grid(images: np.ndarray, captions: list[str], columns: int = 0) -> Imag
 
 def write_npz(
   file: BinaryIO | Path,
-  images: Iterable[np.ndarray],
-  labels: np.ndarray,
+  images: Iterable[Shaped[np.ndarray, "n H W C"]],
+  labels: Int[np.ndarray, "N"],
 ) -> None:
   """Writes arr_0 (images) and arr_1 (labels), the names that ADM's evaluator reads.
 
-  The bytes depend on the arrays alone; one part of the images is in memory at a time.
+  The bytes depend on the arrays alone. One part of the images is in memory at a time.
 
   Args:
-    file: to write to.
-    images: parts (n, H, W, C) of one type, together len(labels) images.
+    file: path or open file.
+    images: parts (n, H, W, C) of one type, N images in all.
     labels: (N,).
 
   Raises:
@@ -109,8 +115,8 @@ def write_npz(
       np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
 
 
-def read_npz(path: Path, count: int) -> Iterator[np.ndarray]:
-  """The images of a file of `write_npz`, up to `count` at a time."""
+def read_npz(path: Path, count: int) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
+  """Reads the images of a file of `write_npz`, up to `count` at a time."""
   with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
     np.lib.format.read_magic(member)
     shape, _, dtype = np.lib.format.read_array_header_1_0(member)
@@ -119,7 +125,7 @@ def read_npz(path: Path, count: int) -> Iterator[np.ndarray]:
       yield np.frombuffer(part, dtype).reshape(-1, *shape[1:])
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> BinaryIO:
-  # With a date of its own a file would differ from one made later.
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+  # A fixed date: equal arrays give equal bytes.
   info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
   return archive.open(info, "w", force_zip64=True)

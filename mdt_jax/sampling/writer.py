@@ -1,52 +1,53 @@
-"""Many images to disk: one file a block, so that a stopped run goes on, then one .npz.
+"""Many images to disk: a file for each block, which a stopped run resumes from.
 
-  OUTPUT/partial/settings.json   what the blocks are of
-  OUTPUT/partial/000000.npy      images of a block; there as a whole or not at all
-  OUTPUT/samples.npz             all of them: arr_0 images, arr_1 labels
-  OUTPUT/samples.json            what they are of
-  OUTPUT/png/3_000000.png        each of them, where asked for
+  OUTPUT/partial/settings.json   description of the job
+  OUTPUT/partial/000000.npy      images of a block, complete or absent
+  OUTPUT/samples.npz             all images: arr_0 images, arr_1 labels
+  OUTPUT/samples.json            description of the job
+  OUTPUT/png/3_000000.png        an image, LABEL_NUMBER, where PNGs are asked for
 
-Images of other settings that are there are replaced once all are made. Several
-processes share the folder: each makes blocks of its own, the first one merges.
+New images replace finished images of other settings when all of them exist. Several
+processes share the folder: each writes its own blocks, and the first merges them.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tqdm
+from jaxtyping import Int, Shaped
 
 from mdt_jax.atomic import atomic_write, write_json
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 from mdt_jax.sampling import pictures
-from mdt_jax.sampling.batches import Request
+from mdt_jax.sampling.blocks import Request
 
-logger = logging.getLogger("mdt_jax")
 MAX_IN_GRID = 100
 PNGS_AT_A_TIME = 64
-SECONDS_BETWEEN_LOOKS = 1.0  # for the blocks of other processes
-# blocks -> (block, its images), in order
-MakeBlocks = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
+POLL_SECONDS = 1.0  # between looks for the blocks of other processes
+# Numbers of blocks -> (number, images of the block), in order
+GenerateBlocks: TypeAlias = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
 
 
 class ShardedImages:
-  """The images of a request, in a folder.
+  """The images of a request in a folder, written in blocks by several processes.
 
   Args:
-    folder: where to; it is made.
-    request: what is made.
-    settings: all that the images depend on, to be compared when a run goes on; JSON.
-    name: of the files, "samples" or "latents".
-    process_index, process_count: of this process among those that share the folder.
+    folder: output folder; created if absent.
+    request: the images.
+    settings: everything that the images depend on, as JSON; a resumed run compares it.
+    name: stem of the files, "samples" or "latents".
+    process_index: number of this process.
+    process_count: processes that share the folder.
 
   Raises:
     SettingError: the folder holds unfinished images of other settings.
@@ -71,28 +72,29 @@ class ShardedImages:
     self._process_index = process_index
     self._process_count = process_count
     if self._partial.exists() and not self._partial.is_dir():
-      raise SettingError("--output", str(folder), "holds a file named partial")
+      raise SettingError("folder", str(folder), "holds a file named partial")
     self._check_same_settings()
 
   @property
   def npz(self) -> Path:
+    """The file of all images."""
     return self.folder / f"{self._name}.npz"
 
   @property
   def is_complete(self) -> bool:
-    """Whether the images of these settings are there already, merged."""
+    """Whether the folder already holds the merged images of these settings."""
     return (
       not self._partial.exists()
       and self.npz.exists()
       and _read_json(self.folder / f"{self._name}.json") == self._settings
     )
 
-  def write(self, make_blocks: MakeBlocks, *, progress: bool = True) -> None:
-    """Makes the blocks of this process that are missing; the first process merges.
+  def write(self, generate_blocks: GenerateBlocks, *, progress: bool = True) -> None:
+    """Writes the missing blocks of this process; the first process merges all blocks.
 
     Args:
-      make_blocks: gives the images of the blocks asked for.
-      progress: show a bar with the time left.
+      generate_blocks: see `SamplingJob.generate_blocks`.
+      progress: show a progress bar with the time left.
     """
     self._partial.mkdir(parents=True, exist_ok=True)
     path = self._partial / "settings.json"
@@ -103,11 +105,11 @@ class ShardedImages:
       sum(len(self._request.ids(b)) for b in blocks) for blocks in (mine, missing)
     )
     if left < total:
-      logger.info("going on: %d of %d images are there", total - left, total)
+      logger.info("resuming: %d of %d images exist", total - left, total)
     with tqdm.tqdm(
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
-      for block, pixels in make_blocks(missing):
+      for block, pixels in generate_blocks(missing):
         with atomic_write(self._path(block)) as partial, partial.open("wb") as file:
           np.save(file, pixels)
         bar.update(len(pixels))
@@ -118,7 +120,7 @@ class ShardedImages:
   def write_pngs(self) -> None:
     """Writes each image of the .npz as png/LABEL_NUMBER.png.
 
-    It is a layout that config.data.source = "images" reads.
+    `config.data.source = "images"` reads this layout.
     """
     self._pngs.mkdir(exist_ok=True)
 
@@ -136,7 +138,7 @@ class ShardedImages:
     if not self._partial.exists():
       return
     saved = _read_json(self._partial / "settings.json")
-    if saved is None or saved == self._settings:  # None: stopped before it was written
+    if saved is None or saved == self._settings:  # None: the run stopped before it
       return
     differences = [
       f"{name} was {saved.get(name)!r}, now {self._settings.get(name)!r}"
@@ -144,34 +146,34 @@ class ShardedImages:
       if saved.get(name) != self._settings.get(name)
     ]
     raise SettingError(
-      "--output",
+      "folder",
       str(self.folder),
       f"holds unfinished images of other settings ({'; '.join(differences)}): finish "
-      f"those, delete {self._partial}, or take another folder",
+      f"these images, delete {self._partial}, or choose another folder",
     )
 
   def _path(self, block: int) -> Path:
     return self._partial / f"{block:06d}.npy"
 
   def _wait_for_others(self) -> None:
-    said = False
+    has_logged = False
     while True:
       blocks = range(self._request.num_blocks)
       missing = sum(not self._path(block).exists() for block in blocks)
       if not missing:
         return
-      if not said:
+      if not has_logged:
         logger.info("waiting for %d blocks of other processes", missing)
-        said = True
-      time.sleep(SECONDS_BETWEEN_LOOKS)
+        has_logged = True
+      time.sleep(POLL_SECONDS)
 
-  def _blocks(self) -> Iterator[np.ndarray]:
+  def _blocks(self) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
     for block in range(self._request.num_blocks):
       yield np.load(self._path(block), allow_pickle=False)
 
   def _merge(self) -> None:
     labels = np.asarray(self._request.labels, np.int64)
-    # The .npz comes last: it says that all is done.
+    # The .npz comes last: its existence means that the grid exists too.
     self._write_grid(labels)
     with atomic_write(self.npz) as partial:
       with partial.open("wb") as file:
@@ -179,19 +181,19 @@ class ShardedImages:
       if self._name == "samples":
         self._remove_pngs()
     write_json(self.folder / f"{self._name}.json", self._settings)
-    # Renamed first, as deleting takes a while and may be stopped.
+    # Rename first: a process may be stopped while it deletes the files.
     done = self.folder / "partial.done"
     shutil.rmtree(done, ignore_errors=True)
     self._partial.rename(done)
     shutil.rmtree(done)
 
   def _remove_pngs(self) -> None:
-    """Removes those of the images that are replaced; there may be more of them."""
+    """Removes the PNGs of the images that are replaced; no other file."""
     for path in self._pngs.glob("*.png"):
       if re.fullmatch(r"\d+_\d{6,}", path.stem):
         path.unlink()
 
-  def _write_grid(self, labels: np.ndarray) -> None:
+  def _write_grid(self, labels: Int[np.ndarray, "N"]) -> None:
     shown: list[np.ndarray] = []
     for pixels in self._blocks():
       shown.extend(pixels[: MAX_IN_GRID - len(shown)])

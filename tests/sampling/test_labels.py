@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from mdt_jax.errors import SettingError
-from mdt_jax.sampling.labels import draw_labels, imagenet_classes, parse_labels
+from mdt_jax.sampling.labels import (
+  choose_labels,
+  draw_labels,
+  imagenet_classes,
+  parse_labels,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,20 @@ def test_random_labels_are_of_the_seed_and_the_number_alone():
   assert (draw_labels("random", 100, 1000, seed=4) != few).any()
   counts = np.bincount(many, minlength=1000)
   assert 20 < counts.min() < counts.max() < 90  # 50 each, deviation 7
+
+
+@pytest.mark.parametrize(
+  ("labels", "count", "expected"),
+  [
+    (["3", "1"], None, [3, 1]),
+    (["3", "1"], 5, [3, 1, 3, 1, 3]),
+    (["balanced"], 4, [0, 1, 2, 3]),
+    (["balanced"], None, list(range(10))),
+  ],
+)
+def test_labels_are_repeated_for_as_many_images_as_are_drawn(labels, count, expected):
+  assert choose_labels("labels", labels, count, 10, seed=0).tolist() == expected
+
+
+def test_all_of_many_classes_are_a_hundred_images_by_default():
+  assert len(choose_labels("labels", ["random"], None, 1000, seed=0)) == 100

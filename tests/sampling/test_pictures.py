@@ -46,11 +46,11 @@ def test_pixels_are_the_same_made_on_the_device():
 
 
 def test_an_npz_is_read_in_parts(tmp_path):
-  pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-  pictures.write_npz(tmp_path / "x.npz", [pictures[:3], pictures[3:]], np.arange(5))
+  images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+  pictures.write_npz(tmp_path / "x.npz", [images[:3], images[3:]], np.arange(5))
   parts = list(pictures.read_npz(tmp_path / "x.npz", 2))
   assert [len(part) for part in parts] == [2, 2, 1]
-  np.testing.assert_array_equal(np.concatenate(parts), pictures)
+  np.testing.assert_array_equal(np.concatenate(parts), images)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 8])

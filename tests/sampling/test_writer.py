@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import factories
-from mdt_jax.checkpoints.manager import save_model
+from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
 from mdt_jax.sampling import pictures
-from mdt_jax.sampling.batches import Request
+from mdt_jax.sampling.blocks import Request
 from mdt_jax.sampling.writer import ShardedImages
 from tests import reference
 from tests.training.tiny import tiny_config
@@ -165,8 +165,9 @@ FLAGS = ["--num_images=300", "--batch_size=1", "--labels=random"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  config = tiny_config(**{"sampling.num_steps": 5})
-  save_model(folder, config, reference.random_params(factories.make_model(config)))
+  experiment = build(tiny_config(**{"sampling.num_steps": 5}))
+  params = reference.random_params(experiment.model)
+  save_model(folder, experiment.settings, params)
   return folder
 
 

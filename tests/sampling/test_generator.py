@@ -1,4 +1,4 @@
-"""Generating: an image depends on its seed and number, not on its batch."""
+"""The generator: an image derives from its seed and id; tasks with a given image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import factories
+from mdt_jax.experiment import build
 from mdt_jax.models.mdt import MDT
-from mdt_jax.sampling import batches
-from mdt_jax.sampling.batches import Request
+from mdt_jax.sampling.blocks import generate_batches
+from mdt_jax.sampling.generator import Task, make_generator
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -20,64 +20,49 @@ LABELS = np.array([3, 1, 4, 1, 5])
 
 
 @functools.cache
-def make_all(method="ddpm"):
-  config = tiny_config(**{"sampling.method": method})
-  params = reference.random_params(factories.make_model(config))
-  generator = batches.make_generator(config)
+def generator_of(method="ddpm"):
+  """A function from labels to images."""
+  experiment = build(tiny_config(**{"sampling.method": method}))
+  params = reference.random_params(experiment.model)
+  generator = make_generator(experiment.model, experiment.sampler)
 
   def images(labels, seed=0, batch_size=5):
-    made = batches.generate_batches(
+    parts = generate_batches(
       generator, params, np.asarray(labels), seed=seed, batch_size=batch_size
     )
-    return np.concatenate(list(made))
+    return np.concatenate(list(parts))
 
   return images
 
 
 def test_there_is_an_image_for_each_label():
-  assert make_all()(LABELS).shape == (5, 8, 8, 1)
+  assert generator_of()(LABELS).shape == (5, 8, 8, 1)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_an_image_does_not_depend_on_the_batch_size(method, batch_size):
-  images = make_all(method)
+  images = generator_of(method)
   whole, parts = images(LABELS), images(LABELS, batch_size=batch_size)
   np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
 
 
 def test_the_same_label_twice_gives_two_images():
-  first, second = make_all()([7, 7], batch_size=2)
+  first, second = generator_of()([7, 7], batch_size=2)
   assert np.abs(first - second).max() > 0.1
 
 
 def test_another_seed_gives_other_images():
-  images = make_all()
+  images = generator_of()
   assert np.abs(images(LABELS, seed=1) - images(LABELS)).max() > 0.1
 
 
 def test_the_label_changes_the_image():
-  images = make_all()
+  images = generator_of()
   assert np.abs(images([3, 3, 3, 3, 3])[1] - images(LABELS)[1]).max() > 1e-3
 
 
-def test_a_request_is_cut_into_blocks_and_the_last_one_is_filled_up():
-  request = Request(LABELS, seed=0, block_size=2)
-  assert [request.ids(block).tolist() for block in range(3)] == [[0, 1], [2, 3], [4]]
-  labels, ids, given = request.inputs([2, 0])
-  assert (labels.tolist(), ids.tolist()) == ([5, 3, 3, 1], [4, 0, 0, 1])
-  assert given == {}
-
-
-def test_each_image_of_a_request_has_what_is_given_to_it():
-  images = np.arange(5.0).reshape(5, 1, 1, 1)
-  own = Request(LABELS, seed=0, block_size=2, image=images).inputs([1])[2]
-  assert own["image"].ravel().tolist() == [2, 3]
-  same = Request(LABELS, seed=0, block_size=2, image=images[4]).inputs([1])[2]
-  assert same["image"].ravel().tolist() == [4, 4]
-
-
-# The paths of an image that is given, seen by the network.
+# Tasks with a given image, as the network sees them.
 
 HIDDEN = np.zeros((8, 8), bool)
 HIDDEN[:, 4:] = True
@@ -96,26 +81,29 @@ def seen_while_inpainting(monkeypatch, interpolation, **sampling):
     return jnp.zeros((*x.shape[:-1], 2))
 
   monkeypatch.setattr(MDT, "apply", apply)
-  config = tiny_config(
-    **{"sampling.num_steps": 4, "sampling.cfg_scale": 1.0},
-    **{f"sampling.{name}": value for name, value in sampling.items()},
+  experiment = build(
+    tiny_config(
+      **{"sampling.num_steps": 4, "sampling.cfg_scale": 1.0},
+      **{f"sampling.{name}": value for name, value in sampling.items()},
+    )
   )
-  task = batches.Task("inpaint", interpolation=interpolation, num_keep=8)
+  sampler = experiment.sampler
+  task = Task("inpaint", interpolation=interpolation, num_keep=8)
   image = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
   given = {"image": image, "hidden": HIDDEN, "hidden_tokens": TOKENS}
-  x_0 = batches.make_generator(config, task)(
+  x_0 = make_generator(experiment.model, sampler, task)(
     {}, np.array([1, 2]), np.array([0, 1]), np.uint32(0), given
   )
   jax.effects_barrier()
   seen.sort(key=lambda call: -call[0])
-  return seen, image, np.asarray(x_0), factories.make_sampled_diffusion(config)
+  return seen, image, np.asarray(x_0), sampler.process
 
 
 @pytest.mark.parametrize("method", ["ddpm", "dpm++", "heun"])
 def test_what_is_visible_is_held_at_the_noise_of_each_step(monkeypatch, method):
-  seen, image, x_0, diffusion = seen_while_inpainting(monkeypatch, 0.0, method=method)
+  seen, image, x_0, process = seen_while_inpainting(monkeypatch, 0.0, method=method)
   for t, x, _ in seen:
-    a = diffusion.alphas_cumprod[list(diffusion.timesteps).index(t)]
+    a = process.alphas_cumprod[list(process.timesteps).index(t)]
     noise = (x - np.sqrt(a) * image)[:, ~HIDDEN] / np.sqrt(1 - a)
     assert 0.8 < noise.std() < 1.2
   np.testing.assert_array_equal(x_0[:, ~HIDDEN], image[:, ~HIDDEN])
@@ -142,16 +130,19 @@ def test_editing_starts_at_the_noise_of_its_strength(monkeypatch, strength, call
     return jnp.zeros((*x.shape[:-1], 2))
 
   monkeypatch.setattr(MDT, "apply", apply)
-  config = tiny_config(**{"sampling.num_steps": 4, "sampling.cfg_scale": 1.0})
-  diffusion = factories.make_sampled_diffusion(config)
+  experiment = build(
+    tiny_config(**{"sampling.num_steps": 4, "sampling.cfg_scale": 1.0})
+  )
+  process = experiment.sampler.process
   image = np.full((1, 8, 8, 1), 3, np.float32)
-  batches.make_generator(config, batches.Task("edit", strength=strength))(
+  task = Task("edit", strength=strength)
+  make_generator(experiment.model, experiment.sampler, task)(
     {}, np.array([1]), np.array([0]), np.uint32(0), {"image": image}
   )
   jax.effects_barrier()
   seen.sort(key=lambda call: -call[0])
-  assert [t for t, _ in seen] == diffusion.timesteps[:calls][::-1].tolist()
-  a = diffusion.alphas_cumprod[calls - 1]
+  assert [t for t, _ in seen] == process.timesteps[:calls][::-1].tolist()
+  a = process.alphas_cumprod[calls - 1]
   noise = (seen[0][1] - np.sqrt(a) * image) / np.sqrt(1 - a)
   assert 0.7 < noise.std() < 1.3
   assert abs(noise.mean()) < 0.5

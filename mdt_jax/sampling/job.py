@@ -1,0 +1,138 @@
+"""A sampling job: what one call of a pipeline generates, and from which parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Shaped, UInt8
+
+from mdt_jax.experiment import Experiment
+from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
+from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sampling import pictures
+from mdt_jax.sampling.blocks import BlockGenerator, Decode, Request
+from mdt_jax.sampling.generator import Task, make_generator
+from mdt_jax.settings import SamplingSettings
+from mdt_jax.types import Array, Params
+
+# (settings, task, number of devices) -> the compiled generator
+BlockGenerators: TypeAlias = dict[tuple[SamplingSettings, Task, int], BlockGenerator]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SamplingJob:
+  """A call of a pipeline after all of its arguments are checked.
+
+  Attributes:
+    experiment: the run; `experiment.sampler` is that of the call.
+    params: averaged parameters of the network.
+    step: training step of the parameters.
+    autoencoder: decodes latents; None leaves the network's output as it is.
+    task: what the generator does with a given image.
+    request: the images to generate.
+    pixels: the given image, (H, W, C) or (N, H, W, C) uint8, or None.
+    hidden: (H, W) bool, the pixels of it to paint, or None.
+    generators: compiled generators, shared by the jobs of a pipeline.
+  """
+
+  experiment: Experiment
+  params: Params
+  step: int
+  autoencoder: Autoencoder | None
+  task: Task
+  request: Request
+  pixels: UInt8[np.ndarray, "*N H W C"] | None = None
+  hidden: Bool[np.ndarray, "H W"] | None = None
+  generators: BlockGenerators = dataclasses.field(default_factory=dict, repr=False)
+
+  def generate_blocks(
+    self, blocks: Sequence[int]
+  ) -> Iterator[tuple[int, Shaped[np.ndarray, "n H W C"]]]:
+    """Generates blocks of the request on the devices of this process.
+
+    Args:
+      blocks: numbers of the blocks.
+
+    Yields:
+      (number of the block, its images (n, H, W, C): uint8 pixels or float32 latents),
+      in order.
+    """
+    if not blocks:  # all blocks exist, or there are more processes than blocks
+      return
+    generated = self._generator(min(len(blocks), jax.local_device_count()))(
+      self.params,
+      {} if self.autoencoder is None else self.autoencoder.params,
+      self.request,
+      blocks,
+    )
+    for block, images in generated:
+      if self.pixels is not None and self.hidden is not None:
+        ids = self.request.ids(block)
+        visible = self.pixels[ids] if self.pixels.ndim == 4 else self.pixels
+        images = np.where(self.hidden[..., None], images, visible)
+      yield block, images
+
+  def describe(self) -> dict[str, Any]:
+    """Everything that the images depend on, as JSON returns it.
+
+    A resumed job compares the description with that of the unfinished images.
+    """
+    settings = self.experiment.settings
+    sampling = dataclasses.asdict(settings.sampling)
+    described = {
+      "step": self.step,
+      "parameters": _digest(*jax.tree.leaves(self.params)),
+      "images": len(self.request.labels),
+      "labels": _digest(self.request.labels),
+      "seed": self.request.seed,
+      "batch_size": self.request.block_size,
+      "vae": settings.data.vae,
+      **{f"sampling.{name}": value for name, value in sampling.items()},
+      "task": dataclasses.asdict(self.task),
+    }
+    if self.pixels is not None:
+      described["image"] = _digest(self.pixels)
+    if self.hidden is not None:
+      described["mask"] = _digest(self.hidden)
+    return json.loads(json.dumps(described))
+
+  def _generator(self, num_devices: int) -> BlockGenerator:
+    """The compiled generator of these settings, built once for all jobs."""
+    key = (self.experiment.settings.sampling, self.task, num_devices)
+    if key not in self.generators:
+      self.generators[key] = BlockGenerator(
+        make_generator(self.experiment.model, self.experiment.sampler, self.task),
+        self._decode(),
+        jax.local_devices()[:num_devices],
+      )
+    return self.generators[key]
+
+  def _decode(self) -> Decode:
+    """What follows the sampler on the device."""
+    if self.autoencoder is not None:
+      return functools.partial(_decode_latents, self.autoencoder.model)
+    if self.experiment.holds_pixels:
+      return lambda _, pixels: pictures.to_uint8_on_device(pixels)
+    return lambda _, latents: latents
+
+
+def _decode_latents(
+  model: AutoencoderKL, params: Params, latents: Array
+) -> UInt8[Array, "B H W 3"]:
+  decoded = decode_in_slices(model, params, model.unscale(latents))
+  return pictures.to_uint8_on_device(decoded)
+
+
+def _digest(*arrays: Any) -> str:
+  """A short hash of the contents of arrays."""
+  digest = hashlib.blake2b(digest_size=8)
+  for array in arrays:
+    digest.update(np.ascontiguousarray(array).data)
+  return digest.hexdigest()
