@@ -1,4 +1,4 @@
-"""Bits a dimension of a data set: of the images asked for, in batches of any size."""
+"""Bits per dimension of a data set: for chosen images, in batches of any size."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import functools
 import numpy as np
 import pytest
 
-from mdt_jax import factories
+from mdt_jax.diffusion.process import Process
+from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import bits_per_dimension
+from mdt_jax.experiment import build
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -17,9 +19,11 @@ INDICES = np.array([3, 900, 1796, 17, 50])
 
 @functools.cache
 def setup(**overrides):
-  config = tiny_config(**overrides)
-  params = reference.random_params(factories.make_model(config))
-  return bits_per_dimension.make_bound(config, 4), params, factories.make_source(config)
+  experiment = build(tiny_config(**overrides))
+  bound = bits_per_dimension.make_bound(
+    experiment.model, experiment.process, 4, clip_denoised=experiment.holds_pixels
+  )
+  return bound, reference.random_params(experiment.model), experiment.source
 
 
 def terms(indices=INDICES, seed=0, batch_size=5):
@@ -62,3 +66,20 @@ def test_another_seed_draws_other_noise():
 def test_predicted_pixels_are_clipped():
   """x0 predicted from much noise is far outside of the range of pixels."""
   assert terms()["xstart_mse"].max() <= 4
+
+
+@pytest.mark.parametrize("num_steps", [0, 1001])
+def test_a_number_of_steps_that_the_process_lacks_is_refused(num_steps):
+  experiment = build(tiny_config())
+  with pytest.raises(SettingError, match=rf"num_steps = {num_steps}: .*1000"):
+    bits_per_dimension.make_bound(
+      experiment.model, experiment.process, num_steps, clip_denoised=True
+    )
+
+
+def test_a_process_without_a_bound_is_refused():
+  class Other(Process):
+    end_time = alpha = sigma = target = to_x0 = sample_t = None
+
+  with pytest.raises(SettingError, match=r"metrics = 'bpd'.*not a Other"):
+    bits_per_dimension.make_bound(None, Other(), clip_denoised=True)

@@ -9,14 +9,21 @@ import signal
 import numpy as np
 import pytest
 
-from mdt_jax import factories
-from mdt_jax.checkpoints.manager import load_ema
+from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.data.sources import DigitsSource
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation import scores
-from mdt_jax.evaluation.evaluator import Evaluator
-from mdt_jax.evaluation.image_streams import GeneratedImages
-from mdt_jax.sharding import make_mesh
+from mdt_jax.evaluation import evaluator, scores
+from mdt_jax.evaluation.evaluator import (
+  Evaluator,
+  TrainingEvaluator,
+  make_training_evaluator,
+)
+from mdt_jax.evaluation.image_streams import GeneratedImages, NpzImages
+from mdt_jax.evaluation.summary import Summary
+from mdt_jax.experiment import build
+from mdt_jax.sampling.generator import make_generator
 from mdt_jax.training import loop
+from tests import reference
 from tests.training.tiny import tiny_config
 
 EVAL = {
@@ -56,9 +63,9 @@ def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
 
 
 def test_scores_are_of_the_averaged_parameters(workdir):
-  config, params, _ = load_ema(workdir)
-  evaluate = Evaluator(config, make_mesh(), factories.make_source(config))
-  found = evaluate(3, {"0.9": params})
+  checkpoint = load_ema(workdir)
+  evaluate = make_training_evaluator(checkpoint.experiment)
+  found = evaluate(3, {"0.9": checkpoint.params})
   for tag, points in read_scalars(workdir).items():
     assert points[3] == pytest.approx(found[tag], rel=1e-3), tag
 
@@ -66,11 +73,46 @@ def test_scores_are_of_the_averaged_parameters(workdir):
 def test_a_reference_may_be_given(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
-  config = tiny_config(**EVAL, **{"eval.reference": str(tmp_path / "real.npz")})
-  evaluate = Evaluator(config, make_mesh(), source=None)
-  found = evaluate._real.statistics["pixels"].mean
-  expected = images.reshape(30, -1).mean(axis=0) / 255
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  experiment = build(
+    tiny_config(
+      **EVAL,
+      **{"eval.reference": str(tmp_path / "real.npz"), "data.source": "images"},
+    )
+  )
+  params = reference.random_params(experiment.model)
+  found = make_training_evaluator(experiment)(1, {"0.9": params})
+  generated = GeneratedImages(
+    experiment.model,
+    make_generator(experiment.model, experiment.sampler),
+    params,
+    20,
+    holds_pixels=True,
+  )
+  evaluate = Evaluator.create(["frechet"], reference=str(tmp_path / "real.npz"))
+  assert found["eval/frechet"] == pytest.approx(evaluate(generated)["frechet"])
+
+
+def test_images_of_a_file_are_scored_against_a_source(tmp_path):
+  digits = DigitsSource()
+  images = np.stack([digits[i]["image"] for i in range(len(digits))])
+  np.savez(tmp_path / "digits.npz", images)
+  evaluate = Evaluator.create(["frechet"], open_data=lambda: digits)
+  found = evaluate(NpzImages(tmp_path / "digits.npz"))
+  assert found["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_that_use_no_real_images_open_no_data(monkeypatch):
+  def fail():
+    raise AssertionError
+
+  monkeypatch.setattr(evaluator, "load_inception", lambda path, setting: {})
+  evaluate = Evaluator.create(["is"], open_data=fail, inception="weights")
+  assert evaluate.real == Summary({}, {})
+
+
+def test_real_images_are_needed():
+  with pytest.raises(SettingError, match="--reference = None: must be given"):
+    Evaluator.create(["frechet"])
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +150,13 @@ def test_scores_that_cannot_be_had_are_refused_before_training(
     }
   )
   with pytest.raises(SettingError, match=r"^config\.eval\..*" + message):
-    Evaluator(config, make_mesh(), source=None)
+    make_training_evaluator(build(config))
 
 
 def test_latents_that_nothing_decodes_are_refused_before_training():
   config = tiny_config(**EVAL, **{"data.source": "latents"})
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
-    Evaluator(config, make_mesh(), source=None)
+    make_training_evaluator(build(config))
 
 
 def read_scores(workdir):
@@ -137,7 +179,7 @@ def test_a_run_stopped_while_it_scores_has_its_state_and_scores_when_it_goes_on(
     patch.setattr(GeneratedImages, "batches", stop_after_one)
     with pytest.raises(loop.Interrupted, match="after step 2"):
       loop.train(config, tmp_path)
-  assert load_ema(tmp_path)[2] == 2
+  assert load_ema(tmp_path).step == 2
   assert not (tmp_path / "scores").exists()
   loop.train(config, tmp_path)
   assert read_scores(tmp_path) == read_scores(workdir)
@@ -168,11 +210,11 @@ def test_scores_that_end_the_process_are_made_up_for_once(
 
   config = tiny_config(**EVAL, checkpoint_every=100)
   with monkeypatch.context() as patch:
-    patch.setattr(Evaluator, "__call__", kill)
+    patch.setattr(TrainingEvaluator, "__call__", kill)
     for _ in range(2):  # at step 2, which is saved, and at the start after
       with pytest.raises(Killed):
         loop.train(config, tmp_path)
-    assert load_ema(tmp_path)[2] == 2
+    assert load_ema(tmp_path).step == 2
   loop.train(config, tmp_path)
   assert "no scores of step 2: two starts ended there" in caplog.text
   assert "step_0000003.json" in os.listdir(tmp_path / "scores")

@@ -1,4 +1,4 @@
-"""Images to be scored: read as a stream, checked, drawn from (seed, i)."""
+"""Images to score: read as a stream, checked, drawn from (seed, i)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from mdt_jax import factories
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.image_streams import (
@@ -17,7 +16,8 @@ from mdt_jax.evaluation.image_streams import (
   NpzImages,
   SourceImages,
 )
-from mdt_jax.sampling.batches import make_generator
+from mdt_jax.experiment import build
+from mdt_jax.sampling.generator import make_generator
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -176,9 +176,15 @@ def test_latents_are_not_scored():
 
 @functools.cache
 def drawn(batch_size, seed=0):
-  config = tiny_config()
-  params = reference.random_params(factories.make_model(config))
-  stream = GeneratedImages(config, make_generator(config), params, 11, seed=seed)
+  experiment = build(tiny_config())
+  stream = GeneratedImages(
+    experiment.model,
+    make_generator(experiment.model, experiment.sampler),
+    reference.random_params(experiment.model),
+    11,
+    seed=seed,
+    holds_pixels=True,
+  )
   return read(stream, batch_size)
 
 
@@ -203,6 +209,5 @@ def test_another_seed_draws_other_images():
 
 
 def test_latents_are_drawn_with_an_autoencoder_alone():
-  config = tiny_config(**{"data.source": "latents"})
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
-    GeneratedImages(config, None, None, 11)
+    GeneratedImages(None, None, None, 11, holds_pixels=False)

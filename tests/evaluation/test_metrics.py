@@ -177,17 +177,3 @@ def test_samples_of_one_mode_are_precise_and_recall_little():
 def test_too_few_images_are_refused_with_their_number(real, generated):
   with pytest.raises(SettingError, match=r"images = 3: .* more than 3"):
     precision_recall(normal(real, 2), normal(generated, 2))
-
-
-# Names
-
-
-def test_a_score_that_needs_weights_says_so():
-  with pytest.raises(SettingError, match="--metrics = 'sfid': needs the weights"):
-    metrics.check_metrics("--metrics", ["frechet", "sfid"], has_inception=False)
-
-
-@pytest.mark.parametrize("names", [[], ["kid"]])
-def test_an_unknown_score_is_told_which_there_are(names):
-  with pytest.raises(SettingError, match="fid, sfid, is, precision, recall, frechet"):
-    metrics.check_metrics("--metrics", names, has_inception=True)

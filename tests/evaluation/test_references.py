@@ -1,0 +1,93 @@
+"""Files of real images: with images, with statistics, or with both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.references import read_reference, save_statistics
+from mdt_jax.evaluation.registry import METRICS, inception_metrics
+from mdt_jax.evaluation.scores import score
+from tests.evaluation.cheap import extractor, features, photos, summary
+
+ALL = list(METRICS)
+
+
+def test_saved_statistics_give_the_same_scores(files, tmp_path):
+  real = read_reference(files / "real.npz", ALL, extractor())
+  save_statistics(tmp_path / "real.npz", real)
+  saved = read_reference(tmp_path / "real.npz", ALL, extractor())
+  fake = summary(files / "fake.npz")
+  assert score(ALL, saved, fake) == score(ALL, real, fake)
+  assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
+
+
+def test_statistics_are_saved_under_the_names_of_adm(files, tmp_path):
+  real = read_reference(files / "real.npz", ["fid", "sfid"], extractor())
+  save_statistics(tmp_path / "real.npz", real)
+  pool3 = features(None, np.load(files / "real.npz")["arr_0"])["pool3"]
+  with np.load(tmp_path / "real.npz") as saved:
+    assert set(saved.files) == {"mu", "sigma", "mu_s", "sigma_s"}
+    np.testing.assert_allclose(saved["sigma"], np.cov(pool3.T), rtol=1e-5)
+
+
+def test_a_reference_batch_of_adm_keeps_its_statistics(files, tmp_path):
+  """The statistics are of more images than the 10,000 in the same file."""
+  images, labels = photos(60, 0)
+  mean, covariance = np.full(3, 5.0), np.eye(3)
+  np.savez(
+    tmp_path / "adm.npz",
+    images,
+    labels,
+    mu=mean,
+    sigma=covariance,
+    mu_s=mean,
+    sigma_s=covariance,
+  )
+  found = read_reference(tmp_path / "adm.npz", inception_metrics(), extractor())
+  for name in ("pool3", "spatial"):
+    np.testing.assert_array_equal(found.statistics[name].mean, mean)
+  computed = summary(files / "real.npz").features["pool3"]
+  np.testing.assert_array_equal(found.features["pool3"], computed)
+
+
+def test_images_do_not_pass_through_the_network_for_statistics_in_the_file(
+  files, tmp_path
+):
+  save_statistics(tmp_path / "a.npz", summary(files / "real.npz", ["fid"]))
+
+  def unused(images):
+    raise AssertionError
+
+  found = read_reference(tmp_path / "a.npz", ["fid", "is"], unused)
+  assert set(found.statistics) == {"pool3"}
+
+
+def test_statistics_without_what_a_score_needs_are_refused(files, tmp_path):
+  save_statistics(tmp_path / "a.npz", summary(files / "real.npz", ["fid"]))
+  with pytest.raises(SettingError, match=r"neither images .* nor what precision, sfid"):
+    read_reference(tmp_path / "a.npz", ["fid", "precision", "sfid"], extractor())
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    ({"mu": np.ones(3), "sigma": np.ones((3, 2))}, r"shapes \(3,\) and \(3, 2\)"),
+    ({"mu": np.ones((1, 3)), "sigma": np.eye(3)}, r"shapes \(1, 3\)"),
+    ({"mu": np.array([np.nan]), "sigma": np.eye(1)}, "must be finite"),
+    ({"mu": np.array([None]), "sigma": np.eye(1)}, "pickle"),
+  ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
+  np.savez(tmp_path / "a.npz", **arrays)
+  with pytest.raises(SettingError, match=f"--reference = .*{message}"):
+    read_reference(tmp_path / "a.npz", ["fid"], extractor())
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "text.npz", "array.npy"])
+def test_a_reference_that_is_no_npz_is_refused(tmp_path, name):
+  (tmp_path / "text.npz").write_text("no archive")
+  np.save(tmp_path / "array.npy", np.ones(3))
+  with pytest.raises(SettingError, match=f"--reference = .*{name}"):
+    read_reference(tmp_path / name, ["fid"], extractor())

@@ -1,0 +1,85 @@
+"""The table of scores, and that a new score is one entry of the table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.errors import SettingError
+from mdt_jax.evaluation import registry, scores
+from mdt_jax.evaluation.features import pixel_features
+from mdt_jax.evaluation.references import read_reference, save_statistics
+from mdt_jax.evaluation.registry import METRICS, Metric, check_metrics
+from tests.evaluation.cheap import extractor, features, summary
+
+
+def test_a_score_that_needs_weights_is_refused_without_them():
+  with pytest.raises(SettingError, match="--metrics = 'sfid': needs the weights"):
+    check_metrics("--metrics", ["frechet", "sfid"], has_inception=False)
+
+
+@pytest.mark.parametrize("names", [[], ["kid"]])
+def test_the_error_for_an_unknown_score_lists_the_scores(names):
+  with pytest.raises(SettingError, match="fid, sfid, is, precision, recall, frechet"):
+    check_metrics("--metrics", names, has_inception=True)
+
+
+def test_the_scores_of_adm_are_those_that_need_inception():
+  assert registry.inception_metrics() == ["fid", "sfid", "is", "precision", "recall"]
+  assert registry.other_metrics() == ["frechet", "accuracy", "diversity"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_score_names_its_features_once(name):
+  metric = METRICS[name]
+  assert (metric.gaussian is None) != (metric.kept is None)
+
+
+def test_a_new_score_is_one_entry(files, tmp_path, monkeypatch):
+  def compute(real, generated):
+    means = [s.features["brightness"].mean() for s in (generated, real)]
+    return float(means[0] - means[1])
+
+  def brightness(params, images):
+    return {"brightness": images.mean(axis=(1, 2, 3))[:, None]}
+
+  metric = Metric(compute, brightness, kept="brightness", fewest=3)
+  monkeypatch.setitem(METRICS, "brightness", metric)
+  extract = scores.make_extractor(["brightness", "frechet"])
+  names = ["brightness"]
+  real = read_reference(files / "real.npz", names, extract)
+  save_statistics(tmp_path / "real.npz", real)
+  saved = read_reference(tmp_path / "real.npz", names, extract)
+  found = scores.score(names, saved, read_reference(files / "fake.npz", names, extract))
+  means = [np.load(files / f)["arr_0"].mean() for f in ("fake.npz", "real.npz")]
+  assert found["brightness"] == pytest.approx(means[0] - means[1], rel=1e-4)
+
+
+def test_a_new_frechet_distance_is_saved_and_read(files, tmp_path, monkeypatch):
+  monkeypatch.setitem(METRICS, "fld", registry.frechet_metric("logits", features))
+  save_statistics(tmp_path / "real.npz", summary(files / "real.npz", ["fld"]))
+  found = read_reference(tmp_path / "real.npz", ["fld"], extractor())
+  assert set(found.statistics) == {"logits"}
+
+
+def test_scores_of_the_same_features_compute_them_once(files):
+  extract = scores.make_extractor(registry.other_metrics())
+  assert set(extract(np.load(files / "real.npz")["arr_0"][:3])) == {"pixels"}
+  assert {METRICS[name].extract for name in registry.other_metrics()} == {
+    pixel_features
+  }
+
+
+def test_precision_and_recall_share_one_computation(monkeypatch, files):
+  calls = []
+  compute = registry.metrics.precision_recall
+
+  def count(*args):
+    calls.append(args)
+    return compute(*args)
+
+  monkeypatch.setattr(registry.metrics, "precision_recall", count)
+  names = ["precision", "recall"]
+  real, fake = (summary(files / f, names) for f in ("real.npz", "fake.npz"))
+  assert list(scores.score(names, real, fake)) == names
+  assert len(calls) == 1
