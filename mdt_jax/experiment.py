@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
-from mdt_jax.data.sources import Source, Subset, create_source, split_indices
+from mdt_jax.data.examples import Source, Subset, split_indices
+from mdt_jax.data.latents import LatentSource
+from mdt_jax.data.sources import SOURCES, create_source
 from mdt_jax.diffusion import Process, create_process
 from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
-from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
+from mdt_jax.errors import (
+  SettingError,
+  check_choice,
+  named_in_errors,
+  renamed_in_errors,
+)
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import DTYPES, create_model
 from mdt_jax.objectives import Objective, create_objective
@@ -180,12 +187,12 @@ class Experiment:
   @functools.cached_property
   def source(self) -> Source:
     """The labelled examples that are trained on."""
-    return self._open_source(lambda training, held_out: training)
+    return self._part_of_examples(0)
 
   @functools.cached_property
   def held_out(self) -> Source:
     """The labelled examples that are held out of training."""
-    return self._open_source(lambda training, held_out: held_out)
+    return self._part_of_examples(1)
 
   @property
   def encodes_images(self) -> bool:
@@ -195,10 +202,9 @@ class Experiment:
   @property
   def holds_pixels(self) -> bool:
     """Whether the network works on pixels, and not on latents."""
-    return (
-      self.settings.data.source in ("digits", "images")
-      and self.settings.data.vae is None
-    )
+    data = self.settings.data
+    check_choice("config.data.source", data.source, SOURCES)
+    return SOURCES[data.source].pixels and data.vae is None
 
   def encode(self, batch: Batch) -> Batch:
     """A batch with the moments of its images, where the run encodes images."""
@@ -261,8 +267,19 @@ class Experiment:
       other.__dict__["autoencoder"] = self.autoencoder
     return other
 
-  def _open_source(self, choose: Callable[[Any, Any], Any]) -> Source:
-    """The examples of the training or of the held-out part."""
+  def _part_of_examples(self, part: int) -> Source:
+    """The examples for training (0) or those that are held out of it (1)."""
+    share, examples = self.settings.data.validation, self._examples
+    if not 0 <= share <= 0.5:
+      raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
+    indices = split_indices(len(examples), share)[part]
+    if not len(indices):
+      raise SettingError("config.data.validation", share, "holds no example out")
+    return Subset(examples, indices) if share else examples
+
+  @functools.cached_property
+  def _examples(self) -> Source:
+    """All labelled examples of the data."""
     data, model = self.settings.data, self.settings.model
     image_size, channels = model.input_size, model.in_channels
     if self.encodes_images:
@@ -276,8 +293,8 @@ class Experiment:
       channels=channels,
       max_unreadable=data.max_unreadable,
     )
-    if data.source == "latents" and data.vae is not None:
-      self._check_scale(source)
+    if isinstance(source, LatentSource) and self.autoencoder is not None:
+      self._check_scale(source, self.autoencoder)
     if source.num_classes > model.num_classes:
       raise SettingError(
         "config.model.num_classes",
@@ -285,19 +302,12 @@ class Experiment:
         f"the data has labels 0 … {source.num_classes - 1}: "
         f"must be at least {source.num_classes}",
       )
-    share = data.validation
-    if not 0 <= share <= 0.5:
-      raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
-    indices = choose(*split_indices(len(source), share))
-    if not len(indices):
-      raise SettingError("config.data.validation", share, "holds no example out")
-    return Subset(source, indices) if share else source
+    return source
 
-  def _check_scale(self, source: Any) -> None:
+  def _check_scale(self, source: LatentSource, autoencoder: Autoencoder) -> None:
     """Raises where latents are stored at another scale than they are decoded from."""
-    assert self.autoencoder is not None
     for name in ("scaling_factor", "shift_factor"):
-      own, stored = getattr(self.autoencoder.model, name), source.card[name]
+      own, stored = getattr(autoencoder.model, name), source.card[name]
       if own != stored:
         raise SettingError(
           "config.data.vae",

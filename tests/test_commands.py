@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import factories
-from mdt_jax.checkpoints.manager import save_model
+from mdt_jax.checkpoints.loading import save_model
+from mdt_jax.experiment import Experiment
+from mdt_jax.settings import Settings
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -269,8 +270,9 @@ def test_bad_evaluation_flags_are_one_line_and_exit_code_2(
 
 
 def save_tiny(workdir, **settings):
-  config = tiny_config(**settings)
-  save_model(workdir, config, reference.random_params(factories.make_model(config)))
+  experiment = Experiment(Settings.from_config(tiny_config(**settings)))
+  params = reference.random_params(experiment.model)
+  save_model(workdir, experiment.settings, params)
   return f"--checkpoint={workdir}"
 
 

@@ -1,0 +1,25 @@
+"""The structure that docs/architecture.md promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_graph_in_the_docs_is_that_of_the_code():
+  command = [sys.executable, "docs/import_graph.py", "--check"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+
+
+def test_the_package_and_its_seams_load_no_heavy_library():
+  code = (
+    "import sys, mdt_jax, mdt_jax.models, mdt_jax.diffusion, mdt_jax.objectives\n"
+    "heavy = {'tensorflow', 'torch', 'tensorflow_datasets', 'sklearn'}\n"
+    "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+  )
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
