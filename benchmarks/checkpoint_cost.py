@@ -20,9 +20,10 @@ from absl import logging as absl_logging
 
 from benchmarks import tables
 from configs import digits
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import create_loader
+from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program
 
 SECONDS = flags.DEFINE_float("seconds", 60.0, "Between saves.")
@@ -52,23 +53,24 @@ def main(argv: list[str]) -> None:
       "masking.num_lengths": 1,
     }
   )
-  mesh = sharding.make_mesh(**config.mesh)
+  experiment = build(config)
+  settings, mesh = experiment.settings, experiment.mesh
   batches = create_loader(
-    factories.make_source(config),
-    seed=config.seed,
-    batch_size=config.batch_size,
-    flip=config.data.flip,
+    experiment.source,
+    seed=settings.seed,
+    batch_size=settings.batch_size,
+    flip=settings.data.flip,
     num_threads=0,
   )
-  num_keep = factories.kept_lengths(config).lengths[0]
+  static = experiment.objective.static_choices[0]
   with (
     tempfile.TemporaryDirectory(dir=FOLDER.value) as folder,
     sharding.use_mesh(mesh),
   ):
-    program = make_program(config, mesh)
-    state = program.init(jax.random.key(config.seed))
+    program = make_program(experiment)
+    state = program.init(jax.random.key(settings.seed))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    saved = Checkpoints(Path(folder), config.checkpoints_to_keep)
+    saved = Checkpoints(Path(folder), settings.checkpoints_to_keep)
     numbers = itertools.count(1)
 
     def train(seconds: float, saves: bool) -> tuple[float, float]:
@@ -77,10 +79,10 @@ def main(argv: list[str]) -> None:
       start, steps, held = time.monotonic(), 0, 0.0
       while (passed := time.monotonic() - start) < seconds:
         if saves and not steps:
-          saved.save(next(numbers), state, config)
+          saved.save(next(numbers), state, settings.to_dict())
           held = time.monotonic() - start
-        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
-        state, metrics = program.step(state, batch, num_keep)
+        batch = sharding.put_batch(next(batches), mesh, settings.batch_size)
+        state, metrics = program.step(state, batch, static)
         jax.block_until_ready(metrics)
         steps += 1
       return steps / passed, held

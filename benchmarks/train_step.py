@@ -21,8 +21,9 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import timing
-from mdt_jax import config as settings
-from mdt_jax import factories, sharding
+from mdt_jax import sharding
+from mdt_jax.config import default_config
+from mdt_jax.experiment import build
 from mdt_jax.models.flops import train_flops
 from mdt_jax.training.program import make_program
 
@@ -39,7 +40,7 @@ JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
 
 def benchmark(name: str) -> dict[str, Any]:
   """Times the step of one network."""
-  config = settings.default_config()
+  config = default_config()
   is_cpu = jax.default_backend() == "cpu"
   is_v2 = name.startswith("MDTv2")
   config.update_from_flattened_dict(
@@ -51,19 +52,20 @@ def benchmark(name: str) -> dict[str, Any]:
       "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
       "optimizer.name": "adan" if is_v2 else "adamw",
       "diffusion.loss_weight": "min_snr" if is_v2 else "none",
+      **({} if MASKED_SHARE.value else {"masking.ratio": 0.0, "masking.width": 0.0}),
     }
   )
-  model = factories.make_model(config)
+  experiment = build(config)
+  model, mesh = experiment.model, experiment.mesh
   num_keep = None
   if MASKED_SHARE.value and model.takes_mask:
-    multiple = config.masking.multiple
+    multiple = experiment.settings.masking.multiple
     kept = (1 - MASKED_SHARE.value) * model.num_tokens
     num_keep = multiple * math.ceil(kept / multiple)  # never fewer than the reference
-  mesh = sharding.make_mesh(**config.mesh)
   random = np.random.default_rng(0)
   shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
   with sharding.use_mesh(mesh):
-    program = make_program(config, mesh)
+    program = make_program(experiment)
     state = program.init(jax.random.key(0))
     batch = sharding.put_batch(
       {
