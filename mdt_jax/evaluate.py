@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
         seed=SEED.value,
       )
       logger.info(
-        "%(total_bpd).4f bits per dimension (prior %(prior_bpd).4f) of %(images)d "
+        "%(total_bpd).4f bits a dimension (prior %(prior_bpd).4f) of %(images)d "
         "images at step %(step)d",
         found,
       )

@@ -46,7 +46,7 @@ class Evaluator:
     extract: computes the features of all these scores; see `scores.make_extractor`.
     real: summary of the real images.
     reference: file of the real images, for errors; None if they are the run's data.
-    prefix: of the names of settings, for errors: "--" or "config.eval.".
+    prefix: of the names of settings in errors, such as "config.eval.".
   """
 
   def __init__(
@@ -56,7 +56,7 @@ class Evaluator:
     real: Summary,
     *,
     reference: str | None = None,
-    prefix: str = "--",
+    prefix: str = "",
   ):
     self.metrics, self.real = list(metrics), real
     self._extract, self._reference, self._prefix = extract, reference, prefix
@@ -71,7 +71,7 @@ class Evaluator:
     inception: str | Path | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
-    prefix: str = "--",
+    prefix: str = "",
     progress: bool = False,
   ) -> Evaluator:
     """Loads Inception and computes what the scores need of the real images.
@@ -85,7 +85,7 @@ class Evaluator:
       inception: file of Inception's weights, if a score needs Inception.
       batch_size: images at a time, over all devices.
       mesh: devices; None for all.
-      prefix: of the names of settings, for errors: "--" or "config.eval.".
+      prefix: of the names of settings in errors, such as "config.eval.".
       progress: whether to show progress bars.
 
     Raises:

@@ -56,7 +56,7 @@ class NpzImages:
       range or not finite, with the number of the first of them.
   """
 
-  def __init__(self, path: str | Path, setting: str = "--samples"):
+  def __init__(self, path: str | Path, setting: str = "path"):
     self._path, self._setting = Path(path), setting
     with self._open() as member:
       self.shape, self._dtype = self._read_header(member)
@@ -172,7 +172,7 @@ class SourceImages:
     SettingError: from `batches`, if the data holds no images.
   """
 
-  def __init__(self, source: Source, num_images: int, setting: str = "--reference"):
+  def __init__(self, source: Source, num_images: int, setting: str = "reference"):
     self._source, self._setting = source, setting
     count = min(num_images, len(source))
     self._indices = np.linspace(0, len(source) - 1, count).round().astype(int)

@@ -49,7 +49,7 @@ def choose_metrics(
   if asked is not None:
     names = list(dict.fromkeys(asked))
     if BPD in names and not has_checkpoint:
-      raise SettingError("--metrics", BPD, "needs --checkpoint")
+      raise SettingError("metrics", BPD, "needs a checkpoint: --checkpoint")
   elif has_inception:
     names = inception_metrics()
   elif has_images:
@@ -57,9 +57,9 @@ def choose_metrics(
   else:
     names = [BPD]
   for name in names:
-    check_choice("--metrics", name, [*METRICS, BPD])
+    check_choice("metrics", name, [*METRICS, BPD])
   if names != [BPD]:
-    check_metrics("--metrics", [name for name in names if name != BPD], has_inception)
+    check_metrics("metrics", [name for name in names if name != BPD], has_inception)
   return names
 
 
@@ -138,11 +138,11 @@ def score_images(
   mesh = sharding.make_mesh() if experiment is None else experiment.mesh
   # Opened before the reference is computed, so that an error comes early.
   if samples is not None:
-    images = NpzImages(samples)
+    images = NpzImages(samples, "samples")
   elif checkpoint is not None:
     images = _drawn(checkpoint, num_images, seed)
   else:
-    raise SettingError("--samples", None, "must be given, or --checkpoint")
+    raise SettingError("samples", None, "must be given, or a checkpoint")
   evaluate = Evaluator.create(
     metrics,
     reference=reference,

@@ -28,7 +28,7 @@ def read_reference(
   names: Sequence[str],
   extract: FeatureExtractor,
   *,
-  setting: str = "--reference",
+  setting: str = "path",
   progress: str | None = None,
 ) -> Summary:
   """Reads from a file what the scores need of the real images.

@@ -137,7 +137,7 @@ def check_comparable(
   sizes: Mapping[str, int],
   *,
   path: str | None = None,
-  prefix: str = "--",
+  prefix: str = "",
 ) -> None:
   """Checks, before images are drawn, that the drawn images will have these scores.
 
@@ -147,7 +147,7 @@ def check_comparable(
     labels: labels of the images to be drawn.
     sizes: number of their features by name; see `FeatureExtractor.sizes`.
     path: value of the setting "reference", for errors.
-    prefix: of the names of settings, for errors: "--" or "config.eval.".
+    prefix: of the names of settings in errors, such as "config.eval.".
 
   Raises:
     SettingError: the images to be drawn are too few, or have other sizes, channels or

@@ -111,7 +111,7 @@ def test_scores_that_use_no_real_images_open_no_data(monkeypatch):
 
 
 def test_real_images_are_needed():
-  with pytest.raises(SettingError, match="--reference = None: must be given"):
+  with pytest.raises(SettingError, match="reference = None: must be given"):
     Evaluator.create(["frechet"])
 
 

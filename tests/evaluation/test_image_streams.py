@@ -103,7 +103,7 @@ BAD = {
 def test_images_that_cannot_be_scored_are_refused(tmp_path, case):
   array, message = BAD[case]
   np.savez(tmp_path / "a.npz", array)
-  with pytest.raises(SettingError, match=rf"^--samples = .*a\.npz': .*{message}"):
+  with pytest.raises(SettingError, match=rf"^path = .*a\.npz': .*{message}"):
     read(NpzImages(tmp_path / "a.npz"), 2)
 
 
@@ -112,7 +112,7 @@ def test_images_that_cannot_be_scored_are_refused(tmp_path, case):
 )
 def test_labels_that_are_none_are_refused(tmp_path, labels):
   np.savez(tmp_path / "a.npz", noise(4, 4, 4, 3), labels)
-  with pytest.raises(SettingError, match=r"--samples = .*arr_1"):
+  with pytest.raises(SettingError, match=r"^path = .*arr_1"):
     NpzImages(tmp_path / "a.npz")
 
 
@@ -167,7 +167,7 @@ def test_images_of_the_data_are_spread_evenly(count):
 
 def test_latents_are_not_scored():
   examples = [{"views": np.zeros((2, 2, 4, 4, 4)), "label": 0}]
-  with pytest.raises(SettingError, match="--reference = None: must be given"):
+  with pytest.raises(SettingError, match=r"^reference = None: must be given"):
     read(SourceImages(examples, 1), 1)
 
 

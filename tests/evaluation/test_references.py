@@ -81,7 +81,7 @@ def test_statistics_without_what_a_score_needs_are_refused(files, tmp_path):
 )
 def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
   np.savez(tmp_path / "a.npz", **arrays)
-  with pytest.raises(SettingError, match=f"--reference = .*{message}"):
+  with pytest.raises(SettingError, match=f"^path = .*{message}"):
     read_reference(tmp_path / "a.npz", ["fid"], extractor())
 
 
@@ -89,5 +89,5 @@ def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
 def test_a_reference_that_is_no_npz_is_refused(tmp_path, name):
   (tmp_path / "text.npz").write_text("no archive")
   np.save(tmp_path / "array.npy", np.ones(3))
-  with pytest.raises(SettingError, match=f"--reference = .*{name}"):
+  with pytest.raises(SettingError, match=f"^path = .*{name}"):
     read_reference(tmp_path / name, ["fid"], extractor())

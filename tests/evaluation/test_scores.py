@@ -62,7 +62,7 @@ def test_too_few_images_are_refused_with_their_number(tmp_path, name, count, few
 
 def test_too_few_images_to_be_drawn_are_refused_by_their_setting(files):
   real = summary(files / "real.npz", ["recall"])
-  with pytest.raises(SettingError, match="--num_images = 3: recall needs at least 4"):
+  with pytest.raises(SettingError, match=r"^num_images = 3: recall needs at least 4"):
     scores.check_comparable(["recall"], real, np.arange(3), {"pool3": 3})
 
 
