@@ -1,9 +1,9 @@
-"""Digits painted in: python -m benchmarks.inpainting --checkpoint=runs/digits
+"""Inpainted digits: python -m benchmarks.inpainting --checkpoint=runs/digits
 
-Hides the right half of 200 real digits and paints it again, with and without the
-side-interpolater in the first steps. Recognised: the share that a support vector
-classifier, that of `benchmarks.samplers`, takes for the class that the digit was of.
-The table goes to docs/sampling.md, with a picture.
+Hides the right half of 200 real digits and paints it, with and without the
+side-interpolater in the first steps. "recognised" is the share of the painted digits
+that the classifier of `benchmarks.samplers` assigns to the class of the real digit. The
+table and a picture go to docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, cli
-from mdt_jax.data.sources import DigitsSource
+from mdt_jax.data.digits import DigitsSource
 from mdt_jax.sampling.pictures import make_grid
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
@@ -23,7 +23,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=
 PER_CLASS = 20
 SAMPLERS = (("dpm++", 20, 1), ("ddpm", 50, 1), ("ddpm", 20, 10))  # steps, repeats
 INTERPOLATIONS = (0.0, 0.25, 1.0)  # shares of the process
-# Without its label the network has the left half alone to go by.
+# Without a label the network knows only the left half.
 CONDITIONS = {
   "label, scale 2": dict(cfg_scale=2.0),
   "no label": dict(cfg_scale=0.0, cfg_power=0.0),

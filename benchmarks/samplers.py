@@ -1,10 +1,11 @@
 """Samplers by steps: python -m benchmarks.samplers --checkpoint=runs/digits
 
-Draws digits with each sampler and writes the Frechet distance of their pixels to those
-of the real digits into the table of docs/sampling.md, and some of them into its
-picture. Two random halves of the real digits set the scale. Recognised: the share that
-a support vector classifier, fitted on the real digits, takes for the class asked for;
-not the one of `evaluation.classifier`, so not quite its accuracy.
+Draws digits with each sampler. The table of docs/sampling.md gets the Frechet distance
+between the pixels of the drawn and of the real digits; the page's picture shows some
+drawn digits. The distance between two random halves of the real digits gives the scale.
+"recognised" is the share of the images that a support vector classifier, fitted on the
+real digits, assigns to their label. This classifier is not that of
+`evaluation.classifier`, so the share differs from the score `accuracy`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from mdt_jax.evaluation.metrics import frechet_distance
 from mdt_jax.sampling.pictures import make_grid
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
-NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images of each sampler.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images for each sampler.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images at a time.")
 SEEDS = flags.DEFINE_integer(
-  "seeds", None, "Compare 250 steps of DDPM with 20 of DPM-Solver++ over these many."
+  "seeds", None, "Compare 250 steps of DDPM with 20 of DPM-Solver++ at so many seeds."
 )
 CFG_SCALES = flags.DEFINE_list("cfg_scales", ["2", "1"], "Guidance scales.")
 
-# (sampler, steps, spacing)
+# (method, steps, spacing)
 RUNS = [
   ("ddpm", 250, None),
   ("ddpm", 20, None),

@@ -1,9 +1,9 @@
 """Guided sampling: python -m benchmarks.sampling --models=MDTv2-S/2 --batch_size=8
 
-Time of a step of 250-step DDPM with guidance, both halves as the sampler runs them;
-images a second at 250 steps, and the share of the machine's rate for matrix products.
-With --reference=CHECKOUT of the released PyTorch code (see benchmarks/reference.py)
-both take turns in this run.
+Measures the time of one step of 250-step DDPM with guidance, images a second at 250
+steps, and the share of the machine's rate for matrix products (MFU). With
+--reference=CHECKOUT the released PyTorch code (see benchmarks/reference.py) runs in
+alternation.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ import jax
 from absl import app, flags
 
 from benchmarks import timing
-from mdt_jax import config as settings
-from mdt_jax import factories
-from mdt_jax.diffusion.guidance import guided
+from mdt_jax.config import default_config
 from mdt_jax.diffusion.samplers import sample
+from mdt_jax.experiment import build
 from mdt_jax.models.flops import forward_flops
-from mdt_jax.train_state import init_params
+from mdt_jax.models.registry import init_params
 
 MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images; twice as many samples.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
-STEPS = flags.DEFINE_integer("steps", 4, "Steps in a turn, the last ones of the 250.")
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 8, "Images; guidance doubles the batch."
+)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
+STEPS = flags.DEFINE_integer("steps", 4, "Steps that a turn runs, the last of the 250.")
 UNROLL = flags.DEFINE_integer("unroll", None, "config.model.unroll; None: -1 on CPUs.")
-REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are timed.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
-JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 NUM_STEPS, CFG_SCALE = 250, 3.8
 
 
 def benchmark(name: str) -> dict[str, Any]:
   """Times the steps of one network."""
-  config = settings.default_config()
+  config = default_config()
   is_cpu = jax.default_backend() == "cpu"
   config.update_from_flattened_dict(
     {
@@ -47,21 +48,21 @@ def benchmark(name: str) -> dict[str, Any]:
       "model.dtype": DTYPE.value,
       "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
       "sampling.num_steps": NUM_STEPS,
+      "sampling.cfg_scale": CFG_SCALE,
     }
   )
-  model = factories.make_model(config)
-  diffusion = factories.make_sampled_diffusion(config)
+  experiment = build(config, jax.devices()[:1])
+  model, sampler = experiment.model, experiment.sampler
 
   @jax.jit
   def steps(params: Any, x: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-    model_fn = guided(
+    model_fn = sampler.guidance.apply(
       lambda x, t, y: model.apply({"params": params}, x, t, y),
       labels,
-      model.num_classes,
-      scale=CFG_SCALE,
+      model.conditioning.null_like(labels),
       one_batch=not is_cpu or model.unroll == 1,
     )
-    return sample(model_fn, diffusion, x, key, num_steps=STEPS.value)
+    return sample(model_fn, sampler.process, x, key, num_steps=STEPS.value)
 
   key = jax.random.key(0)
   params = jax.jit(functools.partial(init_params, model))(key)
@@ -119,7 +120,7 @@ def benchmark(name: str) -> dict[str, Any]:
 
 @functools.cache
 def matmul_rate() -> float:
-  """Measured once a run."""
+  """Operations a second in matrix products; measured once a run."""
   return timing.matmul_rate(DTYPE.value)
 
 

@@ -17,7 +17,7 @@ from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.samplers import Sampler, sample, step_noise
 from mdt_jax.errors import SettingError
 from mdt_jax.models.masking import TokenMask, token_mask_from_noise
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array, Params
 
@@ -54,7 +54,7 @@ DRAW = Task()
 
 
 def output_shape(
-  model: MDT, autoencoder: Autoencoder | None = None
+  model: Model, autoencoder: Autoencoder | None = None
 ) -> tuple[int, int, int]:
   """(H, W, C) of the network's samples, or of the images decoded from them."""
   size, channels = model.input_size, model.in_channels
@@ -64,7 +64,7 @@ def output_shape(
 
 
 def make_generator(
-  model: MDT, sampler: Sampler, task: Task = DRAW, platform: str | None = None
+  model: Model, sampler: Sampler, task: Task = DRAW, platform: str | None = None
 ) -> Generator:
   """The jitted function from labels to latents.
 

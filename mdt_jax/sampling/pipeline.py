@@ -323,7 +323,9 @@ class Pipeline:
       raise SettingError("interpolation", interpolation, "must lie in [0, 1]")
     if interpolation and not model.takes_mask:
       raise SettingError(
-        "interpolation", interpolation, "must be 0: DiT has no side-interpolater"
+        "interpolation",
+        interpolation,
+        "must be 0: this network has no side-interpolater",
       )
     task = Task(
       "inpaint",

@@ -208,7 +208,7 @@ def test_an_image_that_cannot_be_used_is_named(pipeline, arguments, message):
 def test_dit_has_no_side_interpolater():
   experiment = build(tiny_config(**{"model.name": "DiT-S/2", "masking.ratio": 0.0}))
   pipeline = mdt_jax.Pipeline(experiment, reference.random_params(experiment.model), 0)
-  with pytest.raises(SettingError, match="DiT has no side-interpolater"):
+  with pytest.raises(SettingError, match=r"interpolation = 0\.5: must be 0"):
     pipeline.job([1], inpaint=IMAGE, mask=MASK, interpolation=0.5)
   assert pipeline.job([1], inpaint=IMAGE, mask=MASK).task.interpolation == 0
 
