@@ -1,0 +1,114 @@
+"""Training, sampling and reading give the numbers that they gave when pinned.
+
+tests/fixtures/pinned holds a checkpoint, a set of latents, and the recorded results of
+using them. make.py in that folder explains the files.
+
+Where the processor, the packages and the XLA flags equal those in machine.json, every
+number must be equal bit for bit. Elsewhere, each metric must agree to 1e-5 of its value,
+each array of latents to 1e-5 of its largest magnitude, and pictures to one grey level.
+The digests of parameters compare bits only, so that test is skipped elsewhere. Arrays
+read from disk must be equal everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from mdt_jax import Pipeline
+from mdt_jax.config import default_config
+from tests.fixtures.pinned import make
+
+TOLERANCE = 1e-5
+
+
+def read_json(name):
+  return json.loads((make.FOLDER / name).read_text())
+
+
+def read_arrays(name):
+  with np.load(make.FOLDER / name, allow_pickle=False) as data:
+    return {key: data[key] for key in data.files}
+
+
+def is_same_machine():
+  return make.machine() == read_json("machine.json")
+
+
+def assert_agrees(actual, expected, what):
+  """Bits on the same machine, else `TOLERANCE`; one grey level for pictures."""
+  assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+  if is_same_machine():
+    assert actual.tobytes() == expected.tobytes(), what
+    return
+  actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+  is_picture = what == "pictures"
+  limit = 1 if is_picture else TOLERANCE * np.abs(expected).max()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=limit, err_msg=what)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+  """A folder with latents/ and run/, as they were written."""
+  folder = tmp_path_factory.mktemp("pinned")
+  with tarfile.open(make.ARCHIVE) as archive:
+    archive.extractall(folder, filter="data")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def samples(disk):
+  return make.draw(disk / "run")
+
+
+@pytest.fixture(scope="module")
+def resumed(disk, samples):  # samples first: they are drawn from the last checkpoint
+  config = Pipeline.from_checkpoint(disk / "run").config
+  config.data.path = str(disk / "latents")
+  return make.resume(config, disk / "run")
+
+
+@pytest.mark.parametrize("name", ["latents", "run"])
+def test_the_archive_holds_no_path_of_a_machine(disk, name):
+  for path in (disk / name).rglob("*"):
+    content = path.read_bytes() if path.is_file() else b""
+    assert not any(word in content for word in (b"/tmp/", b"/home/", b"/root/")), path
+
+
+def test_the_source_reads_the_recorded_latents(disk):
+  actual = make.read_latents(disk / "latents")
+  expected = read_arrays("latents.npz")
+  assert actual.keys() == expected.keys()
+  for name, array in expected.items():
+    assert actual[name].dtype == array.dtype
+    np.testing.assert_array_equal(actual[name], array)
+
+
+def test_config_json_loads_and_agrees_with_the_config_of_the_checkpoint(disk):
+  written = default_config()
+  written.update(json.loads((disk / "run" / "config.json").read_text()))
+  loaded = Pipeline.from_checkpoint(disk / "run").config
+  loaded.sampling.ema_decay = None  # the pipeline sets it to the first average
+  assert json.loads(written.to_json()) == json.loads(loaded.to_json())
+
+
+@pytest.mark.parametrize("name", [*make.SAMPLES, "pictures"])
+def test_samples_are_the_recorded_ones(samples, name):
+  assert_agrees(samples[name], read_arrays("samples.npz")[name], name)
+
+
+def test_training_goes_on_with_the_recorded_metrics(resumed):
+  for step, metrics in read_json("losses.json")["metrics"].items():
+    for name, recorded in metrics.items():
+      expected = np.frombuffer(bytes.fromhex(recorded["hex"]), np.float32)[0]
+      assert_agrees(resumed["metrics"][int(step)][name], expected, f"{name} of {step}")
+
+
+@pytest.mark.parametrize("name", ["params", *(f"ema {d}" for d in make.DECAYS)])
+def test_training_ends_with_the_recorded_parameters(resumed, name):
+  if not is_same_machine():
+    pytest.skip("digests compare bits, which depend on the machine")
+  assert resumed["digests"][name] == read_json("losses.json")["digests"][name]
