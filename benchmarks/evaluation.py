@@ -1,12 +1,12 @@
-"""What does a score cost? python -m benchmarks.evaluation --what=frechet
+"""Measures the cost of scores: python -m benchmarks.evaluation --what=frechet
 
-Prints seconds and peak memory (of the whole process, Python and libraries included):
+The benchmark prints seconds, and the peak memory of the whole process:
 
 frechet: the Frechet distance of two sets of 50,000 x 2,048 features.
-precision_recall: of 10,000 real and 50,000 generated ones.
-evaluate: mdt_jax.evaluate of 50,000 samples of 256x256 against 10,000, for the five
-  metrics of ADM. A random projection stands for Inception: its weights and activations
-  are not part of what is measured, all the rest is.
+precision_recall: precision and recall of 10,000 real and 50,000 generated features.
+evaluate: the five scores of ADM, as mdt_jax.evaluate computes them, for 50,000 samples
+  of 256x256 against 10,000 images. A random projection replaces Inception, so the costs
+  of Inception are not included.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from mdt_jax.evaluation import image_streams, metrics, scores
+from mdt_jax.evaluation import metrics
+from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.features import FeatureExtractor
+from mdt_jax.evaluation.image_streams import NpzImages
+from mdt_jax.evaluation.references import read_reference
+from mdt_jax.evaluation.registry import inception_metrics
 from mdt_jax.models.inception import NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL
 
 WHAT = flags.DEFINE_enum("what", None, ["frechet", "precision_recall", "evaluate"], "")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 50_000, "Generated ones.")
-NUM_REAL = flags.DEFINE_integer("num_real", 10_000, "Of precision_recall, evaluate.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 50_000, "Generated images.")
+NUM_REAL = flags.DEFINE_integer("num_real", 10_000, "Real images.")
 flags.mark_flag_as_required("what")
 
 
@@ -67,16 +71,15 @@ def evaluate() -> dict[str, Any]:
     extract = FeatureExtractor(features, projections)
 
     def run() -> dict[str, float]:
-      names = metrics.INCEPTION_METRICS
-      real = scores.read_reference(paths[0], names, extract)
-      generated = scores.summarize(image_streams.NpzImages(paths[1]), extract, names)
-      return scores.score(names, real, generated)
+      names = inception_metrics()
+      real = read_reference(paths[0], names, extract)
+      return Evaluator(names, extract, real)(NpzImages(paths[1]))
 
     return _timed(run)
 
 
 def _features(rng: np.random.Generator, count: int) -> np.ndarray:
-  """Correlated, each time alike."""
+  """Correlated random features; the correlations are the same in each call."""
   shape = (NUM_FEATURES, NUM_FEATURES)
   mixing = np.random.default_rng(1).standard_normal(shape, np.float32)
   mixing *= (np.arange(1, NUM_FEATURES + 1, dtype=np.float32) ** -0.7)[:, None]
@@ -88,7 +91,7 @@ def _features(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _write_noise(path: Path, count: int) -> None:
-  """An .npz of `count` images of 256x256, written as a stream too."""
+  """Writes an .npz of `count` random images of 256x256, one at a time."""
   rng = np.random.default_rng(0)
   shape = (256, 256, 3)
   with (

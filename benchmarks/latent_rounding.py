@@ -1,8 +1,9 @@
-"""What do latents lose in 16 bits? python -m benchmarks.latent_rounding --vae=DIR
+"""Measures what latents lose in 16 bits: python -m benchmarks.latent_rounding --vae=DIR
 
-Encodes photographs of scikit-image and scikit-learn (pip install scikit-image), rounds
-mean and deviation of the posterior as `mdt_jax.encode` stores them, decodes the means,
-and compares with float32. Without --vae a small autoencoder is trained on them first.
+The benchmark encodes photographs of scikit-image and scikit-learn (pip install
+scikit-image), rounds the mean and the standard deviation of the posterior as
+`mdt_jax.encode` stores them, decodes the means, and compares the pixels with those of
+float32 latents. Without --vae, it first trains a small autoencoder on the photographs.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 
 VAE = flags.DEFINE_string("vae", None, "Folder or hub id.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 128, "Side of the crops, in pixels.")
-STEPS = flags.DEFINE_integer("steps", 200, "Of the training of the small autoencoder.")
+STEPS = flags.DEFINE_integer("steps", 200, "Training steps of the small autoencoder.")
 
 COLOURED = ("astronaut", "chelsea", "coffee", "rocket")
 GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page")
-KL_WEIGHT = 1e-6  # of the sum over latents, as Stable Diffusion's
+KL_WEIGHT = 1e-6  # of the sum over latents, as in Stable Diffusion
 CROP, BATCH = 64, 8
 
 
 def photographs(size: int) -> np.ndarray:
-  """Centre crops (N, size, size, 3) uint8, and quarters where there is more to see."""
+  """Centre crops (N, size, size, 3) uint8 of photographs and of their quarters."""
   import skimage.data
   from sklearn.datasets import load_sample_images
 
@@ -53,7 +54,7 @@ def photographs(size: int) -> np.ndarray:
 
 
 def train(images: np.ndarray, steps: int) -> Autoencoder:
-  """A small autoencoder of these images: squared error and a weak prior."""
+  """Trains a small autoencoder on the images: squared error and a weak prior."""
   model = AutoencoderKL(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
   floats = transforms.to_float(images)
   optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -91,33 +92,35 @@ def train(images: np.ndarray, steps: int) -> Autoencoder:
 
 
 def report(vae: Autoencoder, images: np.ndarray) -> None:
-  """Prints errors of mean and deviation over the posterior's deviation (medians, and
-  the 99th percentile of the mean's), and those of decoded means in levels of 255.
+  """Prints the rounding errors of latents, and of the pixels decoded from them.
+
+  The errors of mean and std are relative to the posterior's std: their medians, and the
+  99th percentile of the mean's error. Errors of pixels are in levels of 0 ... 255.
   """
   moments = np.concatenate([np.asarray(vae.moments(image[None])) for image in images])
-  mean, deviation = moments[:, 0], moments[:, 1]
+  mean, std = moments[:, 0], moments[:, 1]
   decoded = vae.decode(mean)
   error = 127.5 * np.sqrt(np.mean((decoded - transforms.to_float(images)) ** 2))
   print(
-    f"{len(images)} images of {images.shape[1]} pixels; means have a deviation of "
-    f"{mean.std():.2f}, posteriors of {np.median(deviation):.1e} (median); the "
-    f"autoencoder is off by {error:.1f} of 255 (root mean square)\n"
+    f"{len(images)} images of {images.shape[1]} pixels; std of the means "
+    f"{mean.std():.2f}, of the posteriors {np.median(std):.1e} (median); error of the "
+    f"autoencoder {error:.1f} of 255 (root mean square)\n"
   )
   noise = np.random.default_rng(0).standard_normal(mean.shape, np.float32)
-  print(f"{'':<16}{'mean':>10}{'99%':>10}{'deviation':>12}{'pixels':>10}{'most':>8}")
+  print(f"{'':<16}{'mean':>10}{'99%':>10}{'std':>12}{'pixels':>10}{'most':>8}")
   for name, dtype in latents.DTYPES.items():
     rounded = moments.astype(dtype).astype(np.float32)
-    off = np.abs(rounded - moments) / deviation[:, None]
+    off = np.abs(rounded - moments) / std[:, None]
     print(
       f"{name:<16}{np.median(off[:, 0]):>10.1e}{np.quantile(off[:, 0], 0.99):>10.1e}"
       f"{np.median(off[:, 1]):>12.1e}{_pixels(vae.decode(rounded[:, 0]), decoded)}"
     )
-  draw = vae.decode(mean + deviation * noise)
+  draw = vae.decode(mean + std * noise)
   print(f"{'posterior draw':<16}{'':>32}{_pixels(draw, decoded)}")
 
 
-def _pixels(images: np.ndarray, expected: np.ndarray) -> str:
-  """Mean and largest difference, of 255 levels."""
+def _pixels(images: jax.Array, expected: jax.Array) -> str:
+  """Mean and largest difference, in levels of 0 ... 255."""
   off = 127.5 * np.abs(images - expected)
   return f"{off.mean():>10.4f}{off.max():>8.3f}"
 
