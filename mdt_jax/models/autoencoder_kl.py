@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32
 
 from mdt_jax.errors import SettingError
 from mdt_jax.types import Array, Dtype, Params
@@ -24,19 +25,19 @@ class AutoencoderKL(nn.Module):
   """A convolutional autoencoder with a Gaussian posterior for each latent.
 
   Attributes:
-    in_channels: channels of the images that go in.
-    out_channels: channels of the images that come out.
-    block_out_channels: width of each level, the finest first; every level but the
-      last halves height and width. Divisible by norm_num_groups.
+    in_channels: channels of the encoder's images.
+    out_channels: channels of the decoder's images.
+    block_out_channels: width of each level, the finest first, each divisible by
+      norm_num_groups. Every level but the last halves height and width.
     layers_per_block: residual blocks of a level (the decoder has one more).
     latent_channels: channels of the latents, C.
     norm_num_groups: groups of each GroupNorm.
-    scaling_factor: of latents, to about unit variance; see `scale`.
-    shift_factor: what is subtracted before that.
-    mid_block_attention: attention over all places at the coarsest level.
+    scaling_factor: factor that gives latents about unit variance, see `scale`.
+    shift_factor: mean of the latents, which `scale` subtracts.
+    mid_block_attention: attention over all positions of the coarsest level.
     use_quant_conv: a 1x1 convolution after the encoder.
     use_post_quant_conv: a 1x1 convolution before the decoder.
-    dtype: compute type; parameters, softmax and GroupNorm's statistics stay float32.
+    dtype: compute type; parameters, softmax and GroupNorm's statistics are float32.
   """
 
   in_channels: int = 3
@@ -99,19 +100,23 @@ class AutoencoderKL(nn.Module):
     if self.use_post_quant_conv:
       self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
-  def __call__(self, images: Array) -> Array:
-    """Images (B, H, W, in_channels) through the mean of their latents and back."""
+  def __call__(
+    self, images: Float[Array, "B H W in_channels"]
+  ) -> Float32[Array, "B H W out_channels"]:
+    """Encodes images and decodes the mean of their latents."""
     return self.decode(self.encode(images)[0])
 
-  def encode(self, images: Array) -> tuple[Array, Array]:
-    """The posterior of the latents.
+  def encode(
+    self, images: Float[Array, "B H W in_channels"]
+  ) -> tuple[Float32[Array, "B h w C"], Float32[Array, "B h w C"]]:
+    """Computes the posterior of the latents.
 
     Args:
-      images: (B, H, W, in_channels) in [-1, 1].
+      images: in [-1, 1].
 
     Returns:
-      (mean, logvar), each (B, h, w, C) float32, with h = H // downsampling; not
-      scaled. logvar, the logarithm of the variance, lies in LOGVAR_RANGE.
+      (mean, logvar), not scaled, with h = H // downsampling. logvar, the logarithm of
+      the variance, lies in LOGVAR_RANGE.
     """
     moments = self.encoder(images.astype(self.dtype))
     if self.use_quant_conv:
@@ -119,48 +124,57 @@ class AutoencoderKL(nn.Module):
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-  def decode(self, latents: Array) -> Array:
-    """Latents (B, h, w, C), not scaled, to images (B, H, W, out_channels).
+  def decode(
+    self, latents: Float[Array, "B h w C"]
+  ) -> Float32[Array, "B H W out_channels"]:
+    """Decodes latents.
+
+    Args:
+      latents: not scaled.
 
     Returns:
-      float32, about [-1, 1]; not clipped. H = h * downsampling.
+      Images, about in [-1, 1], not clipped. H = h * downsampling.
     """
     latents = latents.astype(self.dtype)
     if self.use_post_quant_conv:
       latents = self.post_quant_conv(latents)
     return self.decoder(latents).astype(jnp.float32)
 
-  def scale(self, latents: Array) -> Array:
-    """What a diffusion model is trained on: latents of about unit variance."""
+  def scale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
+    """Scales latents to about unit variance, for a diffusion model."""
     return (latents - self.shift_factor) * self.scaling_factor
 
-  def unscale(self, latents: Array) -> Array:
+  def unscale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
     """The inverse of `scale`, for `decode`."""
     return latents / self.scaling_factor + self.shift_factor
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def encode(model: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
+def encode(
+  model: AutoencoderKL, params: Params, images: Float[Array, "B H W in_channels"]
+) -> tuple[Float32[Array, "B h w C"], Float32[Array, "B h w C"]]:
   """`model.encode`, compiled once for each model and shape."""
-  # flax types the output as if it could come with variables.
-  return model.apply(  # pyright: ignore[reportReturnType]
-    {"params": params}, images, method="encode"
-  )
+  output: Any = model.apply({"params": params}, images, method="encode")
+  return output
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def decode(model: AutoencoderKL, params: Params, latents: Array) -> Array:
+def decode(
+  model: AutoencoderKL, params: Params, latents: Float[Array, "B h w C"]
+) -> Float32[Array, "B H W out_channels"]:
   """`model.decode`, compiled once for each model and shape."""
-  return model.apply(  # pyright: ignore[reportReturnType]
-    {"params": params}, latents, method="decode"
-  )
+  output: Any = model.apply({"params": params}, latents, method="decode")
+  return output
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slice_size"))
 def decode_in_slices(
-  model: AutoencoderKL, params: Params, latents: Array, slice_size: int = 8
-) -> Array:
-  """As `decode`, `slice_size` images at a time, in the memory of that many.
+  model: AutoencoderKL,
+  params: Params,
+  latents: Float[Array, "B h w C"],
+  slice_size: int = 8,
+) -> Float32[Array, "B H W out_channels"]:
+  """As `decode`, with `slice_size` images at a time to save memory.
 
   Raises:
     SettingError: slice_size is below 1.
@@ -178,27 +192,24 @@ def decode_in_slices(
 def decode_in_tiles(
   model: AutoencoderKL,
   params: Params,
-  latents: Array,
+  latents: Float[Array, "B h w C"],
   tile_size: int = 64,
   overlap: int = 16,
-) -> Array:
-  """As `decode`, one tile of large images at a time, in the memory of a tile.
+) -> Float32[Array, "B H W out_channels"]:
+  """As `decode`, with one tile of large images at a time to save memory.
 
-  Neighbours are cross-faded where they overlap. The outcome differs from `decode`:
+  Overlapping tiles are cross-faded. The images differ from those of `decode`, because
   GroupNorm and attention see one tile only.
 
   Args:
     model: the autoencoder.
     params: its parameters.
-    latents: (B, h, w, C); any size.
+    latents: of any height and width.
     tile_size: side of a tile, in latents.
-    overlap: the least that neighbours have in common, in latents.
-
-  Returns:
-    (B, H, W, out_channels) float32.
+    overlap: smallest overlap of neighbouring tiles, in latents.
 
   Raises:
-    SettingError: the overlap is negative, or leaves nothing of a tile.
+    SettingError: `overlap` is not in [0, tile_size).
   """
   if not 0 <= overlap < tile_size:
     raise SettingError("overlap", overlap, f"must lie in [0, tile_size = {tile_size})")
@@ -210,8 +221,8 @@ def decode_in_tiles(
   lefts, column_weights = _tiles(width, tile_size, overlap, factor)
   tile_shape = (batch, min(height, tile_size), min(width, tile_size), channels)
 
-  def add_tile(images: Array, place: Array) -> tuple[Array, None]:
-    row, column = place
+  def add_tile(images: Array, position: Array) -> tuple[Array, None]:
+    row, column = position
     top, left = tops[row], lefts[column]
     tile = jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape)
     weights = row_weights[row][:, None] * column_weights[column]
@@ -220,15 +231,15 @@ def decode_in_tiles(
     sums = decoded + jax.lax.dynamic_slice(images, corner, decoded.shape)
     return jax.lax.dynamic_update_slice(images, sums, corner), None
 
-  places = jnp.asarray(np.indices((len(tops), len(lefts))).reshape(2, -1).T)
+  positions = jnp.asarray(np.indices((len(tops), len(lefts))).reshape(2, -1).T)
   blank = jnp.zeros((batch, factor * height, factor * width, model.out_channels))
-  return jax.lax.scan(add_tile, blank, places)[0]
+  return jax.lax.scan(add_tile, blank, positions)[0]
 
 
 def _tiles(
   length: int, tile_size: int, overlap: int, factor: int
 ) -> tuple[Array, Array]:
-  """Tiles of equal size, evenly spread along an axis, and how they are blended.
+  """Places tiles of equal size evenly along an axis, and weights their pixels.
 
   Returns:
     starts (n,), in latents, and weights (n, factor * tile size), float32: ramps over
@@ -238,7 +249,7 @@ def _tiles(
   count = 1 + math.ceil((length - tile_size) / (tile_size - overlap))
   starts = np.linspace(0, length - tile_size, count).round().astype(int)
   inside = np.arange(factor * tile_size)
-  # The distance to the nearest edge of the tile that is no edge of the image.
+  # The distance to the nearest edge of the tile that is not an edge of the image.
   before = np.where(starts[:, None] > 0, inside + 0.5, np.inf)
   after = np.where(starts[:, None] < length - tile_size, inside[::-1] + 0.5, np.inf)
   ramps = np.minimum(before, after).clip(max=max(1, factor * overlap))
@@ -248,7 +259,7 @@ def _tiles(
 
 
 class Encoder(nn.Module):
-  """Images (B, H, W, …) to features (B, h, w, out_features), from fine to coarse."""
+  """Images (B, H, W, C) to features (B, h, w, out_features), from fine to coarse."""
 
   out_features: int
   block_out_channels: tuple[int, ...]
@@ -294,7 +305,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-  """Residual blocks of one width, then half ("down") or twice ("up") the size."""
+  """Residual blocks of one width, then "down" (half the size) or "up" (twice)."""
 
   features: int
   layers: int
@@ -314,7 +325,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-  """A residual block, attention where asked, and another residual block."""
+  """A residual block, attention if `attention` is set, and another residual block."""
 
   groups: int
   attention: bool
@@ -330,7 +341,7 @@ class MidBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-  """Twice GroupNorm, SiLU and convolution, added to the input."""
+  """GroupNorm, SiLU and convolution, twice, added to the input."""
 
   features: int
   groups: int
@@ -348,7 +359,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-  """Self-attention of one head over all places of (B, h, w, D), added to the input."""
+  """Self-attention of one head over all positions of (B, h, w, D), with a residual."""
 
   groups: int
   dtype: Dtype
@@ -366,7 +377,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-  """A convolution of stride 2, padded at the bottom and on the right alone."""
+  """A convolution of stride 2, padded at the bottom and on the right only."""
 
   dtype: Dtype
 

@@ -1,46 +1,48 @@
 """The Inception v3 of 2015 that FID is defined on (arXiv 1512.00567).
 
-It is the network of classify_image_graph_def.pb, which differs from the one of other
-releases: averages over 3x3 pixels leave the padding out, the last block takes a maximum
-where the paper takes an average, and there are 1,008 classes. Modules carry the names
-of torchvision's `Inception3`, as pytorch-fid and torch-fidelity do.
+It is the network of classify_image_graph_def.pb. It differs from other releases:
+averages over 3x3 pixels leave the padding out, the last block takes a maximum where the
+paper takes an average, and there are 1,008 classes. Modules have the names of
+torchvision's `Inception3`, as in pytorch-fid and torch-fidelity.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32
 
 from mdt_jax.types import Array
 
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, as ADM's sFID takes them
+SPATIAL_CHANNELS = 7  # the channels of mixed_6/conv that ADM's sFID uses
 NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
 
 class Inception(nn.Module):
   """Images to the features of ADM's evaluator; for inference, in float32.
 
-  Normalisation by batch statistics is part of the kernels and biases: see
-  `pretrained.torch_inception`.
+  Kernels and biases include the batch normalisation, see `pretrained.torch_inception`.
   """
 
   @nn.compact
-  def __call__(self, images: Array) -> dict[str, Array]:
-    """Features of a batch.
+  def __call__(
+    self, images: Float32[Array, "B 299 299 3"]
+  ) -> dict[str, Float32[Array, "B features"]]:
+    """Computes the features of a batch.
 
     Args:
-      images: (B, 299, 299, 3) float32, (x - 128) / 128 of pixels in [0, 255].
+      images: (x - 128) / 128 of pixels x in [0, 255].
 
     Returns:
-      "pool3" (B, 2048), what FID, precision and recall are of; "spatial" (B, 2023),
-      the first 7 channels of mixed_6/conv, what sFID is of; "logits" (B, 1008),
-      without their bias, what the Inception score is of. All float32.
+      "pool3" (B, 2048), for FID, precision and recall; "spatial" (B, 2023), the first 7
+      channels of mixed_6/conv, for sFID; "logits" (B, 1008), without their bias, for
+      the Inception score.
     """
     x = Conv(32, (3, 3), strides=2, padding="VALID", name="Conv2d_1a_3x3")(images)
     x = Conv(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
@@ -88,7 +90,7 @@ class Conv(nn.Module):
       self.kernel_size,
       strides=self.strides,
       padding=self.padding,
-      # TPUs and GPUs would round the factors to fewer bits than float32 has.
+      # By default, TPUs and GPUs round the factors to fewer bits than float32 has.
       precision=jax.lax.Precision.HIGHEST,
       name="conv",
     )(x)
@@ -159,9 +161,9 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-  """8x8: 1x1, 1x3 beside 3x1, 3x3 before those, and a pool of 3x3 pixels."""
+  """8x8: 1x1; 1x3 beside 3x1; 3x3, then 1x3 beside 3x1; and a pool of 3x3 pixels."""
 
-  pool: Any  # _average or _maximum
+  pool: Callable[[Array], Array]  # _average or _maximum
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -182,7 +184,7 @@ def _halve(x: Array) -> Array:
 
 
 def _average(x: Array) -> Array:
-  """Of 3x3 pixels, of those alone that are inside the image."""
+  """The average over 3x3 pixels, without those outside the image."""
   return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
