@@ -1,50 +1,66 @@
-"""Files of the released PyTorch code to workdirs, and back."""
+"""Converts files of the released PyTorch code to workdirs, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from mdt_jax import recipes
 from mdt_jax.checkpoints import loading, manager
 from mdt_jax.config import write_config
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
 from mdt_jax.settings import Settings
 
+# Name of a setting in an error of `load_ema` -> name of the argument here.
+_LOADING_ARGUMENTS = {
+  "--checkpoint": "workdir",
+  "--step": "step",
+  "--ema_decay": "ema_decay",
+}
+
 
 def from_torch_file(
-  path: str | Path, workdir: str | Path, *, overwrite: bool = False, **known: Any
+  path: str | Path,
+  workdir: str | Path,
+  network: str | None = None,
+  *,
+  overwrite: bool = False,
+  decode_depth: int | None = None,
+  num_heads: int | None = None,
 ) -> Settings:
   """Converts a released checkpoint to a workdir that can be sampled from.
 
   Args:
     path: see `torch_mdt.from_torch`.
-    workdir: a folder that is empty or not there yet.
-    overwrite: replace the checkpoints that it holds.
-    **known: decode_depth and num_heads, as `torch_mdt.from_torch` takes them.
+    workdir: an empty folder, or one that does not exist yet.
+    network: see `torch_mdt.from_torch`.
+    overwrite: replace the checkpoints in `workdir`.
+    decode_depth, num_heads: see `torch_mdt.from_torch`.
 
   Returns:
     The settings of the run that the checkpoint comes from.
 
   Raises:
-    SettingError: before anything is written.
+    SettingError: as `torch_mdt.from_torch` raises it; or `workdir` is a file, or is not
+      empty and `overwrite` is not set. Nothing is written then.
   """
   workdir = Path(workdir)
   if workdir.exists() and not workdir.is_dir():
-    raise SettingError("--output", str(workdir), "must be a folder, this is a file")
+    raise SettingError("workdir", str(workdir), "must be a folder, and is a file")
   if workdir.is_dir() and any(workdir.iterdir()) and not overwrite:
     raise SettingError(
-      "--output", str(workdir), "must be empty, or --overwrite must be given"
+      "workdir", str(workdir), "must be an empty folder, unless overwrite is set"
     )
-  attributes, params = torch_mdt.from_torch(path, **known)
+  attributes, params = torch_mdt.from_torch(
+    path, network, decode_depth=decode_depth, num_heads=num_heads
+  )
   settings = recipes.of_network(attributes)
-  # The old checkpoints are removed once the new one is complete.
+  # The old checkpoints are removed only after the new one is complete.
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
@@ -52,8 +68,8 @@ def from_torch_file(
     write_config(settings, partial)
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workdir / manager.FOLDER, ignore_errors=True)
-    for made in partial.iterdir():
-      made.replace(workdir / made.name)
+    for entry in partial.iterdir():
+      entry.replace(workdir / entry.name)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return settings
@@ -70,32 +86,31 @@ def to_torch_file(
   """Writes averaged parameters for the released PyTorch code.
 
   Args:
-    workdir: of a run, or a converted one.
+    workdir: of a run, or of `from_torch_file`.
     path: a .pt, .pth or .safetensors file.
     overwrite: replace that file.
     step: of the checkpoint; None for the latest.
-    ema_decay: which average; see `manager.load_ema`.
+    ema_decay: which average; see `loading.load_ema`.
 
   Returns:
-    The step.
+    The step of the checkpoint.
 
   Raises:
-    SettingError: before anything is written.
+    SettingError: as `loading.load_ema` and `torch_mdt.to_torch` raise it; or `path`
+      ends otherwise, or exists and `overwrite` is not set. Nothing is written then.
   """
   path = Path(path)
-  check_suffix("--output", path)
+  check_suffix("path", path)
   if path.exists() and not overwrite:
-    raise SettingError("--output", str(path), "is there already: give --overwrite")
-  try:
+    raise SettingError("path", str(path), "exists already, and overwrite is not set")
+  with renamed_in_errors(_LOADING_ARGUMENTS):
     checkpoint = loading.load_ema(workdir, step, ema_decay)
-  except SettingError as error:
-    if error.setting != "--checkpoint":
-      raise
-    raise SettingError("--input", error.value, error.accepted) from None
-  attributes = dataclasses.asdict(checkpoint.experiment.model)
-  tensors = torch_mdt.to_torch(
-    {k: v for k, v in attributes.items() if k not in ("parent", "name", "condition")},
-    jax.device_get(checkpoint.params),
-  )
+  model = checkpoint.experiment.model
+  attributes = {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in ("parent", "name")
+  }
+  tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   write_tensors(path, tensors)
   return checkpoint.step

@@ -1,9 +1,10 @@
 """Weights of the Inception of 2015: from its files to our parameters.
 
-Read are the state dicts of pytorch-fid (pt_inception-2015-12-05-6726825d.pth) and of
-torch-fidelity (weights-inception-2015-12-05-6726825d.pth), and the frozen graph that
-both come from (classify_image_graph_def.pb of inception-2015-12-05.tgz). What `convert`
-writes holds the tensors of the first under their names.
+Three files can be read: the state dicts of pytorch-fid
+(pt_inception-2015-12-05-6726825d.pth) and of torch-fidelity
+(weights-inception-2015-12-05-6726825d.pth), and the frozen graph that both come from
+(classify_image_graph_def.pb of inception-2015-12-05.tgz). `convert_inception` writes
+the tensors under the names of pytorch-fid.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import flax
 import jax
 import numpy as np
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.pretrained.tensors import (
   Tensors,
+  flatten,
   misfits,
   read_tensors,
   refuse,
+  unflatten,
   write_tensors,
 )
 from mdt_jax.types import Params
@@ -31,7 +33,7 @@ GRAPH_SUFFIX = ".pb"
 _BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
-# Modules in the order of the frozen graph, which numbers its scopes: conv, conv_1, ….
+# Modules in the order of the frozen graph, which numbers its scopes conv, conv_1, ….
 _STEM = (
   "Conv2d_1a_3x3",
   "Conv2d_2a_3x3",
@@ -41,7 +43,7 @@ _STEM = (
 )
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _FINAL = {"softmax/weights": "fc.weight", "softmax/biases": "fc.bias"}
-# Scopes inside a block there, numbered likewise -> modules here.
+# Scope in a block of the frozen graph -> modules here, in the order of the numbers.
 _A = {
   "conv": ["branch1x1"],
   "tower/conv": ["branch5x5_1", "branch5x5_2"],
@@ -73,29 +75,25 @@ _E = {
 _LAYOUTS = (_A, _A, _A, _B, _C, _C, _C, _C, _D, _E, _E)
 
 
-def load_inception(path: str | Path, setting: str = "--inception") -> Params:
-  """Parameters of `Inception`, float32 NumPy arrays.
+def load_inception(path: str | Path, setting: str = "path") -> Params:
+  """Reads parameters of `Inception`, float32 NumPy arrays.
 
   Args:
     path: .safetensors as `convert_inception` writes it, or a file that it reads.
-    setting: named in errors.
+    setting: what errors call the path.
 
   Raises:
     SettingError: the file is not there, or cannot be read safely, or is of another
       network.
   """
-  try:
+  with renamed_in_errors({"path": setting}):
     return to_params(_read(path))
-  except SettingError as error:
-    if error.setting != "--input":
-      raise
-    raise SettingError(setting, error.value, error.accepted) from None
 
 
 def convert_inception(
   source: str | Path, target: str | Path, *, overwrite: bool = False
 ) -> None:
-  """Writes a .safetensors file of `source`, which needs neither torch nor TensorFlow.
+  """Converts a file to .safetensors, which needs neither torch nor TensorFlow.
 
   Args:
     source: .pth or .pt (opened with weights_only=True, needs torch), .pb, or
@@ -104,34 +102,41 @@ def convert_inception(
     overwrite: replace that file.
 
   Raises:
-    SettingError: as `load_inception` does, before anything is written.
+    SettingError: as `load_inception` raises it; or `target` ends otherwise, or exists
+      and `overwrite` is not set. Nothing is written then.
   """
   target = Path(target)
   if target.suffix != ".safetensors":
-    raise SettingError("--output", str(target), "must end in .safetensors")
+    raise SettingError("target", str(target), "must end in .safetensors")
   if target.exists() and not overwrite:
-    raise SettingError("--output", str(target), "is there already: give --overwrite")
-  write_tensors(target, _read(source))
+    raise SettingError(
+      "target", str(target), "exists already, and overwrite is not set"
+    )
+  with renamed_in_errors({"path": "source"}):
+    tensors = _read(source)
+  write_tensors(target, tensors)
 
 
 def to_params(tensors: Tensors) -> Params:
-  """Parameters of `Inception`, normalisation folded into the convolutions.
+  """Folds the batch normalisation into the convolutions.
 
   Args:
     tensors: by the names and in the shapes of `tensor_shapes`.
+
+  Returns:
+    Parameters of `Inception`, float32 NumPy arrays.
   """
-  params = {("fc", "kernel"): tensors["fc.weight"].T}
+  params = {"fc.kernel": tensors["fc.weight"].T}
   for module in _modules():
     gain, bias, mean, variance = (
       tensors[f"{module}.bn.{name}"].astype(np.float64) for name in _BATCH_NORM
     )
     scale = gain / np.sqrt(variance + _BATCH_NORM_EPSILON)
     kernel = tensors[f"{module}.conv.weight"].transpose(2, 3, 1, 0) * scale
-    place = (*module.split("."), "conv")
-    params[(*place, "kernel")] = kernel
-    params[(*place, "bias")] = bias - mean * scale
-  params = {place: np.asarray(a, np.float32, order="C") for place, a in params.items()}
-  return flax.traverse_util.unflatten_dict(params)
+    params[f"{module}.conv.kernel"] = kernel
+    params[f"{module}.conv.bias"] = bias - mean * scale
+  params = {path: np.asarray(a, np.float32, order="C") for path, a in params.items()}
+  return unflatten(params, ".")
 
 
 @functools.cache
@@ -139,7 +144,7 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
   """Names and shapes of the tensors of pytorch-fid's state dict."""
   images = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
   variables = jax.eval_shape(lambda: Inception().init(jax.random.key(0), images))
-  flat = flax.traverse_util.flatten_dict(variables["params"], sep=".")
+  flat = flatten(variables["params"], ".")
   shapes = {"fc.weight": flat["fc.kernel"].shape[::-1], "fc.bias": (NUM_CLASSES,)}
   for module in _modules():
     height, width, fan_in, fan_out = flat[f"{module}.conv.kernel"].shape
@@ -162,7 +167,7 @@ def graph_names() -> dict[str, str]:
 
 
 def _modules() -> Iterator[str]:
-  """Each convolution, as a module here: Mixed_5b.branch1x1."""
+  """Names of the modules of all convolutions, such as Mixed_5b.branch1x1."""
   yield from _STEM
   for block, layout in zip(_BLOCKS, _LAYOUTS, strict=True):
     for branches in layout.values():
@@ -170,7 +175,7 @@ def _modules() -> Iterator[str]:
 
 
 def _scopes() -> Iterator[str]:
-  """Each convolution, as a scope of the graph, in the order of `_modules`."""
+  """Names of the scopes of all convolutions, in the order of `_modules`."""
 
   def numbered(name: str, count: int) -> Iterator[str]:
     return (f"{name}_{i}" if i else name for i in range(count))
@@ -182,7 +187,7 @@ def _scopes() -> Iterator[str]:
 
 
 def _read(path: str | Path) -> Tensors:
-  """The tensors of a file, under pytorch-fid's names; checked, float32."""
+  """Reads and checks the tensors of a file: pytorch-fid's names, float32."""
   path = Path(path)
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
@@ -195,9 +200,9 @@ def _read(path: str | Path) -> Tensors:
 
 
 def _read_graph(path: Path) -> Tensors:
-  """The constants of a frozen graph. The graph itself is not run."""
+  """Reads the constants of a frozen graph. The graph itself is not run."""
   if not path.is_file():
-    raise SettingError("--input", str(path), "must be a file")
+    raise SettingError("path", str(path), "must be a file")
   import tensorflow as tf  # takes seconds
   from google.protobuf.message import DecodeError
 
@@ -205,7 +210,7 @@ def _read_graph(path: Path) -> Tensors:
   try:
     graph.ParseFromString(path.read_bytes())
   except DecodeError:
-    raise SettingError("--input", str(path), "no frozen graph of TensorFlow") from None
+    raise SettingError("path", str(path), "no frozen graph of TensorFlow") from None
   constants = {
     node.name: tf.make_ndarray(node.attr["value"].tensor)
     for node in graph.node
@@ -225,11 +230,11 @@ def _read_graph(path: Path) -> Tensors:
 
 
 def _check(tensors: Tensors, path: Path) -> None:
-  """Raises SettingError that names the tensors which do not fit."""
+  """Raises SettingError that names the tensors that do not fit."""
   problems = misfits(tensors, tensor_shapes())
   problems += [
     f"{name} holds numbers that are not finite"
     for name, tensor in tensors.items()
     if not np.isfinite(tensor).all()
   ]
-  refuse("--input", path, "not the Inception of 2015 that FID is defined on", problems)
+  refuse("path", path, "not the Inception of 2015 that FID is defined on", problems)

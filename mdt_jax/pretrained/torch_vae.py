@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,24 +20,25 @@ from mdt_jax.errors import SettingError
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.tensors import (
   Tensors,
+  flatten,
   misfits,
   read_tensors,
   refuse,
+  unflatten,
   write_tensors,
 )
+from mdt_jax.types import Dtype, Params
 
-Params = dict[str, Any]
-
-SETTING = "--vae"
+SETTING = "vae"  # in errors
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = (
   "diffusion_pytorch_model.safetensors",
   "diffusion_pytorch_model.bin",
 )
-DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # told where none is given or there
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # what hints and errors suggest
 SUBFOLDER = "vae"  # of a whole pipeline
 
-# diffusers' settings -> our attributes; the others are of no effect here.
+# diffusers' settings -> our attributes; other settings have no effect here.
 _ATTRIBUTES = {
   name: name
   for name in (
@@ -54,9 +54,9 @@ _ATTRIBUTES = {
     "use_post_quant_conv",
   )
 } | {"mid_block_add_attention": "mid_block_attention"}
-# What diffusers takes for a setting that is absent, where our default is another.
+# diffusers' defaults that differ from ours.
 _DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
-# Settings of which one value is supported.
+# Settings with one supported value.
 _FIXED = {
   "_class_name": "AutoencoderKL",
   "act_fn": "silu",
@@ -67,7 +67,7 @@ _BLOCK_TYPES = {
   "down_block_types": "DownEncoderBlock2D",
   "up_block_types": "UpDecoderBlock2D",
 }
-# Linear layers of attention in older files -> in newer ones.
+# Linear layers of attention: name in older files -> name in newer ones.
 _OLD_ATTENTION = {
   "query": "to_q",
   "key": "to_k",
@@ -77,7 +77,7 @@ _OLD_ATTENTION = {
 
 
 def load_vae(
-  name_or_folder: str | Path, dtype: Any = jnp.float32
+  name_or_folder: str | Path, dtype: Dtype = jnp.float32
 ) -> tuple[AutoencoderKL, Params]:
   """Reads an autoencoder that diffusers has saved.
 
@@ -89,12 +89,12 @@ def load_vae(
     dtype: compute type, float32 or bfloat16.
 
   Returns:
-    (model, params): the module and its parameters, float32 NumPy arrays; before many
-    calls, `jax.device_put` them once.
+    (model, params): the module and its parameters, float32 NumPy arrays. Move them to
+    the devices once, by `jax.device_put`, before many calls.
 
   Raises:
-    SettingError: nothing is there, files are broken, a setting of the config is not
-      supported, or tensors are missing, left over or of another shape.
+    SettingError: there is no such model, files are broken, a setting of the config is
+      not supported, or tensors are missing, left over or of another shape.
   """
   folder = Path(name_or_folder).expanduser()
   if not folder.is_dir():
@@ -114,7 +114,13 @@ def load_vae(
 
 
 def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
-  """Writes config.json and weights as diffusers does, for it and for `load_vae`."""
+  """Writes config.json and weights in the form of diffusers.
+
+  Args:
+    folder: created if needed.
+    model: the autoencoder.
+    params: its parameters.
+  """
   folder = Path(folder)
   levels = len(model.block_out_channels)
   config = {name: getattr(model, ours) for name, ours in _ATTRIBUTES.items()}
@@ -125,15 +131,15 @@ def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
 
 
 def vae_to_torch(params: Params) -> Tensors:
-  """Our parameters under diffusers' names and in its shapes; types as in `params`."""
+  """Our parameters under diffusers' names, in its shapes and with unchanged types."""
   return {
     _torch_name(path): np.array(_to_torch(np.asarray(value)), order="C")
-    for path, value in flax.traverse_util.flatten_dict(params, sep="/").items()
+    for path, value in flatten(params).items()
   }
 
 
 def abstract_vae_params(model: AutoencoderKL) -> Params:
-  """Shapes and types of the parameters, without making any."""
+  """Shapes and types of the parameters, without computing any."""
 
   def init() -> Params:
     side = model.downsampling
@@ -144,19 +150,22 @@ def abstract_vae_params(model: AutoencoderKL) -> Params:
 
 
 def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
+  """Parameters of the model from diffusers' tensors; `path` is their file."""
   tensors = _modern(tensors)
-  flat = flax.traverse_util.flatten_dict(abstract_vae_params(model), sep="/")
+  params = flatten(abstract_vae_params(model))
   shapes = {
     _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
-    for ours, leaf in flat.items()
+    for ours, leaf in params.items()
   }
   taken_for = f"taken for the network of its {CONFIG_FILE}"
   refuse(SETTING, path, taken_for, misfits(tensors, shapes))
-  for ours in flat:
-    tensor = tensors[_torch_name(ours)]
-    # A copy: safetensors and torch may give views of memory that is not ours.
-    flat[ours] = np.array(_to_ours(tensor), np.float32, order="C")
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
+  return unflatten(
+    {
+      # A copy: safetensors and torch may give views of memory that is not ours.
+      ours: np.array(_to_ours(tensors[_torch_name(ours)]), np.float32, order="C")
+      for ours in params
+    }
+  )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -205,16 +214,16 @@ def _read_weights(path: Path) -> Tensors:
 
 
 def _modern(tensors: Tensors) -> Tensors:
-  """The same tensors, attention under its newer names and as matrices."""
+  """Renames and reshapes attention of older files to the form of newer ones."""
   modern = {}
   for name, tensor in tensors.items():
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     if parent.endswith("mid_block.attentions.0") and last in _OLD_ATTENTION:
       new = f"{parent}.{_OLD_ATTENTION[last]}.{leaf}"
-      name = name if new in tensors else new  # not both spellings in one
+      name = name if new in tensors else new  # a file with both is refused later
     if ".attentions.0." in name and tensor.shape[2:] == (1, 1):
-      tensor = tensor[:, :, 0, 0]  # written as a 1x1 convolution
+      tensor = tensor[:, :, 0, 0]  # a 1x1 convolution
     modern[name] = tensor
   return modern
 
@@ -243,27 +252,29 @@ def _by_hand(name: str, where: str) -> str:
 
 
 def _download(name: str) -> Path:
-  """A folder with the files of a model on the Hugging Face hub."""
+  """Downloads a model of the Hugging Face hub and returns its folder."""
   if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
     raise SettingError(
       SETTING, name, f"there is no such folder; {_by_hand(DEFAULT_ID, 'it')}"
     )
   by_hand = f"there is no such folder; {_by_hand(name, 'one, and name that')}"
   try:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise SettingError(
       SETTING, name, f"{by_hand} (the hub needs: pip install huggingface_hub)"
     ) from None
+
+  def download(weights: str) -> Path:
+    patterns = [
+      f"{at}{f}" for at in ("", f"{SUBFOLDER}/") for f in (CONFIG_FILE, weights)
+    ]
+    return Path(snapshot_download(name, allow_patterns=patterns))
+
+  safetensors, pickled = WEIGHT_FILES
   try:
-    for weights in WEIGHT_FILES:
-      patterns = [
-        f"{at}{file}" for at in ("", "vae/") for file in (CONFIG_FILE, weights)
-      ]
-      folder = Path(snapshot_download(name, allow_patterns=patterns))
-      if any(folder.rglob(weights)):
-        break
-  except Exception as error:  # of the network, of rights, of names
+    folder = download(safetensors)
+    return folder if any(folder.rglob(safetensors)) else download(pickled)
+  except Exception as error:  # of the network, of access rights, of names
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise SettingError(SETTING, name, f"{by_hand} (the hub says: {reason})") from None
-  return folder

@@ -90,7 +90,7 @@ def listing(folder):
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
   (tmp_path / "mine.txt").write_text("kept")
   before = listing(tmp_path)
-  with pytest.raises(SettingError, match=r"--output = .*: must be empty, or --overwr"):
+  with pytest.raises(SettingError, match=r"^workdir = .*must be an empty folder"):
     from_torch_file(fixture("mdt_v1"), tmp_path)
   assert listing(tmp_path) == before
 
@@ -121,16 +121,23 @@ def test_a_file_that_misses_a_tensor_writes_nothing(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_network_that_the_file_does_not_hold_writes_nothing(tmp_path):
+  with pytest.raises(SettingError) as caught:
+    from_torch_file(fixture("mdt_v1"), tmp_path / "run", "MDTv2")
+  assert (caught.value.setting, caught.value.value) == ("network", "MDTv2")
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path):
   (tmp_path / "run").write_text("")
-  with pytest.raises(SettingError, match="must be a folder, this is a file"):
+  with pytest.raises(SettingError, match=r"^workdir = .*must be a folder"):
     from_torch_file(fixture("mdt_v1"), tmp_path / "run", overwrite=True)
 
 
 def test_a_file_that_is_there_is_refused_and_kept(converted, tmp_path):
   path = tmp_path / "model.pt"
   path.write_text("kept")
-  with pytest.raises(SettingError, match=r"--output = .*: is there already"):
+  with pytest.raises(SettingError, match=r"^path = .*exists already"):
     to_torch_file(converted / "mdt_v1", path)
   assert path.read_text() == "kept"
 
@@ -145,8 +152,8 @@ def test_overwriting_replaces_a_file(converted, tmp_path):
 @pytest.mark.parametrize(
   ("name", "file", "message"),
   [
-    ("mdt_v1", "model.npz", "--output = .*must end in .pt, .pth or .safetensors"),
-    ("absent", "model.pt", "--input = .*must be a workdir"),
+    ("mdt_v1", "model.npz", r"^path = .*must end in .pt, .pth or .safetensors"),
+    ("absent", "model.pt", r"^workdir = .*must be a workdir"),
   ],
 )
 def test_what_cannot_go_back_is_refused(converted, tmp_path, name, file, message):
@@ -156,8 +163,8 @@ def test_what_cannot_go_back_is_refused(converted, tmp_path, name, file, message
 
 
 def test_a_converted_model_is_no_run_to_go_on_with(converted):
-  config = Pipeline.from_checkpoint(converted / "mdt_v1").config
+  experiment = Pipeline.from_checkpoint(converted / "mdt_v1").experiment
   checkpoints = Checkpoints(converted / "mdt_v1", 2)
   with pytest.raises(SettingError, match="holds a converted model"):
-    checkpoints.restore(None, config)
+    checkpoints.restore(None, experiment)
   checkpoints.close()

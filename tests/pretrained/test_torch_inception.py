@@ -141,21 +141,33 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path, name):
   path = tmp_path / name
   path.write_bytes(b"\xff something else \xff")
-  with pytest.raises(SettingError, match=f"--inception = .*{name}"):
+  with pytest.raises(SettingError, match=rf"^path = .*{name}"):
     load_inception(path)
 
 
 @pytest.mark.parametrize("name", ["graph.pb", "weights.pth"])
 def test_a_file_that_is_not_there_is_named(tmp_path, name):
-  with pytest.raises(SettingError, match=f"--inception = .*{name}.* must be a file"):
+  with pytest.raises(SettingError, match=rf"^path = .*{name}.* must be a file"):
     load_inception(tmp_path / name)
 
 
+def test_the_caller_names_the_setting(tmp_path):
+  with pytest.raises(SettingError) as caught:
+    load_inception(tmp_path / "gone.pth", "config.eval.inception")
+  assert caught.value.setting == "config.eval.inception"
+
+
+def test_an_unreadable_source_is_an_error_of_the_source(tmp_path):
+  with pytest.raises(SettingError) as caught:
+    convert_inception(tmp_path / "gone.pth", tmp_path / "out.safetensors")
+  assert caught.value.setting == "source"
+
+
 def test_only_safetensors_are_written(tmp_path):
-  with pytest.raises(SettingError, match=r"must end in \.safetensors"):
+  with pytest.raises(SettingError, match=r"^target = .*must end in \.safetensors"):
     convert_inception(tmp_path / "a.pth", tmp_path / "b.pth")
 
 
 def test_a_file_that_is_there_is_kept(converted):
-  with pytest.raises(SettingError, match="--overwrite"):
+  with pytest.raises(SettingError, match=r"^target = .*exists already"):
     convert_inception(converted, converted)

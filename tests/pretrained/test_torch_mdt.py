@@ -16,7 +16,10 @@ import safetensors.numpy
 import torch
 
 from mdt_jax import SettingError
+from mdt_jax.conversion import torch_mdt as earlier
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import abstract_params, create_model
+from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained.tensors import write_tensors
 from mdt_jax.pretrained.torch_mdt import (
   _mlp_ratio,
@@ -201,7 +204,7 @@ def dit_tensors(hidden_size, num_heads):
 
 def test_dit_of_unpublished_width_needs_num_heads():
   path = reference.FIXTURES / "dit.pt"
-  assert expect_error(path).startswith("--num_heads = None: must be given")
+  assert expect_error(path).startswith("num_heads = None: must be given")
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
@@ -218,6 +221,56 @@ def test_dit_of_width_384_has_6_heads():
 def test_dit_of_published_width_takes_other_num_heads():
   config, _ = from_tensors(dit_tensors(hidden_size=384, num_heads=6), num_heads=12)
   assert config["num_heads"] == 12
+
+
+NETWORK_OF = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}
+
+
+@pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
+def test_the_network_can_be_named(name):
+  path = reference.FIXTURES / f"{name}.pt"
+  attributes, params = from_torch(path, NETWORK_OF[name], num_heads=2)
+  assert attributes == reference.load_model(name)[0]
+  jax.tree.map(np.testing.assert_array_equal, params, reference.load_model(name)[1])
+
+
+@pytest.mark.parametrize(
+  ("name", "network"),
+  [
+    ("mdt_v1", "DiT"),
+    ("mdt_v1", "MDTv2"),
+    ("mdt_v2", "MDT"),
+    ("dit", "MDT"),
+    ("dit", "UNet"),
+    ("dit", "dit"),
+    ("dit", ""),
+  ],
+)
+def test_a_network_that_the_file_does_not_hold_is_refused(name, network):
+  with pytest.raises(SettingError) as caught:
+    from_torch(reference.FIXTURES / f"{name}.pt", network, num_heads=2)
+  assert (caught.value.setting, caught.value.value) == ("network", network)
+  assert NETWORK_OF[name] in caught.value.accepted
+
+
+@pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
+def test_create_model_takes_the_attributes(name):
+  attributes, params = reference.load_model(name)
+  model = create_model(**attributes)
+  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_params(model))
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == shapes
+
+
+def test_attributes_that_make_no_network_are_refused_on_the_way_back():
+  attributes, params = reference.load_model("mdt_v1")
+  with pytest.raises(SettingError) as caught:
+    to_torch({**attributes, "decode_depth": 9}, params)
+  assert caught.value.setting == "decode_depth"
+
+
+@pytest.mark.parametrize("name", ["from_tensors", "from_torch", "to_torch"])
+def test_the_earlier_address_has_the_same_functions(name):
+  assert getattr(earlier, name) is getattr(torch_mdt, name)
 
 
 @pytest.mark.parametrize("decode_depth", [1, 3, 4])
@@ -337,7 +390,7 @@ def test_each_kind_of_misfit_is_named_in_one_message():
 def test_misfit_is_named_with_its_file(suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   WRITERS[suffix](path, {**released("mdt_v1"), "stray": np.zeros(1, np.float32)})
-  assert f"--input = {str(path)!r}: {TAKEN_FOR['mdt_v1']}" in expect_error(path)
+  assert f"path = {str(path)!r}: {TAKEN_FOR['mdt_v1']}" in expect_error(path)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +408,7 @@ def test_tensors_of_another_network_are_no_model(tensor):
 
 def test_missing_file_is_named(tmp_path):
   path = tmp_path / "absent.pt"
-  assert expect_error(path) == f"--input = {str(path)!r}: must be a file"
+  assert expect_error(path) == f"path = {str(path)!r}: must be a file"
 
 
 def test_directory_is_no_file(tmp_path):
@@ -391,7 +444,7 @@ def test_truncated_file_is_refused(suffix, reason, share, tmp_path):
 def test_file_of_something_else_is_refused(suffix, content, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes(content)
-  assert f"--input = {str(path)!r}: no " in expect_error(path)
+  assert f"path = {str(path)!r}: no " in expect_error(path)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -510,7 +563,7 @@ def test_the_averages_of_a_training_checkpoint_are_read(tmp_path):
 def test_decode_depth_is_refused_where_it_is_not_asked_for(name):
   path = reference.FIXTURES / f"{name}.pt"
   message = expect_error(path, num_heads=2, decode_depth=2)
-  assert "--decode_depth = 2: is of MDT v1 alone" in message
+  assert message.startswith("decode_depth = 2: ")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

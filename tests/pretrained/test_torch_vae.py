@@ -260,7 +260,7 @@ def test_levels_must_be_a_list(value, tmp_path):
 def test_config_that_is_none_is_refused(text, tmp_path):
   write_folder(tmp_path)
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-  assert f"--vae = {str(tmp_path / 'config.json')!r}: " in expect_error(tmp_path)
+  assert f"vae = {str(tmp_path / 'config.json')!r}: " in expect_error(tmp_path)
 
 
 def test_missing_config_is_named(tmp_path):
@@ -342,7 +342,7 @@ def test_truncated_weights_are_refused(weights, share, tmp_path):
   whole = (tmp_path / weights).read_bytes()
   (tmp_path / weights).write_bytes(whole[: int(share * len(whole))])
   message = expect_error(tmp_path)
-  assert message.startswith(f"--vae = {str(tmp_path / weights)!r}: no ")
+  assert message.startswith(f"vae = {str(tmp_path / weights)!r}: no ")
 
 
 @pytest.mark.parametrize("held", [[1.0], {"step": 3}, 5, {"a": {"b": torch.ones(1)}}])
@@ -420,7 +420,7 @@ def test_bin_is_not_fetched_where_there_are_safetensors(hub, tmp_path):
 
 
 def assert_says_what_to_download(message):
-  for part in ("--vae = 'some/model'", "config.json", SAFETENSORS):
+  for part in ("vae = 'some/model'", "config.json", SAFETENSORS):
     assert part in message
   assert "https://huggingface.co/some/model" in message
 
@@ -448,4 +448,4 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(
 ):
   monkeypatch.chdir(tmp_path)
   hub(None)
-  assert expect_error(name).startswith(f"--vae = {name!r}: ")
+  assert expect_error(name).startswith(f"vae = {name!r}: ")

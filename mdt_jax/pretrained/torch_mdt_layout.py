@@ -1,0 +1,142 @@
+"""Names, shapes and layouts of the released tensors of MDT, MDTv2 and DiT.
+
+They are those of sail-sg/MDT (branches mdtv1 and main) and facebookresearch/DiT. Blocks
+are numbered modules there. Here a stack of blocks is one parameter with a leading axis
+of layers.
+
+A path is that of a parameter here, such as "decode_blocks/attention/qkv/kernel".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from mdt_jax.models.embeddings import relative_position_index
+from mdt_jax.models.registry import Model
+from mdt_jax.types import Array
+
+BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
+BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer
+
+# Path inside a block -> released name.
+_BLOCK_NAMES = {
+  "attention/qkv": "attn.qkv",
+  "attention/proj": "attn.proj",
+  "attention/relative_position_bias": BIAS_TABLE,
+  "fc1": "mlp.fc1",
+  "fc2": "mlp.fc2",
+  "modulation/linear": "adaLN_modulation.1",
+  "skip": "skip_linear",
+}
+# Path outside the blocks -> released name.
+_OTHER_NAMES = {
+  "patch_embed/linear": "x_embedder.proj",
+  "timestep_embed/fc1": "t_embedder.mlp.0",
+  "timestep_embed/fc2": "t_embedder.mlp.2",
+  "final_layer/linear": "final_layer.linear",
+  "final_layer/modulation/linear": "final_layer.adaLN_modulation.1",
+  "label_embed/table": "y_embedder.embedding_table.weight",
+  "pos_embed": "pos_embed",
+  "decode_pos_embed": "decoder_pos_embed",
+  "mask_token": "mask_token",
+}
+
+
+def is_stacked(path: str) -> bool:
+  """Whether a parameter has a leading axis of layers."""
+  return "blocks/" in path
+
+
+def released_names(path: str, model: Model) -> Iterator[str]:
+  """The released tensors that make up a parameter, layer by layer."""
+  if not is_stacked(path) and not path.startswith("side_block/"):
+    yield _leaf_name(path, _OTHER_NAMES)
+    return
+  stack, inside = path.split("/", 1)
+  name = _leaf_name(inside, _BLOCK_NAMES)
+  encoder_depth = model.depth - model.decode_depth if model.takes_mask else model.depth
+  released, offset, count = {
+    "side_block": ("sideblocks", 0, 1),
+    "in_blocks": ("en_inblocks", 0, encoder_depth // 2),
+    "out_blocks": ("en_outblocks", 0, encoder_depth // 2),
+    "blocks": ("blocks", 0, encoder_depth),
+    "decode_blocks": ("de_blocks", 0, model.decode_depth)
+    if model.variant == "MDTv2"
+    else ("blocks", encoder_depth, model.decode_depth),
+  }[stack]
+  for layer in range(count):
+    yield f"{released}.{offset + layer}.{name}"
+
+
+def index_name(name: str) -> str | None:
+  """The buffer of the position index beside a bias table; None for other tensors."""
+  return name.replace(BIAS_TABLE, BIAS_INDEX) if name.endswith(BIAS_TABLE) else None
+
+
+def position_index(model: Model) -> Int[np.ndarray, "L L"]:
+  """The position index of each block, int64: row of the bias table for two tokens."""
+  return relative_position_index(model.grid_size).astype(np.int64)
+
+
+def released_shapes(
+  model: Model, params: Mapping[str, Array]
+) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of all released tensors of a network, buffers included.
+
+  Args:
+    model: the network.
+    params: path -> parameter, or its shape and type.
+  """
+  shapes = {}
+  for path, param in params.items():
+    shape = param.shape[1:] if is_stacked(path) else param.shape
+    released = jax.eval_shape(
+      functools.partial(to_released, path=path, model=model),
+      jax.ShapeDtypeStruct(shape, param.dtype),
+    )
+    for name in released_names(path, model):
+      shapes[name] = released.shape
+      if index := index_name(name):
+        shapes[index] = (model.num_tokens, model.num_tokens)
+  return shapes
+
+
+def to_released(array: Any, path: str, model: Model) -> Any:
+  """One layer of a parameter in the released layout; also of traced arrays."""
+  if path == "patch_embed/linear/kernel":  # (p p C, D)
+    p = model.patch_size
+    return array.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
+  if path.endswith("attention/qkv/kernel"):  # (D, 3, heads, D / heads)
+    return array.reshape(model.hidden_size, -1).T
+  if path.endswith("attention/qkv/bias"):  # (3, heads, D / heads)
+    return array.reshape(-1)
+  if path.endswith("attention/proj/kernel"):  # (heads, D / heads, D)
+    return array.reshape(-1, model.hidden_size).T
+  if path.endswith("kernel"):
+    return array.T
+  if path in ("pos_embed", "decode_pos_embed"):
+    return array[None]
+  return array[None, None] if path == "mask_token" else array
+
+
+def from_released(tensor: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """The inverse of `to_released`, float32; `shape` is that of one layer here."""
+  if path == "patch_embed/linear/kernel":
+    tensor = tensor.transpose(2, 3, 1, 0)
+  elif path.endswith("kernel"):
+    tensor = tensor.T
+  # A copy: safetensors and torch may give views of memory that is not ours.
+  return np.array(tensor, np.float32, order="C").reshape(shape)
+
+
+def _leaf_name(path: str, names: Mapping[str, str]) -> str:
+  if path in names:
+    return names[path]
+  module, leaf = path.rsplit("/", 1)
+  return f"{names[module]}.{'weight' if leaf == 'kernel' else leaf}"
