@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address", None, "HOST:PORT of process 0, where there are several."
@@ -81,13 +82,12 @@ def _join() -> None:
     timeout=JOIN_TIMEOUT.value,
   )
   if distributed.process_index() > 0:
-    logging.getLogger("mdt_jax").setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING)
 
 
 def _plain_log_lines() -> None:
   """Our lines as they are, on stdout; of the libraries (Orbax: much) warnings only."""
   absl_logging.set_verbosity(absl_logging.WARNING)
-  logger = logging.getLogger("mdt_jax")
   logger.setLevel(logging.INFO)
   logger.propagate = False
   handler = logging.StreamHandler(sys.stdout)

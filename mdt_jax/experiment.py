@@ -246,9 +246,10 @@ class Experiment:
     vae, channels = self.settings.data.vae, self.settings.model.in_channels
     if vae is None:
       return None
-    autoencoder = Autoencoder.load(
-      vae, DTYPES[self.settings.model.dtype], sharding=placement
-    )
+    with renamed_in_errors({"vae": "config.data.vae"}):
+      autoencoder = Autoencoder.load(
+        vae, DTYPES[self.settings.model.dtype], sharding=placement
+      )
     if autoencoder.model.latent_channels != channels:
       raise SettingError(
         "config.model.in_channels",

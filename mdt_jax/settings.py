@@ -8,20 +8,18 @@ together. An error names the setting as `config.group.name`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from mdt_jax.diffusion.guidance import WHOLE
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
+from mdt_jax.typed_config import parse, parse_value, to_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +229,7 @@ class Settings:
     Raises:
       SettingError: a setting is missing, unknown, of another type or out of range.
     """
-    settings = _parse(cls, config, "config")
+    settings = parse(cls, config, "config")
     settings.check()
     return settings
 
@@ -242,7 +240,7 @@ class Settings:
 
   def to_config(self) -> ConfigDict:
     """A locked ConfigDict of these settings."""
-    return _to_config(self).lock()
+    return to_config(self).lock()
 
   def to_dict(self) -> dict[str, Any]:
     """Nested dicts of these settings, as checkpoints hold them."""
@@ -306,7 +304,7 @@ class Settings:
         )
     types_of = typing.get_type_hints(SamplingSettings)
     parsed = {
-      name: _parse_value(value, types_of[name], f"config.sampling.{name}")
+      name: parse_value(value, types_of[name], f"config.sampling.{name}")
       for name, value in changes.items()
     }
     changed = dataclasses.replace(
@@ -358,77 +356,6 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   config = Settings().to_config()
   with config.unlocked():
     config.update({**saved, "sampling": sampling})
-  return config
-
-
-def _parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
-  """Settings of a group, whose names and types are checked."""
-  types_of = typing.get_type_hints(cls)
-  for name in config:
-    if name not in types_of:
-      near = difflib.get_close_matches(name, types_of, 1)
-      hint = f"; did you mean {near[0]}?" if near else ""
-      raise SettingError(f"{prefix}.{name}", config[name], f"is no setting{hint}")
-  values = {}
-  for name, accepted in types_of.items():
-    setting = f"{prefix}.{name}"
-    if name not in config:
-      raise SettingError(setting, None, "is missing, the file takes it away")
-    if dataclasses.is_dataclass(accepted):
-      if not isinstance(config[name], ConfigDict):
-        raise SettingError(setting, config[name], "must be a group of settings")
-      values[name] = _parse(accepted, config[name], setting)  # type: ignore[arg-type]
-    else:
-      values[name] = _parse_value(config[name], accepted, setting)
-  return cls(**values)
-
-
-def _parse_value(value: Any, accepted: Any, setting: str) -> Any:
-  """The value, where it is of the accepted type: one, a tuple, a dict, or None."""
-  kind, is_optional = _kind(accepted)
-  if value is None and is_optional:
-    return None
-  if kind is dict and isinstance(value, ConfigDict):
-    return value.to_dict()
-  if kind is tuple and isinstance(value, list):
-    return tuple(value)
-  if kind not in (int, float):
-    if not isinstance(value, kind):
-      raise SettingError(setting, value, f"must be of type {kind.__name__}")
-    return value
-  accepted_types = (int,) if kind is int else (int, float)
-  if isinstance(value, bool) or not isinstance(value, accepted_types):
-    raise SettingError(setting, value, f"must be of type {kind.__name__}")
-  if not math.isfinite(value):
-    raise SettingError(setting, value, "must be finite")
-  # x**4 and x**4.0 are different operations of XLA: a float stays a float.
-  return kind(value)
-
-
-def _kind(accepted: Any) -> tuple[type[Any], bool]:
-  """The class of an annotation such as `int | None`, and whether None is accepted."""
-  options: Iterable[Any] = (accepted,)
-  if isinstance(accepted, types.UnionType):
-    options = typing.get_args(accepted)
-  kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
-  return kinds[0], len(kinds) < len(tuple(options))
-
-
-def _to_config(settings: Any) -> ConfigDict:
-  config = ConfigDict()
-  types_of = typing.get_type_hints(type(settings))
-  for name, accepted in types_of.items():
-    value = getattr(settings, name)
-    if dataclasses.is_dataclass(value):
-      config[name] = _to_config(value)
-      continue
-    kind, is_optional = _kind(accepted)
-    if is_optional:
-      config[name] = placeholder(kind)
-      if value is not None:
-        config[name] = value
-    else:
-      config[name] = ConfigDict(value) if kind is dict else value
   return config
 
 

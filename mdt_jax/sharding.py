@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
-from flax.linen import spmd
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

@@ -3,18 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import mdt_jax
 from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
-from mdt_jax.models.partitioning import parameter_axes
-from mdt_jax.models.registry import init_params
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 
@@ -48,18 +44,6 @@ def test_an_axis_takes_what_is_left(sizes, shape):
 def test_a_mesh_that_is_not_the_devices_is_refused(sizes, message):
   with pytest.raises(SettingError, match=message):
     sharding.mesh_shape(sizes, 8)
-
-
-@pytest.mark.parametrize("name", ["DiT-S/2", "MDT-S/2", "MDTv2-S/2"])
-def test_every_matrix_has_axes(name):
-  model = mdt_jax.create_model(name)
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
-    layers = "blocks/" in path
-    axes = parameter_axes(path)
-    if len(leaf.shape) - layers >= 2:
-      assert len(axes) == len(leaf.shape) - layers, path
-      assert {"width", "heads"} & {*axes}, path
 
 
 def test_moments_and_averages_lie_as_their_parameters():

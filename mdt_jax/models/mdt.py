@@ -271,14 +271,13 @@ class MDT(nn.Module):
     if token_mask is not None and not self.takes_mask:
       raise ValueError("DiT has no side-interpolater: token_mask must be None")
 
-    patch_embed = PatchEmbed(
-      self.patch_size, self.hidden_size, self.dtype, name="patch_embed"
-    )
+    width, dtype = self.hidden_size, self.dtype
+    patch_embed = PatchEmbed(self.patch_size, width, dtype, name="patch_embed")
     embedded = patch_embed(x.astype(self.dtype))  # (B, L, D)
     embedded = embedded + self._positions("pos_embed")
 
-    c = TimestepEmbed(self.hidden_size, self.dtype, name="timestep_embed")(t)
-    c = c + self.conditioning.embedder(self.hidden_size, self.dtype)(y, train)  # (B, D)
+    c = TimestepEmbed(width, dtype, name="timestep_embed")(t)
+    c = c + self.conditioning.embedder(width, dtype)(y, train)  # (B, D)
 
     if self.variant == "DiT":
       tokens, _ = self._blocks("blocks", self.depth)(embedded, c, None, None)
@@ -288,9 +287,8 @@ class MDT(nn.Module):
       tokens = self._interpolate(tokens, c, index, token_mask)  # (B, L, D)
       tokens = self._decode(tokens, embedded, c, index)
 
-    final_layer = FinalLayer(
-      self.patch_size, self.out_channels, self.dtype, name="final_layer"
-    )
+    channels = self.out_channels
+    final_layer = FinalLayer(self.patch_size, channels, dtype, name="final_layer")
     return final_layer(tokens, c).astype(jnp.float32)
 
   def _encode(

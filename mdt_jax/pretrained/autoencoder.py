@@ -14,7 +14,8 @@ from flax.linen import spmd
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Float32, Shaped
 
-from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
+from mdt_jax.models.autoencoder_decoding import decode_in_slices
+from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.torch_vae import load_vae
 from mdt_jax.types import Array, Dtype, Params
 

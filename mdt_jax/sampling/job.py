@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from mdt_jax.experiment import Experiment
-from mdt_jax.models.autoencoder_kl import AutoencoderKL, decode_in_slices
+from mdt_jax.models.autoencoder_decoding import decode_in_slices
+from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Request

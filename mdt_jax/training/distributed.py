@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -61,10 +62,8 @@ def start(
     _check_address(coordinator_address)
   if num_processes is not None and num_processes < 1:
     raise SettingError("--num_processes", num_processes, "must be at least 1")
-  if num_processes is not None and process_id is not None:
-    if not 0 <= process_id < num_processes:
-      accepted = f"must lie in [0, {num_processes})"
-      raise SettingError("--process_id", process_id, accepted)
+  if process_id is not None and not 0 <= process_id < (num_processes or math.inf):
+    raise SettingError("--process_id", process_id, f"must lie in [0, {num_processes})")
   with _deadline(timeout, f"--coordinator_address = {coordinator_address!r}"):
     try:
       jax.distributed.initialize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mdt_jax.logs import logger
+
 if TYPE_CHECKING:
   from clu.metric_writers import MetricWriter
 
 SECONDS_BETWEEN_TRIES = 60.0
-
-logger = logging.getLogger("mdt_jax")
 
 
 class Events:

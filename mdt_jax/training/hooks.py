@@ -81,9 +81,7 @@ class Hook(abc.ABC):
     try:
       made = self._make(done, ema, stops)
     except Stopped:
-      if (
-        jax.process_index() == 0
-      ):  # so the next start makes it
+      if jax.process_index() == 0:  # so the next start makes it
         self._tried(done).unlink(missing_ok=True)
       raise
     except Exception as error:

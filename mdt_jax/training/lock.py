@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
-logger = logging.getLogger("mdt_jax")
 LOCK = ".lock"
 # As on Lustre, where it is mounted without flock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)

@@ -93,7 +93,9 @@ def make_train_step(
     norm = optax.tree.norm(trained)
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
-      metrics["learning_rate"] = jnp.stack([jnp.asarray(learning_rate(state.step)), 1.0])
+      metrics["learning_rate"] = jnp.stack(
+        [jnp.asarray(learning_rate(state.step)), 1.0]
+      )
     finite = jnp.isfinite(total.mean()) & jnp.isfinite(norm)
     metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}
     metrics["skipped"] = jnp.stack([1.0 - finite, 1.0])

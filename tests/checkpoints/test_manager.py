@@ -235,7 +235,8 @@ def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
   wait_until_it_must_be_retried(checkpoints)  # the failure is there, to be said
   start = time.monotonic()
   assert not checkpoints.save(2, state, config.to_dict(), again=True)
-  assert not checkpoints.save(3, state, config.to_dict())  # one that is due waits as well
+  # A save that is due waits as well.
+  assert not checkpoints.save(3, state, config.to_dict())
   wait_until_it_must_be_retried(checkpoints)
   assert time.monotonic() - start > 0.9
   assert checkpoints.save(4, state, config.to_dict(), again=True)
