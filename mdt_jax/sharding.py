@@ -1,7 +1,7 @@
 """How arrays lie on the devices of a mesh with axes data, fsdp and tensor.
 
-A batch is spread over data x fsdp. Parameters, their averages and the optimizer's
-moments are spread over fsdp by their width, and over tensor by their heads or by the
+A batch is sharded over data x fsdp. Parameters, their averages and the optimizer's
+moments are sharded over fsdp by their width, and over tensor by their heads or by the
 hidden units of the MLP; data holds copies. `models.partitioning` names the axes;
 `RULES` say which axis of the mesh each name means.
 """
@@ -78,7 +78,7 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-  """Inside, a network that is traced spreads its activations over `mesh`."""
+  """Inside, a network that is traced shards its activations over `mesh`."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
 
@@ -89,12 +89,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-  """The first axis spread over data x fsdp."""
+  """The first axis sharded over data x fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Parts that a batch is spread over."""
+  """Parts that a batch is sharded into."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE = "checksums.json"  # inside the folder of a checkpoint
+_OWN = "seal"  # entry for the checksum of all others; part of the format
 _CHUNK = 1 << 22
 
 
@@ -16,7 +17,7 @@ def write_checksums(folder: Path) -> None:
   """Writes size and CRC-32 of every file of a finished checkpoint into its folder."""
   files = {name: _checksum(folder / name) for name in _files(folder)}
   partial = folder / f".{FILE}.partial"
-  partial.write_text(json.dumps({"files": files, "seal": _of_names(files)}))
+  partial.write_text(json.dumps({"files": files, _OWN: _of_names(files)}))
   os.replace(partial, folder / FILE)
 
 
@@ -30,7 +31,7 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
   try:
     written = json.loads((folder / FILE).read_text())
     files = written["files"]
-    if written["seal"] != _of_names(files):
+    if written[_OWN] != _of_names(files):
       return f"{FILE} is damaged"
   except FileNotFoundError:
     return f"{FILE} is missing: it was not finished"

@@ -36,7 +36,7 @@ class TimestepSampler:
       of each step's last losses, once every step has a full history.
     process: whose times are drawn; importance takes a process of S timesteps.
     history: losses kept for a step.
-    uniform_share: of the probability spread evenly, so that no step is left out.
+    uniform_share: share of the probability that is uniform, so that every step occurs.
   """
 
   name: str

@@ -105,7 +105,7 @@ def tf1_resize(
 
 
 class FeatureExtractor:
-  """A jitted feature function that spreads each batch over the devices.
+  """A jitted feature function that shards each batch over the devices.
 
   All processes of a run must call it, with the same images.
 

@@ -152,7 +152,7 @@ def _split(x: Array, parts: int) -> Array:
   """(B, …) -> (parts, B / parts, …): part i holds every parts-th sample from i.
 
   Neighbouring samples, which lie on one device, go to different parts, so that each
-  part is spread over the devices as the batch is.
+  part is sharded over the devices as the batch is.
   """
   return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 

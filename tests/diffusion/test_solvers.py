@@ -12,7 +12,7 @@ from mdt_jax.diffusion.samplers import sample
 from mdt_jax.diffusion.solvers import SOLVERS
 from tests.diffusion import toy
 
-MEAN, DEVIATION = 0.3, 0.5
+MEAN, STD = 0.3, 0.5
 
 
 def process(spacing, schedule="linear", num_timesteps=100_000):
@@ -23,12 +23,12 @@ def process(spacing, schedule="linear", num_timesteps=100_000):
 
 
 def posterior_mean(alphas_cumprod):
-  """E[x0 | x_t] where x0 ~ N(MEAN, DEVIATION^2): the best network there is."""
+  """E[x0 | x_t] where x0 ~ N(MEAN, STD^2): the best network there is."""
   table = jnp.asarray(alphas_cumprod, jnp.float32)
 
   def network(x, t):
     a = table[t][:, None, None, None]
-    gain = jnp.sqrt(a) * DEVIATION**2 / (a * DEVIATION**2 + 1 - a)
+    gain = jnp.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
     return MEAN + gain * (x - jnp.sqrt(a) * MEAN)
 
   return network
@@ -37,9 +37,9 @@ def posterior_mean(alphas_cumprod):
 def solution(diffusion, x):
   """Of the ODE down to the last level, then the x0 predicted there."""
   a = diffusion.alphas_cumprod[[0, -1]]
-  first, last = np.sqrt(a * DEVIATION**2 + 1 - a)
+  first, last = np.sqrt(a * STD**2 + 1 - a)
   x = np.sqrt(a[0]) * MEAN + (x - np.sqrt(a[1]) * MEAN) * first / last
-  gain = np.sqrt(a[0]) * DEVIATION**2 / first**2
+  gain = np.sqrt(a[0]) * STD**2 / first**2
   return MEAN + gain * (x - np.sqrt(a[0]) * MEAN)
 
 
@@ -80,7 +80,7 @@ def test_the_sde_draws_from_the_distribution_of_the_data(schedule, spacing):
     method="dpm++sde",
   )
   np.testing.assert_allclose(x_0.mean(), MEAN, atol=0.02)
-  np.testing.assert_allclose(x_0.std(), DEVIATION, rtol=0.05)
+  np.testing.assert_allclose(x_0.std(), STD, rtol=0.05)
   # Its own noise, and not that of the start, is what is left.
   assert abs(np.corrcoef(x_0.ravel(), x_T.ravel())[0, 1]) < 0.1
 

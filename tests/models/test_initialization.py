@@ -55,7 +55,7 @@ NORMAL = (
 )
 ZERO = ("/bias", "modulation/linear/kernel", "final_layer/linear/kernel")
 POSITIONS = ("pos_embed",)  # and decode_pos_embed
-DEVIATIONS = 4  # of an estimate, by which it may be off
+NUM_STDS = 4  # of an estimate, by which it may be off
 
 
 @functools.cache
@@ -151,31 +151,31 @@ def test_each_linear_layer_reaches_the_xavier_bound(variant, path):
 
 
 @tensors("xavier")
-def test_each_linear_layer_has_the_deviation_of_a_uniform_draw(variant, path):
+def test_each_linear_layer_has_the_std_of_a_uniform_draw(variant, path):
   for layer in layers_of(variant, path):
-    off = DEVIATIONS * math.sqrt(0.2 / layer.size)
+    off = NUM_STDS * math.sqrt(0.2 / layer.size)
     assert layer.std() == pytest.approx(bound_of(path) / math.sqrt(3), rel=off)
 
 
 @tensors("normal")
-def test_tables_and_timestep_mlp_have_deviation_0_02(variant, path):
+def test_tables_and_timestep_mlp_have_std_0_02(variant, path):
   for layer in layers_of(variant, path):
-    off = DEVIATIONS / math.sqrt(2 * layer.size)
+    off = NUM_STDS / math.sqrt(2 * layer.size)
     assert layer.std() == pytest.approx(0.02, rel=off)
 
 
 @tensors("normal")
 def test_tables_and_timestep_mlp_have_mean_zero(variant, path):
   for layer in layers_of(variant, path):
-    assert abs(layer.mean()) < DEVIATIONS * 0.02 / math.sqrt(layer.size)
+    assert abs(layer.mean()) < NUM_STDS * 0.02 / math.sqrt(layer.size)
 
 
 @tensors("normal")
 def test_tables_and_timestep_mlp_have_normal_tails(variant, path):
-  """Of a normal draw 4.6 % lies past two deviations, of a uniform one nothing."""
+  """Of a normal draw 4.6 % lies past two stds, of a uniform one nothing."""
   array = fresh(variant)[path]
   share, size = 0.0455, array.size
-  off = DEVIATIONS * math.sqrt(share / size)
+  off = NUM_STDS * math.sqrt(share / size)
   assert abs((np.abs(array) > 0.04).mean() - share) < off
 
 
@@ -189,7 +189,7 @@ def test_bias_table_has_three_rows_beyond_those_read(variant):
 def test_each_layer_of_a_stack_has_its_own_draw(variant, path):
   for first, second in itertools.combinations(layers_of(variant, path), 2):
     correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
-    assert abs(correlation) < DEVIATIONS / math.sqrt(first.size)
+    assert abs(correlation) < NUM_STDS / math.sqrt(first.size)
 
 
 @pytest.mark.parametrize("variant", MODELS)

@@ -25,11 +25,11 @@ def load():
 
 def test_moments_are_those_of_the_reference_scaled():
   recorded = reference.load("vae")
-  mean, deviation = np.moveaxis(np.asarray(load().moments(RECORDED["x"])), 1, 0)
+  mean, std = np.moveaxis(np.asarray(load().moments(RECORDED["x"])), 1, 0)
   expected = 0.18215 * reference.to_nhwc(recorded["mean"])
   assert reference.relative_error(mean, expected) < reference.FORWARD_TOLERANCE
   expected = 0.18215 * np.exp(reference.to_nhwc(recorded["logvar"]) / 2)
-  assert reference.relative_error(deviation, expected) < reference.FORWARD_TOLERANCE
+  assert reference.relative_error(std, expected) < reference.FORWARD_TOLERANCE
 
 
 def test_bytes_and_floats_have_the_same_moments():

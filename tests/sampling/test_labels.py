@@ -84,7 +84,7 @@ def test_random_labels_are_of_the_seed_and_the_number_alone():
   np.testing.assert_array_equal(many[:100], few)
   assert (draw_labels("random", 100, 1000, seed=4) != few).any()
   counts = np.bincount(many, minlength=1000)
-  assert 20 < counts.min() < counts.max() < 90  # 50 each, deviation 7
+  assert 20 < counts.min() < counts.max() < 90  # 50 each, std 7
 
 
 @pytest.mark.parametrize(
