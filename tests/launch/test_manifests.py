@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
@@ -138,9 +139,8 @@ def test_the_pods_are_as_many_as_the_hosts_of_the_slice():
   assert job["parallelism"] * chips == int(rows) * int(columns)
 
 
-def test_the_image_holds_the_files_that_setup_py_names():
-  words = re.findall(r'"([\w.]+)"', (ROOT / "setup.py").read_text())
-  named = {word for word in words if (ROOT / word).is_file()}
-  assert named >= {"LICENSE", "README.md"}
+def test_the_image_holds_the_files_that_the_metadata_names():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  named = {project["readme"], *project["license-files"], "pyproject.toml"}
   kept = (GKE / "Dockerfile.dockerignore").read_text().splitlines()
   assert {f"!{name}" for name in named} <= set(kept)
