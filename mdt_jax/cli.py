@@ -96,7 +96,7 @@ def _plain_log_lines() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  absl_logging.set_verbosity(absl_logging.ERROR)  # what is wrong is said here
+  absl_logging.set_verbosity(absl_logging.ERROR)  # errors are printed below
   try:
     return flags.FLAGS(argv)
   except (flags.Error, SettingError) as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -36,9 +37,30 @@ def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
     raise SettingError(setting, value, f"accepted are {names}")
 
 
+def check_arguments(
+  function: Callable[..., Any], given: Mapping[str, Any], what: str
+) -> None:
+  """Raises SettingError for an argument that a function does not take, or lacks.
+
+  Args:
+    function: that is to be called.
+    given: its keyword arguments.
+    what: the function makes, for the error.
+  """
+  parameters = inspect.signature(function).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    return
+  for name, value in given.items():
+    if name not in parameters:
+      raise SettingError(name, value, f"is no setting of {what}")
+  for name, parameter in parameters.items():
+    if parameter.default is parameter.empty and name not in given:
+      raise SettingError(name, None, f"must be given: a setting of {what}")
+
+
 @contextlib.contextmanager
 def named_in_errors(prefix: str) -> Iterator[None]:
-  """Names the settings in errors as the user writes them."""
+  """Puts `prefix` and a dot before the name of a setting in errors."""
   try:
     yield
   except SettingError as error:
@@ -51,7 +73,11 @@ def named_in_errors(prefix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
-  """Names settings of a config, in errors, as a command has them that has no config."""
+  """Rewrites the name of a setting in errors, as the flag of a command.
+
+  Args:
+    names: setting -> name in the error; others keep theirs.
+  """
   try:
     yield
   except SettingError as error:

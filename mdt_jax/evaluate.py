@@ -149,6 +149,7 @@ def _names_of_flags() -> dict[str, str]:
   """Settings and arguments -> flags as the user typed them."""
   is_alias = flags.FLAGS["steps"].present
   return {
+    "path": "--checkpoint",
     "config.data.source": "--data_source",
     "config.data.path": "--data_path",
     "config.data.vae": "--vae",

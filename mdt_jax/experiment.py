@@ -31,8 +31,7 @@ from mdt_jax.errors import (
   named_in_errors,
   renamed_in_errors,
 )
-from mdt_jax.models.mdt import MDT
-from mdt_jax.models.registry import DTYPES, create_model
+from mdt_jax.models.registry import DTYPES, Model, create_model
 from mdt_jax.objectives import Objective, create_objective
 from mdt_jax.objectives.mdt import check_masking
 from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
@@ -44,9 +43,10 @@ from mdt_jax.types import Batch
 def build(
   config: ConfigDict | Settings, devices: Sequence[Any] | None = None
 ) -> Experiment:
-  """Builds the objects of a run and checks all settings, also against each other.
+  """Builds the objects of a run and checks its settings, also against each other.
 
-  The data and the autoencoder are opened when they are first asked for.
+  The data and the autoencoder are opened when they are first asked for. Training checks
+  `config.eval`, see `evaluation.evaluator.check_eval`.
 
   Args:
     config: see `mdt_jax.config.default_config`.
@@ -79,8 +79,16 @@ class Experiment:
     _ = self.model, self.process, self.objective, self.optimizer
     self._check_mesh()
 
+  def open(self) -> None:
+    """Opens the data, the autoencoder and the mesh now.
+
+    Raises:
+      SettingError: as `source` and `autoencoder`.
+    """
+    _ = self.mesh, self.autoencoder, self.source
+
   @functools.cached_property
-  def model(self) -> MDT:
+  def model(self) -> Model:
     """The network."""
     with named_in_errors("config.model"):
       return create_model(
@@ -91,9 +99,15 @@ class Experiment:
   @functools.cached_property
   def process(self) -> Process:
     """The process that is trained, on all of its times."""
+    chosen = self.settings.diffusion
     with named_in_errors("config.diffusion"):
-      chosen = self.settings.diffusion
-      return create_process(chosen.process, **chosen.process_arguments())
+      arguments = chosen.process_arguments()
+    is_own = chosen.process != "gaussian"
+    with (
+      named_in_errors("config.diffusion.arguments" if is_own else "config.diffusion"),
+      renamed_in_errors({"process": "config.diffusion.process"}),
+    ):
+      return create_process(chosen.process, **arguments)
 
   @functools.cached_property
   def objective(self) -> Objective:
@@ -107,7 +121,15 @@ class Experiment:
     if name is None:
       name = "mdt" if self.model.takes_mask and masking.ratio > 0 else "plain"
     is_mdt = name == "mdt"
-    arguments = chosen.arguments | (dataclasses.asdict(masking) if is_mdt else {})
+    arguments = chosen.arguments
+    if is_mdt and arguments:
+      raise SettingError(
+        "config.objective.arguments",
+        arguments,
+        "are of an objective of one's own; those of mdt are config.masking",
+      )
+    if is_mdt:
+      arguments = dataclasses.asdict(masking)
     with (
       named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
       renamed_in_errors({"objective": "config.objective.name"}),
@@ -168,7 +190,7 @@ class Experiment:
           power=chosen.cfg_power,
           channels=chosen.cfg_channels or None,
           interval=chosen.cfg_interval,
-          num_timesteps=self.settings.diffusion.num_timesteps,
+          num_timesteps=self.process.end_network_time,
         ),
         method=chosen.method,
         num_steps=chosen.num_steps,

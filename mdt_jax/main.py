@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: {error}")
   except Interrupted as stop:
     logger.info("%s; the same command goes on from there", stop)
-    # Taken away, and not stopped by hand: launchers start it once more.
+    # Launchers restart a run that was preempted, but not one that was interrupted.
     by_hand = signal.SIGINT in stop.signals
     sys.exit(cli.EXIT_INTERRUPTED if by_hand else distributed.EXIT_TRY_AGAIN)
 

@@ -19,6 +19,7 @@ from mdt_jax.diffusion.guidance import WHOLE
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
+from mdt_jax.logs import logger
 from mdt_jax.typed_config import parse, parse_value, to_config
 
 
@@ -80,9 +81,12 @@ class DiffusionSettings:
     """Arguments of the process, for `create_process`."""
     if self.process != "gaussian":
       return dict(self.arguments)
+    if self.arguments:
+      raise SettingError(
+        "arguments", self.arguments, "are of a process of one's own, not of gaussian"
+      )
     named = dataclasses.asdict(self)
-    del named["process"]
-    return named.pop("arguments") | named
+    return {name: named[name] for name in named if name not in ("process", "arguments")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +243,12 @@ class Settings:
     return cls.from_config(config_from_dict(saved))
 
   def to_config(self) -> ConfigDict:
-    """A locked ConfigDict of these settings."""
-    return to_config(self).lock()
+    """A locked ConfigDict of these settings; their open dicts take any name."""
+    config = to_config(self).lock()
+    for name in ("objective", "diffusion"):
+      group: Any = config[name]
+      group.arguments.unlock()
+    return config
 
   def to_dict(self) -> dict[str, Any]:
     """Nested dicts of these settings, as checkpoints hold them."""
@@ -346,8 +354,14 @@ class Settings:
 
 
 def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
-  """A config as a checkpoint holds it; settings that it lacks have their defaults."""
-  saved = dict(saved)
+  """A config from a checkpoint's JSON.
+
+  Settings that the JSON lacks have their defaults; settings that this version does not
+  know, of a later version, are left out with a warning.
+  """
+  saved, unknown = _known(saved, Settings(), "config")
+  if unknown:
+    logger.warning("settings of another version are ignored: %s", ", ".join(unknown))
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
   sampling = dict(saved.get("sampling", {}))
@@ -357,6 +371,22 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   with config.unlocked():
     config.update({**saved, "sampling": sampling})
   return config
+
+
+def _known(
+  saved: Mapping[str, Any], settings: Any, prefix: str
+) -> tuple[dict[str, Any], list[str]]:
+  """The saved settings that this version has, and the names of the others."""
+  known, unknown = {}, []
+  for name, value in saved.items():
+    if not hasattr(settings, name):
+      unknown.append(f"{prefix}.{name}")
+    elif dataclasses.is_dataclass(group := getattr(settings, name)):
+      known[name], more = _known(value, group, f"{prefix}.{name}")
+      unknown += more
+    else:
+      known[name] = value
+  return known, unknown
 
 
 def _at_least(settings: Any, name: str, least: int) -> None:

@@ -58,7 +58,15 @@ def make_mesh(
 
 
 def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
-  """`sizes` with -1, which one may be, replaced by what is left of the devices."""
+  """Sizes of the axes, with -1 replaced by the rest of the devices.
+
+  Args:
+    sizes: of data, fsdp and tensor; one of them may be -1.
+    num_devices: product of the sizes.
+
+  Raises:
+    SettingError: another size below 1, or another product.
+  """
   for axis, size in zip(AXES, sizes, strict=True):
     if size < 1 and size != -1:
       raise SettingError(f"config.mesh.{axis}", size, "must be -1 or at least 1")

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
-from mdt_jax.models.mdt import MDT
-from mdt_jax.models.registry import init_params
+from mdt_jax.models.registry import Model, init_params
 from mdt_jax.types import Array, Params
 
 
@@ -38,12 +37,20 @@ class TrainState(flax.struct.PyTreeNode):
 
 def init_state(
   key: Array,
-  model: MDT,
+  model: Model,
   optimizer: optax.GradientTransformation,
   ema_decays: Iterable[float],
   timestep_sampler: TimestepSampler,
 ) -> TrainState:
-  """The state before the first step; every average starts at the parameters."""
+  """The state before the first step; every average starts at the parameters.
+
+  Args:
+    key: random key of the parameters.
+    model: the network.
+    optimizer: whose state is initialised.
+    ema_decays: decay of each average.
+    timestep_sampler: whose loss history is initialised.
+  """
   params = init_params(model, key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -49,12 +49,24 @@ def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
 
 
 def parse_value(value: Any, accepted: Any, setting: str) -> Any:
-  """The value, where it is of the accepted type: one, a tuple, a dict, or None."""
+  """Checks the type of a setting.
+
+  Args:
+    value: of the setting.
+    accepted: annotation of the field, such as `int | None`.
+    setting: name for errors.
+
+  Returns:
+    The value; whole numbers of a float setting become floats.
+
+  Raises:
+    SettingError: the value has another type, or is not finite.
+  """
   kind, is_optional = _kind(accepted)
   if value is None and is_optional:
     return None
   if kind is dict and isinstance(value, ConfigDict):
-    return value.to_dict()
+    return _with_tuples(value.to_dict())
   if kind is tuple and isinstance(value, list):
     return tuple(value)
   if kind not in (int, float):
@@ -68,6 +80,15 @@ def parse_value(value: Any, accepted: Any, setting: str) -> Any:
     raise SettingError(setting, value, "must be finite")
   # x**4 and x**4.0 are different operations of XLA: a float stays a float.
   return kind(value)
+
+
+def _with_tuples(value: Any) -> Any:
+  """The value with tuples for lists, which JSON makes of tuples."""
+  if isinstance(value, dict):
+    return {name: _with_tuples(entry) for name, entry in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(_with_tuples(entry) for entry in value)
+  return value
 
 
 def _kind(accepted: Any) -> tuple[type[Any], bool]:

@@ -189,3 +189,27 @@ def test_an_optional_setting_keeps_its_type():
 def test_a_bad_setting_of_a_call_is_named(changes, message):
   with pytest.raises(SettingError, match=message):
     Settings.from_config(tiny_config()).with_sampling(changes)
+
+
+def test_settings_of_a_later_version_are_left_out_with_a_warning(caplog):
+  saved = tiny_config().to_dict()
+  saved["newer"], saved["data"]["colour"] = 1, "red"
+  settings = Settings.from_dict(saved)
+  assert settings == Settings.from_config(tiny_config())
+  assert "config.data.colour, config.newer" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("group", "message"),
+  [
+    ("diffusion", "not of gaussian"),
+    ("objective", r"those of mdt are config\.masking"),
+  ],
+)
+def test_arguments_of_one_s_own_need_a_process_or_objective_of_one_s_own(
+  group, message
+):
+  config = tiny_config()
+  config[group].arguments.ratio = 0.5
+  with pytest.raises(SettingError, match=rf"^config\.{group}\.arguments = .*{message}"):
+    build(config)

@@ -10,7 +10,7 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 
 # Attributes of a network that do not change its parameters.
-_NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name")
+_NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name", "condition")
 
 
 def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:
@@ -68,5 +68,6 @@ def _identity(settings: Settings) -> dict[str, Any]:
     "config.optimizer.clip_norm > 0": settings.optimizer.clip_norm > 0,
     "config.ema_decays": tuple(settings.ema_decays),
     "config.timestep_sampler": settings.timestep_sampler,
+    "config.model.condition": settings.model.condition,
     **{f"config.diffusion.{name}": getattr(diffusion, name) for name in names},
   }

@@ -16,13 +16,6 @@ from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
 from mdt_jax.settings import Settings
 
-# Name of a setting in an error of `load_ema` -> name of the argument here.
-_LOADING_ARGUMENTS = {
-  "--checkpoint": "workdir",
-  "--step": "step",
-  "--ema_decay": "ema_decay",
-}
-
 
 def from_torch_file(
   path: str | Path,
@@ -103,7 +96,7 @@ def to_torch_file(
   check_suffix("path", path)
   if path.exists() and not overwrite:
     raise SettingError("path", str(path), "exists already, and overwrite is not set")
-  with renamed_in_errors(_LOADING_ARGUMENTS):
+  with renamed_in_errors({"path": "workdir"}):
     checkpoint = loading.load_ema(workdir, step, ema_decay)
   model = checkpoint.experiment.model
   attributes = {

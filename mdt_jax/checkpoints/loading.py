@@ -82,7 +82,7 @@ def load_ema(
   folder = workdir_of(path) / FOLDER
   if not folder.is_dir():
     raise SettingError(
-      "--checkpoint", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
+      "path", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
     )
   with ocp.CheckpointManager(
     folder,
@@ -91,11 +91,11 @@ def load_ema(
   ) as manager:
     steps = manager.all_steps()
     if not steps:
-      raise SettingError("--checkpoint", str(path), "holds no finished checkpoint")
+      raise SettingError("path", str(path), "holds no finished checkpoint")
     step = _undamaged_step(folder, steps, step)
     settings = Settings.from_dict(restore_config(manager, step))
     decay = settings.sampled_decay if ema_decay is None else ema_decay
-    check_choice("--ema_decay", decay, settings.ema_decays)
+    check_choice("ema_decay", decay, settings.ema_decays)
     settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
     experiment = Experiment(settings)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -113,11 +113,11 @@ def load_ema(
 def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:
   """The step asked for, or else the latest whose averages are not damaged."""
   if asked is not None:
-    check_choice("--step", asked, sorted(steps))
+    check_choice("step", asked, sorted(steps))
   damage = None
   for step in sorted(steps, reverse=True) if asked is None else [asked]:
     damage = checksums.damage(folder / str(step), items=("ema", "config"))
     if damage is None:
       return step
     logger.warning("the checkpoint of step %d is passed over: %s", step, damage)
-  raise SettingError("--checkpoint", str(folder.parent), f"is damaged: {damage}")
+  raise SettingError("path", str(folder.parent), f"is damaged: {damage}")

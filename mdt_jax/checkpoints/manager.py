@@ -237,7 +237,8 @@ class Checkpoints:
     self._retries.failed(self._saving, reason)
     with contextlib.suppress(Exception):  # which raises the same error once more
       self._manager.close()
-    if jax.process_index() == 0:  # where all but its checksums is written
+    # The checkpoint may be complete but for its checksums.
+    if jax.process_index() == 0:
       shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
     self._manager = self._open()  # which removes what is half-written
 
@@ -263,7 +264,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _on_any_process(text: str) -> str:
-  """The first of what the processes say that is not empty; all call, and get it."""
+  """The text of the first process whose text is not empty, on every process.
+
+  All processes must call this.
+  """
   if jax.process_count() == 1:
     return text
   padded = np.zeros(MAX_REASON, np.uint8)

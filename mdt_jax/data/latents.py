@@ -85,6 +85,7 @@ class Layout:
 
 
 def shard_name(index: int, count: int) -> str:
+  """File name of shard `index`, from 0, of `count` shards."""
   return f"latents-{index:05d}-of-{count:05d}.array_record"
 
 

@@ -47,7 +47,7 @@ class GaussianDiffusion(Process):
   """A process of S steps, taken from an original one of T.
 
   In all methods t (B,) counts the S steps; a network is given the original
-  timestep, `model_timesteps(t)`. Arrays are (B, H, W, C), tables float64 on the
+  timestep, `network_time(t)`. Arrays are (B, H, W, C), tables float64 on the
   host and float32 in use.
 
   Attributes:
@@ -150,6 +150,10 @@ class GaussianDiffusion(Process):
     return self.num_timesteps
 
   @property
+  def end_network_time(self) -> int:
+    return self.num_original_timesteps
+
+  @property
   def learns_variance(self) -> bool:
     return self.variance == "learned_range"
 
@@ -244,7 +248,8 @@ class GaussianDiffusion(Process):
     return scale * x_t - _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t) * output
 
   def to_x0(self, output: Array, x_t: Array, t: Array) -> Array:
-    """x0 from the network's output, with or without its variance channels."""
+    """x0 from the network's output: (B, H, W, C), or 2C channels for the variance."""
+    self._check_output(output, x_t)
     return self.predict_x0(output[..., : x_t.shape[-1]], x_t, t)
 
   def noise_from_x0(self, x0: Array, x_t: Array, t: Array) -> Array:

@@ -23,14 +23,14 @@ class Guidance:
     power: of the power-cosine scale; 0 for a constant scale.
     channels: leading channels that are guided; None for all.
     interval: (low, high) of t / T, both included, within which samples are guided.
-    num_timesteps: T, of the original process.
+    num_timesteps: T, the network's time at full noise.
   """
 
   scale: float = 1.0
   power: float = 4.0
   channels: int | None = 3
   interval: tuple[float, float] = WHOLE
-  num_timesteps: int = 1000
+  num_timesteps: float = 1000
 
   def apply(
     self,
@@ -40,7 +40,14 @@ class Guidance:
     *,
     one_batch: bool = True,
   ) -> ModelFn:
-    """`guided` with this guidance."""
+    """A function for samplers, as `guided` makes it.
+
+    Args:
+      network: (x (B, H, W, C), t (B,), y) -> output.
+      labels: conditions y to sample, with a leading axis B.
+      null_labels: null conditions, of the same shape.
+      one_batch: see `guided`.
+    """
     return guided(
       network,
       labels,
@@ -55,7 +62,7 @@ class Guidance:
 
 
 def power_cosine_scale(
-  t: Array, scale: float, power: float, num_timesteps: int = 1000
+  t: Array, scale: float, power: float, num_timesteps: float = 1000
 ) -> Array:
   """Guidance scale at original timesteps t (B,): 1 at t = T, `scale` at t = 0.
 
@@ -75,7 +82,7 @@ def guided(
   power: float = 4.0,
   channels: int | None = 3,
   interval: tuple[float, float] = WHOLE,
-  num_timesteps: int = 1000,
+  num_timesteps: float = 1000,
   one_batch: bool = True,
 ) -> ModelFn:
   """Turns a conditional network into the guided function that samplers take.

@@ -1,8 +1,9 @@
 """The interface of a process: how data and noise are mixed, and what an output means.
 
-A network never sees a process, and a process never sees a network. Objectives,
-samplers, solvers, guidance and likelihood use the methods of `Process` alone. Times t
-are the process's own: integers for DDPM, real numbers for a continuous process.
+A network never sees a process, and a process never sees a network. Objectives, guidance
+and the solvers (euler, heun, dpm++, dpm++sde) use the methods of `Process` alone; ddpm,
+ddim, the variational bound and editing need the posterior of a `GaussianDiffusion`.
+Times t are the process's own: integers for DDPM, real numbers for a continuous process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import SettingError, check_arguments, check_choice
 from mdt_jax.types import Array
 
 
@@ -69,6 +70,11 @@ class Process(abc.ABC):
   @abc.abstractmethod
   def sample_t(self, key: Array, batch: int) -> Array:
     """Times of a training step: (batch,)."""
+
+  @property
+  def end_network_time(self) -> float:
+    """The time that the network is given at `end_time`; T of guidance."""
+    return float(self.network_time(jnp.asarray([self.end_time]))[0])
 
   def weight(self, t: Array) -> Array:
     """Weight of the squared error at times t: (B,) float32."""
@@ -157,12 +163,5 @@ def create_process(name: str = "gaussian", **settings: Any) -> Process:
     SettingError: an unknown name or setting, or a value that cannot be used.
   """
   check_choice("process", name, PROCESSES)
-  try:
-    return PROCESSES[name](**settings)
-  except TypeError as error:
-    if "unexpected keyword argument" not in str(error):
-      raise
-    unknown = str(error).split("'")[-2]
-    raise SettingError(
-      unknown, settings.get(unknown), f"is no setting of the process {name!r}"
-    ) from None
+  check_arguments(PROCESSES[name], settings, f"the process {name!r}")
+  return PROCESSES[name](**settings)

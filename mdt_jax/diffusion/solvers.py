@@ -23,8 +23,8 @@ class Rows(NamedTuple):
 
   Attributes:
     step: (E,) int32, step of the process at which the network is called.
-    corrects: (E,) bool, where `start` is that of the row before, so that the row
-      replaces what that one gave; elsewhere it is the latent that the network sees.
+    corrects: (E,) bool. True: `start` is the one of the row before, whose result this
+      row replaces. False: `start` is the latent that the network sees.
     keep, now, before, noise: (E,) float32.
   """
 

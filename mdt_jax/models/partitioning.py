@@ -39,17 +39,16 @@ PARAMETER_AXES: Mapping[str, Axes] = {
 }
 
 
-def parameter_axes(path: str, table: Mapping[str, Axes] = PARAMETER_AXES) -> Axes:
+def parameter_axes(path: str) -> Axes:
   """Axes of the parameter at `path`: those of the first row that ends the path.
 
   Args:
     path: names joined by "/", such as "blocks/attention/qkv/kernel".
-    table: end of a path -> axes.
 
   Returns:
     Axes without the leading axis of stacked blocks; () for a replicated parameter.
   """
-  return next((axes for end, axes in table.items() if path.endswith(end)), ())
+  return next((axes for end, axes in PARAMETER_AXES.items() if path.endswith(end)), ())
 
 
 def shard_batch(x: Array) -> Array:

@@ -1,6 +1,7 @@
-"""The networks by name, and what is known of each: sizes, flops and sharding axes.
+"""The networks by name, with the sizes and the flops of each.
 
-A new network is a file with its module and one entry in NETWORKS.
+A new network is a file with its module and one entry in NETWORKS. Where its parameters
+have names of their own, `partitioning.PARAMETER_AXES` says how devices share them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.models import mdt_flops
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
-from mdt_jax.models.partitioning import PARAMETER_AXES, Axes
 from mdt_jax.types import Array, Params
 
 Model: TypeAlias = MDT  # any network of NETWORKS
@@ -41,15 +41,11 @@ class Network:
     presets: name, such as "MDTv2-S/2" -> attributes of the module.
     forward_flops: (model, num_keep or None) -> operations of a forward pass over one
       image, see `models.flops`.
-    parameter_axes: end of a parameter's path -> its axes, see `models.partitioning`.
   """
 
   module: type[Model]
   presets: Mapping[str, dict[str, Any]]
   forward_flops: Callable[[Any, int | None], int]
-  parameter_axes: Mapping[str, Axes] = dataclasses.field(
-    default_factory=lambda: PARAMETER_AXES
-  )
 
 
 def _presets(

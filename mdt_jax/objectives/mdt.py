@@ -13,7 +13,7 @@ from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError
 from mdt_jax.models.flops import train_flops
 from mdt_jax.models.masking import KeptLengths, token_mask_from_noise
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses, Objective
 from mdt_jax.types import Array, Params
 
@@ -38,7 +38,7 @@ class MDTObjective(Objective):
 
   def __init__(
     self,
-    model: MDT,
+    model: Model,
     process: Process,
     timestep_sampler: TimestepSampler | None = None,
     *,

@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import check_arguments, check_choice
 from mdt_jax.models.flops import train_flops
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.types import Array, Batch, Params
 
 # model.apply: ({"params": params}, x_t, t, y, token_mask) -> output
@@ -65,7 +65,7 @@ class Objective(abc.ABC):
 
   def __init__(
     self,
-    model: MDT,
+    model: Model,
     process: Process,
     timestep_sampler: TimestepSampler | None = None,
   ):
@@ -75,7 +75,10 @@ class Objective(abc.ABC):
 
   @property
   def static_choices(self) -> Sequence[Hashable]:
-    """What `loss` may be given as `static`; the step is compiled once for each."""
+    """What `loss` may be given as `static`, in increasing order of memory.
+
+    The step is compiled once for each.
+    """
     return (None,)
 
   def choose_static(self, seed: int, step: int) -> Hashable:
@@ -85,7 +88,7 @@ class Objective(abc.ABC):
 
   @property
   def largest_static(self) -> Hashable:
-    """The one of `static_choices` that takes the most memory and operations."""
+    """The one of `static_choices` that takes the most memory."""
     return self.static_choices[-1]
 
   def flops(self, static: Hashable) -> float:
@@ -184,7 +187,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {}
 def create_objective(
   name: str,
   *,
-  model: MDT,
+  model: Model,
   process: Process,
   timestep_sampler: TimestepSampler | None = None,
   **settings: Any,
@@ -200,12 +203,6 @@ def create_objective(
     SettingError: an unknown name or setting, or a value that cannot be used.
   """
   check_choice("objective", name, OBJECTIVES)
-  try:
-    return OBJECTIVES[name](model, process, timestep_sampler, **settings)
-  except TypeError as error:
-    if "unexpected keyword argument" not in str(error):
-      raise
-    unknown = str(error).split("'")[-2]
-    raise SettingError(
-      unknown, settings.get(unknown), f"is no setting of the objective {name!r}"
-    ) from None
+  given = {"model": model, "process": process, "timestep_sampler": timestep_sampler}
+  check_arguments(OBJECTIVES[name], given | settings, f"the objective {name!r}")
+  return OBJECTIVES[name](**given, **settings)

@@ -283,7 +283,7 @@ def _lower_sampler(experiment: Experiment, program: Program) -> Any:
 
 
 def _does_not_fit(error: Exception, program: Program) -> DoesNotFitError | None:
-  """What the TPU compiler says in words: all that a program needs, or on its way."""
+  """The memory that the TPU compiler names in its error, or None for another error."""
   number = r"([\d.]+)([KMG])"
   if found := re.search(rf"Used {number} of {number} hbm", str(error)):
     at_rest = 0
@@ -304,7 +304,7 @@ def _memory(compiled: Any, program: Program, what: str) -> dict[str, int]:
   if what == "train":
     parts["optimizer"] = _bytes_of(state.opt_state)
     parts["ema"] = _bytes_of(state.ema)
-  # Results that take the place of arguments are there once.
+  # Donated arguments and the results in their place are counted once.
   at_rest = found.argument_size_in_bytes + found.output_size_in_bytes
   at_rest -= found.alias_size_in_bytes
   parts["other"] = max(0, at_rest - sum(parts.values()))

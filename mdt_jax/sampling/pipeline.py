@@ -37,12 +37,6 @@ DEFAULT_INTERPOLATION = 0.25
 DEFAULT_STRENGTH = 0.6
 
 # Name of a setting in an error -> name of the argument in Python.
-LOADING_ARGUMENTS = {
-  "--checkpoint": "path",
-  "--step": "step",
-  "--ema_decay": "ema_decay",
-  "config.data.vae": "vae",
-}
 SAMPLING_ARGUMENTS = {
   f"config.sampling.{field.name}": field.name
   for field in dataclasses.fields(SamplingSettings)
@@ -88,7 +82,7 @@ class Pipeline:
       SettingError: `load_ema` finds no such parameters, there is no such autoencoder,
         or the model draws pixels and needs none.
     """
-    with renamed_in_errors(LOADING_ARGUMENTS):
+    with renamed_in_errors({"config.data.vae": "vae"}):
       checkpoint = load_ema(path, step, ema_decay)
       experiment, autoencoder = checkpoint.experiment, None
       if vae != NO_VAE:

@@ -70,7 +70,7 @@ def start(
         coordinator_address,
         num_processes,
         process_id,
-        # All is said; looking for a cluster, JAX would take some devices away.
+        # With all three given, JAX need not look for a cluster, which hides devices.
         cluster_detection_method="deactivate" if None not in given else None,
         initialization_timeout=2 * timeout,  # `_deadline` speaks first
       )
@@ -125,7 +125,7 @@ def any_process(*here: bool) -> tuple[bool, ...]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """All processes leave the block well, or none does: no one waits for ever.
+  """Makes all processes raise where one of them raises, so that none waits for it.
 
   Raises:
     Exception: of this process. Where it is well and another one has raised,

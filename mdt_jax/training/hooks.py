@@ -21,7 +21,6 @@ from mdt_jax.logs import logger
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import make_generator
-from mdt_jax.settings import Settings
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.progress import is_due
 from mdt_jax.types import Params
@@ -87,7 +86,7 @@ class Hook(abc.ABC):
     except Exception as error:
       is_of_setting = isinstance(error, SettingError)
       if jax.process_count() > 1 and not is_of_setting:
-        raise  # the error may be of this process alone, and the others wait for it
+        raise  # this process may be the only one that fails, and the others would wait
       logger.error(
         "NO %s OF STEP %d: %s. The run goes on",
         self.what.upper(),
@@ -177,13 +176,13 @@ class Pictures(Hook):
 
 
 class Scores(Hook):
-  """Scores of sampled images, as `settings.eval` says."""
+  """Scores of sampled images."""
 
   what = "scores"
   is_long = True
 
-  def __init__(self, settings: Settings, folder: Path, evaluate: Evaluate):
-    super().__init__(settings.eval.every, settings.num_steps, folder, "json")
+  def __init__(self, every: int, num_steps: int, folder: Path, evaluate: Evaluate):
+    super().__init__(every, num_steps, folder, "json")
     self._evaluate = evaluate
 
   def _make(

@@ -59,6 +59,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   with contextlib.ExitStack() as stack:
     with distributed.together():
       experiment = build(config)
+      check_eval(experiment.settings)
+      _check_is_folder(workdir)
+      experiment.open()
       hooks = _make_hooks(experiment, workdir)
       if is_main:
         stack.enter_context(locked(workdir))
@@ -192,13 +195,14 @@ class Trainer:
       if is_new and jax.process_count() == 1:  # a save needs every process
         self._saved.finish(done, state, self._config)
       raise
-    return sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
+    placed = sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
+    with jax.transfer_guard("disallow"):  # but for explicit transfers
+      return self._experiment.encode(placed)
 
   def _step(self, state: TrainState, batch: Batch, n: int, offset: int) -> TrainState:
     """One step, the n-th from 0; its metrics are logged later."""
     static = self._experiment.objective.choose_static(self._settings.seed, n)
     with jax.transfer_guard("disallow"):  # but for explicit transfers
-      batch = self._experiment.encode(batch)
       state, metrics = self._program.step(state, batch, static)
       self._progress.add(n + 1, metrics)
     self._skipped.add(n, n + offset, metrics)
@@ -268,18 +272,21 @@ class Trainer:
     return distributed.any_process(*here)
 
 
-def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
-  """Opens all that a run needs, and raises SettingError before anything is written."""
+def _check_is_folder(workdir: Path) -> None:
   if os.path.isfile(workdir):  # not Path's, which raises where it may not look
     raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
-  check_eval(experiment.settings)
-  _ = experiment.autoencoder, experiment.source
+
+
+def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
+  """Pictures and scores, where the settings ask for them."""
+  settings = experiment.settings
   hooks: list[Hook] = []
-  if experiment.settings.sample_every and experiment.settings.num_samples:
+  if settings.sample_every and settings.num_samples:
     hooks.append(Pictures(experiment, workdir / "samples"))
-  if experiment.settings.eval.every:
+  if settings.eval.every:
     evaluate = make_training_evaluator(experiment)
-    hooks.append(Scores(experiment.settings, workdir / "scores", evaluate))
+    folder = workdir / "scores"
+    hooks.append(Scores(settings.eval.every, settings.num_steps, folder, evaluate))
   return hooks
 
 

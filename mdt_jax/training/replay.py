@@ -148,7 +148,7 @@ def _rows(
     {
       "index": index,
       "label": int(labels[i]),
-      "t": int(t[i]),
+      "t": t[i].item(),
       "largest": _number(largest[i]),
     }
     | {name: _number(columns[name][i]) for name in names}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Draws, Objective
 from mdt_jax.objectives.objective import Losses
 from mdt_jax.optimizers import Schedule
@@ -34,7 +34,7 @@ def step_key(seed: int, step: Array) -> Array:
 
 
 def make_train_step(
-  model: MDT,
+  model: Model,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,

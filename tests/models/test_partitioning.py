@@ -29,7 +29,7 @@ PARAMETERS = [(variant, path) for variant in NETWORKS for path in ranks(variant)
 
 @pytest.mark.parametrize(("variant", "path"), PARAMETERS)
 def test_axes_have_the_rank_of_the_parameter(variant, path):
-  axes = parameter_axes(path, NETWORKS[variant].parameter_axes)
+  axes = parameter_axes(path)
   assert len(axes) in (0, ranks(variant)[path])
 
 
@@ -38,7 +38,7 @@ def test_axes_have_the_rank_of_the_parameter(variant, path):
   [(v, path) for v, path in PARAMETERS if ranks(v)[path] >= RANK_OF_A_MATRIX],
 )
 def test_every_matrix_is_sharded(variant, path):
-  axes = parameter_axes(path, NETWORKS[variant].parameter_axes)
+  axes = parameter_axes(path)
   assert {"width", "heads"} & {*axes}
 
 

@@ -19,7 +19,7 @@ class MaskedOnlyObjective(Objective):
 
   @property
   def static_choices(self):
-    return (None, self.num_keep)
+    return (self.num_keep, None)
 
   def choose_static(self, seed, step):
     return self.static_choices[step % 2]
@@ -45,4 +45,4 @@ def test_its_arguments_come_from_the_config():
 
   config = tiny_config(**{"objective.name": "masked_only"})
   config.objective.arguments = {"keep": 0.25}
-  assert build(config).objective.static_choices == (None, 4)
+  assert build(config).objective.static_choices == (4, None)
