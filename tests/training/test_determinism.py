@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DRAWS = ("x0", "t", "weights", "noise", "labels", "mask_noise")
+DRAWS = ("x0", "t", "weights", "noise", "y", "mask_noise")
 
 
 def replay(folder, name, num_devices):
@@ -62,5 +62,5 @@ def test_draws_are_of_a_training_step(runs):
   draws = {name: runs["one"][f"draws/{name}"] for name in DRAWS}
   assert draws["noise"].std() > 0.9
   assert len(np.unique(draws["t"])) > 8
-  assert (draws["labels"] == 10).any()
+  assert (draws["y"] == 10).any()
   assert runs["one"]["losses/loss"].std() > 0
