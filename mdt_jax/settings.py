@@ -42,6 +42,7 @@ class ModelSettings:
   dtype: str = "float32"  # compute type: float32 or bfloat16
   remat: str = "none"  # recompute in the backward pass: none, full or dots
   unroll: int = 1  # blocks compiled in a row; -1: all, faster on CPUs
+  forward_mode: bool = False  # for jax.jvp: plain products, slower gradients
 
 
 @dataclasses.dataclass(frozen=True)

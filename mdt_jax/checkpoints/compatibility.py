@@ -10,7 +10,16 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 
 # Attributes of a network that do not change its parameters.
-_NOT_OF_THE_PARAMS = ("dtype", "remat", "unroll", "parent", "name", "condition")
+_NOT_OF_THE_PARAMS = (
+  "dtype",
+  "remat",
+  "unroll",
+  "forward_mode",
+  "sow_attention",
+  "parent",
+  "name",
+  "condition",
+)
 
 
 def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:

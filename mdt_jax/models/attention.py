@@ -35,16 +35,42 @@ def attention(
   return _forward(query, key, value, bias)[0]
 
 
+def plain_attention(
+  query: Float[Array, "B K H d"],
+  key: Float[Array, "B K H d"],
+  value: Float[Array, "B K H d"],
+  bias: Float[Array, "#B H K K"] | None,
+) -> Float[Array, "B K H d"]:
+  """As `attention`, without the written-out gradient, so that jax.jvp works."""
+  return _forward(query, key, value, bias)[0]
+
+
+def attention_weights(
+  query: Float[Array, "B K H d"],
+  key: Float[Array, "B K H d"],
+  bias: Float[Array, "#B H K K"] | None,
+) -> Float[Array, "B H K K"]:
+  """softmax(query key^T / sqrt(d) + bias), float32: see `attention`."""
+  q, k = (x.swapaxes(1, 2) for x in (query, key))
+  return jax.nn.softmax(_logits(q, k, bias), axis=-1)
+
+
+def _logits(q: Array, k: Array, bias: Array | None) -> Array:
+  """q k^T / sqrt(d) + bias: (B, H, K, d) twice -> (B, H, K, K) float32."""
+  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+  logits = logits * q.shape[-1] ** -0.5
+  return logits if bias is None else logits + bias
+
+
 def _forward(
   query: Array, key: Array, value: Array, bias: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
   # (B, K, H, d) -> (B, H, K, d): transposed once, instead of in each product.
   q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
-  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-  logits = logits * q.shape[-1] ** -0.5
-  if bias is not None:
-    logits = logits + bias
-  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+  logits = _logits(q, k, bias)
+  # The largest logit cancels, so its derivative is left out.
+  largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  weights = jnp.exp(logits - largest)
   total = weights.sum(axis=-1, keepdims=True)
   weights = weights.astype(v.dtype)
   out = jnp.einsum("bhqk,bhkd->bhqd", weights, v, preferred_element_type=jnp.float32)

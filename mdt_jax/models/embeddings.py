@@ -77,6 +77,7 @@ class PatchEmbed(nn.Module):
   patch_size: int
   hidden_size: int
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False  # see `layers.linear`
 
   @nn.compact
   def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
@@ -84,7 +85,13 @@ class PatchEmbed(nn.Module):
     p = self.patch_size
     patches = images.reshape(b, h // p, p, w // p, p, c)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
-    embed = linear(self.hidden_size, "linear", path="patch_embed/", dtype=self.dtype)
+    embed = linear(
+      self.hidden_size,
+      "linear",
+      path="patch_embed/",
+      dtype=self.dtype,
+      forward_mode=self.forward_mode,
+    )
     return embed(patches)  # (B, L, D)
 
 
@@ -93,6 +100,7 @@ class TimestepEmbed(nn.Module):
 
   hidden_size: int
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False  # see `layers.linear`
 
   @nn.compact
   def __call__(self, t: Shaped[Array, "B"]) -> Float[Array, "B D"]:
@@ -103,6 +111,7 @@ class TimestepEmbed(nn.Module):
         path="timestep_embed/",
         kernel_init=normal_init,
         dtype=self.dtype,
+        forward_mode=self.forward_mode,
       )
       for name in ("fc1", "fc2")
     )

@@ -34,6 +34,7 @@ def linear(
   kernel_init: nn.initializers.Initializer = linear_init,
   axis: int | Sequence[int] = -1,
   path: str = "",
+  forward_mode: bool = False,
 ) -> nn.DenseGeneral:
   """A linear layer that gathers its kernel before the product.
 
@@ -47,12 +48,14 @@ def linear(
     axis: axes of the input to sum over, the last ones.
     path: the part of the parameter's path before `name` that `PARAMETER_AXES` needs to
       tell the layer from others of that name, such as "final_layer/".
+    forward_mode: whether jax.jvp can differentiate the layer, with slower gradients.
   """
+  multiply = jnp.tensordot if forward_mode else product
   axes = parameter_axes(f"{path}{name}/kernel")
 
   def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
     (contracted, _), _ = dimensions  # the last axes of x
-    return product(x, gather_kernel(kernel, axes), len(contracted))
+    return multiply(x, gather_kernel(kernel, axes), len(contracted))
 
   return nn.DenseGeneral(
     features,
@@ -153,6 +156,8 @@ def stack(
 ) -> Callable[..., tuple[Array, Array | None]]:
   """`length` blocks in a row, whose parameters are stacked along axis 0.
 
+  Values that the blocks sow into the collection "intermediates" are stacked too.
+
   Args:
     block: module class, called as (x, c, index, skip) -> (x, output of the block).
     length: number of blocks.
@@ -173,7 +178,7 @@ def stack(
     block = nn.remat(block, policy=policy, prevent_cse=unroll != 1)
   scanned = nn.scan(
     block,
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     # flax infers the type int of the default.
     in_axes=(  # pyright: ignore[reportArgumentType]

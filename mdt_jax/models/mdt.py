@@ -12,10 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import check_choice
 from mdt_jax.models import layers
-from mdt_jax.models.attention import attention
-from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.models.attention import attention, attention_weights, plain_attention
 from mdt_jax.models.embeddings import (
   PatchEmbed,
   TimestepEmbed,
@@ -24,6 +23,7 @@ from mdt_jax.models.embeddings import (
 )
 from mdt_jax.models.layers import gelu, linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
+from mdt_jax.models.network import Network
 from mdt_jax.models.partitioning import gather, parameter_axes, shard_batch
 from mdt_jax.types import Array, Dtype
 
@@ -39,6 +39,7 @@ class Modulation(nn.Module):
 
   count: int
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False
 
   @nn.compact
   def __call__(self, c: Float[Array, "B D"]) -> list[Array]:
@@ -48,6 +49,7 @@ class Modulation(nn.Module):
       path="modulation/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
+      forward_mode=self.forward_mode,
     )(nn.silu(c))
     return jnp.split(out, self.count, axis=-1)  # count x (B, D)
 
@@ -59,21 +61,24 @@ class Attention(nn.Module):
     num_heads: heads.
     bias_rows: rows of the bias table; 0 for no bias (DiT).
     dtype: of the products; the softmax is float32.
+    forward_mode, sow_attention: see `MDT`.
   """
 
   num_heads: int
   bias_rows: int
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False
+  sow_attention: bool = False
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B K D"], index: Int[Array, "#B K K"] | None
   ) -> Float[Array, "B K D"]:
     """Attends; `index` holds the row of the bias table for each pair of tokens."""
-    dim = x.shape[-1]
+    dim, options = x.shape[-1], dict(dtype=self.dtype, forward_mode=self.forward_mode)
     # Heads are an axis of their own, which devices can share.
     heads = (3, self.num_heads, dim // self.num_heads)
-    qkv = linear(heads, "qkv", dtype=self.dtype)(x)  # (B, K, 3, heads, D / heads)
+    qkv = linear(heads, "qkv", **options)(x)  # (B, K, 3, heads, D / heads)
     query, key, value = jnp.unstack(qkv, axis=2)
     bias = None
     if self.bias_rows:
@@ -82,8 +87,12 @@ class Attention(nn.Module):
       table = self.param("relative_position_bias", normal_init, shape, jnp.float32)
       bias = jnp.asarray(table)[index]  # (1 or B, K, K, heads)
       bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
-    out = attention(query, key, value, bias)  # (B, K, heads, D / heads)
-    return linear(dim, "proj", axis=(-2, -1), dtype=self.dtype)(out)
+    if self.sow_attention and self.is_mutable_collection("intermediates"):
+      weights = attention_weights(query, key, bias)  # (B, heads, K, K)
+      self.sow("intermediates", "attention_weights", weights)
+    attend = plain_attention if self.forward_mode else attention
+    out = attend(query, key, value, bias)  # (B, K, heads, D / heads)
+    return linear(dim, "proj", axis=(-2, -1), **options)(out)
 
 
 class Block(nn.Module):
@@ -91,6 +100,7 @@ class Block(nn.Module):
 
   Attributes:
     num_heads, bias_rows, dtype: see `Attention`.
+    forward_mode, sow_attention: see `MDT`.
     mlp_ratio: hidden width of the MLP over D.
     emit: whether to return the output a second time, for `nn.scan` to stack.
   """
@@ -100,6 +110,8 @@ class Block(nn.Module):
   bias_rows: int
   emit: bool = False
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False
+  sow_attention: bool = False
 
   @nn.compact
   def __call__(
@@ -109,21 +121,27 @@ class Block(nn.Module):
     index: Int[Array, "#B K K"] | None,
     skip: Float[Array, "B K D"] | None = None,
   ) -> tuple[Array, Array | None]:
-    dim = x.shape[-1]
+    dim, options = x.shape[-1], dict(dtype=self.dtype, forward_mode=self.forward_mode)
     x = shard_batch(x)
     if skip is not None:
       joined = jnp.concatenate([x, skip], axis=-1)  # (B, K, 2D)
-      x = linear(dim, "skip", dtype=self.dtype)(joined)
-    modulation = Modulation(6, self.dtype, name="modulation")
+      x = linear(dim, "skip", **options)(joined)
+    modulation = Modulation(6, **options, name="modulation")
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)  # each (B, D)
 
-    attend = Attention(self.num_heads, self.bias_rows, self.dtype, name="attention")
+    attend = Attention(
+      self.num_heads,
+      self.bias_rows,
+      **options,
+      sow_attention=self.sow_attention,
+      name="attention",
+    )
     h = attend(modulated_norm(x, shift1, scale1), index)
     x = x + gate1[:, None] * h
 
     h = modulated_norm(x, shift2, scale2)
-    h = linear(int(dim * self.mlp_ratio), "fc1", dtype=self.dtype)(h)
-    h = linear(dim, "fc2", dtype=self.dtype)(gelu(h))
+    h = linear(int(dim * self.mlp_ratio), "fc1", **options)(h)
+    h = linear(dim, "fc2", **options)(gelu(h))
     x = x + gate2[:, None] * h
     return x, (x if self.emit else None)
 
@@ -134,6 +152,7 @@ class FinalLayer(nn.Module):
   patch_size: int
   out_channels: int
   dtype: Dtype = jnp.float32
+  forward_mode: bool = False
 
   @nn.compact
   def __call__(
@@ -141,20 +160,22 @@ class FinalLayer(nn.Module):
   ) -> Float[Array, "B H W C"]:
     batch, length, _ = x.shape
     p, grid = self.patch_size, int(length**0.5)
-    shift, scale = Modulation(2, self.dtype, name="modulation")(c)
+    modulation = Modulation(2, self.dtype, self.forward_mode, name="modulation")
+    shift, scale = modulation(c)
     x = linear(
       p * p * self.out_channels,
       "linear",
       path="final_layer/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
+      forward_mode=self.forward_mode,
     )(modulated_norm(x, shift, scale))  # (B, L, p p C)
     x = x.reshape(batch, grid, grid, p, p, self.out_channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, H / p, p, W / p, p, C)
     return x.reshape(batch, grid * p, grid * p, self.out_channels)
 
 
-class MDT(nn.Module):
+class MDT(Network, kw_only=True):
   """A diffusion transformer over latents, with masked latent modelling.
 
   MDT:   depth - decode_depth blocks on the kept tokens; the side-interpolater predicts
@@ -164,65 +185,55 @@ class MDT(nn.Module):
   DiT:   depth plain blocks, no position bias, frozen positions; takes no mask.
 
   The gradients of products and attention are written out in reverse mode, so jax.jvp
-  has no rule for them. The pullback is linear in its argument, so its own pullback is
-  the derivative forwards. For f(x) along v:
+  has no rule for them. With forward_mode=True, jax.jvp works. Without it, use that the
+  pullback is linear in its argument, so that its own pullback is the derivative
+  forwards. For f(x) along v:
 
     out, pull = jax.vjp(f, x)
     tangent = jax.vjp(pull, jnp.zeros_like(out))[1]((v,))[0]
 
-  Attributes:
+  Intermediate values: with capture_intermediates=True, the outputs of a stack of blocks
+  are stacked along axis 0. A block returns its output first:
+
+    _, state = model.apply(
+      {"params": params}, x, t, y, capture_intermediates=True, mutable=["intermediates"]
+    )
+    state["intermediates"]["decode_blocks"]["__call__"][0][0]  # (decode_depth, B, L, D)
+
+  Attributes, beside those of `Network`:
     variant: "DiT", "MDT" or "MDTv2".
-    input_size: height and width of the input, divisible by patch_size.
-    patch_size: side of a patch.
-    in_channels: channels of the input, C.
-    num_classes: classes; `num_classes` itself is the null label.
     hidden_size: width D, divisible by num_heads and by 4.
     depth: blocks, without the side block.
     num_heads: attention heads.
     decode_depth: blocks after the side-interpolater; unused by DiT.
     mlp_ratio: hidden width of the MLP over D.
-    label_dropout: share of labels dropped in training, for guidance.
-    learn_sigma: whether the output has 2C channels, the second half for the variance.
     dtype: compute type; parameters, softmax and LayerNorm are float32.
     remat: "none", "full" or "dots": which activations the backward pass recomputes. On
       CPUs it saves memory only where unroll is 1.
-    unroll: blocks of a stack compiled one after another in each iteration of the loop;
-      -1 for all (faster on CPUs, longer to compile).
-    condition: what the network is conditioned on; None for labels, of num_classes
-      classes and label_dropout.
+    forward_mode: plain attention and products, which jax.jvp can differentiate; slower
+      gradients. The output is the same.
+    sow_attention: whether each attention sows its softmax weights as
+      "attention_weights", (B, heads, K, K) float32, into the collection "intermediates"
+      where that is mutable. Stacks add an axis of blocks. This costs memory: the
+      weights of all blocks are kept at once.
   """
 
   variant: str = "MDTv2"
-  input_size: int = 32
   patch_size: int = 2
-  in_channels: int = 4
-  num_classes: int = 1000
   hidden_size: int = 384
   depth: int = 12
   num_heads: int = 6
   decode_depth: int = 6
   mlp_ratio: float = 4.0
-  label_dropout: float = 0.1
-  learn_sigma: bool = True
   dtype: Dtype = jnp.float32
   remat: str = "none"
-  unroll: int = 1
-  condition: Condition | None = None
+  forward_mode: bool = False
+  sow_attention: bool = False
 
   @property
   def grid_size(self) -> int:
     """Tokens along each side of an image."""
     return self.input_size // self.patch_size
-
-  @property
-  def num_tokens(self) -> int:
-    """L, tokens of one image."""
-    return self.grid_size**2
-
-  @property
-  def out_channels(self) -> int:
-    """Channels of the output."""
-    return self.in_channels * (2 if self.learn_sigma else 1)
 
   @property
   def takes_mask(self) -> bool:
@@ -233,13 +244,6 @@ class MDT(nn.Module):
   def frozen(self) -> tuple[str, ...]:
     """Names of the parameters that are not trained: the positions of DiT."""
     return () if self.takes_mask else ("pos_embed",)
-
-  @property
-  def conditioning(self) -> Condition:
-    """The condition in use."""
-    if self.condition is not None:
-      return self.condition
-    return LabelCondition(self.num_classes, self.label_dropout)
 
   @nn.compact
   def __call__(
@@ -272,11 +276,12 @@ class MDT(nn.Module):
       raise ValueError("DiT has no side-interpolater: token_mask must be None")
 
     width, dtype = self.hidden_size, self.dtype
-    patch_embed = PatchEmbed(self.patch_size, width, dtype, name="patch_embed")
+    options = dict(dtype=dtype, forward_mode=self.forward_mode)
+    patch_embed = PatchEmbed(self.patch_size, width, **options, name="patch_embed")
     embedded = patch_embed(x.astype(self.dtype))  # (B, L, D)
     embedded = embedded + self._positions("pos_embed")
 
-    c = TimestepEmbed(width, dtype, name="timestep_embed")(t)
+    c = TimestepEmbed(width, **options, name="timestep_embed")(t)
     c = c + self.conditioning.embedder(width, dtype)(y, train)  # (B, D)
 
     if self.variant == "DiT":
@@ -288,7 +293,7 @@ class MDT(nn.Module):
       tokens = self._decode(tokens, embedded, c, index)
 
     channels = self.out_channels
-    final_layer = FinalLayer(self.patch_size, channels, dtype, name="final_layer")
+    final_layer = FinalLayer(self.patch_size, channels, **options, name="final_layer")
     return final_layer(tokens, c).astype(jnp.float32)
 
   def _encode(
@@ -359,40 +364,30 @@ class MDT(nn.Module):
       mlp_ratio=self.mlp_ratio,
       bias_rows=offsets + UNUSED_BIAS_ROWS if self.takes_mask else 0,
       dtype=self.dtype,
+      forward_mode=self.forward_mode,
+      sow_attention=self.sow_attention,
     )
 
   def check(self) -> None:
     """Raises SettingError where the attributes cannot make a network."""
     check_choice("variant", self.variant, VARIANTS)
     check_choice("remat", self.remat, layers.REMAT_POLICIES)
-    positive = "input_size patch_size in_channels num_classes hidden_size depth"
-    for name in (*positive.split(), "num_heads"):
-      if getattr(self, name) < 1:
-        raise SettingError(name, getattr(self, name), "must be at least 1")
-
-    def require(name: str, holds: bool, accepted: str) -> None:
-      if not holds:
-        raise SettingError(name, getattr(self, name), accepted)
-
-    p, heads, depth = self.patch_size, self.num_heads, self.depth
-    require(
-      "input_size", self.input_size % p == 0, f"must be divisible by patch_size = {p}"
-    )
-    require(
+    super().check()
+    for name in ("hidden_size", "depth", "num_heads"):
+      self._require(name, getattr(self, name) >= 1, "must be at least 1")
+    heads, depth = self.num_heads, self.depth
+    self._require(
       "hidden_size",
       self.hidden_size % heads == 0 and self.hidden_size % 4 == 0,
       f"must be divisible by num_heads = {heads} and by 4",
     )
-    require("mlp_ratio", self.mlp_ratio * self.hidden_size >= 1, "must be above 0")
-    require("label_dropout", 0 <= self.conditioning.dropout < 1, "must lie in [0, 1)")
-    require(
-      "unroll", self.unroll == -1 or self.unroll > 0, "must be -1 (all) or at least 1"
-    )
+    holds = self.mlp_ratio * self.hidden_size >= 1
+    self._require("mlp_ratio", holds, "must be above 0")
     if self.takes_mask:
       holds = 1 <= self.decode_depth <= depth
-      require("decode_depth", holds, f"must lie in [1, depth = {depth}]")
+      self._require("decode_depth", holds, f"must lie in [1, depth = {depth}]")
     if self.variant == "MDTv2":
-      require(
+      self._require(
         "decode_depth",
         (depth - self.decode_depth) % 2 == 0,
         f"depth - decode_depth must be even for MDTv2 (depth = {depth}): "

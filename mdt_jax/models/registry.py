@@ -17,9 +17,10 @@ from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.models import mdt_flops
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.network import Network
 from mdt_jax.types import Array, Params
 
-Model: TypeAlias = MDT  # any network of NETWORKS
+Model: TypeAlias = Network  # any network
 
 SIZES = {
   "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -33,7 +34,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class NetworkEntry:
   """A family of networks: one architecture in several sizes.
 
   Attributes:
@@ -62,14 +63,14 @@ def _presets(
   return presets
 
 
-NETWORKS: dict[str, Network] = {
-  "DiT": Network(MDT, _presets("DiT"), mdt_flops.forward_flops),
-  "MDT": Network(
+NETWORKS: dict[str, NetworkEntry] = {
+  "DiT": NetworkEntry(MDT, _presets("DiT"), mdt_flops.forward_flops),
+  "MDT": NetworkEntry(
     MDT, _presets("MDT", dict(S=2, B=2, L=2, XL=2)), mdt_flops.forward_flops
   ),
   # Released: 6 for S, 4 for XL. None is published for B and L: B takes that of S, which
   # has as many blocks, and L that of XL, the next larger size.
-  "MDTv2": Network(
+  "MDTv2": NetworkEntry(
     MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
   ),
 }
@@ -132,9 +133,17 @@ def create_model(
   return model
 
 
-def network_of(model: Model) -> Network:
-  """The entry of a network."""
-  return NETWORKS[model.variant]
+def network_of(model: Model) -> NetworkEntry:
+  """The entry of a network.
+
+  Raises:
+    SettingError: the network has no entry.
+  """
+  variant = getattr(model, "variant", None)
+  if variant not in NETWORKS:
+    name = type(model).__name__
+    raise SettingError("model", name, "has no entry in models.registry.NETWORKS")
+  return NETWORKS[variant]
 
 
 def init_params(model: Model, key: Array) -> Params:

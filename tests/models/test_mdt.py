@@ -229,7 +229,7 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_the_derivative_forwards_is_the_gradient_of_the_gradient():
-  model = MDT("MDT", **TINY | dict(depth=1), decode_depth=1)
+  model = MDT(variant="MDT", **TINY | dict(depth=1), decode_depth=1)
   keys = jax.random.split(jax.random.key(0), 3)
   x, v = (jax.random.normal(key, (2, 8, 8, 4)) for key in keys[:2])
   # Noise, as adaLN-Zero lets nothing through at the start.
