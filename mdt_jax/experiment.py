@@ -169,6 +169,7 @@ class Experiment:
         weight_decay=chosen.weight_decay,
         clip_norm=chosen.clip_norm or None,
         frozen=self.model.frozen,
+        arguments=chosen.arguments,
       )
 
   @functools.cached_property
@@ -219,7 +220,8 @@ class Experiment:
   @property
   def encodes_images(self) -> bool:
     """Whether images are encoded on the devices, at each visit."""
-    return self.settings.data.source == "images" and self.settings.data.vae is not None
+    data = self.settings.data
+    return data.source in ("images", "npz") and data.vae is not None
 
   @property
   def holds_pixels(self) -> bool:

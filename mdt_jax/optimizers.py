@@ -1,21 +1,29 @@
-"""Adan as released, AdamW, and learning-rate schedules."""
+"""Adan as released, AdamW, other optimizers of optax, and learning-rate schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import (
+  SettingError,
+  check_arguments,
+  check_choice,
+  named_in_errors,
+)
 from mdt_jax.types import Array, Params
 
 # Steps taken -> learning rate.
 Schedule: TypeAlias = optax.Schedule
 
 SCHEDULES = ("constant", "cosine", "linear")
+# Settings of an optimizer that have fields of their own in the config.
+SHARED = ("b1", "b2", "b3", "eps", "weight_decay")
 
 
 def learning_rate_schedule(
@@ -131,56 +139,128 @@ def create_optimizer(
   b1: float | None = None,
   b2: float | None = None,
   b3: float | None = None,
-  eps: float = 1e-8,
+  eps: float | None = None,
   weight_decay: float = 0.0,
   clip_norm: float | None = None,
   frozen: Iterable[str] = (),
+  arguments: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer of a run.
 
   Args:
-    name: "adamw" (v1 and DiT) or "adan" (v2).
+    name: "adamw" (v1 and DiT), "adan" (v2), or an optimizer of optax, such as "lion".
     learning_rate: a number or a schedule.
-    b1, b2, b3: moment decays; None keeps those of the paper's runs (0.9, 0.999 for
-      AdamW; 0.98, 0.92, 0.99 for Adan).
-    eps: added to the denominator, and to the norm that is clipped.
-    weight_decay: decoupled.
+    b1, b2, b3: moment decays; None keeps those of the optimizer (0.9, 0.999 for AdamW;
+      0.98, 0.92, 0.99 for Adan, as in the papers' runs).
+    eps: added to the denominator, and to the norm that is clipped. None keeps that of
+      the optimizer (1e-8 for AdamW and Adan), and adds 1e-8 to the norm.
+    weight_decay: decoupled. The optimizer gets this number, also 0, if it has weight
+      decay.
     clip_norm: largest norm of the gradient of all trained parameters; None for no
       limit.
     frozen: top-level parameters that stay as they are.
+    arguments: further arguments of the optimizer's function, such as {"momentum": 0.9}
+      of "sgd".
+
+  Raises:
+    SettingError: unknown name; a setting that the optimizer does not have or that is
+      out of range.
   """
-  check_choice("name", name, OPTIMIZERS)
+  function = _function(name)
   for setting, decay in dict(b1=b1, b2=b2, b3=b3).items():
     if decay is not None and not 0 <= decay < 1:
       raise SettingError(setting, decay, "must lie in [0, 1)")
-  given: dict[str, Any] = {"eps": eps, "weight_decay": weight_decay}
-  given |= {k: b for k, b in dict(b1=b1, b2=b2, b3=b3).items() if b is not None}
-  optimizer = OPTIMIZERS[name](learning_rate, **given)
+  named = dict(b1=b1, b2=b2, b3=b3, eps=eps)
+  given = {k: value for k, value in named.items() if value is not None}
+  # optax.adamw and optax.lion have a weight decay of their own, which a run with
+  # weight_decay = 0 must not get.
+  if weight_decay or _takes(function, "weight_decay"):
+    given["weight_decay"] = weight_decay
+  check_arguments(function, {"learning_rate": learning_rate, **given}, name)
+  optimizer = _call(name, function, learning_rate, given, arguments or {})
   if clip_norm is not None:
-    optimizer = optax.chain(clip_by_global_norm(clip_norm, eps), optimizer)
-  return _without_frozen(optimizer, tuple(frozen)) if frozen else optimizer
+    optimizer = optax.chain(
+      clip_by_global_norm(clip_norm, 1e-8 if eps is None else eps), optimizer
+    )
+  return without_frozen(optimizer, tuple(frozen))
 
 
-def _adamw(
-  learning_rate: float | Schedule, **given: Any
-) -> optax.GradientTransformation:
-  """AdamW, which MDT v1 and DiT are trained with."""
-  if "b3" in given:
-    raise SettingError("b3", given["b3"], "is of adan alone")
-  return optax.adamw(learning_rate, **given)
-
-
-# Name -> (learning rate, moment decays that are given, eps, weight decay) -> optimizer
+# Name -> function of (learning rate, and settings by name). Other names are those of
+# optax, see `_function`.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  "adamw": _adamw,
+  "adamw": optax.adamw,
   "adan": adan,
 }
 
 
-def _without_frozen(
+def _function(name: str) -> Callable[..., optax.GradientTransformation]:
+  """The function that makes an optimizer; it takes the learning rate first."""
+  if name in OPTIMIZERS:
+    return OPTIMIZERS[name]
+  function: Any = getattr(optax, name, None)
+  is_public = inspect.isfunction(function) and not name.startswith(("_", "scale_by_"))
+  if not is_public or next(iter(_parameters(function)), None) != "learning_rate":
+    known = ", ".join(OPTIMIZERS)
+    raise SettingError(
+      "name", name, f"accepted are {known}, or an optimizer of optax such as lion, sgd"
+    )
+  return function
+
+
+def _call(
+  name: str,
+  function: Callable[..., optax.GradientTransformation],
+  learning_rate: float | Schedule,
+  given: Mapping[str, Any],
+  arguments: Mapping[str, Any],
+) -> optax.GradientTransformation:
+  """Calls the function of an optimizer with its own arguments."""
+  for argument, value in arguments.items():
+    if argument in (*SHARED, "learning_rate"):
+      raise SettingError(
+        f"arguments.{argument}", value, f"is a setting of its own: {argument}"
+      )
+    with named_in_errors("arguments"):
+      check_arguments(function, {"learning_rate": learning_rate, argument: value}, name)
+  if name in OPTIMIZERS and not arguments:
+    return function(learning_rate, **given)
+  try:
+    optimizer = function(learning_rate, **given, **arguments)
+    # A mask is made for the parameters of the network, and not for this one.
+    probed = {k: value for k, value in arguments.items() if "mask" not in k}
+    _try_a_step(function(learning_rate, **given, **probed))
+  except (TypeError, ValueError) as error:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    # Some, such as lbfgs, take no schedule, or need more than gradients.
+    setting, value = ("arguments", dict(arguments)) if arguments else ("name", name)
+    raise SettingError(setting, value, f"{name} cannot train: {reason}") from None
+  return optimizer
+
+
+def _try_a_step(optimizer: optax.GradientTransformation) -> None:
+  """Traces a step, without computing it; raises what the optimizer raises."""
+
+  def step(params: Params) -> Any:
+    return optimizer.update(params, optimizer.init(params), params)
+
+  jax.eval_shape(step, {"parameter": jax.ShapeDtypeStruct((2, 2), jnp.float32)})
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+  parameters = _parameters(function)
+  return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(function).parameters
+
+
+def without_frozen(
   optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> optax.GradientTransformation:
-  """Leaves top-level parameters as they are, weight decay included."""
+  """The optimizer, which leaves these top-level parameters as they are."""
+  if not frozen:
+    return optimizer
 
   def labels(params: Params) -> Params:
     return {

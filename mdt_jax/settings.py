@@ -92,23 +92,29 @@ class DiffusionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-  """The optimizer; b1, b2 and b3 of None are those of the paper's runs."""
+  """The optimizer; b1, b2, b3 and eps of None are the optimizer's own.
 
-  name: str = "adan"  # adan (v2) or adamw (v1, DiT)
+  Those of adan and adamw are those of the papers' runs.
+  """
+
+  name: str = "adan"  # adan (v2), adamw (v1, DiT), or one of optax, such as lion
   learning_rate: float = 3e-4
   schedule: str = "constant"  # constant, cosine or linear, to zero at num_steps
   warmup_steps: int = 0
   b1: float | None = None
   b2: float | None = None
   b3: float | None = None  # adan alone
-  eps: float = 1e-8
+  eps: float | None = None  # 1e-8 for adan and adamw
   weight_decay: float = 0.0
   clip_norm: float = 1.0  # largest global norm of the gradient; 0: no limit
+  # Further arguments of the optimizer, such as {"momentum": 0.9} of sgd.
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def check(self) -> None:
     for name in ("learning_rate", "eps"):
-      if not getattr(self, name) > 0:
-        raise SettingError(name, getattr(self, name), "must be above 0")
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise SettingError(name, value, "must be above 0")
     for name in ("weight_decay", "clip_norm"):
       if not getattr(self, name) >= 0:
         raise SettingError(name, getattr(self, name), "must be 0 or more")
@@ -118,8 +124,8 @@ class OptimizerSettings:
 class DataSettings:
   """Examples to train on, and the autoencoder between images and latents."""
 
-  source: str = "latents"  # latents (of mdt_jax.encode), images, arrays, or digits
-  path: str | None = None  # folder; images: also tar files, or tfds:NAME
+  source: str = "latents"  # latents (of mdt_jax.encode), images, npz, arrays, digits
+  path: str | None = None  # folder; images: also tar files, or tfds:NAME; npz: a file
   split: str = "train"  # of a data set of TFDS
   validation: float = 0.0  # share of the examples that are held out of training
   vae: str | None = None  # folder or hub id: encodes images, decodes samples
@@ -246,7 +252,7 @@ class Settings:
   def to_config(self) -> ConfigDict:
     """A locked ConfigDict of these settings; their open dicts take any name."""
     config = to_config(self).lock()
-    for name in ("objective", "diffusion"):
+    for name in ("objective", "diffusion", "optimizer"):
       group: Any = config[name]
       group.arguments.unlock()
     return config

@@ -11,12 +11,15 @@ import optax
 import pytest
 
 from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
 from mdt_jax.optimizers import (
   adan,
   create_optimizer,
   learning_rate_schedule,
 )
+from mdt_jax.settings import Settings
 from tests import reference
+from tests.training.tiny import tiny_config
 
 ADAN = reference.load("adan")
 ADAN_TOLERANCE = 1e-6
@@ -206,10 +209,35 @@ def test_parameters_beside_frozen_ones_train_as_they_would_alone(name, clip_norm
   ("call", "message"),
   [
     (
-      lambda: create_optimizer("sgd", 0.1),
-      "name = 'sgd': accepted are adamw, adan",
+      lambda: create_optimizer("sgdd", 0.1),
+      "name = 'sgdd': accepted are adamw, adan, or an optimizer of optax such as lion, "
+      "sgd",
     ),
-    (lambda: create_optimizer("adamw", 0.1, b3=0.9), "b3 = 0.9: is of adan alone"),
+    (
+      lambda: create_optimizer("adamw", 0.1, b3=0.9),
+      "b3 = 0.9: is no setting of adamw",
+    ),
+    (
+      lambda: create_optimizer("sgd", 0.1, weight_decay=0.1),
+      "weight_decay = 0.1: is no setting of sgd",
+    ),
+    (lambda: create_optimizer("sgd", 0.1, b1=0.9), "b1 = 0.9: is no setting of sgd"),
+    (
+      lambda: create_optimizer("sgd", 0.1, eps=1e-6),
+      "eps = 1e-06: is no setting of sgd",
+    ),
+    (
+      lambda: create_optimizer("sgd", 0.1, arguments={"momentun": 0.9}),
+      "arguments.momentun = 0.9: is no setting of sgd",
+    ),
+    (
+      lambda: create_optimizer("adan", 0.1, arguments={"nesterov": True}),
+      "arguments.nesterov = True: is no setting of adan",
+    ),
+    (
+      lambda: create_optimizer("lion", 0.1, arguments={"b1": 0.8}),
+      "arguments.b1 = 0.8: is a setting of its own: b1",
+    ),
     (lambda: create_optimizer("adamw", 0.1, b1=1.5), "b1 = 1.5: must lie in [0, 1)"),
     (
       lambda: learning_rate_schedule("step", 0.1, 10),
@@ -229,6 +257,99 @@ def test_a_bad_setting_is_named_with_what_is_accepted(call, message):
   with pytest.raises(SettingError) as error:
     call()
   assert str(error.value) == message
+
+
+# Others of optax.
+
+
+@pytest.mark.parametrize(
+  ("name", "ours", "theirs"),
+  [
+    ("lion", {}, optax.lion(0.1, weight_decay=0.0)),
+    (
+      "lion",
+      dict(b1=0.8, weight_decay=0.1),
+      optax.lion(0.1, b1=0.8, weight_decay=0.1),
+    ),
+    ("sgd", {}, optax.sgd(0.1)),
+    ("sgd", dict(arguments={"momentum": 0.9}), optax.sgd(0.1, momentum=0.9)),
+    ("yogi", {}, optax.yogi(0.1)),  # its own eps is 1e-3
+    ("yogi", dict(eps=1e-2), optax.yogi(0.1, eps=1e-2)),
+    ("adamw", dict(arguments={"nesterov": True}), optax.nadamw(0.1, weight_decay=0.0)),
+  ],
+)
+def test_an_optimizer_of_optax_makes_the_steps_of_optax(name, ours, theirs):
+  params, gradients = random_params(), random_gradients(4)
+  made = create_optimizer(name, 0.1, **ours)
+  assert_same(steps(made, params, gradients), steps(theirs, params, gradients))
+
+
+def test_the_state_of_an_optimizer_of_optax_is_that_of_optax():
+  params = random_params()
+  assert_same(
+    create_optimizer("sgd", 0.1, arguments={"momentum": 0.9}).init(params),
+    optax.sgd(0.1, momentum=0.9).init(params),
+  )
+
+
+@pytest.mark.parametrize("name", ["lion", "sgd"])
+def test_optimizers_of_optax_are_clipped_and_leave_frozen_parameters(name):
+  params, gradients = random_params(), random_gradients(3)
+  made = create_optimizer(name, 0.1, clip_norm=0.5, frozen=["pos_embed"])
+  after = steps(made, params, gradients)[-1]
+  plain = {"lion": optax.lion(0.1, weight_decay=0.0), "sgd": optax.sgd(0.1)}[name]
+  blocks = {"blocks": params["blocks"]}
+  scaled = [
+    optax.tree.scale(
+      min(1, 0.5 / float(optax.tree.norm(g["blocks"]))), {"blocks": g["blocks"]}
+    )
+    for g in gradients
+  ]
+  np.testing.assert_array_equal(after["pos_embed"], params["pos_embed"])
+  expected = steps(plain, blocks, scaled)[-1]
+  assert distance({"blocks": after["blocks"]}, expected) < 1e-6
+
+
+# lbfgs needs the loss, rprop and sm3 take no schedule.
+@pytest.mark.parametrize("name", ["lbfgs", "rprop", "sm3"])
+def test_an_optimizer_that_cannot_train_is_refused(name):
+  with pytest.raises(SettingError, match=f"^name = '{name}': {name} cannot train: .+"):
+    create_optimizer(name, optax.constant_schedule(0.1))
+
+
+@pytest.mark.parametrize(
+  "name", ["tree", "chain", "scale_by_learning_rate", "adam ", "", "linear_schedule"]
+)
+def test_a_name_of_optax_that_is_no_optimizer_is_refused(name):
+  with pytest.raises(SettingError, match="accepted are adamw, adan, or an optimizer"):
+    create_optimizer(name, 0.1)
+
+
+def test_a_value_that_an_argument_cannot_have_is_refused():
+  with pytest.raises(SettingError, match=r"^arguments = \{'momentum': 'high'\}: sgd"):
+    create_optimizer("sgd", 0.1, arguments={"momentum": "high"})
+
+
+def test_arguments_are_settings():
+  config = tiny_config(
+    **{"optimizer.name": "sgd", "optimizer.arguments": {"momentum": 0.9}}
+  )
+  settings = Settings.from_config(config)
+  assert settings.optimizer.arguments == {"momentum": 0.9}
+  assert Settings.from_dict(settings.to_dict()) == settings
+  state = build(settings).optimizer.init(random_params())
+  assert len(jax.tree.leaves(state)) == 3  # momentum of two arrays, and the step
+
+
+def test_an_unknown_argument_is_named_as_a_setting():
+  config = tiny_config(
+    **{"optimizer.name": "sgd", "optimizer.arguments": {"momentun": 0.9}}
+  )
+  with pytest.raises(
+    SettingError,
+    match=r"^config\.optimizer\.arguments\.momentun = 0\.9: is no setting of sgd",
+  ):
+    build(config)
 
 
 # Schedules: 100 steps, of which 20 warm up.

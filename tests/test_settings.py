@@ -111,7 +111,7 @@ BAD = [
   ("diffusion.loss_weight", "snr", "accepted are none, min_snr"),
   ("diffusion.num_timesteps", 0, "must be at least 1"),
   ("timestep_sampler", "importance", "accepted are uniform, loss-second-moment"),
-  ("optimizer.name", "sgd", "accepted are adamw, adan"),
+  ("optimizer.name", "sgdd", "accepted are adamw, adan"),
   ("optimizer.learning_rate", 0.0, "must be above 0"),
   ("optimizer.clip_norm", -1.0, "must be 0 or more"),
   ("optimizer.schedule", "step", "accepted are constant, cosine, linear"),

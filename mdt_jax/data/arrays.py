@@ -9,6 +9,7 @@ from jaxtyping import Float32
 
 from mdt_jax.data.examples import SourceArguments, shape_error
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, FileSource, open_files
+from mdt_jax.data.npz import NpzSource, is_array_file, open_array_file
 
 
 class ArraySource(FileSource):
@@ -48,8 +49,13 @@ class ArraySource(FileSource):
     return array
 
 
-def open_arrays(arguments: SourceArguments) -> ArraySource:
-  """Opens a folder or tar files of .npy files, see `files.open_files`."""
+def open_arrays(arguments: SourceArguments) -> ArraySource | NpzSource:
+  """Opens .npy files in a folder or tar files, or one file for a whole set.
+
+  See `files.open_files` and `npz.read_arrays`.
+  """
+  if is_array_file(arguments.path):
+    return open_array_file(arguments, pixels=False)
   return ArraySource(
     open_files(arguments.path, arguments.split, ARRAY_EXTENSIONS),
     arguments.image_size,

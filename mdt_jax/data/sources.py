@@ -15,11 +15,14 @@ from mdt_jax.data.digits import DigitsSource, open_digits
 from mdt_jax.data.examples import Source, SourceArguments, Subset, split_indices
 from mdt_jax.data.images import open_images
 from mdt_jax.data.latents import open_latents
+from mdt_jax.data.memory import MemorySource
+from mdt_jax.data.npz import open_npz
 from mdt_jax.errors import SettingError, check_choice
 
 __all__ = [
   "SOURCES",
   "DigitsSource",
+  "MemorySource",
   "Source",
   "SourceEntry",
   "Subset",
@@ -48,7 +51,12 @@ SOURCES: dict[str, SourceEntry] = {
     open_images, True, "a folder of images, .tar files or tfds:NAME"
   ),
   "latents": SourceEntry(open_latents, False, "an output of python -m mdt_jax.encode"),
-  "arrays": SourceEntry(open_arrays, False, "a folder of .npy files"),
+  # The name of the source says whether a file holds pixels, and not the file: sampling
+  # from a checkpoint needs to know that where the data is not there.
+  "npz": SourceEntry(open_npz, True, "an .npz or .npy file of uint8 images"),
+  "arrays": SourceEntry(
+    open_arrays, False, "a folder of .npy files, or an .npz or .npy file of floats"
+  ),
 }
 
 

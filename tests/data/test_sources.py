@@ -31,7 +31,7 @@ def test_unknown_source_is_refused():
     create("imagenet")
 
 
-@pytest.mark.parametrize("name", ["images", "latents", "arrays"])
+@pytest.mark.parametrize("name", ["images", "npz", "latents", "arrays"])
 @pytest.mark.parametrize("path", [None, ""])
 def test_a_source_of_files_needs_a_path(name, path):
   message = rf"^config.data.path = {path!r}: must be given"
@@ -55,7 +55,13 @@ def test_digits_of_other_channels_are_refused():
 
 @pytest.mark.parametrize(
   ("name", "pixels"),
-  [("digits", True), ("images", True), ("latents", False), ("arrays", False)],
+  [
+    ("digits", True),
+    ("images", True),
+    ("npz", True),
+    ("latents", False),
+    ("arrays", False),
+  ],
 )
 def test_a_source_says_whether_it_holds_pixels(name, pixels):
   assert sources.SOURCES[name].pixels == pixels

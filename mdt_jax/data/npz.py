@@ -1,0 +1,209 @@
+"""A whole set in one file: images and labels in an .npz file, or in .npy files."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from mdt_jax.data.examples import (
+  Example,
+  SourceArguments,
+  TolerantSource,
+  shape_error,
+)
+from mdt_jax.data.memory import check_images, check_labels
+from mdt_jax.errors import SettingError
+
+EXTENSIONS = (".npz", ".npy")
+# Names of images and labels in an .npz file; np.savez gives the first ones.
+NAMES = (("arr_0", "arr_1"), ("images", "labels"), ("x", "y"))
+# ADM's reference batches hold these beside the images.
+STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}
+
+
+class NpzSource(TolerantSource):
+  """Images and labels of one file.
+
+  "image" is uint8 (H, W, C) for pixels. Otherwise it is float32, finite, and neither
+  scaled nor flipped. An image that is not finite counts as unreadable.
+
+  Args:
+    path: IMAGES.npz; IMAGES.npy; or "IMAGES.npy,LABELS.npy". See `read_arrays`.
+    image_shape: (H, W, C) of the images.
+    pixels: whether the images must be uint8; otherwise they must be floats.
+    max_unreadable: how many images may be unreadable.
+
+  Raises:
+    SettingError: the file cannot be read, or its arrays have another shape or dtype.
+  """
+
+  def __init__(
+    self,
+    path: str,
+    image_shape: tuple[int, int, int],
+    pixels: bool,
+    max_unreadable: int,
+  ):
+    super().__init__(path, max_unreadable)
+    self.image_shape = image_shape
+    images, labels = read_arrays(path)
+    try:
+      self._images = check_images(images)
+      self._labels = check_labels(labels, len(images))
+    except SettingError as error:
+      raise _error(path, str(error)) from None
+    if (images.dtype == np.uint8) != pixels:
+      accepted = "uint8 pixels" if pixels else "floats"
+      other = "arrays" if pixels else "npz"
+      raise _error(
+        path,
+        f"holds images of {images.dtype}, where {accepted} are expected; "
+        f"config.data.source={other} reads this file",
+      )
+    if images.shape[1:] != image_shape:
+      raise shape_error(path, images.shape[1:], image_shape)
+    self.num_classes = int(self._labels.max()) + 1
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def name(self, index: int) -> str:
+    return f"{self._path}[{index}]"
+
+  def load(self, index: int) -> Example:
+    image = np.array(self._images[index])  # a copy, read from the disk here
+    if image.dtype != np.uint8:
+      with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
+      if not np.isfinite(image).all():
+        raise ValueError("expected finite numbers")
+    return {"image": image, "label": self._labels[index]}
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Leaves out the images: a worker process opens the file itself."""
+    state = super().__getstate__()
+    del state["_images"]
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    super().__setstate__(state)
+    self._images, _ = read_arrays(self._path)
+
+
+def is_array_file(path: str) -> bool:
+  """Whether a path names one file (or a pair of files) for a whole set."""
+  return path.lower().endswith(EXTENSIONS) and not os.path.isdir(
+    os.path.expanduser(path)
+  )
+
+
+def open_npz(arguments: SourceArguments) -> NpzSource:
+  """Opens a file of uint8 pixels."""
+  return open_array_file(arguments, pixels=True)
+
+
+def open_array_file(arguments: SourceArguments, pixels: bool) -> NpzSource:
+  """Opens a file of uint8 pixels, or of floats that are used as they are."""
+  size = arguments.image_size
+  return NpzSource(
+    arguments.path, (size, size, arguments.channels), pixels, arguments.max_unreadable
+  )
+
+
+def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+  """Opens images and labels.
+
+  Args:
+    path: one of
+      IMAGES.npz, which holds arrays of the names in NAMES; all of it is read;
+      IMAGES.npy, with labels in IMAGES_labels.npy or labels.npy beside it;
+      "IMAGES.npy,LABELS.npy".
+
+  Returns:
+    Images, mapped into memory from an .npy file; and labels, or None without labels,
+    after a warning.
+
+  Raises:
+    SettingError: named "config.data.path"; there is no such file or array, or a file
+      cannot be read.
+  """
+  first, comma, second = os.path.expanduser(path).rpartition(",")
+  if comma and not os.path.exists(os.path.expanduser(path)):
+    if not (first.lower().endswith(".npy") and second.lower().endswith(".npy")):
+      raise _error(path, "expected IMAGES.npy,LABELS.npy")
+    return _read_npy(path, first), _read_npy(path, os.path.expanduser(second))
+  name = os.path.expanduser(path)
+  if name.lower().endswith(".npz"):
+    return _read_npz(path, name)
+  if not name.lower().endswith(".npy"):
+    raise _error(path, "expected an .npz or .npy file")
+  images = _read_npy(path, name)
+  beside = [Path(name).with_name(f"{Path(name).stem}_labels.npy")]
+  beside.append(Path(name).with_name("labels.npy"))
+  for labels in beside:
+    if labels.exists():
+      return images, _read_npy(path, str(labels))
+  _warn(path, f"there is no {beside[0].name} or {beside[1].name} beside it")
+  return images, None
+
+
+def _read_npy(path: str, name: str) -> np.ndarray:
+  with _reading(path, name):
+    array = np.load(name, mmap_mode="r", allow_pickle=False)
+  if not isinstance(array, np.ndarray):
+    raise _error(path, f"expected an .npy file; {name} is an .npz file")
+  return array
+
+
+def _read_npz(path: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+  with _reading(path, name):
+    file = np.load(name, allow_pickle=False)
+  if isinstance(file, np.ndarray):
+    raise _error(path, "expected an .npz file, this is an .npy file")
+  with file:
+    held = ", ".join(file.files) or "none"
+    for images, labels in NAMES:
+      if images not in file.files:
+        continue
+      with _reading(path, name):
+        if labels in file.files:
+          return file[images], file[labels]
+        only_images = not set(file.files) - STATISTICS - {images}
+        if only_images:
+          _warn(path, f"it holds no array {labels}")
+          return file[images], None
+      raise _error(path, f"holds no array {labels} of labels, only {held}")
+  accepted = ", or ".join(f"{images} and {labels}" for images, labels in NAMES)
+  raise _error(path, f"holds no images; expected arrays {accepted}; found {held}")
+
+
+@contextmanager
+def _reading(path: str, name: str) -> Iterator[None]:
+  """Turns the errors of numpy into one line."""
+  if not os.path.exists(name):
+    raise _error(path, f"there is no file {name}")
+  if os.path.isdir(name):
+    raise _error(path, f"expected a file; {name} is a folder")
+  try:
+    yield
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    if isinstance(error, SettingError):
+      raise
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise _error(path, f"{name} cannot be read: {reason}") from None
+
+
+def _warn(path: str, reason: str) -> None:
+  logging.warning("All images of %s get the label 0: %s", path, reason)
+
+
+def _error(path: str, accepted: str) -> SettingError:
+  return SettingError("config.data.path", path, accepted)

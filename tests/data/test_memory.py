@@ -1,0 +1,81 @@
+"""Arrays in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mdt_jax.data.loader import create_loader
+from mdt_jax.data.memory import MemorySource
+from mdt_jax.errors import SettingError
+from tests.data.folders import labels, values
+
+PIXELS = np.arange(3 * 4 * 5 * 2, dtype=np.uint8).reshape(3, 4, 5, 2)
+LATENTS = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
+
+
+def test_examples_are_those_of_the_arrays():
+  source = MemorySource(PIXELS, [2, 0, 1])
+  assert (len(source), source.num_classes, source.image_shape) == (3, 3, (4, 5, 2))
+  np.testing.assert_array_equal(source[1]["image"], PIXELS[1])
+  assert source[1]["image"].dtype == np.uint8
+  assert labels(source) == [2, 0, 1]
+  assert source[0]["label"].dtype == np.int32
+
+
+def test_without_labels_there_is_one_class():
+  source = MemorySource(PIXELS)
+  assert (labels(source), source.num_classes) == ([0, 0, 0], 1)
+
+
+def test_there_may_be_more_classes_than_labels():
+  assert MemorySource(PIXELS, [0, 1, 1], num_classes=10).num_classes == 10
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_are_used_as_they_are(dtype):
+  source = MemorySource(LATENTS.astype(dtype))
+  assert not source.pixels
+  assert source[2]["image"].dtype == np.float32
+  np.testing.assert_array_equal(
+    source[2]["image"], LATENTS.astype(dtype)[2].astype(np.float32)
+  )
+
+
+def test_the_loader_scales_pixels_and_leaves_floats():
+  def batch(source):
+    loader = create_loader(source, seed=0, batch_size=3, flip=False, num_threads=0)
+    return np.sort(next(loader)["image"].ravel())
+
+  expected = np.sort(PIXELS.ravel().astype(np.float32) / np.float32(127.5) - 1)
+  np.testing.assert_array_equal(batch(MemorySource(PIXELS)), expected)
+  np.testing.assert_array_equal(batch(MemorySource(LATENTS)), np.sort(LATENTS.ravel()))
+
+
+def test_an_index_beyond_the_end_is_an_index_error():
+  assert values(MemorySource(PIXELS)) == [0, 40, 80]
+
+
+NOT_FINITE = np.array([1, np.nan, 1], np.float32).reshape(3, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((PIXELS[0],), r"^images = \(4, 5, 2\): must be of shape \(N, H, W, C\)"),
+    ((PIXELS[:0],), r"^images = \(0, 4, 5, 2\): must be .* at least one image"),
+    ((PIXELS.astype(int),), "^images = 'int64': must be uint8"),
+    ((NOT_FINITE,), "^images = 'float32': must be finite"),
+    ((np.full((1, 1, 1, 1), 1e300),), "^images = 'float64': must be finite"),
+    ((PIXELS, [0, 1]), r"^labels = \(2,\): must be of shape \(3,\)"),
+    ((PIXELS, [[0], [1], [2]]), r"^labels = \(3, 1\): must be of shape \(3,\)"),
+    ((PIXELS, [0.0, 1.0, 2.0]), "^labels = 'float64': must be whole numbers"),
+    ((PIXELS, [0, -1, 2]), "^labels = -1: must be 0 or more"),
+    ((PIXELS, [0, 2**31, 2]), "^labels = 2147483648: must be below"),
+    ((PIXELS, [0, 1, 2], 2), "^num_classes = 2: must be at least 3"),
+  ],
+)
+def test_an_argument_that_cannot_be_used_is_named(arguments, message):
+  with pytest.raises(SettingError, match=message) as error:
+    MemorySource(*arguments)
+  assert "\n" not in str(error.value)

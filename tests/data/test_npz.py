@@ -1,0 +1,191 @@
+"""A whole set in one file."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from mdt_jax.data import sources
+from mdt_jax.errors import SettingError
+from mdt_jax.experiment import build
+from tests.data.folders import labels, values
+from tests.training.tiny import tiny_config
+
+SIZE, CHANNELS = 8, 1
+PIXELS = np.arange(4, dtype=np.uint8).repeat(SIZE * SIZE).reshape(4, SIZE, SIZE, 1)
+LABELS = np.array([1, 0, 3, 1])
+FLOATS = PIXELS.astype(np.float32) * 10
+
+
+def open_source(path, name="npz", image_size=SIZE, channels=CHANNELS, max_unreadable=0):
+  return sources.create_source(
+    name,
+    path=path,
+    image_size=image_size,
+    channels=channels,
+    max_unreadable=max_unreadable,
+  )
+
+
+def save_npz(path, images=PIXELS, labels=LABELS, names=("arr_0", "arr_1")):
+  np.savez(path, **dict(zip(names, (images, labels), strict=True)))
+  return path
+
+
+def assert_is_the_set(source, images=PIXELS):
+  assert (len(source), source.num_classes) == (4, 4)
+  assert source.image_shape == (SIZE, SIZE, CHANNELS)
+  assert labels(source) == LABELS.tolist()
+  found = np.stack([source[i]["image"] for i in range(4)])
+  assert found.dtype == images.dtype
+  np.testing.assert_array_equal(found, images)
+
+
+@pytest.mark.parametrize(
+  "names", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y")]
+)
+def test_an_npz_file_holds_images_and_labels(tmp_path, names):
+  assert_is_the_set(open_source(save_npz(tmp_path / "a.npz", names=names)))
+
+
+@pytest.mark.parametrize("beside", ["a_labels.npy", "labels.npy"])
+def test_labels_lie_beside_an_npy_file(tmp_path, beside):
+  np.save(tmp_path / "a.npy", PIXELS)
+  np.save(tmp_path / beside, LABELS)
+  assert_is_the_set(open_source(tmp_path / "a.npy"))
+
+
+def test_two_npy_files_are_named_with_a_comma(tmp_path):
+  np.save(tmp_path / "a.npy", PIXELS)
+  np.save(tmp_path / "b.npy", LABELS)
+  assert_is_the_set(open_source(f"{tmp_path}/a.npy,{tmp_path}/b.npy"))
+
+
+def test_floats_are_arrays(tmp_path):
+  path = save_npz(tmp_path / "a.npz", FLOATS)
+  assert_is_the_set(open_source(path, "arrays"), FLOATS)
+
+
+def test_an_npy_file_is_not_read_into_memory(tmp_path):
+  np.save(tmp_path / "a.npy", PIXELS)
+  assert isinstance(open_source(tmp_path / "a.npy")._images, np.memmap)
+
+
+def test_a_worker_process_opens_the_file_itself(tmp_path):
+  np.save(tmp_path / "a.npy", np.zeros((1000, SIZE, SIZE, 1), np.uint8))
+  sent = pickle.dumps(open_source(tmp_path / "a.npy"))
+  assert len(sent) < 10_000
+  assert len(pickle.loads(sent)) == 1000
+  assert values(pickle.loads(sent))[:2] == [0, 0]
+
+
+def test_images_without_labels_are_one_class_with_a_warning(tmp_path, warnings):
+  np.savez(tmp_path / "a.npz", PIXELS)
+  np.save(tmp_path / "b.npy", PIXELS)
+  for name in ("a.npz", "b.npy"):
+    source = open_source(tmp_path / name)
+    assert (labels(source), source.num_classes) == ([0] * 4, 1)
+  assert "holds no array arr_1" in warnings[0]
+  assert "no b_labels.npy or labels.npy" in warnings[1]
+
+
+def test_an_image_that_is_not_finite_is_left_out_with_a_warning(tmp_path, warnings):
+  images = FLOATS.copy()
+  images[1, 0, 0, 0] = np.nan
+  source = open_source(save_npz(tmp_path / "a.npz", images), "arrays", max_unreadable=1)
+  assert values(source) == [0, 20, 20, 30]
+  assert "a.npz[1]" in warnings[0]
+
+
+def save_error(folder, what):
+  """Writes a file that cannot be used; its name."""
+  path = folder / "a.npz"
+  match what:
+    case "other names":
+      np.savez(path, pictures=PIXELS, targets=LABELS)
+    case "labels of another name":
+      np.savez(path, images=PIXELS, targets=LABELS)
+    case "lengths":
+      save_npz(path, labels=LABELS[:3])
+    case "shape":
+      save_npz(path, PIXELS[:, :4])
+    case "rank":
+      save_npz(path, PIXELS[..., 0])
+    case "floats":
+      save_npz(path, FLOATS)
+    case "integers":
+      save_npz(path, PIXELS.astype(np.int32))
+    case "negative":
+      save_npz(path, labels=-LABELS)
+    case "pickle":
+      save_npz(path, np.array([{"pickled": 1}] * 4, dtype=object))
+    case "pickle alone":
+      path.write_bytes(pickle.dumps([1, 2]))
+    case "truncated":
+      save_npz(path)
+      path.write_bytes(path.read_bytes()[:-100])
+    case "none":
+      pass
+    case "pickled npy":
+      path = folder / "a.npy"
+      np.save(path, np.array([{"pickled": 1}], dtype=object))
+    case "truncated npy":
+      path = folder / "a.npy"
+      np.save(path, PIXELS)
+      path.write_bytes(path.read_bytes()[:-8])
+    case "no labels file":
+      np.save(folder / "a.npy", PIXELS)
+      path = f"{folder}/a.npy,{folder}/b.npy"
+    case "folder":
+      path = folder
+    case "other extension":
+      path = folder / "a.txt"
+      path.write_text("")
+  return path
+
+
+@pytest.mark.parametrize(
+  ("what", "message"),
+  [
+    ("other names", "holds no images; .* found pictures, targets"),
+    ("labels of another name", "holds no array labels of labels, only images, targets"),
+    ("lengths", r"labels = \(3,\): must be of shape \(4,\)"),
+    ("shape", r"holds arrays of shape \(4, 8, 1\), where config.model.input_size"),
+    ("rank", r"images = \(4, 8, 8\): must be of shape \(N, H, W, C\)"),
+    ("floats", "holds images of float32, .*; config.data.source=arrays reads"),
+    ("integers", "images = 'int32': must be uint8"),
+    ("negative", "labels = -3: must be 0 or more"),
+    ("pickle", "cannot be read: Object arrays"),
+    ("pickle alone", "cannot be read: "),
+    ("truncated", "cannot be read: "),
+    ("none", "there is no file .*a.npz"),
+    ("pickled npy", "cannot be read: "),
+    ("truncated npy", "cannot be read: "),
+    ("no labels file", "there is no file .*b.npy"),
+    ("folder", "expected an .npz or .npy file"),
+    ("other extension", "expected an .npz or .npy file"),
+  ],
+)
+def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, what, message):
+  path = save_error(tmp_path, what)
+  with pytest.raises(SettingError, match=rf"^config.data.path = .*{message}") as error:
+    open_source(path)
+  assert "\n" not in str(error.value)
+
+
+def test_pixels_are_no_arrays(tmp_path):
+  with pytest.raises(SettingError, match=r"uint8, .*; config.data.source=npz reads"):
+    open_source(save_npz(tmp_path / "a.npz"), "arrays")
+
+
+@pytest.mark.parametrize(
+  ("name", "images", "pixels"), [("npz", PIXELS, True), ("arrays", FLOATS, False)]
+)
+def test_the_network_works_on_pixels_or_floats(tmp_path, name, images, pixels):
+  path = save_npz(tmp_path / "a.npz", images)
+  experiment = build(tiny_config(**{"data.source": name, "data.path": str(path)}))
+  assert len(experiment.source) == 4
+  assert experiment.holds_pixels == pixels
+  assert not experiment.encodes_images
