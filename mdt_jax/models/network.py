@@ -101,7 +101,7 @@ class Network(nn.Module, kw_only=True):
       train: whether conditions are dropped. Labels then need the random stream
         "label_dropout".
     """
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} has no __call__")
 
   def check(self) -> None:
     """Raises SettingError where the attributes cannot make a network."""
