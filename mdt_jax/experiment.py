@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
-from mdt_jax.data.examples import Source, Subset, split_indices
+from mdt_jax.data.examples import Source, Subset, check_source, split_indices
 from mdt_jax.data.latents import LatentSource
 from mdt_jax.data.sources import SOURCES, create_source
 from mdt_jax.diffusion import Process, create_process
@@ -31,17 +32,30 @@ from mdt_jax.errors import (
   named_in_errors,
   renamed_in_errors,
 )
+from mdt_jax.models.network import check_network
 from mdt_jax.models.registry import DTYPES, Model, create_model
-from mdt_jax.objectives import Objective, create_objective
+from mdt_jax.objectives import Objective, create_objective, objective_of_class
 from mdt_jax.objectives.mdt import check_masking
-from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
-from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.optimizers import (
+  Schedule,
+  create_optimizer,
+  learning_rate_schedule,
+  without_frozen,
+)
+from mdt_jax.own_parts import OwnParts
+from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
 
 def build(
-  config: ConfigDict | Settings, devices: Sequence[Any] | None = None
+  config: ConfigDict | Settings,
+  devices: Sequence[Any] | None = None,
+  *,
+  model: Model | None = None,
+  objective: Objective | type[Objective] | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  source: Source | None = None,
 ) -> Experiment:
   """Builds the objects of a run and checks its settings, also against each other.
 
@@ -51,13 +65,17 @@ def build(
   Args:
     config: see `mdt_jax.config.default_config`.
     devices: of the run; all of all processes unless given.
+    model, objective, optimizer, source: parts of your own, instead of those of the
+      config; see `OwnParts`.
 
   Raises:
-    SettingError: for the first setting that cannot be used.
+    SettingError: for the first setting that cannot be used, or a part of your own that
+      does not fit.
   """
   if isinstance(config, ConfigDict):
     config = Settings.from_config(config)
-  experiment = Experiment(config, devices)
+  own = OwnParts(model, objective, optimizer, source)
+  experiment = Experiment(config, devices, own)
   experiment.check()
   return experiment
 
@@ -68,16 +86,44 @@ class Experiment:
   Args:
     settings: of the run.
     devices: of the run; all of all processes unless given.
+    own: parts of your own.
   """
 
-  def __init__(self, settings: Settings, devices: Sequence[Any] | None = None):
-    self.settings = settings
+  def __init__(
+    self,
+    settings: Settings,
+    devices: Sequence[Any] | None = None,
+    own: OwnParts | None = None,
+  ):
+    self._own = own or OwnParts()
     self._devices = devices
+    self.settings = settings
+    if (source := self._own.source) is not None:
+      # Whoever samples from the checkpoint reads there whether the run had pixels.
+      kind, path = "images" if _has_pixels(source) else "arrays", type(source).__name__
+      self.settings = settings.with_data(source=kind, path=f"<{path}>")
 
   def check(self) -> None:
     """Raises SettingError for settings that do not fit together."""
+    own = self._own.optimizer
+    if own is not None and not (hasattr(own, "init") and hasattr(own, "update")):
+      raise SettingError(
+        "optimizer", own, "must be an optax.GradientTransformation: (init, update)"
+      )
     _ = self.model, self.process, self.objective, self.optimizer
-    self._check_mesh()
+    scale = self.settings.sampling.cfg_scale
+    if scale != 1 and self.model.conditioning.dropout == 0:
+      raise SettingError(
+        "config.sampling.cfg_scale", scale, "must be 1: the network drops no condition"
+      )
+    num_devices = jax.device_count() if self._devices is None else len(self._devices)
+    sharding.check_mesh(
+      dataclasses.astuple(self.settings.mesh),
+      num_devices,
+      self.model,
+      batch_size=self.settings.batch_size,
+      accumulation_steps=self.settings.accumulation_steps,
+    )
 
   def open(self) -> None:
     """Opens the data, the autoencoder and the mesh now.
@@ -90,6 +136,9 @@ class Experiment:
   @functools.cached_property
   def model(self) -> Model:
     """The network."""
+    if self._own.model is not None:
+      check_network(self._own.model)
+      return self._own.model
     with named_in_errors("config.model"):
       return create_model(
         **dataclasses.asdict(self.settings.model),
@@ -112,9 +161,13 @@ class Experiment:
   @functools.cached_property
   def objective(self) -> Objective:
     """The draws and the loss of a training step."""
+    if isinstance(self._own.objective, Objective):
+      return self._own.objective
     chosen, masking = self.settings.objective, self.settings.masking
     with named_in_errors("config"):
       sampler = TimestepSampler(self.settings.timestep_sampler, self.process)
+    if self._own.objective is not None:
+      return objective_of_class(self._own.objective, self.model, self.process, sampler)
     with named_in_errors("config.masking"):
       check_masking(**dataclasses.asdict(masking))
     name = chosen.name
@@ -143,8 +196,10 @@ class Experiment:
       )
 
   @functools.cached_property
-  def learning_rate(self) -> Schedule:
-    """Learning rate by step."""
+  def learning_rate(self) -> Schedule | None:
+    """Learning rate by step; None for an optimizer of your own."""
+    if self._own.optimizer is not None:
+      return None
     chosen = self.settings.optimizer
     with named_in_errors("config.optimizer"):
       return learning_rate_schedule(
@@ -157,6 +212,9 @@ class Experiment:
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
     """Gradients to updates of the parameters."""
+    if self._own.optimizer is not None:
+      return without_frozen(self._own.optimizer, self.model.frozen)
+    assert self.learning_rate is not None
     chosen = self.settings.optimizer
     with named_in_errors("config.optimizer"):
       return create_optimizer(
@@ -218,6 +276,13 @@ class Experiment:
     return self._part_of_examples(1)
 
   @property
+  def model_name(self) -> str:
+    """Name of the network, for people."""
+    if self._own.model is not None:
+      return type(self._own.model).__name__
+    return self.settings.model.name
+
+  @property
   def encodes_images(self) -> bool:
     """Whether images are encoded on the devices, at each visit."""
     data = self.settings.data
@@ -267,28 +332,20 @@ class Experiment:
     Raises:
       SettingError: there is none of that name, or its latents have other channels.
     """
-    vae, channels = self.settings.data.vae, self.settings.model.in_channels
+    vae = self.settings.data.vae
     if vae is None:
       return None
-    with renamed_in_errors({"vae": "config.data.vae"}):
-      autoencoder = Autoencoder.load(
-        vae, DTYPES[self.settings.model.dtype], sharding=placement
-      )
-    if autoencoder.model.latent_channels != channels:
-      raise SettingError(
-        "config.model.in_channels",
-        channels,
-        f"must be {autoencoder.model.latent_channels}, the latent channels of "
-        f"config.data.vae = {vae!r}",
-      )
-    return autoencoder
+    dtype = DTYPES[self.settings.model.dtype]
+    return load_autoencoder(vae, dtype, self.model.in_channels, placement)
 
   def _sharing(self, settings: Settings) -> Experiment:
     """An experiment of other settings that shares what they do not change."""
-    other = Experiment(settings, self._devices)
+    keeps_data = settings.data == self.settings.data
+    own = self._own if keeps_data else dataclasses.replace(self._own, source=None)
+    other = Experiment(settings, self._devices, own)
     other.__dict__["model"] = self.model
     other.__dict__["process"] = self.process
-    if settings.data == self.settings.data and "autoencoder" in self.__dict__:
+    if keeps_data and "autoencoder" in self.__dict__:
       other.__dict__["autoencoder"] = self.autoencoder
     return other
 
@@ -305,21 +362,21 @@ class Experiment:
   @functools.cached_property
   def _examples(self) -> Source:
     """All labelled examples of the data."""
-    data, model = self.settings.data, self.settings.model
-    image_size, channels = model.input_size, model.in_channels
-    if self.encodes_images:
-      assert self.autoencoder is not None
-      image_size, channels = image_size * self.autoencoder.model.downsampling, 3
-    source = create_source(
-      data.source,
-      path=data.path,
-      split=data.split,
-      image_size=image_size,
-      channels=channels,
-      max_unreadable=data.max_unreadable,
-    )
+    data, model = self.settings.data, self.model
+    source, image_shape = self._own.source, self._image_shape()
+    if source is not None:
+      check_source(source, image_shape)
+    else:
+      source = create_source(
+        data.source,
+        path=data.path,
+        split=data.split,
+        image_size=image_shape[0],
+        channels=image_shape[2],
+        max_unreadable=data.max_unreadable,
+      )
     if isinstance(source, LatentSource) and self.autoencoder is not None:
-      self._check_scale(source, self.autoencoder)
+      self.autoencoder.check_scale(data.vae, source.card)
     if source.num_classes > model.num_classes:
       raise SettingError(
         "config.model.num_classes",
@@ -329,40 +386,15 @@ class Experiment:
       )
     return source
 
-  def _check_scale(self, source: LatentSource, autoencoder: Autoencoder) -> None:
-    """Raises where latents are stored at another scale than they are decoded from."""
-    for name in ("scaling_factor", "shift_factor"):
-      own, stored = getattr(autoencoder.model, name), source.card[name]
-      if own != stored:
-        raise SettingError(
-          "config.data.vae",
-          self.settings.data.vae,
-          f"has {name} = {own}, where the latents were made with {stored} "
-          f"(by {source.card['vae']})",
-        )
+  def _image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of the images that the data has to hold."""
+    side, channels = self.model.input_size, self.model.in_channels
+    if self.encodes_images and self.autoencoder is not None:
+      side, channels = side * self.autoencoder.model.downsampling, 3
+    return side, side, channels
 
-  def _check_mesh(self) -> None:
-    """Raises where the devices cannot share the batch or the network."""
-    settings, model = self.settings, self.model
-    num_devices = jax.device_count() if self._devices is None else len(self._devices)
-    mesh = dataclasses.astuple(settings.mesh)
-    data, fsdp, tensor = sharding.mesh_shape(mesh, num_devices)
-    parts = data * fsdp * settings.accumulation_steps
-    if settings.batch_size % parts:
-      raise SettingError(
-        "config.batch_size",
-        settings.batch_size,
-        f"must be divisible by {data * fsdp} devices that share a batch x "
-        f"config.accumulation_steps = {settings.accumulation_steps}, so by {parts}",
-      )
-    if model.hidden_size % fsdp:
-      raise SettingError(
-        "config.mesh.fsdp", fsdp, f"must divide the width of {model.hidden_size}"
-      )
-    hidden = int(model.hidden_size * model.mlp_ratio)
-    if model.num_heads % tensor or hidden % tensor:
-      raise SettingError(
-        "config.mesh.tensor",
-        tensor,
-        f"must divide the {model.num_heads} heads and the {hidden} hidden units",
-      )
+
+def _has_pixels(source: Source) -> bool:
+  """Whether the examples of a source hold uint8 images."""
+  example = source[0] if len(source) else {}
+  return getattr(example.get("image"), "dtype", None) == np.uint8

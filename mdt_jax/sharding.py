@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mdt_jax.errors import SettingError
+from mdt_jax.models.network import Network
 from mdt_jax.models.partitioning import parameter_axes
 
 AXES = ("data", "fsdp", "tensor")
@@ -82,6 +83,45 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
       f"the product must be the number of devices, {num_devices}",
     )
   return shape
+
+
+def check_mesh(
+  sizes: Sequence[int],
+  num_devices: int,
+  model: Network,
+  *,
+  batch_size: int,
+  accumulation_steps: int,
+) -> None:
+  """Raises SettingError where devices cannot share a batch or a network.
+
+  Args:
+    sizes: of data, fsdp and tensor, see `mesh_shape`.
+    num_devices: of the run.
+    model: the network.
+    batch_size: images a step, over all devices.
+    accumulation_steps: parts that a batch is split into.
+  """
+  data, fsdp, tensor = mesh_shape(sizes, num_devices)
+  parts = data * fsdp * accumulation_steps
+  if batch_size % parts:
+    raise SettingError(
+      "config.batch_size",
+      batch_size,
+      f"must be divisible by {data * fsdp} devices that share a batch x "
+      f"config.accumulation_steps = {accumulation_steps}, so by {parts}",
+    )
+  width = getattr(model, "hidden_size", fsdp)
+  if width % fsdp:
+    raise SettingError("config.mesh.fsdp", fsdp, f"must divide the width of {width}")
+  heads = getattr(model, "num_heads", tensor)
+  hidden = int(width * getattr(model, "mlp_ratio", tensor))
+  if heads % tensor or hidden % tensor:
+    raise SettingError(
+      "config.mesh.tensor",
+      tensor,
+      f"must divide the {heads} heads and the {hidden} hidden units",
+    )
 
 
 @contextlib.contextmanager

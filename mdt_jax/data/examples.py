@@ -172,3 +172,32 @@ def shape_error(
     f"holds arrays of shape {found}, where config.model.input_size and in_channels "
     f"make it {expected}",
   )
+
+
+def check_source(source: Any, image_shape: tuple[int, int, int]) -> None:
+  """Raises SettingError, named "source", for examples that a run cannot train on.
+
+  Args:
+    source: should have `__len__`, `__getitem__` and `num_classes`, see `Source`.
+    image_shape: (H, W, C) of the images that the network, or the autoencoder, takes.
+  """
+  name = type(source).__name__
+  for attribute in ("__len__", "__getitem__", "num_classes"):
+    if not hasattr(source, attribute):
+      raise SettingError("source", name, f"must have {attribute}")
+  if not len(source):
+    raise SettingError("source", name, "must hold an example")
+  example = source[0]
+  if not isinstance(example, dict) or "label" not in example:
+    raise SettingError("source", name, 'must give dicts with "label" and "image"')
+  expected = {"image": image_shape, "views": (2, 2, *image_shape)}
+  found = {key: np.shape(example[key]) for key in expected if key in example}
+  if not found or any(expected[key] != shape for key, shape in found.items()):
+    raise SettingError(
+      "source",
+      name,
+      f'must give an "image" of shape {image_shape}; its first example has '
+      f"{ {key: np.shape(value) for key, value in example.items()} }",
+    )
+  if not np.issubdtype(np.asarray(example["label"]).dtype, np.integer):
+    raise SettingError("source", name, "must give labels that are whole numbers")

@@ -19,7 +19,7 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.likelihood import calc_bpd
 from mdt_jax.diffusion.process import Process
 from mdt_jax.errors import SettingError
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array, Batch, Params
 
@@ -30,7 +30,7 @@ Bound: TypeAlias = Callable[[Params, Batch, Array, Array], dict[str, Array]]
 
 
 def make_bound(
-  model: MDT,
+  model: Model,
   process: Process,
   num_steps: int | None = None,
   *,

@@ -18,7 +18,7 @@ from jaxtyping import Num
 
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import Generator, output_shape
@@ -217,7 +217,7 @@ class GeneratedImages:
 
   def __init__(
     self,
-    model: MDT,
+    model: Model,
     generator: Generator,
     params: Params,
     num_images: int,

@@ -1,7 +1,13 @@
 """Objectives: what is random about a training step, and the loss that it descends."""
 
 from mdt_jax.objectives.mdt import MDTObjective
-from mdt_jax.objectives.objective import OBJECTIVES, Draws, Objective, create_objective
+from mdt_jax.objectives.objective import (
+  OBJECTIVES,
+  Draws,
+  Objective,
+  create_objective,
+  objective_of_class,
+)
 from mdt_jax.objectives.plain import PlainObjective
 
 __all__ = [
@@ -11,4 +17,5 @@ __all__ = [
   "Objective",
   "PlainObjective",
   "create_objective",
+  "objective_of_class",
 ]

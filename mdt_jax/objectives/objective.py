@@ -8,6 +8,7 @@ batch, averages of the parameters and skipped steps are the same for all objecti
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from jaxtyping import Float
 
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import LossHistory, TimestepSampler
-from mdt_jax.errors import check_arguments, check_choice
+from mdt_jax.errors import SettingError, check_arguments, check_choice
 from mdt_jax.models.flops import train_flops
 from mdt_jax.models.registry import Model
 from mdt_jax.types import Array, Batch, Params
@@ -206,3 +207,27 @@ def create_objective(
   given = {"model": model, "process": process, "timestep_sampler": timestep_sampler}
   check_arguments(OBJECTIVES[name], given | settings, f"the objective {name!r}")
   return OBJECTIVES[name](**given, **settings)
+
+
+def objective_of_class(
+  function: Callable[..., Objective],
+  model: Model,
+  process: Process,
+  timestep_sampler: TimestepSampler,
+) -> Objective:
+  """The objective that a class, or a function, of one's own makes.
+
+  Raises:
+    SettingError: it does not take (model, process, timestep_sampler), or makes no
+      Objective.
+  """
+  name = getattr(function, "__name__", repr(function))
+  try:
+    inspect.signature(function).bind(model, process, timestep_sampler)
+  except TypeError as error:
+    accepted = f"must be called with (model, process, timestep_sampler): {error}"
+    raise SettingError("objective", name, accepted) from None
+  made = function(model, process, timestep_sampler)
+  if not isinstance(made, Objective):
+    raise SettingError("objective", name, "must make a mdt_jax.objectives.Objective")
+  return made

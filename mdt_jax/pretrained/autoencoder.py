@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax.linen import spmd
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Float32, Shaped
 
+from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.autoencoder_decoding import decode_in_slices
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.torch_vae import load_vae
@@ -47,6 +49,23 @@ class Autoencoder:
     model, params = load_vae(name, dtype)
     return cls(model, jax.device_put(params, sharding))
 
+  def check_scale(self, name: str | None, card: Mapping[str, Any]) -> None:
+    """Raises SettingError where latents are stored at another scale than this one.
+
+    Args:
+      name: of this autoencoder, as the user gave it.
+      card: of the latents, see `data.latents.read_card`.
+    """
+    for factor in ("scaling_factor", "shift_factor"):
+      own, stored = getattr(self.model, factor), card[factor]
+      if own != stored:
+        raise SettingError(
+          "config.data.vae",
+          name,
+          f"has {factor} = {own}, where the latents were made with {stored} "
+          f"(by {card['vae']})",
+        )
+
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
     """Returns (h, w, C) of the latents of square images."""
     side = image_size // self.model.downsampling
@@ -73,6 +92,35 @@ class Autoencoder:
     """
     axes = spmd.logical_to_mesh_axes(("batch",)) or (None,)
     return _decode(self.model, self.params, latents, axes[0])
+
+
+def load_autoencoder(
+  vae: str,
+  dtype: Dtype,
+  channels: int,
+  placement: jax.sharding.Sharding | None = None,
+) -> Autoencoder:
+  """The autoencoder of a run.
+
+  Args:
+    vae: folder or hub id, as `config.data.vae`.
+    dtype: compute type.
+    channels: of the latents that the network takes.
+    placement: where the parameters lie; None for the first device.
+
+  Raises:
+    SettingError: there is none of that name, or its latents have other channels.
+  """
+  with renamed_in_errors({"vae": "config.data.vae"}):
+    autoencoder = Autoencoder.load(vae, dtype, sharding=placement)
+  if autoencoder.model.latent_channels != channels:
+    raise SettingError(
+      "config.model.in_channels",
+      channels,
+      f"must be {autoencoder.model.latent_channels}, the latent channels of "
+      f"config.data.vae = {vae!r}",
+    )
+  return autoencoder
 
 
 @functools.partial(jax.jit, static_argnames=("model", "axes"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,17 +18,30 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_TRIES = 60.0
 
 
+class Writer(Protocol):
+  """Receives what TensorBoard receives; clu's metric writers are such writers."""
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Receives metrics by name, after `step` steps."""
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Receives uint8 images (N, H, W, C) by name."""
+
+
 class Events:
-  """Writes scalars and images for TensorBoard, by clu.
+  """Writes scalars and images for TensorBoard, by clu, and to other writers.
 
   After a failure, which is logged, nothing is written for a minute; then to a new file.
+  A failure of another writer is logged each time.
 
   Args:
     folder: of the event files; None to write nothing.
+    writers: other writers; they are not closed.
   """
 
-  def __init__(self, folder: Path | None):
+  def __init__(self, folder: Path | None, writers: Sequence[Writer] = ()):
     self._folder = folder
+    self._writers = writers
     self._writer: MetricWriter | None = None
     self._not_before = 0.0  # of the monotonic clock
     if folder is not None:
@@ -38,12 +51,18 @@ class Events:
     with self._tolerantly() as writer:
       if writer is not None:
         writer.write_scalars(step, scalars)
+    for own in self._writers:
+      with tolerate(f"scalars by {type(own).__name__}"):
+        own.write_scalars(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 images (N, H, W, C) by name."""
     with self._tolerantly() as writer:
       if writer is not None:
         writer.write_images(step, images)
+    for own in self._writers:
+      with tolerate(f"images by {type(own).__name__}"):
+        own.write_images(step, images)
 
   def close(self) -> None:
     with self._tolerantly() as writer:

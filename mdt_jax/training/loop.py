@@ -5,25 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.config import write_config
+from mdt_jax.data.examples import Source
 from mdt_jax.data.loader import create_loader
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import Stopped, check_eval, make_training_evaluator
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
+from mdt_jax.models.registry import Model
+from mdt_jax.objectives import Objective
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
-from mdt_jax.training.events import Events, tolerate
+from mdt_jax.training.events import Events, Writer, tolerate
 from mdt_jax.training.hooks import Hook, Pictures, Scores
 from mdt_jax.training.lock import locked
 from mdt_jax.training.preemption import Interrupted, stop_signals
@@ -35,13 +39,33 @@ from mdt_jax.types import Batch
 STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+# Called with (steps done, state) after each step.
+StepHook = Callable[[int, TrainState], None]
+
+
+def train(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  model: Model | None = None,
+  objective: Objective | type[Objective] | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  source: Source | None = None,
+  writers: Sequence[Writer] = (),
+  hooks: Sequence[StepHook] = (),
+) -> TrainState:
   """Trains to config.num_steps, from the last checkpoint in `workdir` if there is one.
 
   Args:
     config: see `mdt_jax.config.default_config`.
     workdir: folder for checkpoints, TensorBoard events, pictures, scores and
       config.json.
+    model, objective, optimizer, source: parts of your own, instead of those of the
+      config; see `mdt_jax.own_parts.OwnParts`. A resumed run needs the same parts again.
+    writers: receive the metrics and pictures that TensorBoard receives, on the first
+      process; see `events.Writer`.
+    hooks: called with (steps done, state) after each step. The next step takes the
+      memory of the state's arrays: copy what has to stay. An error ends the run.
 
   Returns:
     The last state.
@@ -58,11 +82,13 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
   is_main = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
     with distributed.together():
-      experiment = build(config)
+      experiment = build(
+        config, model=model, objective=objective, optimizer=optimizer, source=source
+      )
       check_eval(experiment.settings)
       _check_is_folder(workdir)
       experiment.open()
-      hooks = _make_hooks(experiment, workdir)
+      periodic = _make_hooks(experiment, workdir)
       if is_main:
         stack.enter_context(locked(workdir))
     settings = experiment.settings
@@ -73,13 +99,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     state = _first_state(experiment, program, saved)
     start = int(state.step)
     logger.info("%s", _summary(experiment, state))
-    missing = [hook for hook in hooks if hook.is_missing(start)]
+    missing = [hook for hook in periodic if hook.is_missing(start)]
     if start >= settings.num_steps and not missing:
       logger.info("nothing to do: %d of %d steps are done", start, settings.num_steps)
       return state
-    events = Events(workdir / "tensorboard" if is_main else None)
+    events = Events(workdir / "tensorboard", writers) if is_main else Events(None)
     stack.callback(events.close)
-    trainer = Trainer(experiment, workdir, program, saved, hooks, events, stop)
+    trainer = Trainer(
+      experiment, workdir, program, saved, periodic, events, stop, step_hooks=hooks
+    )
     if trainer.run_hooks(missing, state):
       raise Interrupted(f"stopped at step {start}, which is saved", stop)
     if start >= settings.num_steps:
@@ -101,6 +129,7 @@ class Trainer:
     hooks: what is made of the averages every so many steps.
     events: for TensorBoard.
     stop: filled by signals that ask the run to stop.
+    step_hooks: called with (steps done, state) after each step.
   """
 
   def __init__(
@@ -112,6 +141,7 @@ class Trainer:
     hooks: Sequence[Hook],
     events: Events,
     stop: list[int],
+    step_hooks: Sequence[StepHook] = (),
   ):
     self._experiment = experiment
     self._settings = experiment.settings
@@ -121,6 +151,7 @@ class Trainer:
     self._hooks = hooks
     self._events = events
     self._stop = stop
+    self._step_hooks = step_hooks
     self._skipped = SkippedSteps(
       self._settings, workdir, num_examples=len(experiment.source)
     )
@@ -151,6 +182,8 @@ class Trainer:
         loader, offset = self._open_loader(state)
         continue
       self._finish_step(state, done)
+      for hook in self._step_hooks:
+        hook(done, state)
     return state
 
   def run_hooks(self, hooks: Sequence[Hook], state: TrainState) -> bool:
@@ -322,5 +355,5 @@ def _summary(experiment: Experiment, state: TrainState) -> str:
     devices += " as " + " x ".join(f"{axis} {n}" for axis, n in shape)
   source = experiment.source
   data = f"{len(source)} images, {source.num_classes} classes"
-  name = experiment.settings.model.name
+  name = experiment.model_name
   return f"{name}\n{table}\n{data}; {experiment.objective.summary}; {devices}"
