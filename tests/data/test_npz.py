@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mdt_jax.experiment import build
 from tests.data.folders import labels, values
 from tests.training.tiny import tiny_config
 
+VAE = Path(__file__).parents[1] / "fixtures" / "vae"
 SIZE, CHANNELS = 8, 1
 PIXELS = np.arange(4, dtype=np.uint8).repeat(SIZE * SIZE).reshape(4, SIZE, SIZE, 1)
 LABELS = np.array([1, 0, 3, 1])
@@ -189,3 +191,14 @@ def test_the_network_works_on_pixels_or_floats(tmp_path, name, images, pixels):
   assert len(experiment.source) == 4
   assert experiment.holds_pixels == pixels
   assert not experiment.encodes_images
+
+
+def test_pixels_are_encoded_where_there_is_an_autoencoder(tmp_path):
+  settings = {"data.source": "npz", "data.vae": str(VAE), "model.in_channels": 4}
+  config = tiny_config(**settings, **{"data.path": str(tmp_path / "a.npz")})
+  experiment = build(config)
+  side = 8 * experiment.autoencoder.model.downsampling
+  images = np.zeros((2, side, side, 3), np.uint8)
+  save_npz(tmp_path / "a.npz", images, LABELS[:2])
+  assert experiment.source.image_shape == (side, side, 3)
+  assert experiment.encodes_images and not experiment.holds_pixels
