@@ -51,7 +51,7 @@ class MDTObjective(Objective):
     check_masking(ratio, width, num_lengths, multiple)
     if not model.takes_mask:
       raise SettingError(
-        "objective", "mdt", f"{model.variant} takes no mask: accepted is plain"
+        "objective", "mdt", f"{_name(model)} takes no mask: accepted is plain"
       )
     self.kept_lengths = KeptLengths.create(
       model.num_tokens, ratio, width, num_lengths, multiple
@@ -87,6 +87,11 @@ class MDTObjective(Objective):
     total = losses["loss"] + masked["loss"]
     losses |= {f"masked_{name}": loss for name, loss in masked.items()}
     return (total * draws.weights).mean(), {**losses, "total": total}
+
+
+def _name(model: Model) -> str:
+  """Name of a network: the family of one of the package, else the class."""
+  return getattr(model, "variant", type(model).__name__)
 
 
 def check_masking(ratio: float, width: float, num_lengths: int, multiple: int) -> None:

@@ -61,7 +61,7 @@ def train(
     workdir: folder for checkpoints, TensorBoard events, pictures, scores and
       config.json.
     model, objective, optimizer, source: parts of your own, instead of those of the
-      config; see `mdt_jax.own_parts.OwnParts`. A resumed run needs the same parts again.
+      config; see `mdt_jax.own_parts.OwnParts`. A resumed run needs the same parts.
     writers: receive the metrics and pictures that TensorBoard receives, on the first
       process; see `events.Writer`.
     hooks: called with (steps done, state) after each step. The next step takes the
