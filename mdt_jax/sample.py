@@ -20,7 +20,7 @@ from mdt_jax import cli
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
-from mdt_jax.sampling.labels import BALANCED, RANDOM, choose_labels
+from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.", required=True)
@@ -31,7 +31,7 @@ EMA_DECAY = flags.DEFINE_float(
 LABELS = flags.DEFINE_list(
   "labels",
   BALANCED,
-  "Classes to draw in turn, by number or by ImageNet's name; "
+  f"Classes to draw in turn, by number or by ImageNet's name; {NONE}: no class; "
   f"{BALANCED}: all classes in turn; {RANDOM}: random classes.",
 )
 NUM_IMAGES = flags.DEFINE_integer(
@@ -97,8 +97,9 @@ def main(argv: list[str]) -> None:
       "labels",
       LABELS.value,
       NUM_IMAGES.value,
-      pipeline.experiment.model.num_classes,
+      pipeline.model.num_classes,
       SEED.value,
+      has_null=pipeline.has_null_label,
     )
     file = pipeline.write(
       OUTPUT.value or workdir_of(CHECKPOINT.value) / "samples",

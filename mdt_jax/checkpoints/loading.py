@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,7 +15,8 @@ from mdt_jax.checkpoints.manager import FOLDER, restore_args, restore_config
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
-from mdt_jax.models.registry import abstract_params
+from mdt_jax.models.registry import Model, abstract_params
+from mdt_jax.own_parts import OwnParts
 from mdt_jax.settings import MeshSettings, Settings
 from mdt_jax.types import Params
 
@@ -66,7 +68,10 @@ def save_model(
 
 
 def load_ema(
-  path: str | Path, step: int | None = None, ema_decay: float | None = None
+  path: str | Path,
+  step: int | None = None,
+  ema_decay: float | None = None,
+  model: Model | None = None,
 ) -> Checkpoint:
   """The run and averaged parameters of a checkpoint, from the folder alone.
 
@@ -74,10 +79,12 @@ def load_ema(
     path: a workdir, or the folder "checkpoints" in it.
     step: of the checkpoint; None for the latest that is not damaged.
     ema_decay: which average; None for config.sampling.ema_decay, else the first.
+    model: a network of your own that the run was trained with; None builds the network
+      that the config of the run names.
 
   Raises:
     SettingError: there is no checkpoint, or none of that step or decay, or it is
-      damaged.
+      damaged, or its parameters do not fit the network.
   """
   folder = workdir_of(path) / FOLDER
   if not folder.is_dir():
@@ -97,17 +104,56 @@ def load_ema(
     decay = settings.sampled_decay if ema_decay is None else ema_decay
     check_choice("ema_decay", decay, settings.ema_decays)
     settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
-    experiment = Experiment(settings)
+    experiment = Experiment(settings, own=OwnParts(model=model))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
       abstract_params(experiment.model),
     )
+    _check_fits(experiment, abstract, folder / str(step) / "ema", str(decay))
     restored = manager.restore(
       step,
       args=ocp.args.Composite(ema=restore_args({str(decay): abstract}, partial=True)),
     )
   return Checkpoint(experiment, restored["ema"][str(decay)], step)
+
+
+def _check_fits(
+  experiment: Experiment, params: Params, folder: Path, decay: str
+) -> None:
+  """Raises SettingError where a checkpoint holds parameters of another network.
+
+  Args:
+    experiment: the run, for the name of its network.
+    params: shapes of the parameters of its network.
+    folder: of the averages in the checkpoint.
+    decay: which average.
+  """
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    saved: Any = checkpointer.metadata(folder).item_metadata
+  needed, held = _shapes(params), _shapes(saved.tree[decay])
+  differing = sorted(
+    name for name in needed | held if needed.get(name) != held.get(name)
+  )
+  if differing:
+    name = differing[0]
+    here, there = (shapes.get(name, "absent") for shapes in (needed, held))
+    raise SettingError(
+      "model",
+      experiment.model_name,
+      f"does not fit the parameters of the checkpoint ({len(differing)} differ: "
+      f"{name} is {here}, in the checkpoint {there}, …): give the network that the run "
+      "was trained with",
+    )
+
+
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+  """Shapes of arrays, or of their descriptions, by path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in leaves
+  }
 
 
 def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -91,6 +93,7 @@ class BlockGenerator:
   """Runs a generator on several devices of this process, a block on each.
 
   Devices do not communicate: each device runs the program that a single device runs.
+  A mesh that the caller has set has no effect.
 
   Args:
     generator: of `make_generator`.
@@ -103,6 +106,7 @@ class BlockGenerator:
     mesh = Mesh(np.asarray(devices), ("data",))
     whole, split = PartitionSpec(), PartitionSpec("data")
     given_specs = {"image": split, "hidden": whole, "hidden_tokens": whole}
+    self._mesh = mesh
     self._num_devices = len(devices)
     self._replicated = NamedSharding(mesh, whole)
     self._shardings = {
@@ -149,21 +153,24 @@ class BlockGenerator:
       (number of the block, its images), in order.
     """
     blocks = list(range(request.num_blocks) if blocks is None else blocks)
-    params = jax.device_put(params, self._replicated)
-    decode_params = jax.device_put(decode_params, self._replicated)
-    seed = jax.device_put(np.uint32(request.seed), self._replicated)
+    with set_only_mesh(self._mesh):
+      params = jax.device_put(params, self._replicated)
+      decode_params = jax.device_put(decode_params, self._replicated)
+      seed = jax.device_put(np.uint32(request.seed), self._replicated)
 
     def start(group: list[int]) -> Array:
       filled = group + group[:1] * (self._num_devices - len(group))
       labels, ids, given = request.inputs(filled)
-      latents = self._generate(
-        params,
-        jax.device_put(labels, self._split),
-        jax.device_put(ids, self._split),
-        seed,
-        {n: jax.device_put(a, self._shardings[n]) for n, a in given.items()},
-      )
-      images = self._decode(decode_params, latents)
+      # Ends before a `yield`: the caller's mesh is set again between two blocks.
+      with set_only_mesh(self._mesh):
+        latents = self._generate(
+          params,
+          jax.device_put(labels, self._split),
+          jax.device_put(ids, self._split),
+          seed,
+          {n: jax.device_put(a, self._shardings[n]) for n, a in given.items()},
+        )
+        images = self._decode(decode_params, latents)
       images.copy_to_host_async()
       return images
 
@@ -181,6 +188,13 @@ class BlockGenerator:
       started = following
     if started is not None:
       yield from finish(*started)
+
+
+@contextlib.contextmanager
+def set_only_mesh(mesh: Mesh) -> Iterator[None]:
+  """Inside, `mesh` replaces the caller's mesh and the caller's names of its axes."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(()):
+    yield
 
 
 def generate_batches(

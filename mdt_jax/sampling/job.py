@@ -53,6 +53,14 @@ class SamplingJob:
   hidden: Bool[np.ndarray, "H W"] | None = None
   generators: BlockGenerators = dataclasses.field(default_factory=dict, repr=False)
 
+  def __repr__(self) -> str:
+    sampling = self.experiment.settings.sampling
+    return (
+      f"SamplingJob({self.task.kind} {len(self.request.labels)} images, "
+      f"{sampling.method} in {sampling.num_steps} steps, "
+      f"cfg_scale {sampling.cfg_scale}, seed {self.request.seed})"
+    )
+
   def generate_blocks(
     self, blocks: Sequence[int]
   ) -> Iterator[tuple[int, Shaped[np.ndarray, "n H W C"]]]:

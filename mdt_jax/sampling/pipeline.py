@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +18,18 @@ from mdt_jax.data.transforms import to_float
 from mdt_jax.diffusion.solvers import SOLVERS
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
+from mdt_jax.models.conditions import LabelCondition
+from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import inpainting, pictures
 from mdt_jax.sampling.blocks import Request
 from mdt_jax.sampling.generator import DRAW, Task, output_shape
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
-from mdt_jax.sampling.labels import parse_labels
+from mdt_jax.sampling.labels import Labels, parse_labels
 from mdt_jax.sampling.writer import ShardedImages
 from mdt_jax.settings import SamplingSettings
 from mdt_jax.types import Params
-
-Labels: TypeAlias = Sequence[int | str] | np.ndarray
 
 NO_VAE = "none"
 DEFAULT_INTERPOLATION = 0.25
@@ -70,6 +69,7 @@ class Pipeline:
     step: int | None = None,
     ema_decay: float | None = None,
     vae: str | None = None,
+    model: Model | None = None,
   ) -> Pipeline:
     """Loads a pipeline from a workdir.
 
@@ -77,18 +77,41 @@ class Pipeline:
       path, step, ema_decay: see `checkpoints.loading.load_ema`.
       vae: folder or hub id of the autoencoder that decodes latents. None: that of the
         run, if the run has one. "none": no autoencoder.
+      model: a network of your own that the run was trained with; None builds the
+        network that the config of the run names.
 
     Raises:
-      SettingError: `load_ema` finds no such parameters, there is no such autoencoder,
-        or the model draws pixels and needs none.
+      SettingError: `load_ema` finds no such parameters, they do not fit `model`, there
+        is no such autoencoder, or the model draws pixels and needs none.
     """
     with renamed_in_errors({"config.data.vae": "vae"}):
-      checkpoint = load_ema(path, step, ema_decay)
+      checkpoint = load_ema(path, step, ema_decay, model)
       experiment, autoencoder = checkpoint.experiment, None
       if vae != NO_VAE:
         experiment = experiment.with_vae(vae)
         autoencoder = experiment.load_autoencoder()
     return cls(experiment, checkpoint.params, checkpoint.step, autoencoder)
+
+  def __repr__(self) -> str:
+    height, width, channels = self.image_shape
+    kind = "pixels" if self.draws_pixels else "latents"
+    # A network that is described by its attributes has no name.
+    name = self.experiment.model_name or type(self.model).__name__
+    return (
+      f"Pipeline({name}, step {self.step}, "
+      f"{height}x{width}x{channels} {kind}, {self.model.num_classes} classes)"
+    )
+
+  @property
+  def model(self) -> Model:
+    """The network."""
+    return self.experiment.model
+
+  @property
+  def has_null_label(self) -> bool:
+    """Whether the network can be drawn from without a label."""
+    condition = self.model.conditioning
+    return isinstance(condition, LabelCondition) and condition.dropout > 0
 
   @property
   def config(self) -> ConfigDict:
@@ -103,17 +126,20 @@ class Pipeline:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the images, or of the latents."""
-    return output_shape(self.experiment.model, self.autoencoder)
+    return output_shape(self.model, self.autoencoder)
 
   def __call__(self, labels: Labels, **arguments: Any) -> list[Image.Image]:
     """Draws an image for each label.
 
     Args:
-      labels: N classes, as numbers, or as names where the classes are ImageNet's.
+      labels: one label, or a list, a tuple or an integer array (N,) of labels, of NumPy
+        or JAX. A label is a number in [0, num_classes), or a name where the classes are
+        ImageNet's. None, or num_classes, is the null label: the image is drawn
+        unconditionally.
       **arguments: of `job`.
 
     Returns:
-      N pictures.
+      N pictures; one for one label.
 
     Raises:
       SettingError: a label or a setting cannot be used, or the model draws latents and
@@ -133,7 +159,7 @@ class Pipeline:
       image: picture, uint8 array (H, W, C) or path, of the model's size and channels;
         or an array (N, H, W, C), one image for each label.
       mask: picture, array (H, W) or path; white, or True, marks the part to paint.
-      labels: N classes.
+      labels: see `__call__`.
       **arguments: of `job`, such as `interpolation`.
 
     Returns:
@@ -151,7 +177,7 @@ class Pipeline:
 
     Args:
       image: as for `inpaint`.
-      labels: N classes.
+      labels: see `__call__`.
       **arguments: of `job`, such as `strength`.
 
     Returns:
@@ -165,7 +191,7 @@ class Pipeline:
     """The images of `__call__`, `inpaint` and `edit` as an array.
 
     Args:
-      labels: N classes.
+      labels: see `__call__`.
       progress: show a progress bar.
       **arguments: of `job`.
 
@@ -173,7 +199,9 @@ class Pipeline:
       (N, H, W, C): uint8 pixels, or float32 latents; see `draws_pixels`.
     """
     job = self.job(labels, **arguments)
-    with tqdm.tqdm(total=len(labels), unit="image", disable=not progress) as bar:
+    with tqdm.tqdm(
+      total=len(job.request.labels), unit="image", disable=not progress
+    ) as bar:
       parts: list[np.ndarray] = []
       for _, part in job.generate_blocks(range(job.request.num_blocks)):
         parts.append(part)
@@ -194,7 +222,7 @@ class Pipeline:
     Args:
       folder: output folder, shared by all processes. A call that was stopped continues
         with the images that the folder lacks.
-      labels: N classes.
+      labels: see `__call__`.
       png: also write each image as folder/png/LABEL_NUMBER.png.
       progress: show a progress bar with the time left.
       **arguments: of `job`.
@@ -240,7 +268,7 @@ class Pipeline:
     """Checks all arguments of a call, before anything is computed.
 
     Args:
-      labels: N classes.
+      labels: see `__call__`.
       seed: image i derives from (seed, i) alone; in [0, 2**32).
       batch_size: images that a device generates at a time.
       inpaint, mask: image to paint in, and where to paint; see `inpaint`.
@@ -260,8 +288,14 @@ class Pipeline:
     """
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       experiment = self.experiment.with_sampling(sampling)
-      _ = experiment.sampler  # raises for settings that do not fit together
-    label_array = parse_labels("labels", labels, experiment.model.num_classes)
+      scale = experiment.sampler.guidance.scale
+    if scale != 1 and self.model.conditioning.dropout == 0:
+      raise SettingError(
+        "cfg_scale", scale, "must be 1: the network drops no condition"
+      )
+    label_array = parse_labels(
+      "labels", labels, self.model.num_classes, has_null=self.has_null_label
+    )
     if not 0 <= seed < 2**32:
       raise SettingError("seed", seed, "must lie in [0, 2**32)")
     if batch_size < 1:

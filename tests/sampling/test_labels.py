@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,9 +59,19 @@ def test_numbers_and_names_go_together():
   [
     ([10], 10, "labels = 10: labels of this model are 0 … 9"),
     ([-1], 10, "labels = -1: labels of this model are 0 … 9"),
-    ([], 10, "labels = []: must be a list"),
-    (3, 10, "labels = 3: must be a list"),
-    ("tench", 1000, "labels = 'tench': must be a list"),
+    ([], 10, "labels = []: must hold at least one"),
+    (np.zeros(0, int), 10, "labels = []: must hold at least one"),
+    (np.zeros((2, 3), int), 10, "'array of shape (2, 3)': must be a label, or a list"),
+    (jnp.zeros((1, 1), int), 10, "'array of shape (1, 1)': must be a label, or a list"),
+    ([[1, 2]], 10, "labels = [1, 2]: must be a whole number or a name: labels of"),
+    ([np.eye(3)], 10, "labels = 'array of shape (3, 3)': must be a whole number"),
+    (12, 10, "labels = 12: labels of this model are 0 … 9"),
+    (np.array([1, 12], np.uint8), 10, "labels = 12: labels of this model are 0 … 9"),
+    (np.array([1.0]), 10, "labels = 1.0: must be a whole number"),
+    (jnp.array(1.0), 10, "labels = 1.0: must be a whole number"),
+    (np.array([True]), 10, "labels = True: must be a whole number"),
+    ({3}, 10, "labels = {3}: must be a whole number"),
+    (b"3", 10, "labels = b'3': must be a whole number"),
     ([1.5], 10, "labels = 1.5: must be a whole number or a name"),
     ([True], 10, "labels = True: must be a whole number or a name"),
     (["golden retriever"], 10, "labels of this model are numbers, 0 … 9"),
@@ -72,6 +83,48 @@ def test_what_is_no_label_is_named(labels, num_classes, message):
   with pytest.raises(SettingError) as error:
     parse_labels("labels", labels, num_classes)
   assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("labels", "expected"),
+  [
+    (3, [3]),
+    ("3", [3]),
+    ("tench", [0]),
+    (np.int8(3), [3]),
+    (np.array(3), [3]),
+    (jnp.array(3), [3]),
+    ((3, 1), [3, 1]),
+    (range(3), [0, 1, 2]),
+    (np.array([3, 1], np.uint8), [3, 1]),
+    (np.array(["tench", "3"]), [0, 3]),
+    (jnp.array([3, 1]), [3, 1]),
+    ([jnp.array(3), np.int64(1)], [3, 1]),
+  ],
+)
+def test_one_label_and_many_in_every_form(labels, expected):
+  parsed = parse_labels("labels", labels, 1000)
+  assert (parsed.tolist(), parsed.dtype) == (expected, np.int64)
+
+
+def test_the_null_label_is_none_or_the_number_after_the_last():
+  labels = [None, 3, 10]
+  assert parse_labels("labels", labels, 10, has_null=True).tolist() == [10, 3, 10]
+  assert parse_labels("labels", None, 10, has_null=True).tolist() == [10]
+
+
+@pytest.mark.parametrize("label", [None, 10])
+def test_a_null_label_needs_a_network_that_was_trained_with_it(label):
+  with pytest.raises(SettingError) as error:
+    parse_labels("labels", [label], 10)
+  assert (error.value.setting, error.value.value) == ("labels", label)
+  assert "label_dropout = 0" in str(error.value)
+
+
+def test_an_error_names_the_null_label_where_there_is_one():
+  with pytest.raises(SettingError, match="0 … 9, or 10 or None for the null label"):
+    parse_labels("labels", [11], 10, has_null=True)
 
 
 def test_balanced_labels_take_every_class_in_turn():
@@ -92,12 +145,14 @@ def test_random_labels_are_of_the_seed_and_the_number_alone():
   [
     (["3", "1"], None, [3, 1]),
     (["3", "1"], 5, [3, 1, 3, 1, 3]),
+    (["none", "3"], 3, [10, 3, 10]),
     (["balanced"], 4, [0, 1, 2, 3]),
     (["balanced"], None, list(range(10))),
   ],
 )
 def test_labels_are_repeated_for_as_many_images_as_are_drawn(labels, count, expected):
-  assert choose_labels("labels", labels, count, 10, seed=0).tolist() == expected
+  found = choose_labels("labels", labels, count, 10, seed=0, has_null=True)
+  assert found.tolist() == expected
 
 
 def test_all_of_many_classes_are_a_hundred_images_by_default():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import SettingError
+from mdt_jax import SettingError, sharding
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sampling.generator import make_generator
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.settings import Settings
 from tests import reference
@@ -50,6 +59,138 @@ def test_an_image_has_its_seed_and_number_whatever_the_rest(pipeline):
   whole = pixels_of(pipeline([7, 3, 7, 5, 1], batch_size=2))
   np.testing.assert_array_equal(pixels_of(pipeline([7, 3, 7], batch_size=2)), whole[:3])
   assert (pixels_of(pipeline([7], batch_size=1, seed=1)) != whole[0]).any()
+
+
+def test_one_label_draws_one_picture(pipeline):
+  pictures = pipeline(3)
+  np.testing.assert_array_equal(pixels_of(pictures), pixels_of(pipeline([3])))
+
+
+def test_the_form_of_the_labels_does_not_matter(pipeline):
+  expected = pipeline.draw([7, 3])
+  for labels in ((7, 3), np.array([7, 3], np.uint8), jnp.array([7, 3])):
+    np.testing.assert_array_equal(pipeline.draw(labels), expected)
+
+
+def test_the_null_label_draws_unconditionally(pipeline):
+  drawn = pipeline.draw([None, 10, 3], cfg_scale=1.0)
+  model, sampler = pipeline.model, pipeline.job([3], cfg_scale=1.0).experiment.sampler
+  labels, ids = model.conditioning.null_like(np.zeros(3, np.int32)), np.arange(3)
+  unconditional = make_generator(model, sampler)(
+    pipeline.params, labels, ids.astype(np.uint32), np.uint32(0)
+  )
+  np.testing.assert_array_equal(drawn[:2], to_uint8(np.asarray(unconditional))[:2])
+  assert (drawn[2] != to_uint8(np.asarray(unconditional))[2]).any()
+
+
+def test_guidance_changes_nothing_without_a_label(pipeline):
+  guided, plain = (pipeline.draw([None], cfg_scale=w).astype(int) for w in (3.8, 1.0))
+  assert np.abs(guided - plain).max() <= 1  # of rounding
+
+
+@pytest.mark.parametrize("label", [None, 10])
+def test_a_network_without_label_dropout_has_no_null_label(label):
+  settings = {"model.label_dropout": 0.0, "sampling.cfg_scale": 1.0}
+  experiment = build(tiny_config(**settings))
+  pipeline = mdt_jax.Pipeline(experiment, reference.random_params(experiment.model), 0)
+  with pytest.raises(SettingError, match="has no null label"):
+    pipeline([label])
+
+
+def test_the_model_is_that_of_the_run(pipeline):
+  assert pipeline.model is pipeline.experiment.model
+
+
+def test_a_pipeline_and_a_job_are_shown_in_one_line(pipeline):
+  assert repr(pipeline) == "Pipeline(MDTv2-S/2, step 0, 8x8x1 pixels, 10 classes)"
+  job = pipeline.job([1, 2], seed=5)
+  shown = "SamplingJob(draw 2 images, ddpm in 3 steps, cfg_scale 3.8, seed 5)"
+  assert repr(job) == shown
+
+
+# A mesh that the caller has set.
+
+MESH_CODE = """
+import jax
+from tests.sampling.test_pipeline import assert_meshes_change_nothing
+
+assert len(jax.devices()) == 4
+assert_meshes_change_nothing(jax.make_mesh((2, 2), ("x", "y")))
+"""
+
+
+def assert_meshes_change_nothing(mesh):
+  experiment = build(tiny_config())
+  pipeline = mdt_jax.Pipeline(experiment, reference.random_params(experiment.model), 0)
+  draw = functools.partial(pipeline.draw, [7, 3, 5], batch_size=1)
+  outside = draw()
+  (generator,) = pipeline._generators.values()
+  for context in (jax.set_mesh(mesh), sharding.use_mesh(experiment.mesh)):
+    with context:
+      before = jax.sharding.get_abstract_mesh()
+      np.testing.assert_array_equal(draw(), outside)
+      painted = pipeline.inpaint(IMAGE, MASK, [3])
+      assert jax.sharding.get_abstract_mesh() == before
+    np.testing.assert_array_equal(
+      pixels_of(painted), pixels_of(pipeline.inpaint(IMAGE, MASK, [3]))
+    )
+  assert generator._generate._cache_size() == 1
+
+
+def test_a_mesh_of_the_caller_changes_nothing():
+  assert_meshes_change_nothing(jax.make_mesh((1,), ("x",)))
+
+
+def test_a_mesh_of_four_devices_changes_nothing():
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+  root = Path(__file__).parents[2]
+  subprocess.run(
+    [sys.executable, "-c", MESH_CODE], check=True, cwd=root, env=environment
+  )
+
+
+# A network of one's own.
+
+
+def own_network(**attributes):
+  """A network that the config of `save_tiny` does not describe."""
+  tiny = Experiment(Settings.from_config(tiny_config())).model
+  return tiny.clone(**{"num_heads": 4, **attributes})
+
+
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("own")
+  settings = Settings.from_config(tiny_config())
+  save_model(folder, settings, reference.random_params(own_network()))
+  return folder
+
+
+def test_a_checkpoint_of_an_own_network_is_sampled_with_it(own_checkpoint):
+  model = own_network()
+  pipeline = mdt_jax.Pipeline.from_checkpoint(own_checkpoint, model=model)
+  assert pipeline.model is model
+  experiment = build(tiny_config(), model=model)
+  memory = mdt_jax.Pipeline(experiment, reference.random_params(model), 0)
+  np.testing.assert_array_equal(pipeline.draw([7, 3]), memory.draw([7, 3]))
+
+
+@pytest.mark.parametrize(
+  "model", [None, own_network(depth=6), own_network(variant="DiT")]
+)
+def test_parameters_of_another_network_are_refused(own_checkpoint, model):
+  with pytest.raises(SettingError) as error:
+    mdt_jax.Pipeline.from_checkpoint(own_checkpoint, model=model)
+  assert error.value.setting == "model"
+  assert "\n" not in str(error.value)
+
+
+def test_an_own_network_without_dropout_is_not_guided():
+  model = own_network(label_dropout=0.0)
+  experiment = build(tiny_config(**{"sampling.cfg_scale": 1.0}), model=model)
+  pipeline = mdt_jax.Pipeline(experiment, reference.random_params(model), 0)
+  with pytest.raises(SettingError, match=r"cfg_scale = 2\.0: must be 1"):
+    pipeline([1], cfg_scale=2.0)
 
 
 def test_a_call_with_the_same_settings_compiles_nothing_anew(pipeline):
@@ -113,9 +254,9 @@ def test_a_checkpoint_that_is_not_there_is_named_by_the_argument(
 @pytest.mark.parametrize(
   ("labels", "arguments", "message"),
   [
-    ([10], {}, "labels = 10: labels of this model are 0 … 9"),
+    ([11], {}, "labels = 11: labels of this model are 0 … 9, or 10 or None"),
     (["tench"], {}, "labels = 'tench': labels of this model are numbers, 0 … 9"),
-    (3, {}, "labels = 3: must be a list"),
+    ([], {}, "labels = []: must hold at least one label"),
     ([1], dict(seed=-1), "seed = -1: must lie in"),
     ([1], dict(batch_size=0), "batch_size = 0: must be at least 1"),
     ([1], dict(steps=5), "steps = 5: is no setting of sampling: cfg_channels"),
