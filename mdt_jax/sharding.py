@@ -158,9 +158,17 @@ def of_state(mesh: Mesh, state: Any) -> Any:
     A tree of NamedSharding.
   """
 
+  def name_of(path: Any) -> str:
+    return "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+
+  parameters = jax.tree_util.tree_leaves_with_path(getattr(state, "params", state))
+  shapes = {name_of(path): leaf.shape for path, leaf in parameters}
+
   def of_leaf(path: Any, leaf: Any) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    axes = parameter_axes(name)
+    name = name_of(path)
+    # Some optimizers, such as adafactor, keep statistics of other shapes.
+    shape = next((s for end, s in shapes.items() if name.endswith(end)), leaf.shape)
+    axes = parameter_axes(name) if leaf.shape == shape else ()
     stacked = (None,) * (len(leaf.shape) - len(axes))
     spec = spmd.logical_to_mesh_axes((*stacked, *axes), RULES)
     return NamedSharding(mesh, spec or PartitionSpec())

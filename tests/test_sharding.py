@@ -46,8 +46,10 @@ def test_a_mesh_that_is_not_the_devices_is_refused(sizes, message):
     sharding.mesh_shape(sizes, 8)
 
 
-def test_moments_and_averages_lie_as_their_parameters():
-  state = make_program(build(tiny_config(), jax.devices()[:1])).state
+@pytest.mark.parametrize("name", ["MDTv2-S/2", "MDT-S/2"])
+def test_moments_and_averages_lie_as_their_parameters(name):
+  config = tiny_config(**{"model.name": name})
+  state = make_program(build(config, jax.devices()[:1])).state
   end = "decode_blocks/attention/qkv/kernel"
   spec = PartitionSpec(None, "fsdp", None, "tensor", None)
   paths = [
@@ -102,3 +104,11 @@ def test_the_step_moves_weights_and_no_activations(plan_of_mdtv2_b):
   assert "collective-permute" not in found
   # Weights in float32, once forwards in each of two passes: no more is gathered.
   assert found["all-gather"]["sent"] < 2 * 4 * 152_112_272
+
+
+@pytest.mark.parametrize("name", ["adafactor", "novograd"])
+def test_statistics_of_other_shapes_than_the_parameters_are_replicated(name):
+  state = make_program(build(tiny_config(**{"optimizer.name": name}))).state
+  shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+  others = [x for x in jax.tree.leaves(state.opt_state) if x.shape not in shapes]
+  assert others and not any(any(x.sharding.spec) for x in others)
