@@ -191,7 +191,7 @@ def test_inpainting_writes_images_that_keep_what_is_visible(trained, tmp_path):
 @pytest.mark.parametrize(
   ("flag", "texts"),
   [
-    ("--labels=3,10", ["--labels = 10", "0 … 9"]),
+    ("--labels=3,11", ["--labels = 11", "0 … 9"]),
     ("--labels=three", ["--labels = 'three'"]),
     ("--num_images=0", ["--num_images = 0", "at least 1"]),
     ("--num_steps=2000", ["--num_steps = 2000"]),
