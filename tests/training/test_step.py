@@ -198,19 +198,6 @@ def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
   np.testing.assert_allclose(recorded, np.sort(losses), rtol=1e-4)
 
 
-def test_the_step_imports_neither_tensorflow_nor_torch():
-  import subprocess
-  import sys
-
-  code = (
-    "import sys, mdt_jax, mdt_jax.training.step, mdt_jax.objectives\n"
-    "heavy = {'tensorflow', 'torch', 'tensorflow_datasets', 'ml_collections', 'clu'}\n"
-    "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
-  )
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_its_number_alone(value):
   config = smooth_config()
