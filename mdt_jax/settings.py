@@ -20,7 +20,7 @@ from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
 from mdt_jax.logs import logger
-from mdt_jax.typed_config import parse, parse_value, to_config
+from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +366,7 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   Settings that the JSON lacks have their defaults; settings that this version does not
   know, of a later version, are left out with a warning.
   """
-  saved, unknown = _known(saved, Settings(), "config")
+  saved, unknown = known_settings(saved, Settings(), "config")
   if unknown:
     logger.warning("settings of another version are ignored: %s", ", ".join(unknown))
   if "ema_decays" in saved:
@@ -378,22 +378,6 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   with config.unlocked():
     config.update({**saved, "sampling": sampling})
   return config
-
-
-def _known(
-  saved: Mapping[str, Any], settings: Any, prefix: str
-) -> tuple[dict[str, Any], list[str]]:
-  """The saved settings that this version has, and the names of the others."""
-  known, unknown = {}, []
-  for name, value in saved.items():
-    if not hasattr(settings, name):
-      unknown.append(f"{prefix}.{name}")
-    elif dataclasses.is_dataclass(group := getattr(settings, name)):
-      known[name], more = _known(value, group, f"{prefix}.{name}")
-      unknown += more
-    else:
-      known[name] = value
-  return known, unknown
 
 
 def _at_least(settings: Any, name: str, least: int) -> None:

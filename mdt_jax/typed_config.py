@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -117,3 +117,19 @@ def to_config(settings: Any) -> ConfigDict:
     else:
       config[name] = ConfigDict(value) if kind is dict else value
   return config
+
+
+def known_settings(
+  saved: Mapping[str, Any], settings: Any, prefix: str
+) -> tuple[dict[str, Any], list[str]]:
+  """The saved settings that this version has, and the names of the others."""
+  known, unknown = {}, []
+  for name, value in saved.items():
+    if not hasattr(settings, name):
+      unknown.append(f"{prefix}.{name}")
+    elif dataclasses.is_dataclass(group := getattr(settings, name)):
+      known[name], more = known_settings(value, group, f"{prefix}.{name}")
+      unknown += more
+    else:
+      known[name] = value
+  return known, unknown

@@ -19,7 +19,7 @@ from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Request
-from mdt_jax.sampling.generator import Task, make_generator
+from mdt_jax.sampling.generator import Task, make_generator, output_shape
 from mdt_jax.settings import SamplingSettings
 from mdt_jax.types import Array, Params
 
@@ -60,6 +60,16 @@ class SamplingJob:
       f"{sampling.method} in {sampling.num_steps} steps, "
       f"cfg_scale {sampling.cfg_scale}, seed {self.request.seed})"
     )
+
+  @property
+  def draws_pixels(self) -> bool:
+    """Whether the images are pixels, and not latents."""
+    return self.autoencoder is not None or self.experiment.holds_pixels
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of the images, or of the latents."""
+    return output_shape(self.experiment.model, self.autoencoder)
 
   def generate_blocks(
     self, blocks: Sequence[int]

@@ -9,21 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mdt_jax.checkpoints.loading import load_ema
-from mdt_jax.data.transforms import to_float
-from mdt_jax.diffusion.solvers import SOLVERS
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
-from mdt_jax.sampling import inpainting, pictures
+from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
-from mdt_jax.sampling.generator import DRAW, Task, output_shape
+from mdt_jax.sampling.generator import DRAW, output_shape
+from mdt_jax.sampling.image_jobs import with_editing, with_inpainting
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
 from mdt_jax.sampling.labels import Labels, parse_labels
@@ -32,8 +31,6 @@ from mdt_jax.settings import SamplingSettings
 from mdt_jax.types import Params
 
 NO_VAE = "none"
-DEFAULT_INTERPOLATION = 0.25
-DEFAULT_STRENGTH = 0.6
 
 # Name of a setting in an error -> name of the argument in Python.
 SAMPLING_ARGUMENTS = {
@@ -320,84 +317,10 @@ class Pipeline:
       generators=self._generators,
     )
     if inpaint is not None:
-      return self._inpainting(job, inpaint, mask, interpolation, repeats)
+      return with_inpainting(job, inpaint, mask, interpolation, repeats)
     if edit is not None:
-      return self._editing(job, edit, strength)
+      return with_editing(job, edit, strength)
     return job
-
-  def _inpainting(
-    self,
-    job: SamplingJob,
-    image: ImageLike,
-    mask: ImageLike | None,
-    interpolation: float | None,
-    repeats: int | None,
-  ) -> SamplingJob:
-    """The job with an image to paint in."""
-    model, method = job.experiment.model, job.experiment.sampler.method
-    pixels = self._read_images("inpaint", image, len(job.request.labels))
-    hidden_pixels = inpainting.read_mask("mask", mask, self.image_shape[0])
-    hidden = hidden_pixels
-    if self.autoencoder is not None:
-      factor = self.autoencoder.model.downsampling
-      hidden = inpainting.downsample_mask("mask", hidden_pixels, factor)
-    tokens = inpainting.hidden_tokens(hidden, model.patch_size)
-    if interpolation is None:
-      interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
-    repeats = 1 if repeats is None else repeats
-    if repeats < 1 or (repeats > 1 and method in SOLVERS):
-      raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
-    if not 0 <= interpolation <= 1:
-      raise SettingError("interpolation", interpolation, "must lie in [0, 1]")
-    if interpolation and not model.takes_mask:
-      raise SettingError(
-        "interpolation",
-        interpolation,
-        "must be 0: this network has no side-interpolater",
-      )
-    task = Task(
-      "inpaint",
-      # With no token hidden there is nothing to interpolate.
-      interpolation=interpolation if tokens.any() else 0.0,
-      repeats=repeats,
-      num_keep=int(np.count_nonzero(~tokens)),
-    )
-    request = dataclasses.replace(
-      job.request, image=self._encode(pixels), hidden=hidden, hidden_tokens=tokens
-    )
-    return dataclasses.replace(
-      job, task=task, request=request, pixels=pixels, hidden=hidden_pixels
-    )
-
-  def _editing(
-    self, job: SamplingJob, image: ImageLike, strength: float | None
-  ) -> SamplingJob:
-    """The job with an image to edit."""
-    strength = DEFAULT_STRENGTH if strength is None else strength
-    if not 0 < strength <= 1:
-      raise SettingError("strength", strength, "must be above 0 and up to 1")
-    pixels = self._read_images("edit", image, len(job.request.labels))
-    request = dataclasses.replace(job.request, image=self._encode(pixels))
-    task = Task("edit", strength=strength)
-    return dataclasses.replace(job, task=task, request=request, pixels=pixels)
-
-  def _read_images(
-    self, setting: str, image: ImageLike, count: int
-  ) -> UInt8[np.ndarray, "*N H W C"]:
-    if not self.draws_pixels:
-      raise SettingError("vae", None, "this model takes latents: name its autoencoder")
-    size, _, channels = self.image_shape
-    return inpainting.read_images(setting, image, count, size, channels)
-
-  def _encode(
-    self, pixels: UInt8[np.ndarray, "*N H W C"]
-  ) -> Float[np.ndarray, "*N h w c"]:
-    """The network's input for images: pixels in [-1, 1], or their mean latents."""
-    if self.autoencoder is None:
-      return to_float(pixels)
-    rows: Shaped[np.ndarray, "N 1 H W C"] = pixels.reshape(-1, 1, *self.image_shape)
-    latents = np.concatenate([self.autoencoder.moments(row)[:, 0] for row in rows])
-    return latents if pixels.ndim == 4 else latents[0]
 
   def _draw_pictures(
     self, labels: Labels, arguments: dict[str, Any]

@@ -1,0 +1,114 @@
+"""Sampling jobs that start from an image: inpainting and editing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+
+from mdt_jax.data.transforms import to_float
+from mdt_jax.diffusion.solvers import SOLVERS
+from mdt_jax.errors import SettingError
+from mdt_jax.sampling import inpainting
+from mdt_jax.sampling.generator import Task
+from mdt_jax.sampling.inpainting import ImageLike
+from mdt_jax.sampling.job import SamplingJob
+
+DEFAULT_INTERPOLATION = 0.25
+DEFAULT_STRENGTH = 0.6
+
+
+def with_inpainting(
+  job: SamplingJob,
+  image: ImageLike,
+  mask: ImageLike | None,
+  interpolation: float | None,
+  repeats: int | None,
+) -> SamplingJob:
+  """The job with an image to paint in.
+
+  Args:
+    job: draws images.
+    image, mask, interpolation, repeats: see `Pipeline.job`.
+
+  Raises:
+    SettingError: the image or the mask does not fit, or a value is out of range.
+  """
+  model, method = job.experiment.model, job.experiment.sampler.method
+  pixels = _read_images(job, "inpaint", image)
+  hidden_pixels = inpainting.read_mask("mask", mask, job.image_shape[0])
+  hidden = hidden_pixels
+  if job.autoencoder is not None:
+    factor = job.autoencoder.model.downsampling
+    hidden = inpainting.downsample_mask("mask", hidden_pixels, factor)
+  tokens = inpainting.hidden_tokens(hidden, model.patch_size)
+  if interpolation is None:
+    interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
+  repeats = 1 if repeats is None else repeats
+  if repeats < 1 or (repeats > 1 and method in SOLVERS):
+    raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
+  if not 0 <= interpolation <= 1:
+    raise SettingError("interpolation", interpolation, "must lie in [0, 1]")
+  if interpolation and not model.takes_mask:
+    raise SettingError(
+      "interpolation",
+      interpolation,
+      "must be 0: this network has no side-interpolater",
+    )
+  task = Task(
+    "inpaint",
+    # With no token hidden there is nothing to interpolate.
+    interpolation=interpolation if tokens.any() else 0.0,
+    repeats=repeats,
+    num_keep=int(np.count_nonzero(~tokens)),
+  )
+  request = dataclasses.replace(
+    job.request, image=_encode(job, pixels), hidden=hidden, hidden_tokens=tokens
+  )
+  return dataclasses.replace(
+    job, task=task, request=request, pixels=pixels, hidden=hidden_pixels
+  )
+
+
+def with_editing(
+  job: SamplingJob, image: ImageLike, strength: float | None
+) -> SamplingJob:
+  """The job with an image to edit.
+
+  Args:
+    job: draws images.
+    image, strength: see `Pipeline.job`.
+
+  Raises:
+    SettingError: the image does not fit, or `strength` is out of range.
+  """
+  strength = DEFAULT_STRENGTH if strength is None else strength
+  if not 0 < strength <= 1:
+    raise SettingError("strength", strength, "must be above 0 and up to 1")
+  pixels = _read_images(job, "edit", image)
+  request = dataclasses.replace(job.request, image=_encode(job, pixels))
+  task = Task("edit", strength=strength)
+  return dataclasses.replace(job, task=task, request=request, pixels=pixels)
+
+
+def _read_images(
+  job: SamplingJob, setting: str, image: ImageLike
+) -> UInt8[np.ndarray, "*N H W C"]:
+  """Pixels of one image, or of one image for each label."""
+  if not job.draws_pixels:
+    raise SettingError("vae", None, "this model takes latents: name its autoencoder")
+  size, _, channels = job.image_shape
+  count = len(job.request.labels)
+  return inpainting.read_images(setting, image, count, size, channels)
+
+
+def _encode(
+  job: SamplingJob, pixels: UInt8[np.ndarray, "*N H W C"]
+) -> Float[np.ndarray, "*N h w c"]:
+  """The network's input for images: pixels in [-1, 1], or their mean latents."""
+  if job.autoencoder is None:
+    return to_float(pixels)
+  rows: Shaped[np.ndarray, "N 1 H W C"] = pixels.reshape(-1, 1, *job.image_shape)
+  latents = np.concatenate([job.autoencoder.moments(row)[:, 0] for row in rows])
+  return latents if pixels.ndim == 4 else latents[0]
