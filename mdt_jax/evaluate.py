@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     has_images=bool(SAMPLES.value or REFERENCE.value),
     has_inception=bool(INCEPTION.value),
   )
-  _check_flags()
+  _check_flags(metrics)
   with renamed_in_errors(_names_of_flags()):
     checkpoint = None
     if CHECKPOINT.value:
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
       _write("scores.json", {**found, "checkpoint": CHECKPOINT.value})
 
 
-def _check_flags() -> None:
+def _check_flags(metrics: list[str]) -> None:
   for name in ("num_images", "batch_size"):
     value = flags.FLAGS[name].value
     if value is not None and value < 1:
@@ -143,6 +143,12 @@ def _check_flags() -> None:
     raise SettingError("--save_statistics", SAVE_STATISTICS.value, "must end in .npz")
   if not (CHECKPOINT.value or SAMPLES.value):
     raise SettingError("--samples", None, "must be given, or --checkpoint")
+  if NUM_STEPS.value is not None and job.BPD not in metrics:
+    raise SettingError(
+      _names_of_flags()["num_steps"],
+      NUM_STEPS.value,
+      f"goes with --metrics=bpd; give --sampling=num_steps={NUM_STEPS.value}",
+    )
 
 
 def _names_of_flags() -> dict[str, str]:

@@ -99,9 +99,12 @@ class Experiment:
     self._devices = devices
     self.settings = settings
     if (source := self._own.source) is not None:
-      # Whoever samples from the checkpoint reads there whether the run had pixels.
-      kind, path = "images" if _has_pixels(source) else "arrays", type(source).__name__
-      self.settings = settings.with_data(source=kind, path=f"<{path}>")
+      # The checkpoint tells whoever samples from it whether the run had pixels.
+      kind = "images" if _has_pixels(source) else "arrays"
+      self.settings = settings.with_data(source=kind, path=f"<{type(source).__name__}>")
+
+  def __repr__(self) -> str:
+    return f"Experiment({self.model_name})"
 
   def check(self) -> None:
     """Raises SettingError for settings that do not fit together."""
@@ -151,11 +154,9 @@ class Experiment:
     chosen = self.settings.diffusion
     with named_in_errors("config.diffusion"):
       arguments = chosen.process_arguments()
-    is_own = chosen.process != "gaussian"
-    with (
-      named_in_errors("config.diffusion.arguments" if is_own else "config.diffusion"),
-      renamed_in_errors({"process": "config.diffusion.process"}),
-    ):
+    group = "config.diffusion" + (".arguments" if chosen.process != "gaussian" else "")
+    names = {"process": "config.diffusion.process"}
+    with named_in_errors(group), renamed_in_errors(names):
       return create_process(chosen.process, **arguments)
 
   @functools.cached_property
@@ -174,15 +175,13 @@ class Experiment:
     if name is None:
       name = "mdt" if self.model.takes_mask and masking.ratio > 0 else "plain"
     is_mdt = name == "mdt"
-    arguments = chosen.arguments
-    if is_mdt and arguments:
+    if is_mdt and chosen.arguments:
       raise SettingError(
         "config.objective.arguments",
-        arguments,
+        chosen.arguments,
         "are of an objective of one's own; those of mdt are config.masking",
       )
-    if is_mdt:
-      arguments = dataclasses.asdict(masking)
+    arguments = dataclasses.asdict(masking) if is_mdt else chosen.arguments
     with (
       named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
       renamed_in_errors({"objective": "config.objective.name"}),
@@ -267,12 +266,12 @@ class Experiment:
 
   @functools.cached_property
   def source(self) -> Source:
-    """The labelled examples that are trained on."""
+    """The labelled examples of training."""
     return self._part_of_examples(0)
 
   @functools.cached_property
   def held_out(self) -> Source:
-    """The labelled examples that are held out of training."""
+    """The labelled examples that are held out; needs `config.data.validation`."""
     return self._part_of_examples(1)
 
   @property

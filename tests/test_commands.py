@@ -393,6 +393,7 @@ def test_samples_that_cannot_be_scored_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
   ("flag", "texts"),
   [
+    ("--steps=3", ["--steps = 3", "--sampling=num_steps=3"]),
     ("--sampling=steps=2", ["--sampling = 'steps'", "num_steps"]),
     ("--sampling=cfg_interval=0.2,many", ["cfg_interval = '0.2,many'", "tuple"]),
     ("--sampling=num_steps=many", ["config.sampling.num_steps = 'many'", "int"]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.manager import FOLDER, restore_args, restore_config
@@ -129,8 +130,8 @@ def _check_fits(
     folder: of the averages in the checkpoint.
     decay: which average.
   """
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    saved: Any = checkpointer.metadata(folder).item_metadata
+  # The handler, as a Checkpointer warns of a file that checkpoints need not have.
+  saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
   needed, held = _shapes(params), _shapes(saved.tree[decay])
   differing = sorted(
     name for name in needed | held if needed.get(name) != held.get(name)

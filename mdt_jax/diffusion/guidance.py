@@ -97,7 +97,7 @@ def guided(
       first 3 of 4, kept from GLIDE; None guides every channel of the prediction.
     interval: (low, high), of t / T, both included: timesteps outside are not guided
       (arXiv 2404.07724), and a call without any inside runs no unconditional half.
-    num_timesteps: T, of the original process.
+    num_timesteps: T, the network's time at full noise.
     one_batch: whether both halves run as one batch of 2B samples, or as two calls of
       the network that do not wait for each other: faster on CPUs, where XLA leaves
       cores idle in the batched products of attention.

@@ -130,12 +130,16 @@ class Process(abc.ABC):
       SettingError: the process has no such steps.
     """
     raise SettingError(
-      "process", type(self).__name__, "cannot be sampled: it has no steps for samplers"
+      "config.diffusion.process",
+      type(self).__name__,
+      "cannot be sampled: it defines neither respaced() nor levels()",
     )
 
   def levels(self) -> Levels:
     """Noise levels of the steps of a respaced process."""
-    raise SettingError("process", type(self).__name__, "has no steps: call respaced()")
+    raise SettingError(
+      "config.diffusion.process", type(self).__name__, "has no steps: call respaced()"
+    )
 
 
 def like(values: Array, x: Array) -> Array:

@@ -53,7 +53,7 @@ class TimestepSampler:
 
   @property
   def num_timesteps(self) -> int:
-    """S."""
+    """S, timesteps of the process."""
     return int(self.process.end_time)
 
   def init(self) -> LossHistory | None:

@@ -15,7 +15,7 @@ from mdt_jax.training.events import Events
 
 
 def is_due(done: int, every: int, total: int) -> bool:
-  """Whether step `done` of `total` is one of every so many, or the last; 0: none is."""
+  """Whether `done` is a multiple of `every`, or `total`; never where `every` is 0."""
   return every > 0 and (done % every == 0 or done == total)
 
 
@@ -62,7 +62,7 @@ class Progress:
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Leaves the time inside the block out of images a second."""
-    jax.block_until_ready(self._metrics)  # the steps before are
+    jax.block_until_ready(self._metrics)  # the steps before are part of the time
     start = time.monotonic()
     yield
     self._last_time += time.monotonic() - start

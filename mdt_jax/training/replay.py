@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
-from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.checkpoints.manager import FOLDER, Checkpoints
 from mdt_jax.data.loader import batch_indices, create_loader
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import check_eval
@@ -32,18 +32,20 @@ Look = Callable[[TrainState, Batch, Hashable], tuple[Array, Losses, Params, Draw
 
 
 def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]:
-  """Repeats the steps from the last checkpoint, bit for bit, and examines one of them.
+  """Repeats the steps from a checkpoint up to one step, bit for bit, and examines it.
 
   Args:
     config: of the run.
     workdir: of the run; replay_STEP.json is written there, and nothing else changes.
-    step: counted from 0; where no checkpoint is old enough the run starts anew.
+    step: counted from 0. The repetition starts at the last checkpoint that is not after
+      this step, or at the start of the run.
 
   Returns:
-    What replay_STEP.json holds: "loss", the names of "parameters" and "gradients" that
-    are not finite, and "examples", each with "index" in the training data, "label",
-    "t", "largest" absolute value of x0, "loss" and "masked_loss". What is not finite is
-    null there, and None here.
+    What replay_STEP.json holds: "step", "batch", "kept_tokens", "loss", the names of
+    "parameters" and "gradients" that are not finite, and "examples", each with "index"
+    in the training data, "label", "t", "largest" absolute value of x0, and its losses
+    times the weight of the timestep sampler. What is not finite is null there, and None
+    here.
 
   Raises:
     SettingError: the step is not one of the run, or the workdir is none of it.
@@ -58,8 +60,10 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
       "--replay_step", step, f"must lie in [0, config.num_steps = {settings.num_steps})"
     )
   workdir = Path(workdir).expanduser().absolute()
-  if not workdir.is_dir():
-    raise SettingError("--workdir", str(workdir), "must be the folder of a run")
+  if not (workdir / FOLDER).is_dir():
+    raise SettingError(
+      "--workdir", str(workdir), f"must be the folder of a run, with {FOLDER!r} in it"
+    )
   mesh, source, objective = experiment.mesh, experiment.source, experiment.objective
   program = make_program(experiment)
   with locked(workdir), sharding.use_mesh(mesh):
@@ -140,7 +144,7 @@ def _rows(
   examples: list[int], labels: jax.Array, draws: Draws, losses: dict[str, jax.Array]
 ) -> list[dict[str, Any]]:
   """One for each example of the batch."""
-  names = [name for name in ("loss", "masked_loss") if name in losses]
+  names = [name for name in ("loss", "masked_loss") if name in losses] or ["total"]
   columns = jax.device_get({name: losses[name] for name in names})
   largest = jnp.abs(draws.x0).max(axis=(1, 2, 3))
   t, labels, largest = jax.device_get((draws.t, labels, largest))

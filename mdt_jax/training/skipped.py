@@ -25,7 +25,7 @@ class SkippedStep(NamedTuple):
 
 
 class SkippedSteps:
-  """Looks at the metric "skipped" of each step, some steps later.
+  """Counts skipped steps, some steps later, so that the devices do not wait.
 
   Args:
     settings: of the run; more than `settings.max_skipped` steps are too many.

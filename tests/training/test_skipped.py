@@ -102,6 +102,12 @@ def test_a_replayed_step_has_the_loss_that_it_had(data, tmp_path, monkeypatch):
     assert found["loss"] == pytest.approx(2 * losses[step], rel=1e-5)
 
 
+def test_a_replay_in_a_folder_without_a_run_is_refused(data, tmp_path):
+  with pytest.raises(SettingError, match=r"--workdir = .* with 'checkpoints' in it"):
+    replay(config_of(data), tmp_path, 1)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("step", [-1, 6])
 def test_a_replay_of_no_step_is_refused(data, tmp_path, step):
   with pytest.raises(SettingError, match=r"--replay_step"):
