@@ -15,7 +15,7 @@ from mdt_jax.models.autoencoder_decoding import (
 )
 from mdt_jax.models.autoencoder_kl import decode
 from tests import reference
-from tests.models.test_autoencoder_kl import ROUNDING, rms_error, vae
+from tests.models.test_autoencoder_kl import ROUNDING, recorded, rms_error, vae
 
 # In slices
 
