@@ -1,4 +1,4 @@
-"""Networks: MDT v1, MDTv2 and DiT; `registry` lists them."""
+"""The networks MDT v1, MDTv2 and DiT; `models.registry` lists all presets."""
 
 from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.mdt import MDT

@@ -1,4 +1,4 @@
-"""Softmax attention with a bias, and its gradient written out."""
+"""Softmax attention with an additive bias and a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ def attention(
   value: Float[Array, "B K H d"],
   bias: Float[Array, "#B H K K"] | None,
 ) -> Float[Array, "B K H d"]:
-  """softmax(query key^T / sqrt(d) + bias) value, for each head.
+  """Computes softmax(query key^T / sqrt(d) + bias) value for each head.
 
-  Equals jax.nn.dot_product_attention. The gradient is written out, after FlashAttention
-  (arXiv 2205.14135, B.4). It is faster than XLA's in two places: the division by the
-  sums of the softmax is applied to the output, which has K / d times fewer numbers than
-  the weights; and the gradient of a bias that images share is summed by a product.
+  The output equals that of jax.nn.dot_product_attention. The gradient is written by
+  hand, after FlashAttention (arXiv 2205.14135, appendix B.4), and is faster than XLA's
+  for two reasons. First, the output is divided by the sums of the softmax, instead of
+  the weights: the output has K / d times fewer numbers. Second, a matrix product sums
+  the gradient of a bias that all images share. jax.jvp is not supported; use
+  `plain_attention`.
 
   Args:
-    query, key, value: float32 or bfloat16.
-    bias: float32, added to the logits; with a first axis of 1 where images share it.
+    query, key, value: (B, K, H, d), float32 or bfloat16: B images, K tokens, H heads.
+    bias: float32, added to the logits. Its first axis is 1 if all images share it.
+      None: no bias.
 
   Returns:
-    The type of `value`. Logits and softmax are float32.
+    (B, K, H, d), of the dtype of `value`. Logits and softmax are float32.
   """
   return _forward(query, key, value, bias)[0]
 
@@ -41,7 +44,7 @@ def plain_attention(
   value: Float[Array, "B K H d"],
   bias: Float[Array, "#B H K K"] | None,
 ) -> Float[Array, "B K H d"]:
-  """As `attention`, without the written-out gradient, so that jax.jvp works."""
+  """Same as `attention`, but differentiated by JAX, so that jax.jvp works."""
   return _forward(query, key, value, bias)[0]
 
 
@@ -50,13 +53,13 @@ def attention_weights(
   key: Float[Array, "B K H d"],
   bias: Float[Array, "#B H K K"] | None,
 ) -> Float[Array, "B H K K"]:
-  """softmax(query key^T / sqrt(d) + bias), float32: see `attention`."""
+  """Computes softmax(query key^T / sqrt(d) + bias) in float32; see `attention`."""
   q, k = (x.swapaxes(1, 2) for x in (query, key))
   return jax.nn.softmax(_logits(q, k, bias), axis=-1)
 
 
 def _logits(q: Array, k: Array, bias: Array | None) -> Array:
-  """q k^T / sqrt(d) + bias: (B, H, K, d) twice -> (B, H, K, K) float32."""
+  """Computes q k^T / sqrt(d) + bias: q, k (B, H, K, d) -> (B, H, K, K) float32."""
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
   logits = logits * q.shape[-1] ** -0.5
   return logits if bias is None else logits + bias
@@ -65,10 +68,10 @@ def _logits(q: Array, k: Array, bias: Array | None) -> Array:
 def _forward(
   query: Array, key: Array, value: Array, bias: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-  # (B, K, H, d) -> (B, H, K, d): transposed once, instead of in each product.
+  # (B, K, H, d) -> (B, H, K, d): one transpose here saves one in each product.
   q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
   logits = _logits(q, k, bias)
-  # The largest logit cancels, so its derivative is left out.
+  # The softmax does not depend on `largest`, so its derivative is 0.
   largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
   weights = jnp.exp(logits - largest)
   total = weights.sum(axis=-1, keepdims=True)
@@ -83,15 +86,16 @@ def _backward(
 ) -> tuple[Array, Array, Array, Array | None]:
   q, k, v, bias, weights, total, out = kept
   d_out = gradient.swapaxes(1, 2)
-  # `weights` lack the division by `total`: dividing d_out divides all that follows.
+  # `weights` are not divided by `total`. Dividing d_out instead divides d_value and
+  # d_logits, which are linear in d_out.
   d_out = (d_out / total).astype(v.dtype)
-  # The gradients of values and keys are computed as (d, K) and transposed at the end.
-  # Computed as (K, d), XLA for CPUs would transpose the weights (K, K) instead.
+  # d_value and d_key are computed as (d, K) and transposed at the end. If they were
+  # computed as (K, d), XLA for CPUs would transpose the larger weights (K, K).
   d_value = jnp.einsum("bhqk,bhqd->bhdk", weights, d_out)
   d_weights = jnp.einsum(
     "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32
   )
-  # The part that a row of weights shares cancels, because the row sums to one.
+  # Softmax p: d_logits = p (d_p - sum(p d_p)), where sum(p d_p) = sum(d_out out).
   common = (d_out * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
   d_logits = weights * (d_weights - common)
   rounded = d_logits.astype(q.dtype)
@@ -110,5 +114,5 @@ attention.defvjp(_forward, _backward)
 
 
 def _sum_of_batch(x: Array) -> Array:
-  """(B, …) -> (1, …), as a product, which is several times as fast on CPUs as a sum."""
+  """Sums over axis 0: (B, …) -> (1, …). On CPUs a product is faster than jnp.sum."""
   return jnp.tensordot(jnp.ones((1, len(x)), x.dtype), x, axes=1)

@@ -1,4 +1,4 @@
-"""Decoding of many or of large images in the memory of a few: in slices, in tiles."""
+"""Memory-saving decoding: a batch in slices, large images in tiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ def decode_in_slices(
   latents: Float[Array, "B h w C"],
   slice_size: int = 8,
 ) -> Float32[Array, "B H W out_channels"]:
-  """As `decode`, with `slice_size` images at a time to save memory.
+  """Decodes `slice_size` images at a time, to save memory.
+
+  Args:
+    model: the autoencoder.
+    params: its parameters.
+    latents: (B, h, w, C), not scaled, as for `AutoencoderKL.decode`.
+    slice_size: images decoded at a time.
+
+  Returns:
+    The images of `AutoencoderKL.decode`.
 
   Raises:
     SettingError: slice_size is below 1.
@@ -44,17 +53,21 @@ def decode_in_tiles(
   tile_size: int = 64,
   overlap: int = 16,
 ) -> Float32[Array, "B H W out_channels"]:
-  """As `decode`, with one tile of large images at a time to save memory.
+  """Decodes large images tile by tile, to save memory.
 
-  Overlapping tiles are cross-faded. The images differ from those of `decode`, because
-  GroupNorm and attention see one tile only.
+  Overlapping tiles are cross-faded. The images differ slightly from those of `decode`,
+  because GroupNorm and attention see one tile at a time. Latents that fit into one tile
+  are decoded by `decode`.
 
   Args:
     model: the autoencoder.
     params: its parameters.
-    latents: of any height and width.
-    tile_size: side of a tile, in latents.
-    overlap: smallest overlap of neighbouring tiles, in latents.
+    latents: (B, h, w, C), not scaled, of any height and width.
+    tile_size: side of a tile, in latent pixels.
+    overlap: smallest overlap of neighbouring tiles, in latent pixels.
+
+  Returns:
+    Images, about in [-1, 1], not clipped. H = h * downsampling.
 
   Raises:
     SettingError: `overlap` is not in [0, tile_size).
@@ -87,17 +100,17 @@ def decode_in_tiles(
 def _tiles(
   length: int, tile_size: int, overlap: int, factor: int
 ) -> tuple[Array, Array]:
-  """Places tiles of equal size evenly along an axis, and weights their pixels.
+  """Places n tiles of equal size evenly along an axis and weights their pixels.
 
   Returns:
-    starts (n,), in latents, and weights (n, factor * tile size), float32: ramps over
-    the overlaps, which sum to 1 at each pixel.
+    (starts, weights): starts (n,) in latent pixels; weights (n, factor * tile_size)
+    float32. Weights ramp up and down over the overlaps and sum to 1 at each pixel.
   """
   tile_size = min(tile_size, length)
   count = 1 + math.ceil((length - tile_size) / (tile_size - overlap))
   starts = np.linspace(0, length - tile_size, count).round().astype(int)
   inside = np.arange(factor * tile_size)
-  # The distance to the nearest edge of the tile that is not an edge of the image.
+  # Distance of a pixel to the nearest edge of its tile, except edges of the image.
   before = np.where(starts[:, None] > 0, inside + 0.5, np.inf)
   after = np.where(starts[:, None] < length - tile_size, inside[::-1] + 0.5, np.inf)
   ramps = np.minimum(before, after).clip(max=max(1, factor * overlap))

@@ -1,6 +1,6 @@
-"""The autoencoder of Stable Diffusion (arXiv 2112.10752): images to latents and back.
+"""The autoencoder of Stable Diffusion (arXiv 2112.10752).
 
-The network, its names and its defaults are those of diffusers' `AutoencoderKL`.
+Architecture, module names and defaults follow diffusers' `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from jaxtyping import Float, Float32
 from mdt_jax.errors import SettingError
 from mdt_jax.types import Array, Dtype, Params
 
-LOGVAR_RANGE = (-30.0, 20.0)
+LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers clips the log variance
 
 
 class AutoencoderKL(nn.Module):
   """A convolutional autoencoder with a Gaussian posterior for each latent.
 
   Attributes:
-    in_channels: channels of the encoder's images.
-    out_channels: channels of the decoder's images.
-    block_out_channels: width of each level, the finest first, each divisible by
-      norm_num_groups. Every level but the last halves height and width.
-    layers_per_block: residual blocks of a level (the decoder has one more).
-    latent_channels: channels of the latents, C.
+    in_channels: channels of the images that the encoder reads.
+    out_channels: channels of the images that the decoder returns.
+    block_out_channels: width of each level, finest level first. Each width must be
+      divisible by norm_num_groups. Every level but the last halves height and width.
+    layers_per_block: residual blocks per encoder level. A decoder level has one more.
+    latent_channels: C, channels of the latents.
     norm_num_groups: groups of each GroupNorm.
-    scaling_factor: factor that gives latents about unit variance, see `scale`.
-    shift_factor: mean of the latents, which `scale` subtracts.
-    mid_block_attention: attention over all positions of the coarsest level.
-    use_quant_conv: a 1x1 convolution after the encoder.
-    use_post_quant_conv: a 1x1 convolution before the decoder.
-    dtype: compute type; parameters, softmax and GroupNorm's statistics are float32.
+    scaling_factor: factor that scales latents to about unit variance; see `scale`.
+    shift_factor: mean of the latents; `scale` subtracts it.
+    mid_block_attention: whether the coarsest level has self-attention.
+    use_quant_conv: whether a 1x1 convolution follows the encoder.
+    use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
+    dtype: compute dtype. Parameters, softmax and GroupNorm's statistics are float32.
   """
 
   in_channels: int = 3
@@ -53,11 +53,11 @@ class AutoencoderKL(nn.Module):
 
   @property
   def downsampling(self) -> int:
-    """Height of an image over height of its latents."""
+    """Height of an image divided by the height of its latents."""
     return 2 ** (len(self.block_out_channels) - 1)
 
   def check(self) -> None:
-    """Raises SettingError where the attributes cannot make a network."""
+    """Raises SettingError if an attribute is invalid."""
     sizes = "in_channels out_channels layers_per_block latent_channels norm_num_groups"
     for name in sizes.split():
       value = getattr(self, name)
@@ -71,7 +71,7 @@ class AutoencoderKL(nn.Module):
       raise SettingError(
         "block_out_channels",
         widths,
-        "must be one integer or more, each at least 1 and divisible by "
+        "must hold at least one integer, each positive and divisible by "
         f"norm_num_groups = {self.norm_num_groups}",
       )
     for name in ("scaling_factor", "shift_factor"):
@@ -88,7 +88,7 @@ class AutoencoderKL(nn.Module):
       attention=self.mid_block_attention,
       dtype=self.dtype,
     )
-    moments = 2 * self.latent_channels  # mean and logarithm of the variance
+    moments = 2 * self.latent_channels  # mean and log variance
     self.encoder = Encoder(moments, layers=self.layers_per_block, **shared)
     self.decoder = Decoder(
       self.out_channels, layers=self.layers_per_block + 1, **shared
@@ -101,20 +101,20 @@ class AutoencoderKL(nn.Module):
   def __call__(
     self, images: Float[Array, "B H W in_channels"]
   ) -> Float32[Array, "B H W out_channels"]:
-    """Encodes images and decodes the mean of their latents."""
+    """Encodes images in [-1, 1], then decodes the mean of their latents."""
     return self.decode(self.encode(images)[0])
 
   def encode(
     self, images: Float[Array, "B H W in_channels"]
   ) -> tuple[Float32[Array, "B h w C"], Float32[Array, "B h w C"]]:
-    """Computes the posterior of the latents.
+    """Computes mean and log variance of the latents' Gaussian posterior.
 
     Args:
-      images: in [-1, 1].
+      images: (B, H, W, in_channels) in [-1, 1].
 
     Returns:
-      (mean, logvar), not scaled, with h = H // downsampling. logvar, the logarithm of
-      the variance, lies in LOGVAR_RANGE.
+      (mean, logvar), each (B, h, w, C) float32 with h = H // downsampling. Neither is
+      scaled; see `scale`. logvar is clipped to LOGVAR_RANGE.
     """
     moments = self.encoder(images.astype(self.dtype))
     if self.use_quant_conv:
@@ -125,10 +125,10 @@ class AutoencoderKL(nn.Module):
   def decode(
     self, latents: Float[Array, "B h w C"]
   ) -> Float32[Array, "B H W out_channels"]:
-    """Decodes latents.
+    """Decodes latents to images.
 
     Args:
-      latents: not scaled.
+      latents: (B, h, w, C), not scaled; see `unscale`.
 
     Returns:
       Images, about in [-1, 1], not clipped. H = h * downsampling.
@@ -139,11 +139,11 @@ class AutoencoderKL(nn.Module):
     return self.decoder(latents).astype(jnp.float32)
 
   def scale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
-    """Scales latents to about unit variance, for a diffusion model."""
+    """Scales latents to about unit variance: (x - shift_factor) * scaling_factor."""
     return (latents - self.shift_factor) * self.scaling_factor
 
   def unscale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
-    """The inverse of `scale`, for `decode`."""
+    """Inverts `scale`; the result is an input of `decode`."""
     return latents / self.scaling_factor + self.shift_factor
 
 
@@ -151,7 +151,7 @@ class AutoencoderKL(nn.Module):
 def encode(
   model: AutoencoderKL, params: Params, images: Float[Array, "B H W in_channels"]
 ) -> tuple[Float32[Array, "B h w C"], Float32[Array, "B h w C"]]:
-  """`model.encode`, compiled once for each model and shape."""
+  """Calls `AutoencoderKL.encode` under jax.jit, with `model` static."""
   output: Any = model.apply({"params": params}, images, method="encode")
   return output
 
@@ -160,13 +160,13 @@ def encode(
 def decode(
   model: AutoencoderKL, params: Params, latents: Float[Array, "B h w C"]
 ) -> Float32[Array, "B H W out_channels"]:
-  """`model.decode`, compiled once for each model and shape."""
+  """Calls `AutoencoderKL.decode` under jax.jit, with `model` static."""
   output: Any = model.apply({"params": params}, latents, method="decode")
   return output
 
 
 class Encoder(nn.Module):
-  """Images (B, H, W, C) to features (B, h, w, out_features), from fine to coarse."""
+  """Maps images (B, H, W, C) to features (B, h, w, out_features)."""
 
   out_features: int
   block_out_channels: tuple[int, ...]
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents (B, h, w, C) to images (B, H, W, out_features), from coarse to fine."""
+  """Maps latents (B, h, w, C) to images (B, H, W, out_features)."""
 
   out_features: int
   block_out_channels: tuple[int, ...]
@@ -212,7 +212,10 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-  """Residual blocks of one width, then "down" (half the size) or "up" (twice)."""
+  """Residual blocks of one width, then resampling.
+
+  `resample` is "down" (halves height and width), "up" (doubles them) or "none".
+  """
 
   features: int
   layers: int
@@ -232,7 +235,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-  """A residual block, attention if `attention` is set, and another residual block."""
+  """A residual block, optional self-attention, and another residual block."""
 
   groups: int
   attention: bool
@@ -248,7 +251,7 @@ class MidBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-  """GroupNorm, SiLU and convolution, twice, added to the input."""
+  """Adds two rounds of GroupNorm, SiLU and convolution to the input."""
 
   features: int
   groups: int
@@ -266,7 +269,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-  """Self-attention of one head over all positions of (B, h, w, D), with a residual."""
+  """Adds single-head self-attention over all h w positions to x (B, h, w, D)."""
 
   groups: int
   dtype: Dtype
@@ -279,12 +282,12 @@ class SpatialAttention(nn.Module):
     query, key, value = (
       nn.Dense(dim, dtype=self.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v")
     )
-    h = jax.nn.dot_product_attention(query, key, value)  # its softmax is in float32
+    h = jax.nn.dot_product_attention(query, key, value)  # computes softmax in float32
     return x + nn.Dense(dim, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)
 
 
 class Downsample(nn.Module):
-  """A convolution of stride 2, padded at the bottom and on the right only."""
+  """A convolution of stride 2 that pads only the bottom and the right (diffusers)."""
 
   dtype: Dtype
 
@@ -296,7 +299,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Each pixel becomes four, then a convolution."""
+  """Nearest-neighbour upsampling by 2, then a convolution."""
 
   dtype: Dtype
 

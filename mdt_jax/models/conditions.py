@@ -1,6 +1,8 @@
-"""What a network is conditioned on: how it is read, embedded, dropped and sampled.
+"""Conditions of a network, such as class labels.
 
-A new condition is one class here (or in a file of its own) and one line in CONDITIONS.
+A condition defines how y is read from a batch, embedded, and dropped for
+classifier-free guidance. To add one, write a subclass of `Condition` and add it to
+CONDITIONS.
 """
 
 from __future__ import annotations
@@ -20,21 +22,22 @@ from mdt_jax.types import Array, Dtype
 
 
 class Condition(abc.ABC):
-  """The condition y of a network. Subclasses are frozen, hashable dataclasses.
+  """Interface of a condition y. Subclasses are frozen, hashable dataclasses.
 
   Attributes:
-    dropout: share of the examples whose condition is dropped in training, for
-      classifier-free guidance. 0: the network has no null condition.
+    dropout: probability, in [0, 1), of replacing an example's condition by the null
+      condition in training, for classifier-free guidance. If 0, the network has no null
+      condition.
   """
 
   dropout: float
 
   @abc.abstractmethod
   def of_batch(self, batch: Mapping[str, Array]) -> Array:
-    """y (B, …) of the examples of a training step.
+    """Returns y (B, …) of a training batch.
 
     Args:
-      batch: arrays by name, with a leading axis B.
+      batch: name -> array with leading axis B.
 
     Raises:
       ValueError: the batch holds values that cannot be embedded.
@@ -42,49 +45,51 @@ class Condition(abc.ABC):
 
   @abc.abstractmethod
   def embedder(self, hidden_size: int, dtype: Dtype) -> nn.Module:
-    """A module (y (B, …), train) -> (B, D), for a network's compact `__call__`.
+    """Returns a module that maps (y (B, …), train) to an embedding (B, D).
+
+    Call it inside the network's compact `__call__`.
 
     Args:
       hidden_size: D, width of the network.
-      dtype: of the embedding.
+      dtype: dtype of the embedding.
     """
 
   @abc.abstractmethod
   def drop(self, key: Array, y: Array, count: int) -> Array:
-    """y of each of `count` passes, in which examples are dropped independently.
+    """Copies y for `count` passes and drops each copy independently.
 
     Args:
-      key: random key of the draw.
+      key: random key.
       y: (B, …).
-      count: passes of the network over the same examples.
+      count: number of passes of the network over the same examples.
 
     Returns:
-      (B, count, …), of the type of `y`, with the null condition where dropped.
+      (B, count, …), of the dtype of `y`. Dropped entries hold the null condition.
     """
 
   @abc.abstractmethod
   def null_like(self, y: Array) -> Array:
-    """The null condition for as many samples as `y` (B, …) has; of y's shape and type.
+    """Returns the null condition in the shape (B, …) and dtype of `y`.
 
     Raises:
-      ValueError: `dropout` is 0, so that the network has no null condition.
+      ValueError: `dropout` is 0, so the network has no null condition.
     """
 
   @abc.abstractmethod
   def dummy(self, batch: int) -> Array:
-    """Any valid y (batch, …), to initialise parameters with."""
+    """Returns an arbitrary valid y (batch, …), for initialising parameters."""
 
   @abc.abstractmethod
   def choose(self, count: int) -> np.ndarray:
-    """y (count, …) of the samples that are drawn during training."""
+    """Returns y (count, …) for the sample images drawn during training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelCondition(Condition):
-  """Class labels: integers in [0, num_classes); num_classes is the null label.
+  """Integer class labels in [0, num_classes); num_classes itself is the null label.
 
   Attributes:
-    num_classes: classes.
+    num_classes: number of classes, without the null label.
     dropout: see `Condition`.
   """
 
@@ -105,25 +110,25 @@ class LabelCondition(Condition):
 
   def null_like(self, y: Int[Array, "B"]) -> Int[Array, "B"]:
     if self.dropout == 0:
-      raise ValueError("there is no null label: label_dropout is 0")
+      raise ValueError("label_dropout = 0: must be above 0 to use the null label")
     return jnp.full_like(y, self.num_classes)
 
   def dummy(self, batch: int) -> Int[Array, "B"]:
     return jnp.zeros((batch,), jnp.int32)
 
   def choose(self, count: int) -> Int[np.ndarray, "count"]:
-    """Class after class, from 0, and again from 0 after the last."""
+    """Returns labels 0, 1, …, num_classes - 1, 0, 1, … (count,)."""
     return np.arange(count) % self.num_classes
 
 
 def _check_integers(labels: Array) -> Array:
-  """Raises ValueError for labels of a float type, which would index garbage."""
+  """Raises ValueError if the labels are not integers, which would index wrong rows."""
   if not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers, not {labels.dtype}")
+    raise ValueError(f"labels must be integers, got {labels.dtype}")
   return labels
 
 
-# Name, as in `config.model.condition` -> class.
+# Value of `config.model.condition` -> class.
 CONDITIONS: dict[str, Callable[..., Condition]] = {"label": LabelCondition}
 
 
@@ -131,12 +136,13 @@ def create_condition(name: str, *, num_classes: int, dropout: float) -> Conditio
   """Builds a condition by name.
 
   Args:
-    name: key of CONDITIONS.
-    num_classes: classes, or whatever the condition counts.
+    name: a key of CONDITIONS.
+    num_classes: number of classes. Conditions other than labels may interpret the
+      number differently.
     dropout: see `Condition`.
 
   Raises:
-    SettingError: unknown name.
+    SettingError: `name` is unknown.
   """
   check_choice("condition", name, CONDITIONS)
   return CONDITIONS[name](num_classes=num_classes, dropout=dropout)

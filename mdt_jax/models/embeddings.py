@@ -1,4 +1,4 @@
-"""Embeddings of patches, timesteps, labels and positions."""
+"""Embeddings of patches, timesteps, class labels and token positions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MAX_PERIOD = 10_000
 
 
 def sincos_positions(hidden_size: int, grid_size: int) -> Float[np.ndarray, "L D"]:
-  """2-D sin-cos position embedding, the column first (MAE, arXiv 2111.06377).
+  """Computes the 2-D sin-cos position embedding of MAE (arXiv 2111.06377).
 
   Args:
     hidden_size: D, divisible by 4.
     grid_size: tokens along each side.
 
   Returns:
-    (L, D) float32, the L = grid_size**2 tokens in row-major order: for each coordinate
-    D/4 sines, then D/4 cosines.
+    (L, D) float32 for the L = grid_size**2 tokens in row-major order. The first half of
+    a row embeds the column, the second half the row: D/4 sines, then D/4 cosines each.
   """
   quarter = hidden_size // 4
   frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
@@ -38,10 +38,16 @@ def sincos_positions(hidden_size: int, grid_size: int) -> Float[np.ndarray, "L D
 
 
 def relative_position_index(grid_size: int) -> Int[np.ndarray, "L L"]:
-  """Row of the bias table for each pair (query, key) of the L = grid_size**2 tokens.
+  """Returns the row of the bias table for each (query, key) pair of tokens.
 
-  (dy + W - 1)(2W - 1) + dx + W - 1, where dy and dx are the query's row and column
-  minus the key's, and W is the grid size.
+  The row is (dy + W - 1)(2W - 1) + dx + W - 1. W is the grid size; dy and dx are the
+  query's row and column minus the key's.
+
+  Args:
+    grid_size: W, tokens along each side.
+
+  Returns:
+    (L, L) int32 with L = W**2 tokens in row-major order.
   """
   rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
   dy = rows[:, None] - rows[None, :] + grid_size - 1
@@ -50,14 +56,21 @@ def relative_position_index(grid_size: int) -> Int[np.ndarray, "L L"]:
 
 
 def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
-  """Sinusoids of timesteps, integer or not, cosines first: cos(t w_i), sin(t w_i).
+  """Computes sinusoids of timesteps: 128 of cos(t w_i), then 128 of sin(t w_i).
 
-  w_i = MAX_PERIOD^(-i / 128), i = 0 … 127.
+  w_i = MAX_PERIOD^(-i / 128) for i = 0 … 127.
+
+  Args:
+    t: (B,) timesteps, integer or float.
+
+  Returns:
+    (B, 256) float32.
   """
   half = NUM_FREQUENCIES // 2
   exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
-  # Rounded once, from float64: t multiplies an error in the last bit. PyTorch's exp is
-  # exact to that rounding in all but two of 128 entries; XLA's and NumPy's are not.
+  # exp runs in float64 and is rounded once, because t multiplies an error in the last
+  # bit. PyTorch's float32 exp agrees with this rounding in all but 2 of 128 entries;
+  # the exp of XLA and of NumPy does not.
   frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
   angles = t.astype(jnp.float32)[:, None] * frequencies
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -66,13 +79,13 @@ def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
 def drop_labels(
   key: Array, labels: Int[Array, "*B"], num_classes: int, rate: float
 ) -> Int[Array, "*B"]:
-  """Replaces each label by the null label `num_classes` with probability `rate`."""
+  """Replaces each label by the null label, `num_classes`, with probability `rate`."""
   dropped = jax.random.bernoulli(key, rate, labels.shape)
   return jnp.where(dropped, num_classes, labels)
 
 
 class PatchEmbed(nn.Module):
-  """Images to tokens, L = (H / p) (W / p): one linear map of each patch."""
+  """Maps images to L = (H / p)(W / p) tokens by a linear layer on p x p patches."""
 
   patch_size: int
   hidden_size: int
@@ -96,7 +109,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbed(nn.Module):
-  """Timesteps (B,) to vectors (B, D): sinusoids, then linear, SiLU, linear."""
+  """Embeds timesteps: `timestep_frequencies`, then linear, SiLU, linear."""
 
   hidden_size: int
   dtype: Dtype = jnp.float32
@@ -120,11 +133,16 @@ class TimestepEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-  """Labels (B,) to vectors (B, D): the rows of a table.
+  """Embeds integer class labels by looking up rows of a table.
 
-  The last row, number `num_classes`, is the null label's. It exists where `dropout` is
-  above 0, as in the released code. In training, labels are dropped with the random
-  stream "label_dropout".
+  The table has num_classes rows and, if `dropout` is above 0 as in the released code,
+  one more row for the null label `num_classes`. With train=True, labels are dropped;
+  this needs the random stream "label_dropout".
+
+  Out-of-range labels do not raise an error. JAX's gather clamps them: a label past the
+  last row reads the last row. A negative label counts from the end of the table, as in
+  NumPy, and reads row 0 if it is too small. So if `dropout` is above 0, both -1 and any
+  label above num_classes read the null label's row.
   """
 
   num_classes: int

@@ -1,8 +1,8 @@
-"""Floating-point operations of a network, counted from its attributes.
+"""Counts the floating-point operations of a network from its attributes.
 
-The count holds matrix products alone, with two operations for each multiply and add:
-the convention of MFU in the field. XLA's cost analysis does not serve here, because it
-counts the body of a rolled loop once.
+Only matrix products count, and a multiply-add counts as two operations: the usual
+convention for MFU (model FLOPs utilisation). XLA's cost analysis cannot be used,
+because it counts the body of a loop only once.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ from mdt_jax.models.registry import Model, network_of
 
 
 def forward_flops(model: Model, num_keep: int | None = None) -> int:
-  """Operations of a forward pass over one image.
+  """Counts the operations of a forward pass over one image.
 
   Args:
     model: the network.
-    num_keep: tokens that the encoder sees in a masked pass; None for all.
+    num_keep: number of tokens that the encoder sees; None for an unmasked pass.
+
+  Raises:
+    SettingError: the network has no entry in `models.registry.NETWORKS`.
   """
   return network_of(model).forward_flops(model, num_keep)
 
 
 def train_flops(model: Model, num_keep: int | None = None) -> int:
-  """Operations of a training step on one image; a backward pass counts as two forwards.
+  """Counts the operations of a training step on one image.
+
+  A backward pass counts as two forward passes.
 
   Args:
     model: the network.
-    num_keep: tokens kept in the masked pass; None for no masked pass.
+    num_keep: number of tokens kept in the additional masked pass; None if the step has
+      no masked pass.
+
+  Raises:
+    SettingError: the network has no entry in `models.registry.NETWORKS`.
   """
   passes = forward_flops(model)
   if num_keep is not None:

@@ -1,8 +1,8 @@
-"""The Inception v3 of 2015 that FID is defined on (arXiv 1512.00567).
+"""The Inception v3 network of FID (arXiv 1512.00567, released in 2015).
 
-It is the network of classify_image_graph_def.pb. It differs from other releases:
-averages over 3x3 pixels leave the padding out, the last block takes a maximum where the
-paper takes an average, and there are 1,008 classes. Modules have the names of
+The weights are those of classify_image_graph_def.pb. The network differs from other
+releases of Inception v3: 3x3 average pooling excludes the padding, the last block uses
+max pooling instead of average pooling, and there are 1,008 classes. Module names follow
 torchvision's `Inception3`, as in pytorch-fid and torch-fidelity.
 """
 
@@ -20,29 +20,30 @@ from mdt_jax.types import Array
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7  # the channels of mixed_6/conv that ADM's sFID uses
+SPATIAL_CHANNELS = 7  # ADM's sFID uses the first 7 channels of mixed_6/conv
 NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
 
 class Inception(nn.Module):
-  """Images to the features of ADM's evaluator; for inference, in float32.
+  """Computes the features of ADM's evaluator, in float32; for inference only.
 
-  Kernels and biases include the batch normalisation, see `pretrained.torch_inception`.
+  Batch normalisation is folded into kernels and biases by `pretrained.torch_inception`.
   """
 
   @nn.compact
   def __call__(
     self, images: Float32[Array, "B 299 299 3"]
   ) -> dict[str, Float32[Array, "B features"]]:
-    """Computes the features of a batch.
+    """Computes the features of a batch of images.
 
     Args:
-      images: (x - 128) / 128 of pixels x in [0, 255].
+      images: (B, 299, 299, 3) float32, (x - 128) / 128 for pixels x in [0, 255].
 
     Returns:
-      "pool3" (B, 2048), for FID, precision and recall; "spatial" (B, 2023), the first 7
-      channels of mixed_6/conv, for sFID; "logits" (B, 1008), without their bias, for
-      the Inception score.
+      name -> float32 features:
+        "pool3" (B, 2048), for FID, precision and recall;
+        "spatial" (B, 2023), the first 7 channels of mixed_6/conv, for sFID;
+        "logits" (B, 1008), without the bias, for the Inception score.
     """
     x = Conv(32, (3, 3), strides=2, padding="VALID", name="Conv2d_1a_3x3")(images)
     x = Conv(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
@@ -58,7 +59,7 @@ class Inception(nn.Module):
     x = InceptionC(128, name="Mixed_6b")(x)
     x = InceptionC(160, name="Mixed_6c")(x)
     x = InceptionC(160, name="Mixed_6d")(x)
-    # The 1x1 branch comes first in a block's output.
+    # The 1x1 branch, mixed_6/conv, comes first in the block's output.
     spatial = x[..., :SPATIAL_CHANNELS]
     x = InceptionC(192, name="Mixed_6e")(x)
     x = InceptionD(name="Mixed_7a")(x)
@@ -76,7 +77,7 @@ class Inception(nn.Module):
 
 
 class Conv(nn.Module):
-  """Convolution, bias and ReLU."""
+  """A convolution with bias, then ReLU."""
 
   features: int
   kernel_size: tuple[int, int]
@@ -90,7 +91,7 @@ class Conv(nn.Module):
       self.kernel_size,
       strides=self.strides,
       padding=self.padding,
-      # By default, TPUs and GPUs round the factors to fewer bits than float32 has.
+      # By default, TPUs and GPUs round the inputs of a product below float32.
       precision=jax.lax.Precision.HIGHEST,
       name="conv",
     )(x)
@@ -98,7 +99,7 @@ class Conv(nn.Module):
 
 
 class InceptionA(nn.Module):
-  """35x35: 1x1, 5x5, twice 3x3, and an average."""
+  """35x35 pixels; branches: 1x1, 5x5, two 3x3, and average pooling."""
 
   pool_features: int
 
@@ -115,7 +116,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-  """35x35 to 17x17."""
+  """35x35 to 17x17 pixels; branches: 3x3, two 3x3, and max pooling."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -127,7 +128,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-  """17x17: 1x1, 7x7 as 1x7 and 7x1, twice that, and an average."""
+  """17x17 pixels; branches: 1x1, factorised 7x7, two of these, and average pooling."""
 
   width: int
 
@@ -147,7 +148,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-  """17x17 to 8x8."""
+  """17x17 to 8x8 pixels; branches: 3x3, factorised 7x7 and 3x3, and max pooling."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -161,7 +162,10 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-  """8x8: 1x1; 1x3 beside 3x1; 3x3, then 1x3 beside 3x1; and a pool of 3x3 pixels."""
+  """8x8 pixels; branches: 1x1, factorised 3x3, 3x3 and factorised 3x3, and pooling.
+
+  `pool` is the 3x3 pooling of the last branch.
+  """
 
   pool: Callable[[Array], Array]  # _average or _maximum
 
@@ -184,7 +188,7 @@ def _halve(x: Array) -> Array:
 
 
 def _average(x: Array) -> Array:
-  """The average over 3x3 pixels, without those outside the image."""
+  """3x3 average pooling that excludes the padding."""
   return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 

@@ -1,4 +1,4 @@
-"""Layers that networks share: linear, LayerNorm, GELU, and stacks of blocks."""
+"""Shared layers: linear, LayerNorm, adaLN, GELU, and stacks of blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from jaxtyping import Float
 from mdt_jax.models.partitioning import gather_kernel, parameter_axes
 from mdt_jax.types import Array, Dtype
 
-# Linear layers of the released code: Xavier uniform kernels, zero biases.
+# The initializers of the released code; biases start at zero.
 linear_init = nn.initializers.xavier_uniform()
 normal_init = nn.initializers.normal(0.02)
 
-# What the backward pass finds in memory; it recomputes the other activations.
+# Value of `remat` -> what the forward pass saves. The backward pass recomputes
+# the rest.
 REMAT_POLICIES = {
   "none": None,  # every activation
-  "full": jax.checkpoint_policies.nothing_saveable,  # the input of each block
-  "dots": jax.checkpoint_policies.checkpoint_dots,  # the matrix products
+  "full": jax.checkpoint_policies.nothing_saveable,  # only the input of each block
+  "dots": jax.checkpoint_policies.checkpoint_dots,  # outputs of matrix products
 }
 
 
@@ -36,19 +37,22 @@ def linear(
   path: str = "",
   forward_mode: bool = False,
 ) -> nn.DenseGeneral:
-  """A linear layer that gathers its kernel before the product.
+  """Builds a linear layer that gathers its sharded kernel before the product.
 
-  Left to itself, XLA may move activations between devices where the batch is small.
+  Without the gather, XLA may move activations between devices if the batch is small.
 
   Args:
     features: shape of the output's last axes.
-    name: of the module.
-    dtype: of the product; the parameters are float32.
+    name: name of the module.
+    dtype: dtype of the product. Kernel and bias are float32.
     kernel_init: initializer of the kernel, called with the shape (inputs, outputs).
-    axis: axes of the input to sum over, the last ones.
-    path: the part of the parameter's path before `name` that `PARAMETER_AXES` needs to
-      tell the layer from others of that name, such as "final_layer/".
-    forward_mode: whether jax.jvp can differentiate the layer, with slower gradients.
+    axis: input axes to sum over; they must be the last ones.
+    path: prefix of `name` in the parameter's path, such as "final_layer/". Needed if
+      `partitioning.PARAMETER_AXES` distinguishes layers of the same name by the prefix.
+    forward_mode: whether jax.jvp can differentiate the layer; makes gradients slower.
+
+  Returns:
+    The flax module.
   """
   multiply = jnp.tensordot if forward_mode else product
   axes = parameter_axes(f"{path}{name}/kernel")
@@ -69,11 +73,18 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, count: int) -> Array:
-  """x (…, I…) times kernel (I…, O…), summed over the `count` axes I: (…, O…).
+  """Equals jnp.tensordot(x, kernel, count), with a gradient that is faster on CPUs.
 
-  Equals jnp.tensordot(x, kernel, count). The gradient is written out, because XLA for
-  CPUs computes the kernel's gradient of tensordot at a third of the speed: it takes the
-  factors in the slower order.
+  XLA for CPUs computes the kernel's gradient of tensordot at a third of the speed,
+  because it multiplies the factors in the slower order. jax.jvp is not supported.
+
+  Args:
+    x: (…, I…).
+    kernel: (I…, O…).
+    count: number of axes I to sum over.
+
+  Returns:
+    (…, O…).
   """
   return jnp.tensordot(x, kernel, count)
 
@@ -92,7 +103,7 @@ def _product_backward(
   d_x = jnp.tensordot(gradient, kernel, (outputs, outputs))
   rows = x.reshape(-1, *kernel.shape[:count])  # (N, I…)
   d_rows = gradient.reshape(-1, *kernel.shape[count:])  # (N, O…)
-  # Kernels with more axes, those of attention, never have more inputs than outputs.
+  # Kernels with more than 2 axes (attention) never have more inputs than outputs.
   if kernel.ndim > 2 or len(kernel) <= kernel.shape[1]:
     return d_x, _sum_over_rows(rows, d_rows)
   return d_x, jax.lax.platform_dependent(
@@ -101,14 +112,14 @@ def _product_backward(
 
 
 def _sum_over_rows(x: Array, y: Array) -> Array:
-  """x^T y: (N, I…) and (N, O…) -> (I…, O…)."""
+  """Computes x^T y: (N, I…) and (N, O…) -> (I…, O…)."""
   return jnp.tensordot(x, y, (0, 0))
 
 
 def _sum_over_rows_transposed(x: Array, y: Array) -> Array:
-  """x^T y as (y^T x)^T, which is faster on CPUs where x is wider than y.
+  """Computes x^T y as (y^T x)^T, which is faster on CPUs if x is wider than y.
 
-  The barrier keeps XLA from simplifying the expression back to x^T y.
+  The barrier prevents XLA from simplifying the expression to x^T y.
   """
   return jax.lax.optimization_barrier(_sum_over_rows(y, x)).T
 
@@ -117,30 +128,30 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def layer_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-  """LayerNorm over D without affine parameters, eps 1e-6, computed in float32."""
+  """Applies LayerNorm over D in float32, with eps 1e-6 and no affine parameters."""
   norm = nn.LayerNorm(
     epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False
   )
   normed = norm.apply({}, x.astype(jnp.float32))
-  assert isinstance(normed, jax.Array)  # and no tuple: no collection is mutable
+  assert isinstance(normed, jax.Array)  # for the type checker
   return normed.astype(x.dtype)
 
 
-# The backward pass recomputes the next two functions. Keeping their intermediate values
-# takes as much memory as all other activations together, and more time.
+# The backward pass recomputes `modulated_norm` and `gelu`. Saving their intermediate
+# values would take as much memory as all other activations together, and more time.
 
 
 @jax.checkpoint
 def modulated_norm(
   x: Float[Array, "B L D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
 ) -> Float[Array, "B L D"]:
-  """LayerNorm(x) (1 + scale) + shift: adaLN, section 3.2 of DiT (arXiv 2212.09748)."""
+  """Computes LayerNorm(x) (1 + scale) + shift: adaLN (DiT, arXiv 2212.09748, 3.2)."""
   return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 @jax.checkpoint
 def gelu(x: Array) -> Array:
-  """GELU, approximated by tanh."""
+  """Applies GELU in the tanh approximation."""
   return nn.gelu(x, approximate=True)
 
 
@@ -154,33 +165,34 @@ def stack(
   one_skip_a_block: bool = False,
   **attributes: Any,
 ) -> Callable[..., tuple[Array, Array | None]]:
-  """`length` blocks in a row, whose parameters are stacked along axis 0.
+  """Builds a sequence of `length` blocks with nn.scan.
 
-  Values that the blocks sow into the collection "intermediates" are stacked too.
+  Parameters, and values sown into the collection "intermediates", are stacked along
+  axis 0.
 
   Args:
-    block: module class, called as (x, c, index, skip) -> (x, output of the block).
+    block: module class. A call (x, c, index, skip) returns (x, output of the block).
     length: number of blocks.
-    name: of the module.
-    remat: key of `REMAT_POLICIES`.
-    unroll: blocks compiled one after another in each iteration of the loop; -1: all.
-    one_skip_a_block: whether `skip` is stacked along axis 0, one entry for each block;
-      else all blocks receive the same `skip`.
-    **attributes: of the blocks.
+    name: name of the module.
+    remat: a key of REMAT_POLICIES.
+    unroll: number of blocks per iteration of the compiled loop; -1 for all blocks.
+    one_skip_a_block: if True, block i receives `skip[i]`; if False, all blocks receive
+      the same `skip`.
+    **attributes: attributes of the block class.
 
   Returns:
-    (x, c, index, skip) -> (x after the last block, outputs of all blocks stacked along
-    axis 0).
+    A function (x, c, index, skip) -> (x after the last block, outputs of all blocks
+    stacked along axis 0).
   """
   policy = REMAT_POLICIES[remat]
   if policy is not None:
-    # XLA may undo the recomputation only where the blocks are unrolled.
+    # XLA's common-subexpression elimination can undo remat only in unrolled code.
     block = nn.remat(block, policy=policy, prevent_cse=unroll != 1)
   scanned = nn.scan(
     block,
     variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
-    # flax infers the type int of the default.
+    # The type checker infers `int` from flax's default value.
     in_axes=(  # pyright: ignore[reportArgumentType]
       nn.broadcast,
       nn.broadcast,

@@ -1,9 +1,9 @@
-"""Token masks of static length, and the choice of that length.
+"""Token masks, and the number of tokens that a mask keeps.
 
 The released code keeps int(L (1 - ratio)) tokens of each sample: those with the
 smallest noise (MAE's masking, arXiv 2111.06377). MDTv2 draws the ratio uniformly from
-[ratio, ratio + width]. XLA compiles once for each number of kept tokens, so we draw
-that number from a few lengths with the same mean.
+[ratio, ratio + width]. XLA compiles once per number of kept tokens. So this module
+draws the number from a few lengths whose mean equals that of the released code.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mdt_jax.types import Array
 
 @flax.struct.dataclass
 class TokenMask:
-  """The K of L tokens that the encoder sees, for each of B samples.
+  """Which K of L tokens the encoder sees, for each of B samples.
 
   Attributes:
-    ids_keep: (B, K) indices of the kept tokens, in the order that the encoder sees.
-    ids_restore: (B, L) for each token its index in the sequence "kept tokens, then
-      removed tokens".
-    removed: (B, L) true where the token is removed.
+    ids_keep: (B, K) int32 indices of the kept tokens, in the encoder's order.
+    ids_restore: (B, L) int32; entry i is the index of token i in the sequence of kept
+      tokens followed by removed tokens.
+    removed: (B, L) bool, True for a removed token.
   """
 
   ids_keep: Int[Array, "B K"]
@@ -36,7 +36,7 @@ class TokenMask:
 
 
 def token_mask_from_noise(noise: Float[Array, "B L"], num_keep: int) -> TokenMask:
-  """Keeps the `num_keep` tokens of each sample that have the smallest noise."""
+  """Returns the mask that keeps the `num_keep` tokens with the smallest noise."""
   order = jnp.argsort(noise, axis=1)
   ids_restore = jnp.argsort(order, axis=1)
   return TokenMask(
@@ -47,21 +47,21 @@ def token_mask_from_noise(noise: Float[Array, "B L"], num_keep: int) -> TokenMas
 
 
 def random_token_mask(key: Array, batch: int, length: int, num_keep: int) -> TokenMask:
-  """Keeps `num_keep` of `length` tokens at random, drawn for each sample."""
+  """Returns a mask that keeps `num_keep` random tokens of `length`, per sample."""
   return token_mask_from_noise(jax.random.uniform(key, (batch, length)), num_keep)
 
 
 def keep_tokens(
   tokens: Float[Array, "B L D"], mask: TokenMask
 ) -> Float[Array, "B K D"]:
-  """The kept tokens, in the order of `mask.ids_keep`."""
+  """Selects the kept tokens, in the order of `mask.ids_keep`."""
   return jnp.take_along_axis(tokens, mask.ids_keep[..., None], axis=1)
 
 
 def restore_tokens(
   kept: Float[Array, "B K D"], mask_token: Float[Array, "D"], mask: TokenMask
 ) -> Float[Array, "B L D"]:
-  """The kept tokens at their places, and `mask_token` at all others."""
+  """Puts kept tokens back in their positions and `mask_token` in all others."""
   batch, num_keep, dim = kept.shape
   num_removed = mask.ids_restore.shape[1] - num_keep
   fill = jnp.broadcast_to(mask_token.astype(kept.dtype), (batch, num_removed, dim))
@@ -70,18 +70,18 @@ def restore_tokens(
 
 
 def num_kept(length: int, ratio: float) -> int:
-  """The number of tokens that the released code keeps: int(length (1 - ratio))."""
+  """Returns int(length (1 - ratio)), the number of tokens the released code keeps."""
   return int(length * (1 - ratio))
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptLengths:
-  """The numbers of kept tokens of a run, and the probability of each.
+  """The possible numbers of kept tokens in a run, and their probabilities.
 
   Attributes:
-    lengths: numbers of kept tokens, increasing. The step is compiled once for each.
-    probabilities: one for each length. The mean length equals that of the released
-      code, whose ratio is uniform.
+    lengths: numbers of kept tokens, increasing. XLA compiles the step once per length.
+    probabilities: one per length. The mean length equals that of the released code,
+      which draws the ratio uniformly.
   """
 
   lengths: tuple[int, ...]
@@ -96,22 +96,22 @@ class KeptLengths:
     num_lengths: int = 4,
     multiple: int = 8,
   ) -> KeptLengths:
-    """Chooses up to `num_lengths` lengths over the range of the ratio.
+    """Chooses up to `num_lengths` lengths in the range of the mask ratio.
 
     Args:
-      length: L, tokens of an image.
-      ratio: the smallest masked share.
-      width: the masked share is uniform in [ratio, ratio + width]. A width of 0 (MDT
-        v1) gives one length, exactly int(L (1 - ratio)).
-      num_lengths: the number of lengths, and so of compilations.
-      multiple: of which all lengths are multiples. Where the range does not hold
-        `num_lengths` multiples with the right mean, `multiple` is halved until it does.
+      length: L, number of tokens of an image.
+      ratio: smallest share of masked tokens, in [0, 1].
+      width: the released code draws the share uniformly from [ratio, ratio + width].
+        A width of 0 (MDT v1) gives one length, int(L (1 - ratio)).
+      num_lengths: largest number of lengths, and so of compilations.
+      multiple: lengths are multiples of this number. `multiple` is halved until the
+        range holds enough multiples with the right mean.
     """
     low, high = num_kept(length, ratio + width), num_kept(length, ratio)
     if low == high or num_lengths == 1:
       middle = num_kept(length, ratio + width / 2)
       return cls((middle,), (1.0,))
-    # Clipped, because rounding may put the mean of a narrow range just outside it.
+    # Clipped, because rounding may move the mean of a narrow range just outside.
     mean = min(max(_mean_kept(length, ratio, width), low), high)
     count = min(num_lengths, high - low + 1)
     while True:
@@ -119,7 +119,7 @@ class KeptLengths:
       steps = np.linspace(low / multiple, high / multiple, count)
       lengths = np.unique(np.clip(np.round(steps), first, last)) * multiple
       if len(lengths) == count:
-        # The flattest distribution with that mean is linear in the lengths.
+        # The distribution closest to uniform with this mean is linear in the lengths.
         offset = lengths - lengths.mean()
         slope = (mean - lengths.mean()) / np.sum(offset**2)
         probabilities = 1 / count + slope * offset
@@ -134,13 +134,13 @@ class KeptLengths:
       multiple = max(1, multiple // 2)
 
   def draw(self, seed: int, step: int) -> int:
-    """The number of kept tokens at a step: a function of (seed, step), on any host."""
+    """Draws the number of kept tokens of a step; depends only on (seed, step)."""
     rng = np.random.default_rng((seed, step))
     return self.lengths[rng.choice(len(self.lengths), p=self.probabilities)]
 
 
 def _mean_kept(length: int, ratio: float, width: float) -> float:
-  """Mean of int(length (1 - r)) for r uniform in [ratio, ratio + width]."""
+  """Returns the mean of int(length (1 - r)) for r uniform in [ratio, ratio + width]."""
   low, high = length * (1 - ratio - width), length * (1 - ratio)
   counts = np.arange(int(low), int(high) + 1)
   share = np.minimum(counts + 1, high) - np.maximum(counts, low)

@@ -1,6 +1,7 @@
-"""The Masked Diffusion Transformer (arXiv 2303.14389), v1 and v2, and DiT, whole.
+"""The networks MDT, MDTv2 (arXiv 2303.14389) and DiT (arXiv 2212.09748).
 
-Shapes: B samples; latents (H, W, C); L tokens of which the encoder sees K; width D.
+Letters in shapes: B samples; H, W, C height, width and channels of the latents; L
+tokens of an image; K tokens that the encoder sees; D width of the network.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from mdt_jax.types import Array, Dtype
 
 VARIANTS = ("DiT", "MDT", "MDTv2")
 
-# Rows of the bias table that no index reads: BEiT's, for its class token. The released
-# checkpoints hold them.
+# The released bias tables have 3 extra rows that no index reads. They come from BEiT,
+# which uses them for its class token.
 UNUSED_BIAS_ROWS = 3
 
 
 class Modulation(nn.Module):
-  """The conditioning to `count` vectors of shift, scale or gate; adaLN-Zero."""
+  """Maps the conditioning c to `count` vectors (shift, scale or gate): adaLN-Zero."""
 
   count: int
   dtype: Dtype = jnp.float32
@@ -55,12 +56,12 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention, with a relative position bias where asked.
+  """Multi-head self-attention with an optional relative position bias.
 
   Attributes:
-    num_heads: heads.
-    bias_rows: rows of the bias table; 0 for no bias (DiT).
-    dtype: of the products; the softmax is float32.
+    num_heads: number of heads.
+    bias_rows: number of rows of the bias table; 0 for no bias (DiT).
+    dtype: dtype of the products. The softmax is float32.
     forward_mode, sow_attention: see `MDT`.
   """
 
@@ -74,15 +75,24 @@ class Attention(nn.Module):
   def __call__(
     self, x: Float[Array, "B K D"], index: Int[Array, "#B K K"] | None
   ) -> Float[Array, "B K D"]:
-    """Attends; `index` holds the row of the bias table for each pair of tokens."""
+    """Applies attention to x.
+
+    Args:
+      x: (B, K, D) tokens.
+      index: (1 or B, K, K) row of the bias table for each (query, key) pair; None if
+        bias_rows is 0.
+
+    Returns:
+      (B, K, D).
+    """
     dim, options = x.shape[-1], dict(dtype=self.dtype, forward_mode=self.forward_mode)
-    # Heads are an axis of their own, which devices can share.
+    # A separate axis of heads can be sharded over devices.
     heads = (3, self.num_heads, dim // self.num_heads)
     qkv = linear(heads, "qkv", **options)(x)  # (B, K, 3, heads, D / heads)
     query, key, value = jnp.unstack(qkv, axis=2)
     bias = None
     if self.bias_rows:
-      # timm truncates the normal at 2, a hundred stds away.
+      # timm truncates this normal at 2, a hundred standard deviations away: no effect.
       shape = (self.bias_rows, self.num_heads)
       table = self.param("relative_position_bias", normal_init, shape, jnp.float32)
       bias = jnp.asarray(table)[index]  # (1 or B, K, K, heads)
@@ -96,13 +106,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """A transformer block: long skip where given, attention and MLP, both modulated.
+  """A transformer block: optional long skip, attention and MLP, with adaLN-Zero.
 
   Attributes:
     num_heads, bias_rows, dtype: see `Attention`.
     forward_mode, sow_attention: see `MDT`.
-    mlp_ratio: hidden width of the MLP over D.
-    emit: whether to return the output a second time, for `nn.scan` to stack.
+    mlp_ratio: hidden width of the MLP divided by D.
+    emit: whether to return the output a second time, so that nn.scan stacks it.
   """
 
   num_heads: int
@@ -147,7 +157,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-  """Tokens to images: adaLN, a linear map to patches, which is zero at first."""
+  """Maps tokens to images: adaLN, then a zero-initialised linear map to patches."""
 
   patch_size: int
   out_channels: int
@@ -178,44 +188,45 @@ class FinalLayer(nn.Module):
 class MDT(Network, kw_only=True):
   """A diffusion transformer over latents, with masked latent modelling.
 
-  MDT:   depth - decode_depth blocks on the kept tokens; the side-interpolater predicts
-         the removed tokens; decode_depth blocks on all tokens.
-  MDTv2: the blocks on the kept tokens form a U-shape of in-blocks and out-blocks with
-         long skips, and each decode block has a long skip from the embedded input.
-  DiT:   depth plain blocks, no position bias, frozen positions; takes no mask.
+  MDT:   depth - decode_depth blocks process the kept tokens, the side-interpolater
+         predicts the removed tokens, and decode_depth blocks process all tokens.
+  MDTv2: as MDT, but the blocks on the kept tokens form a U-shape of in-blocks and
+         out-blocks with long skips, and each decode block has a long skip from the
+         embedded input.
+  DiT:   depth plain blocks without position bias. The position embedding is frozen. A
+         token mask is not accepted.
 
-  The gradients of products and attention are written out in reverse mode, so jax.jvp
-  has no rule for them. With forward_mode=True, jax.jvp works. Without it, use that the
-  pullback is linear in its argument, so that its own pullback is the derivative
-  forwards. For f(x) along v:
+  jax.jvp works only with forward_mode=True, because the gradients of products and
+  attention are written by hand in reverse mode. With forward_mode=False, compute the
+  forward derivative of f(x) along v by differentiating the pullback, which is linear:
 
     out, pull = jax.vjp(f, x)
     tangent = jax.vjp(pull, jnp.zeros_like(out))[1]((v,))[0]
 
-  Intermediate values: with capture_intermediates=True, the outputs of a stack of blocks
-  are stacked along axis 0. A block returns its output first:
+  capture_intermediates=True captures the outputs of all blocks of a stack, stacked
+  along axis 0. The output of a block is the first entry of the captured tuple:
 
     _, state = model.apply(
       {"params": params}, x, t, y, capture_intermediates=True, mutable=["intermediates"]
     )
     state["intermediates"]["decode_blocks"]["__call__"][0][0]  # (decode_depth, B, L, D)
 
-  Attributes, beside those of `Network`:
+  Attributes (in addition to those of `Network`):
     variant: "DiT", "MDT" or "MDTv2".
     hidden_size: width D, divisible by num_heads and by 4.
-    depth: blocks, without the side block.
-    num_heads: attention heads.
-    decode_depth: blocks after the side-interpolater; unused by DiT.
-    mlp_ratio: hidden width of the MLP over D.
-    dtype: compute type; parameters, softmax and LayerNorm are float32.
-    remat: "none", "full" or "dots": which activations the backward pass recomputes. On
-      CPUs it saves memory only where unroll is 1.
-    forward_mode: plain attention and products, which jax.jvp can differentiate; slower
-      gradients. The output is the same.
-    sow_attention: whether each attention sows its softmax weights as
-      "attention_weights", (B, heads, K, K) float32, into the collection "intermediates"
-      where that is mutable. Stacks add an axis of blocks. This costs memory: the
-      weights of all blocks are kept at once.
+    depth: number of blocks, without the side-interpolater.
+    num_heads: number of attention heads.
+    decode_depth: number of blocks after the side-interpolater; DiT ignores it.
+    mlp_ratio: hidden width of the MLP divided by D.
+    dtype: compute dtype. Parameters, softmax and LayerNorm are float32.
+    remat: "none", "full" or "dots": which activations the backward pass recomputes; see
+      `layers.REMAT_POLICIES`. On CPUs, remat saves memory only if unroll is 1.
+    forward_mode: whether jax.jvp can differentiate the network. Gradients are then
+      slower; the output is the same.
+    sow_attention: whether each attention layer sows its softmax weights
+      "attention_weights" (B, heads, K, K) float32 into the collection "intermediates",
+      if that collection is mutable. A stack adds a leading axis of blocks. The weights
+      of all blocks are in memory at once.
   """
 
   variant: str = "MDTv2"
@@ -237,12 +248,12 @@ class MDT(Network, kw_only=True):
 
   @property
   def takes_mask(self) -> bool:
-    """Whether there is a side-interpolater, which predicts removed tokens."""
+    """Whether the network has a side-interpolater, so that it accepts a token mask."""
     return self.variant != "DiT"
 
   @property
   def frozen(self) -> tuple[str, ...]:
-    """Names of the parameters that are not trained: the positions of DiT."""
+    """Names of parameters that are not trained: DiT's position embedding."""
     return () if self.takes_mask else ("pos_embed",)
 
   @nn.compact
@@ -254,22 +265,26 @@ class MDT(Network, kw_only=True):
     token_mask: TokenMask | None = None,
     train: bool = False,
   ) -> Float[Array, "B H W out_channels"]:
-    """Predicts the noise (or x0, or v), and the variance where learn_sigma is set.
+    """Predicts noise (or x0, or v) and, if learn_sigma is set, the variance.
 
     Args:
-      x: noisy latents, H = W = input_size.
-      t: timesteps in the original 0 … T-1, integer or not.
-      y: the condition; by default integer labels, where num_classes is the null label.
-      token_mask: the tokens that the encoder sees; None for all. Not for DiT.
-      train: whether conditions are dropped; labels need the random stream
+      x: (B, H, W, C) noisy latents, H = W = input_size.
+      t: (B,) timesteps of the original process, in [0, T - 1], integer or float.
+      y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
+        num_classes is the null label. Labels out of range do not raise an error: JAX
+        clamps them to the rows of the label table. A label above num_classes acts as
+        the null label if label_dropout > 0, else as the last class. -1 reads the last
+        row as well. See `LabelEmbed`.
+      token_mask: the tokens that the encoder sees; None for all. DiT accepts only None.
+      train: whether to drop conditions. Labels then need the random stream
         "label_dropout".
 
     Returns:
-      float32.
+      (B, H, W, out_channels) float32.
 
     Raises:
-      SettingError: attributes that cannot make a network.
-      ValueError: a mask for DiT.
+      SettingError: an attribute is invalid.
+      ValueError: `token_mask` is given to DiT.
     """
     self.check()
     if token_mask is not None and not self.takes_mask:
@@ -299,7 +314,7 @@ class MDT(Network, kw_only=True):
   def _encode(
     self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
   ) -> Array:
-    """The blocks that see the kept tokens only: (B, L, D) -> (B, K, D)."""
+    """Runs the blocks that see only the kept tokens: (B, L, D) -> (B, K, D)."""
     if token_mask is not None:
       tokens = keep_tokens(tokens, token_mask)  # (B, K, D)
       ids = token_mask.ids_keep
@@ -319,13 +334,14 @@ class MDT(Network, kw_only=True):
   def _interpolate(
     self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
   ) -> Array:
-    """The side-interpolater predicts the removed tokens: (B, K, D) -> (B, L, D)."""
-    # flax derives the key of mask_token from the number of parameters before it.
+    """Predicts the removed tokens by the side-interpolater: (B, K, D) -> (B, L, D)."""
+    # Keep this order: flax derives the random key of mask_token from the number of
+    # parameters created before.
     positions = self._positions("decode_pos_embed")
     mask_token = self.param("mask_token", normal_init, (self.hidden_size,), jnp.float32)
     side_block = Block(**self._block_attributes(), name="side_block")
     if token_mask is None:
-      if self.is_initializing():  # the parameters exist with and without a mask
+      if self.is_initializing():  # creates the parameters of the side block
         side_block(tokens, c, index)
       return tokens + positions
     tokens = restore_tokens(tokens, mask_token, token_mask) + positions
@@ -333,12 +349,12 @@ class MDT(Network, kw_only=True):
     return jnp.where(token_mask.removed[..., None], predicted, tokens)
 
   def _decode(self, tokens: Array, embedded: Array, c: Array, index: Array) -> Array:
-    """The blocks that see all tokens."""
+    """Runs the blocks that see all tokens: (B, L, D) -> (B, L, D)."""
     skip = embedded if self.variant == "MDTv2" else None
     return self._blocks("decode_blocks", self.decode_depth)(tokens, c, index, skip)[0]
 
   def _positions(self, name: str) -> Float[Array, "L D"]:
-    """The parameter `name`, which starts as sin-cos positions."""
+    """Creates the position parameter `name`, initialised to sin-cos positions."""
     start = sincos_positions(self.hidden_size, self.grid_size)
     param = self.param(name, lambda key: jnp.asarray(start))
     return gather(param.astype(self.dtype), parameter_axes(name))
@@ -346,7 +362,7 @@ class MDT(Network, kw_only=True):
   def _blocks(
     self, name: str, length: int, **options: bool
   ) -> Callable[..., tuple[Array, Array | None]]:
-    """`length` blocks in a row; see `layers.stack`."""
+    """Builds a sequence of `length` blocks; see `layers.stack`."""
     return layers.stack(
       Block,
       length,
@@ -358,7 +374,7 @@ class MDT(Network, kw_only=True):
     )
 
   def _block_attributes(self) -> dict[str, Any]:
-    offsets = (2 * self.grid_size - 1) ** 2  # of two tokens of the grid
+    offsets = (2 * self.grid_size - 1) ** 2  # possible (dy, dx) of two tokens
     return dict(
       num_heads=self.num_heads,
       mlp_ratio=self.mlp_ratio,
@@ -369,7 +385,7 @@ class MDT(Network, kw_only=True):
     )
 
   def check(self) -> None:
-    """Raises SettingError where the attributes cannot make a network."""
+    """Raises SettingError if an attribute is invalid."""
     check_choice("variant", self.variant, VARIANTS)
     check_choice("remat", self.remat, layers.REMAT_POLICIES)
     super().check()

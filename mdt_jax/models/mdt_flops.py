@@ -1,6 +1,6 @@
-"""Floating-point operations of MDT, counted from its attributes.
+"""Counts the floating-point operations of MDT, MDTv2 and DiT from their attributes.
 
-Two operations for each multiply and add of a matrix product; see `models.flops`.
+A multiply-add of a matrix product counts as two operations; see `models.flops`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from mdt_jax.models.mdt import MDT
 
 
 def forward_flops(model: MDT, num_keep: int | None = None) -> int:
-  """Operations of a forward pass over one image.
+  """Counts the operations of a forward pass over one image.
 
   Args:
     model: the network.
-    num_keep: tokens that the encoder sees in a masked pass; None for all.
+    num_keep: number of tokens that the encoder sees; None for an unmasked pass.
   """
   length, width = model.num_tokens, model.hidden_size
   patch = model.patch_size**2 * model.in_channels
@@ -37,7 +37,7 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
 
 
 def block_flops(model: MDT, length: int) -> int:
-  """Operations of one block over `length` tokens, without a long skip."""
+  """Counts the operations of a block on `length` tokens, without its long skip."""
   width = model.hidden_size
   hidden = int(width * model.mlp_ratio)
   linear = 2 * length * width * (3 * width + width + 2 * hidden)
@@ -46,5 +46,5 @@ def block_flops(model: MDT, length: int) -> int:
 
 
 def skip_flops(model: MDT, length: int) -> int:
-  """Operations of a long skip: 2D -> D for each token."""
+  """Counts the operations of a long skip, a 2D -> D layer, on `length` tokens."""
   return 2 * length * 2 * model.hidden_size**2

@@ -1,4 +1,4 @@
-"""The base class of every network, also of one that lies outside the package."""
+"""The base class of every network, inside and outside this package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIGNATURE = "(x, t, y, token_mask=None, train=False)"
 
 
 class Network(nn.Module, kw_only=True):
-  """A network over images or latents: a linen module with this `__call__`.
+  """Base class of networks over images or latents; a flax linen module.
 
-  A subclass defines `__call__` and may add fields of its own. It overrides `frozen`,
-  `takes_mask` and `num_tokens` as properties where the values here do not hold.
-  `check_network` tests a subclass.
+  A subclass must define `__call__` with the signature below. It may add fields, and may
+  override the properties `frozen`, `takes_mask` and `num_tokens`. `check_network`
+  checks a subclass.
 
     class MyNet(mdt_jax.models.Network):
       width: int = 64
@@ -35,15 +35,17 @@ class Network(nn.Module, kw_only=True):
 
   Attributes:
     input_size: height and width of the input, divisible by patch_size.
-    patch_size: side of a patch, which is one token.
-    in_channels: channels of the input, C.
-    num_classes: classes; `num_classes` itself is the null label.
-    label_dropout: share of labels dropped in training, for guidance.
-    learn_sigma: whether the output has 2C channels, the second half for the variance.
-    condition: what the network is conditioned on; None for labels, of num_classes
-      classes and label_dropout.
-    unroll: blocks of a stack compiled one after another in each iteration of the loop;
-      -1 for all (faster on CPUs, longer to compile). Unused without a stack.
+    patch_size: side of a patch; one patch is one token.
+    in_channels: C, channels of the input.
+    num_classes: number of classes; the label num_classes is the null label.
+    label_dropout: probability, in [0, 1), of dropping a label in training, for
+      classifier-free guidance.
+    learn_sigma: whether the output has 2C channels; the second half predicts the
+      variance.
+    condition: what the network is conditioned on. None: class labels, defined by
+      num_classes and label_dropout.
+    unroll: number of blocks per iteration of the compiled loop over blocks; -1 for all
+      (faster on CPUs, slower to compile). Networks without such a loop ignore it.
   """
 
   input_size: int = 32
@@ -57,12 +59,12 @@ class Network(nn.Module, kw_only=True):
 
   @property
   def out_channels(self) -> int:
-    """Channels of the output."""
+    """Channels of the output: C, or 2C if learn_sigma is set."""
     return self.in_channels * (2 if self.learn_sigma else 1)
 
   @property
   def num_tokens(self) -> int:
-    """L, tokens of one image."""
+    """L, number of tokens of an image."""
     return (self.input_size // self.patch_size) ** 2
 
   @property
@@ -72,12 +74,12 @@ class Network(nn.Module, kw_only=True):
 
   @property
   def frozen(self) -> tuple[str, ...]:
-    """Names of the top-level parameters that are not trained."""
+    """Names of top-level parameters that are not trained."""
     return ()
 
   @property
   def conditioning(self) -> Condition:
-    """The condition in use."""
+    """The condition in use: `condition`, or class labels if `condition` is None."""
     if self.condition is not None:
       return self.condition
     return LabelCondition(self.num_classes, self.label_dropout)
@@ -90,21 +92,26 @@ class Network(nn.Module, kw_only=True):
     token_mask: TokenMask | None = None,
     train: bool = False,
   ) -> Float[Array, "B H W out_channels"]:
-    """Predicts the noise (or x0, or v), and the variance where learn_sigma is set.
+    """Predicts noise (or x0, or v) and, if learn_sigma is set, the variance.
 
     Args:
-      x: noisy images, H = W = input_size.
-      t: timesteps, integer or not.
-      y: the condition; by default integer labels, where num_classes is the null label.
-      token_mask: the tokens that the network sees; None for all, and always None where
+      x: (B, H, W, C) noisy images or latents, H = W = input_size.
+      t: (B,) timesteps, integer or float.
+      y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
+        num_classes is the null label. Labels out of range do not raise an error; see
+        `embeddings.LabelEmbed`.
+      token_mask: the tokens that the network sees; None for all. Always None if
         `takes_mask` is False.
-      train: whether conditions are dropped. Labels then need the random stream
+      train: whether to drop conditions. Labels then need the random stream
         "label_dropout".
+
+    Returns:
+      (B, H, W, out_channels).
     """
-    raise TypeError(f"{type(self).__name__} has no __call__")
+    raise TypeError(f"{type(self).__name__} must define __call__")
 
   def check(self) -> None:
-    """Raises SettingError where the attributes cannot make a network."""
+    """Raises SettingError if an attribute is invalid."""
     for name in ("input_size", "patch_size", "in_channels", "num_classes"):
       self._require(name, getattr(self, name) >= 1, "must be at least 1")
     p = self.patch_size
@@ -122,14 +129,14 @@ class Network(nn.Module, kw_only=True):
 
 
 def check_network(model: Network) -> None:
-  """Checks the attributes of a network, its signature and the shape of its output.
+  """Checks a network's attributes, call signature and output shape.
 
-  The network is traced for a batch of 2; nothing is computed.
+  The network is traced with a batch of 2 and not run.
 
   Raises:
-    SettingError: of the setting "model" for a class that is no Network, a call that
-      fails with a TypeError, or an output of another shape; of an attribute that
-      `check` refuses.
+    SettingError: setting "model": `model` is not a Network, its call fails with a
+      TypeError, or its output has the wrong shape. Another setting: the attribute of
+      this name is invalid.
   """
   name = type(model).__name__
   if not isinstance(model, Network):

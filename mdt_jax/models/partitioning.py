@@ -1,8 +1,11 @@
-"""Logical axes of a network's arrays, for sharding over devices.
+"""Logical axis names of a network's arrays, for sharding over devices.
 
-Inside `sharding.use_mesh` an axis name means axes of the mesh; elsewhere the names have
-no effect. "batch": examples. "width": the axis along which parameters are sharded at
-rest. "heads" and "hidden": axes of the computation on one image that devices share.
+Inside `sharding.use_mesh`, `sharding.RULES` maps each name to axes of the device mesh.
+Outside, the names have no effect.
+
+  "batch": examples.
+  "width": the axis along which stored parameters are sharded (FSDP).
+  "heads", "hidden": attention heads and hidden units of the MLP (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from mdt_jax.types import Array
 Axes: TypeAlias = tuple[str | None, ...]
 
 # End of a parameter's path -> its axes, without the leading axis of stacked blocks.
-# Parameters that match no row, mostly biases, are replicated: 1 part in 1,000.
+# Parameters that match no row are replicated: mostly biases, 1/1000 of all numbers.
 PARAMETER_AXES: Mapping[str, Axes] = {
   "patch_embed/linear/kernel": (None, "width"),
   "timestep_embed/fc1/kernel": (None, "width"),
@@ -40,34 +43,35 @@ PARAMETER_AXES: Mapping[str, Axes] = {
 
 
 def parameter_axes(path: str) -> Axes:
-  """Axes of the parameter at `path`: those of the first row that ends the path.
+  """Returns the axes of a parameter: the first row of PARAMETER_AXES that matches.
 
   Args:
     path: names joined by "/", such as "blocks/attention/qkv/kernel".
 
   Returns:
-    Axes without the leading axis of stacked blocks; () for a replicated parameter.
+    Axis names, without the leading axis of stacked blocks; () if no row matches, which
+    means a replicated parameter.
   """
   return next((axes for end, axes in PARAMETER_AXES.items() if path.endswith(end)), ())
 
 
 def shard_batch(x: Array) -> Array:
-  """Shards the first axis over the devices that share a batch."""
+  """Shards the first axis of x over the devices that share a batch."""
   return with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
 
 
 def gather(parameter: Array, axes: Sequence[str | None]) -> Array:
-  """Gathers a parameter along "width", the axis along which it is sharded at rest."""
+  """Gathers a parameter along "width", so that each device holds the whole axis."""
   return with_logical_constraint(
     parameter, tuple(None if axis == "width" else axis for axis in axes)
   )
 
 
 def gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
-  """As `gather`, with a gradient that is reduced and scattered in one operation.
+  """Same as `gather`, but the gradient is reduce-scattered in one operation.
 
-  Left to itself, XLA sums the whole gradient on each device and then cuts out the
-  device's part, which moves twice as many bytes.
+  By default, XLA sums the whole gradient on each device and then slices it, which moves
+  twice as many bytes.
   """
   if not nn.get_logical_axis_rules():
     return kernel

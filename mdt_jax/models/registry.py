@@ -1,7 +1,7 @@
-"""The networks by name, with the sizes and the flops of each.
+"""The registry of networks: presets by name, and the FLOPs of each network.
 
-A new network is a file with its module and one entry in NETWORKS. Where its parameters
-have names of their own, `partitioning.PARAMETER_AXES` says how devices share them.
+To add a network, write a file with its module and add an entry to NETWORKS. If its
+parameters have new names, add their axes to `partitioning.PARAMETER_AXES`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class NetworkEntry:
   """A family of networks: one architecture in several sizes.
 
   Attributes:
-    module: the linen module. Its attribute `variant` is the family's key in NETWORKS.
+    module: the linen module class. Its attribute `variant` is the key in NETWORKS.
     presets: name, such as "MDTv2-S/2" -> attributes of the module.
-    forward_flops: (model, num_keep or None) -> operations of a forward pass over one
-      image, see `models.flops`.
+    forward_flops: function (model, num_keep or None) -> operations of a forward pass
+      over one image; see `models.flops`.
   """
 
   module: type[Model]
@@ -52,7 +52,7 @@ class NetworkEntry:
 def _presets(
   variant: str, decode_depths: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, Any]]:
-  """Attributes of every size and patch size, by name."""
+  """Returns name -> attributes for every size and patch size of a variant."""
   presets = {}
   for size, settings in SIZES.items():
     for patch_size in PATCH_SIZES:
@@ -68,14 +68,14 @@ NETWORKS: dict[str, NetworkEntry] = {
   "MDT": NetworkEntry(
     MDT, _presets("MDT", dict(S=2, B=2, L=2, XL=2)), mdt_flops.forward_flops
   ),
-  # Released: 6 for S, 4 for XL. None is published for B and L: B takes that of S, which
-  # has as many blocks, and L that of XL, the next larger size.
+  # decode_depth: 6 for S and 4 for XL, as released. No values are published for B and
+  # L: B uses that of S, which has the same depth; L uses that of XL, the next size.
   "MDTv2": NetworkEntry(
     MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
   ),
 }
 
-# Name -> attributes, of all networks.
+# Name -> attributes, for all presets of all networks.
 MODELS: dict[str, dict[str, Any]] = {
   name: preset
   for network in NETWORKS.values()
@@ -89,19 +89,17 @@ def create_model(
   condition: str | Condition | None = None,
   **attributes: Any,
 ) -> Model:
-  """Builds a network, from a preset or from its attributes.
+  """Builds a network from a preset or from attributes.
 
   Args:
-    name: a key of MODELS, such as "MDTv2-S/2"; None to give all attributes, with
-      `variant`, as `pretrained.torch_mdt.from_torch` returns them.
-    condition: what the network is conditioned on: a name, see `models.conditions`, or
-      an object; None for labels.
-    **attributes: of the module, such as MDT; they override the preset's. None stands
-      for the preset's value, or the module's default. `dtype` may be a name: "float32"
-      or "bfloat16".
+    name: a key of MODELS, such as "MDTv2-S/2". None: no preset; `attributes` must then
+      include `variant`. `pretrained.torch_mdt.from_torch` returns such attributes.
+    condition: a `Condition`, or its name in `conditions.CONDITIONS`; None for labels.
+    **attributes: attributes of the network's module, such as `MDT`; they override the
+      preset. An attribute of None is ignored. `dtype` may be "float32" or "bfloat16".
 
   Raises:
-    SettingError: unknown name or attribute, or attributes that do not fit together.
+    SettingError: a name or an attribute is unknown, or an attribute is invalid.
   """
   given = {key: value for key, value in attributes.items() if value is not None}
   if name is not None or "variant" not in given:
@@ -116,13 +114,13 @@ def create_model(
       raise SettingError(
         attribute,
         value,
-        f"is no attribute of {module.__name__}, which has {sorted(known)}",
+        f"not an attribute of {module.__name__}; accepted are {sorted(known)}",
       )
   if isinstance(dtype := given.get("dtype"), str):
     check_choice("dtype", dtype, DTYPES)
     given["dtype"] = DTYPES[dtype]
   model = module(**given)
-  # Labels stay None: the attributes of a network are then those of old checkpoints.
+  # For labels, `condition` stays None, so that the attributes match old checkpoints.
   if condition is not None and condition != "label":
     if not isinstance(condition, Condition):
       condition = create_condition(
@@ -134,7 +132,7 @@ def create_model(
 
 
 def network_of(model: Model) -> NetworkEntry:
-  """The entry of a network.
+  """Returns the entry of a network in NETWORKS.
 
   Raises:
     SettingError: the network has no entry.
@@ -147,7 +145,7 @@ def network_of(model: Model) -> NetworkEntry:
 
 
 def init_params(model: Model, key: Array) -> Params:
-  """Fresh parameters of a network, float32."""
+  """Initialises the parameters of a network, in float32."""
   size = model.input_size
   images = jnp.zeros((1, size, size, model.in_channels), jnp.float32)
   timesteps = jnp.zeros((1,), jnp.int32)
@@ -155,5 +153,5 @@ def init_params(model: Model, key: Array) -> Params:
 
 
 def abstract_params(model: Model) -> Params:
-  """Shapes and types of a network's parameters, without computing any."""
+  """Returns shapes and dtypes of a network's parameters, without computing values."""
   return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -143,7 +143,7 @@ SIGNATURE = "expected signature (x, t, y, token_mask=None, train=False)"
     (Pair, "of shape (2, 8, 8, 6), returns tuple"),
     (Unmasked, "token_mask"),
     (Misfit, "incompatible shapes"),
-    (NoCall, "has no __call__"),
+    (NoCall, "__call__"),
   ],
 )
 def test_a_network_that_does_not_fit_is_refused_in_one_line(network, part):

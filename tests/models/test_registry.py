@@ -67,8 +67,9 @@ def test_an_unknown_variant_is_refused():
 
 
 def test_an_unknown_attribute_is_refused():
-  with pytest.raises(SettingError, match="width = 3: is no attribute of MDT"):
+  with pytest.raises(SettingError, match="MDT") as error:
     create_model("MDT-S/2", width=3)
+  assert (error.value.setting, error.value.value) == ("width", 3)
 
 
 # The tree of parameters that every checkpoint so far holds. A change of these tables
