@@ -8,10 +8,10 @@ import threading
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int
 
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
 # An example by name. "label": int32 scalar in [0, num_classes). And one of
 #   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) for a latent that is
@@ -114,7 +114,7 @@ class TolerantSource(abc.ABC):
         return  # Another thread has counted it in the meantime.
       self._unreadable.add(index)
       count = len(self._unreadable)
-    logging.warning("Left out %s, which cannot be read (%s)", name, reason)
+    logger.warning("Left out %s, which cannot be read (%s)", name, reason)
     if count > self._max_unreadable:
       raise SettingError(
         "config.data.max_unreadable",

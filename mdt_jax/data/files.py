@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int32
 
 from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 ARRAY_EXTENSIONS = (".npy",)
@@ -339,7 +339,7 @@ def _label_files(
   empty = sorted(set(classes) - set(class_of))
   if empty:
     shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
-    logging.warning(
+    logger.warning(
       "%d of %d classes in %s have no images: %s", len(empty), len(classes), path, shown
     )
   label_of = {name: label for label, name in enumerate(classes)}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from mdt_jax.data.examples import (
   Example,
@@ -21,6 +20,7 @@ from mdt_jax.data.examples import (
 )
 from mdt_jax.data.memory import check_images, check_labels
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
 
 EXTENSIONS = (".npz", ".npy")
 # Names of images and labels in an .npz file; np.savez gives the first ones.
@@ -202,7 +202,7 @@ def _reading(path: str, name: str) -> Iterator[None]:
 
 
 def _warn(path: str, reason: str) -> None:
-  logging.warning("All images of %s get the label 0: %s", path, reason)
+  logger.warning("All images of %s get the label 0: %s", path, reason)
 
 
 def _error(path: str, accepted: str) -> SettingError:

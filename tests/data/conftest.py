@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from absl import logging
 
+from mdt_jax.logs import logger
 from tests.data.folders import write_image
 
 
@@ -18,7 +18,7 @@ def three(tmp_path):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  """The lines that absl logs as warnings."""
+  """The lines that the package's logger logs as warnings."""
   lines = []
-  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+  monkeypatch.setattr(logger, "warning", lambda text, *args: lines.append(text % args))
   return lines

@@ -109,15 +109,11 @@ def damage(folder, shard=1):
   path.write_bytes(data)
 
 
-def test_a_damaged_record_is_left_out_and_named(folder, monkeypatch):
-  from absl import logging
-
-  lines = []
-  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+def test_a_damaged_record_is_left_out_and_named(folder, warnings):
   damage(folder)
   source = open_set(folder)
   np.testing.assert_array_equal(source[10]["views"], sets.views(11))
-  (line,) = lines
+  (line,) = warnings
   assert "record 2 of" in line and "latents-00001-of-00003" in line
 
 
