@@ -134,7 +134,7 @@ def test_a_workdir_of_another_model_is_refused_and_kept(trained):
 def test_a_rerun_says_that_it_goes_on(trained):
   code, out, err = run(*train(trained, num_steps=4))
   assert code == 0, err
-  assert "going on from the checkpoint of step 2" in out
+  assert "resuming from the checkpoint at step 2" in out
 
 
 def test_interrupted_training_goes_on_without_losing_a_step(tmp_path):
@@ -146,7 +146,7 @@ def test_interrupted_training_goes_on_without_losing_a_step(tmp_path):
   out, err = process.communicate(timeout=120)
   assert process.returncode == 130, err
   (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-  assert f"stopped after step {saved}, which is saved" in out
+  assert f"stopped after step {saved};" in out
   code, out, err = run(*train(tmp_path, num_steps=saved + 2, log_every=1))
   assert code == 0, err
   steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]

@@ -1,4 +1,4 @@
-"""Several processes as one run, by jax.distributed."""
+"""Runs that span several processes, with jax.distributed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from mdt_jax.errors import SettingError
 
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: launchers start the process once more
-SHOWN_DIFFERENCES = 5
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a process that exits with 75
+SHOWN_DIFFERENCES = 5  # settings that the error of `check_same_config` lists
 
 
 def start(
@@ -30,19 +30,21 @@ def start(
   detect: bool = False,
   timeout: int = 300,
 ) -> None:
-  """Joins the other processes of a run; without any, does nothing.
+  """Connects this process to the other processes of the run.
+
+  Does nothing if no argument and no environment variable describes other processes.
 
   Args:
-    coordinator_address: HOST:PORT of process 0; $JAX_COORDINATOR_ADDRESS unless given.
-    num_processes: of the run; $JAX_NUM_PROCESSES.
-    process_id: of this one, from 0; $JAX_PROCESS_ID.
-    detect: take what is not given from the metadata of a TPU pod, from Slurm, GKE or
-      Open MPI, as JAX finds them.
-    timeout: seconds to wait for the others; then the process ends with
-      `EXIT_TRY_AGAIN` and a line that names the address.
+    coordinator_address: HOST:PORT of process 0. Default: $JAX_COORDINATOR_ADDRESS.
+    num_processes: number of processes of the run. Default: $JAX_NUM_PROCESSES.
+    process_id: number of this process, from 0. Default: $JAX_PROCESS_ID.
+    detect: let JAX detect the missing arguments from the metadata of a TPU pod, or
+      from Slurm, GKE or Open MPI.
+    timeout: seconds to wait for the other processes. After that, this process prints
+      an error and exits with `EXIT_TRY_AGAIN`.
 
   Raises:
-    SettingError: some of the three are missing or out of range.
+    SettingError: an argument is missing or out of range, or JAX cannot connect.
   """
   coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
   num_processes = _from_environment(
@@ -70,25 +72,25 @@ def start(
         coordinator_address,
         num_processes,
         process_id,
-        # With all three given, JAX need not look for a cluster, which hides devices.
+        # With all three arguments JAX needs no detection, which would hide devices.
         cluster_detection_method="deactivate" if None not in given else None,
-        initialization_timeout=2 * timeout,  # `_deadline` speaks first
+        initialization_timeout=2 * timeout,  # `_deadline` ends the process before
       )
     except (ValueError, RuntimeError) as error:
       raise SettingError(
-        "--distributed", detect, f"the processes cannot join: {error}"
+        "--distributed", detect, f"the processes cannot connect: {error}"
       ) from None
 
 
 def process_index() -> int:
-  """As jax.process_index(), without starting the devices where there is one process."""
+  """jax.process_index(), which does not start the devices of a single process."""
   return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def check_same_config(config: ConfigDict) -> None:
-  """Raises SettingError on every process, where one has another config than the first.
+  """Raises SettingError on all processes if their configs differ.
 
-  Every process of the run has to call it.
+  All processes of the run must call this function together.
   """
   if jax.process_count() == 1:
     return
@@ -116,7 +118,10 @@ def check_same_config(config: ConfigDict) -> None:
 
 
 def any_process(*here: bool) -> tuple[bool, ...]:
-  """For each flag, whether it holds on any process; all processes call this."""
+  """For each flag, whether the flag is true on any process.
+
+  All processes must call this function together, with the same number of flags.
+  """
   if jax.process_count() == 1:
     return here
   found = multihost_utils.process_allgather(np.array(here))
@@ -125,11 +130,14 @@ def any_process(*here: bool) -> tuple[bool, ...]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Makes all processes raise where one of them raises, so that none waits for it.
+  """Makes all processes raise if one process raises inside the block.
+
+  Otherwise the other processes would wait for the failed process forever.
 
   Raises:
-    Exception: of this process. Where it is well and another one has raised,
-      SettingError if that did, and else RuntimeError: they end with one exit code.
+    Exception: the exception of this process. A process without an exception raises
+      SettingError if the first failed process raised SettingError, and RuntimeError
+      otherwise, so all processes end with the same exit code.
   """
   error: Exception | None = None
   try:
@@ -141,7 +149,7 @@ def together() -> Iterator[None]:
     failed, can_be_mended = multihost_utils.process_allgather(here).T
     if failed.any() and error is None:
       first = int(np.argmax(failed))
-      text = "this process stopped with an error, so all do: its output says why"
+      text = "this process failed and stops all processes; see its output"
       if can_be_mended[first]:
         error = SettingError("--process_id", first, text)
       else:
@@ -151,6 +159,7 @@ def together() -> Iterator[None]:
 
 
 def _as_json(config: ConfigDict) -> str:
+  """JSON of {"config.x.y": value} for each setting of a config."""
   flat: dict[str, Any] = {}
 
   def add(prefix: str, fields: dict[str, Any]) -> None:
@@ -165,6 +174,7 @@ def _as_json(config: ConfigDict) -> str:
 
 
 def _from_environment(setting: str, value: int | None, name: str) -> int | None:
+  """`value`, or the integer in the environment variable `name` if value is None."""
   if value is not None or name not in os.environ:
     return value
   try:
@@ -176,6 +186,7 @@ def _from_environment(setting: str, value: int | None, name: str) -> int | None:
 
 
 def _check_address(address: str) -> None:
+  """Raises SettingError unless `address` is HOST:PORT."""
   host, _, port = address.rpartition(":")
   if not host or not port.isdigit():
     raise SettingError("--coordinator_address", address, "must be HOST:PORT")
@@ -183,11 +194,14 @@ def _check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float, setting: str) -> Iterator[None]:
-  """Ends the process with one line after `seconds`; JAX would abort it with a stack."""
+  """Ends the process with a one-line error if the block takes longer than `seconds`.
+
+  JAX's own timeout would abort the process with a stack trace.
+  """
 
   def give_up() -> None:
     print(
-      f"error: {setting}: the processes did not meet there within {seconds} s",
+      f"error: {setting}: not all processes connected within {seconds} s",
       file=sys.stderr,
       flush=True,
     )

@@ -1,4 +1,4 @@
-"""TensorBoard events and pictures, which a full disk may lose, but not the run."""
+"""Metrics and pictures for TensorBoard; a failed write does not stop the run."""
 
 from __future__ import annotations
 
@@ -19,35 +19,47 @@ SECONDS_BETWEEN_TRIES = 60.0
 
 
 class Writer(Protocol):
-  """Receives what TensorBoard receives; clu's metric writers are such writers."""
+  """Interface of a writer of metrics, such as the metric writers of clu."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Receives metrics by name, after `step` steps."""
+    """Writes metrics.
+
+    Args:
+      step: number of training steps done.
+      scalars: metric by name.
+    """
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Receives uint8 images (N, H, W, C) by name."""
+    """Writes images.
+
+    Args:
+      step: number of training steps done.
+      images: uint8 images (N, H, W, C) by name.
+    """
 
 
 class Events:
-  """Writes scalars and images for TensorBoard, by clu, and to other writers.
+  """Writes scalars and images to TensorBoard, with clu, and to other writers.
 
-  After a failure, which is logged, nothing is written for a minute; then to a new file.
-  A failure of another writer is logged each time.
+  An exception of a writer is logged and not raised. After a failed TensorBoard write,
+  `Events` writes nothing to TensorBoard for a minute, and then opens a new event file.
 
   Args:
-    folder: of the event files; None to write nothing.
-    writers: other writers; they are not closed.
+    folder: folder of the event files; None writes no event files.
+    writers: further writers that receive the same scalars and images; `close` does not
+      close them.
   """
 
   def __init__(self, folder: Path | None, writers: Sequence[Writer] = ()):
     self._folder = folder
     self._writers = writers
     self._writer: MetricWriter | None = None
-    self._not_before = 0.0  # of the monotonic clock
+    self._not_before = 0.0  # time.monotonic() of the next try
     if folder is not None:
       self._writer = _open(folder)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes metrics by name, after `step` steps."""
     with self._tolerantly() as writer:
       if writer is not None:
         writer.write_scalars(step, scalars)
@@ -56,7 +68,7 @@ class Events:
         own.write_scalars(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Writes uint8 images (N, H, W, C) by name."""
+    """Writes uint8 images (N, H, W, C) by name, after `step` steps."""
     with self._tolerantly() as writer:
       if writer is not None:
         writer.write_images(step, images)
@@ -65,12 +77,14 @@ class Events:
         own.write_images(step, images)
 
   def close(self) -> None:
+    """Closes the event file."""
     with self._tolerantly() as writer:
       if writer is not None:
         writer.close()
 
   @contextlib.contextmanager
   def _tolerantly(self) -> Iterator[MetricWriter | None]:
+    """Yields the TensorBoard writer, or None while nothing is to be written."""
     if self._folder is None or time.monotonic() < self._not_before:
       yield None
       return
@@ -80,17 +94,21 @@ class Events:
       try:
         yield self._writer
       except Exception:
-        self._writer = None  # it would fail for ever
+        self._writer = None  # a writer that failed once fails forever
         self._not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
         raise
 
 
 @contextlib.contextmanager
 def tolerate(what: str) -> Iterator[None]:
-  """Logs what is not written, where writing raises."""
+  """Logs an exception of the block instead of raising it.
+
+  Args:
+    what: name of what the block writes, for the log.
+  """
   try:
     yield
-  except Exception as error:  # TensorFlow's are not those of a file
+  except Exception as error:  # TensorFlow raises other exceptions than OSError
     reason = " ".join(str(error).split())[:300]
     logger.error("NOT WRITTEN: %s: %s", what, reason)
 

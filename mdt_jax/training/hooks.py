@@ -1,4 +1,4 @@
-"""Hooks: pictures and scores of the averaged parameters, every so many steps."""
+"""Hooks that draw pictures and compute scores at regular intervals of training."""
 
 from __future__ import annotations
 
@@ -25,19 +25,28 @@ from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.progress import is_due
 from mdt_jax.types import Params
 
-# (steps done, averages by decay, whether to stop) -> scores by TensorBoard tag
+# (steps done, averaged parameters by decay, stops) -> scores by TensorBoard tag.
+# stops() is True once the run is asked to stop.
 Evaluate = Callable[[int, Mapping[str, Params], Callable[[], bool]], dict[str, float]]
 
 
 class Hook(abc.ABC):
-  """Makes something of the averaged parameters every so many steps, and after the last.
+  """Computes and writes a result from the averaged parameters.
 
-  The run goes on where that fails. With several processes all take part, and the first
-  one writes.
+  A hook runs after every `every` steps and after the last step. A failed hook is logged
+  and does not stop the run. All processes of a run compute the result together; process
+  0 writes the result.
 
   Attributes:
-    what: name of what is made, for messages.
-    is_long: whether the state is saved first, as a stop is likely meanwhile.
+    what: name of the result, for messages.
+    is_long: whether to save the state before the hook runs, because the run may be
+      asked to stop during the hook.
+
+  Args:
+    every: steps between two calls; 0 disables the hook.
+    num_steps: number of steps of the run.
+    folder: folder of the results; the file of step N is step_N.SUFFIX.
+    suffix: file name extension, without a dot.
   """
 
   what: str
@@ -49,15 +58,15 @@ class Hook(abc.ABC):
 
   @abc.abstractmethod
   def _make(self, done: int, ema: Mapping[str, Any], stops: Callable[[], bool]) -> Any:
-    """Makes the picture or scores; None on a process that does not write."""
+    """Computes the result; other processes than 0 may return None."""
 
   @abc.abstractmethod
   def _write(self, path: Path, made: Any) -> None:
-    """Writes what was made to its file."""
+    """Writes the result `made` to a file."""
 
   @abc.abstractmethod
   def _log(self, done: int, made: Any, events: Events) -> None:
-    """Shows what was made in TensorBoard."""
+    """Writes the result `made` to TensorBoard."""
 
   def __call__(
     self,
@@ -66,29 +75,30 @@ class Hook(abc.ABC):
     events: Events,
     stops: Callable[[], bool],
   ) -> None:
-    """Makes, writes and shows it.
+    """Computes the result, writes the file and logs the result to TensorBoard.
 
     Args:
-      done: steps done.
-      ema: averaged parameters by decay, of a `TrainState`.
-      events: for TensorBoard.
-      stops: whether the run is asked to stop, the same on every process.
+      done: number of training steps done.
+      ema: averaged parameters by decay, `TrainState.ema`.
+      events: writer for TensorBoard.
+      stops: returns whether the run is asked to stop; the answer is the same on all
+        processes.
 
     Raises:
-      Stopped: the run is asked to stop.
+      Stopped: the run was asked to stop before the result was complete.
     """
     try:
       made = self._make(done, ema, stops)
     except Stopped:
-      if jax.process_index() == 0:  # so the next start makes it
+      if jax.process_index() == 0:  # the next start of the run tries again
         self._tried(done).unlink(missing_ok=True)
       raise
     except Exception as error:
       is_of_setting = isinstance(error, SettingError)
       if jax.process_count() > 1 and not is_of_setting:
-        raise  # this process may be the only one that fails, and the others would wait
+        raise  # if only this process failed, the other processes would wait forever
       logger.error(
-        "NO %s OF STEP %d: %s. The run goes on",
+        "NO %s OF STEP %d: %s. Training continues",
         self.what.upper(),
         done,
         error,
@@ -104,23 +114,31 @@ class Hook(abc.ABC):
     self._log(done, made, events)
 
   def is_due(self, done: int) -> bool:
+    """Whether the hook runs after `done` steps."""
     return 0 < done <= self._num_steps and is_due(done, self._every, self._num_steps)
 
   def is_missing(self, done: int) -> bool:
-    """Whether a start at this step has to make what the last start did not finish.
+    """Whether the result of step `done` is due but has no file.
 
-    It is tried once: where making it ends this start too, the next one goes on without.
+    A resumed run calls this function for its first step. A marker file (`_tried`)
+    limits the run to one retry: if the hook ends the process again, for example because
+    memory runs out, the next start skips the result.
     """
     is_missing = self.is_due(done) and not self._path(done).exists()
     if is_missing and jax.process_index() == 0:
       if self._tried(done).exists():
-        logger.warning("no %s of step %d: two starts ended there", self.what, done)
+        logger.warning(
+          "no %s of step %d: the run ended twice while computing the %s",
+          self.what,
+          done,
+          self.what,
+        )
         is_missing = False
       else:
         with tolerate(f"{self.what} of step {done}"):
           self._folder.mkdir(parents=True, exist_ok=True)
           self._tried(done).touch()
-    if jax.process_count() > 1:  # they may see the folder at different times
+    if jax.process_count() > 1:  # a shared folder may differ between hosts for a while
       is_missing = bool(multihost_utils.broadcast_one_to_all(np.array(is_missing)))
     return is_missing
 
@@ -128,12 +146,20 @@ class Hook(abc.ABC):
     return self._folder / f"step_{done:07d}.{self._suffix}"
 
   def _tried(self, done: int) -> Path:
-    """A file that exists while a start makes what the last start did not finish."""
+    """The marker file of a retry, see `is_missing`."""
     return self._folder / f".step_{done:07d}.tried"
 
 
 class Pictures(Hook):
-  """Draws `settings.num_samples` images, to look at."""
+  """Draws a grid of `settings.num_samples` images to WORKDIR/samples/step_N.png.
+
+  The labels and the noise are the same each time, so that pictures are comparable. A
+  latent model without an autoencoder draws a preview of its latents.
+
+  Args:
+    experiment: objects of the run.
+    folder: folder of the pictures.
+  """
 
   what = "picture"
 
@@ -151,7 +177,7 @@ class Pictures(Hook):
   def _make(
     self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
   ) -> Image.Image | None:
-    del done, stops  # it is one call of a compiled function
+    del done, stops  # one call of a compiled function cannot be stopped
     settings, labels = self._settings, self._labels
     (arrays,) = generate_batches(
       self._generator,
@@ -176,7 +202,12 @@ class Pictures(Hook):
 
 
 class Scores(Hook):
-  """Scores of sampled images."""
+  """Computes scores of sampled images and writes them to WORKDIR/scores/step_N.json.
+
+  Args:
+    every, num_steps, folder: see `Hook`.
+    evaluate: computes the scores; see `Evaluate`.
+  """
 
   what = "scores"
   is_long = True

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""A lock that lets one run at a time use a workdir."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 
 LOCK = ".lock"
-# As on Lustre, where it is mounted without flock.
+# Errors of file systems without locks, such as Lustre mounted without flock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
-# What a start of the same run a minute later would meet again.
+# Errors that a restart would not solve.
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-  """Holds a workdir, which is made if need be, until the process ends or this does.
+  """Locks a workdir for the block, and creates the workdir if it does not exist.
 
-  The lock is the system's: it goes with the process, however that ends. On a file
-  system without locks there is a warning, and none.
+  The operating system releases the lock when the process ends, even after a crash. On
+  a file system without locks, `locked` logs a warning and does not lock.
 
   Raises:
-    SettingError: another run holds it; or it may not be made or written.
+    SettingError: another run holds the lock, or the workdir cannot be created or
+      written.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def locked(workdir: Path) -> Iterator[None]:
     if error.errno not in REFUSALS:
       raise
     raise SettingError(
-      "--workdir", str(workdir), f"cannot be made or written: {error.strerror}"
+      "--workdir", str(workdir), f"cannot be created or written: {error.strerror}"
     ) from None
   with file:
     try:
@@ -47,13 +48,13 @@ def locked(workdir: Path) -> Iterator[None]:
       raise SettingError(
         "--workdir",
         str(workdir),
-        f"another run is at work on it: {file.read().strip()}",
+        f"is in use by another run: {file.read().strip()}",
       ) from None
     except OSError as error:
       if error.errno not in NO_LOCKS:
         raise
       logger.warning(
-        "%s cannot be locked (%s): a second run there is not noticed",
+        "%s cannot be locked (%s): make sure that no second run uses this folder",
         workdir,
         error.strerror,
       )

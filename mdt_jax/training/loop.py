@@ -1,4 +1,4 @@
-"""The training loop: batches in; steps, logs, pictures and checkpoints out."""
+"""The training loop: batches, steps, metrics, pictures, scores and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
 from mdt_jax.types import Batch
 
-STEPS_BETWEEN_AGREEMENTS = 10  # of several processes, on whether to stop
-
+# Several processes agree every so many steps on whether to save or to stop.
+STEPS_BETWEEN_AGREEMENTS = 10
 
 # Called with (steps done, state) after each step.
 StepHook = Callable[[int, TrainState], None]
@@ -54,28 +54,32 @@ def train(
   writers: Sequence[Writer] = (),
   hooks: Sequence[StepHook] = (),
 ) -> TrainState:
-  """Trains to config.num_steps, from the last checkpoint in `workdir` if there is one.
+  """Trains a network for config.num_steps steps.
+
+  If `workdir` holds a checkpoint, training resumes from the last one.
 
   Args:
     config: see `mdt_jax.config.default_config`.
     workdir: folder for checkpoints, TensorBoard events, pictures, scores and
       config.json.
-    model, objective, optimizer, source: parts of your own, instead of those of the
-      config; see `mdt_jax.own_parts.OwnParts`. A resumed run needs the same parts.
-    writers: receive the metrics and pictures that TensorBoard receives, on the first
-      process; see `events.Writer`.
-    hooks: called with (steps done, state) after each step. The next step takes the
-      memory of the state's arrays: copy what has to stay. An error ends the run.
+    model, objective, optimizer, source: your own objects, which replace the objects
+      that the config describes; see `mdt_jax.own_parts.OwnParts`. Pass the same objects
+      to resume a run.
+    writers: receive the same metrics and pictures as TensorBoard, on process 0 only;
+      see `events.Writer`.
+    hooks: called with (steps done, state) after each step. The next step overwrites the
+      arrays of the state: copy an array to keep it. An exception of a hook ends the
+      run.
 
   Returns:
-    The last state.
+    The state after the last step.
 
   Raises:
-    SettingError: before anything is written, for a setting that cannot be used; later,
-      where too many steps are skipped (nothing is saved since), or too many files are
-      unreadable (one process saves first, several do not).
+    SettingError: a setting is invalid (nothing is written then), too many steps were
+      skipped, or too many files of the data are unreadable. A single process saves the
+      state before it raises the error about unreadable files.
     SaveError: config.save_failures saves in a row failed.
-    Interrupted: on SIGINT or SIGTERM, once the state is saved.
+    Interrupted: the process received SIGINT or SIGTERM, and the state is saved.
   """
   distributed.check_same_config(config)
   workdir = Path(workdir).expanduser().absolute()
@@ -101,7 +105,12 @@ def train(
     logger.info("%s", _summary(experiment, state))
     missing = [hook for hook in periodic if hook.is_missing(start)]
     if start >= settings.num_steps and not missing:
-      logger.info("nothing to do: %d of %d steps are done", start, settings.num_steps)
+      logger.info(
+        "nothing to do: %s is at step %d, and config.num_steps = %d",
+        workdir,
+        start,
+        settings.num_steps,
+      )
       return state
     events = Events(workdir / "tensorboard", writers) if is_main else Events(None)
     stack.callback(events.close)
@@ -109,26 +118,32 @@ def train(
       experiment, workdir, program, saved, periodic, events, stop, step_hooks=hooks
     )
     if trainer.run_hooks(missing, state):
-      raise Interrupted(f"stopped at step {start}, which is saved", stop)
+      raise Interrupted(f"stopped at step {start}; its checkpoint is saved", stop)
     if start >= settings.num_steps:
       return state
     if is_main:
       with tolerate("config.json"):
         write_config(settings, workdir)
-    return trainer.run(state)
+    state = trainer.run(state)
+    logger.info(
+      "finished: %s holds the results; the last checkpoint is at step %d",
+      workdir,
+      settings.num_steps,
+    )
+    return state
 
 
 class Trainer:
-  """Takes a state through the steps of a run.
+  """Runs the steps of a training run.
 
   Args:
     experiment: objects of the run.
-    workdir: of the run.
+    workdir: folder of the run.
     program: compiled functions of the run.
     saved: checkpoints of the run.
-    hooks: what is made of the averages every so many steps.
-    events: for TensorBoard.
-    stop: filled by signals that ask the run to stop.
+    hooks: pictures and scores at regular intervals.
+    events: writer for TensorBoard.
+    stop: received signals, see `stop_signals`; a signal in the list stops the run.
     step_hooks: called with (steps done, state) after each step.
   """
 
@@ -158,7 +173,17 @@ class Trainer:
     self._rollbacks = 0
 
   def run(self, state: TrainState) -> TrainState:
-    """All steps from that of `state` to the last one of the run."""
+    """Trains from `state` to the last step of the run.
+
+    Args:
+      state: state to start from; its arrays are overwritten.
+
+    Returns:
+      The state after the last step, which is saved.
+
+    Raises:
+      SettingError, SaveError, Interrupted: see `train`.
+    """
     start = done = int(state.step)
     total = self._settings.num_steps
     self._last_save = time.monotonic()
@@ -187,7 +212,11 @@ class Trainer:
     return state
 
   def run_hooks(self, hooks: Sequence[Hook], state: TrainState) -> bool:
-    """Runs hooks for a state; whether the run was asked to stop meanwhile."""
+    """Runs hooks on a state.
+
+    Returns:
+      Whether the run was asked to stop before all hooks were done.
+    """
     try:
       for hook in hooks:
         hook(int(state.step), state.ema, self._events, self._is_stopped)
@@ -198,7 +227,7 @@ class Trainer:
   def _open_loader(
     self, state: TrainState
   ) -> tuple[Iterator[dict[str, np.ndarray]], int]:
-    """The batches from that of the next step on, and the offset of their numbers."""
+    """Returns the batches from the next step on, and (batch number - step number)."""
     settings, data = self._settings, self._settings.data
     offset = int(state.batch_offset)
     loader = create_loader(
@@ -221,28 +250,36 @@ class Trainer:
     done: int,
     is_new: bool,
   ) -> Batch:
-    """The next batch on the devices; a state that is new is saved if there is none."""
+    """Puts the next batch on the devices.
+
+    If too many files are unreadable, a single process saves the state before the error
+    is raised. `is_new` says whether the state differs from the state at the start.
+    """
     try:
       batch = next(loader)
     except SettingError:  # too many unreadable files
-      if is_new and jax.process_count() == 1:  # a save needs every process
+      if is_new and jax.process_count() == 1:  # a save needs all processes
         self._saved.finish(done, state, self._config)
       raise
     placed = sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
-    with jax.transfer_guard("disallow"):  # but for explicit transfers
+    with jax.transfer_guard("disallow"):  # forbids implicit transfers only
       return self._experiment.encode(placed)
 
   def _step(self, state: TrainState, batch: Batch, n: int, offset: int) -> TrainState:
-    """One step, the n-th from 0; its metrics are logged later."""
+    """Runs step n, counted from 0, without waiting for the devices."""
     static = self._experiment.objective.choose_static(self._settings.seed, n)
-    with jax.transfer_guard("disallow"):  # but for explicit transfers
+    with jax.transfer_guard("disallow"):  # forbids implicit transfers only
       state, metrics = self._program.step(state, batch, static)
       self._progress.add(n + 1, metrics)
     self._skipped.add(n, n + offset, metrics)
     return state
 
   def _finish_step(self, state: TrainState, done: int) -> None:
-    """Saves, pictures and scores that are due after step `done`, or a stop."""
+    """Saves, runs the hooks that are due after `done` steps, and stops if asked to.
+
+    Raises:
+      Interrupted: the run was asked to stop, and the state is saved.
+    """
     stops, is_late, again = self._any_process(
       done, bool(self._stop), self._is_late(), self._saved.must_retry()
     )
@@ -261,13 +298,22 @@ class Trainer:
         stops = self.run_hooks(due, state)
     if stops:
       self._saved.finish(done, state, self._config)
-      raise Interrupted(f"stopped after step {done}, which is saved", self._stop)
+      message = f"stopped after step {done}; its checkpoint is saved"
+      raise Interrupted(message, self._stop)
 
   def _roll_back(self, batch: int) -> TrainState:
-    """The last state before steps were skipped; later batches than `batch` follow.
+    """Returns to the last checkpoint before the first skipped step.
+
+    Args:
+      batch: number of the last batch that was used. Training continues with the next
+        batch, so the run never sees the batches since the checkpoint again.
+
+    Returns:
+      The state of the checkpoint, with the new `batch_offset`.
 
     Raises:
-      SettingError: the run may not go back, or has no state to go back to.
+      SettingError: the run has no such checkpoint, or was rolled back
+        config.max_rollbacks times already.
     """
     self._rollbacks += 1
     first = self._skipped.first
@@ -278,8 +324,9 @@ class Trainer:
     state = self._saved.restore(self._program.state, self._experiment)
     step = int(state.step)
     logger.warning(
-      "too many steps are skipped: the run goes back to step %d, and leaves out the "
-      "batches %d to %d",
+      "too many steps are skipped (config.max_skipped = %d): resuming from the "
+      "checkpoint at step %d, without batches %d to %d",
+      self._settings.max_skipped,
       step,
       step + int(state.batch_offset),
       batch,
@@ -290,7 +337,7 @@ class Trainer:
     return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
 
   def _is_late(self) -> bool:
-    """Whether config.checkpoint_minutes have passed since a save."""
+    """Whether config.checkpoint_minutes have passed since the last save."""
     minutes = self._settings.checkpoint_minutes
     return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
@@ -299,19 +346,24 @@ class Trainer:
     return distributed.any_process(bool(self._stop))[0]
 
   def _any_process(self, done: int, *here: bool) -> tuple[bool, ...]:
-    """What holds on any process, alike on all: they stop and save together."""
+    """For each flag, whether the flag is true on any process.
+
+    All processes get the same answer, so that they save and stop at the same step.
+    Asking waits for the devices, so the answer is False between agreements.
+    """
     if jax.process_count() > 1 and done % STEPS_BETWEEN_AGREEMENTS:
-      return (False,) * len(here)  # asking the others waits for the devices
+      return (False,) * len(here)
     return distributed.any_process(*here)
 
 
 def _check_is_folder(workdir: Path) -> None:
-  if os.path.isfile(workdir):  # not Path's, which raises where it may not look
-    raise SettingError("--workdir", str(workdir), "must be a folder, this is a file")
+  """Raises SettingError if `workdir` is a file."""
+  if os.path.isfile(workdir):  # Path.is_file raises without permission to look
+    raise SettingError("--workdir", str(workdir), "must be a folder, not a file")
 
 
 def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
-  """Pictures and scores, where the settings ask for them."""
+  """The hooks that the settings ask for: pictures and scores."""
   settings = experiment.settings
   hooks: list[Hook] = []
   if settings.sample_every and settings.num_samples:
@@ -324,6 +376,7 @@ def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
 
 
 def _checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+  """The checkpoints of a run, with the run's settings."""
   settings = experiment.settings
   return Checkpoints(
     workdir,
@@ -337,20 +390,21 @@ def _checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
 def _first_state(
   experiment: Experiment, program: Program, saved: Checkpoints
 ) -> TrainState:
-  """The state to start from, saved or fresh."""
+  """The state of the last checkpoint, or a new state without a checkpoint."""
   latest = saved.latest_step()
   if latest is None:
     return program.init(jax.random.key(experiment.settings.seed))
   state = saved.restore(program.state, experiment)
-  logger.info("going on from the checkpoint of step %d", latest)
+  logger.info("resuming from the checkpoint at step %d", int(state.step))
   return state
 
 
 def _summary(experiment: Experiment, state: TrainState) -> str:
-  """What the log says of a run at its start."""
+  """The text that the log shows at the start: network, parameters, data, devices."""
   table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-  devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-  if jax.device_count() > 1:
+  count = jax.device_count()
+  devices = f"{count} {jax.devices()[0].device_kind} device{'s' * (count > 1)}"
+  if count > 1:
     shape = experiment.mesh.shape.items()
     devices += " as " + " x ".join(f"{axis} {n}" for axis, n in shape)
   source = experiment.source

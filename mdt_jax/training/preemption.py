@@ -1,4 +1,4 @@
-"""A run that is asked to stop: by Ctrl-C, or by SIGTERM where it is preempted."""
+"""Stopping a run after the current step: Ctrl-C, or SIGTERM on preemption."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from mdt_jax.training import distributed
 
 
 class Interrupted(Exception):
-  """The run was asked to stop; its state is saved.
+  """The run was asked to stop, and its state is saved.
 
-  Attributes:
-    signals: that asked for the stop; none where another process was asked.
+  Args:
+    message: text of the error.
+    signals: numbers of the signals that this process received; empty if another process
+      of the run received the signal.
   """
 
   def __init__(self, message: str, signals: list[int]):
@@ -27,24 +29,31 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM in a list, which it yields; a second one acts at once.
+  """Yields a list that collects the numbers of received SIGINT and SIGTERM signals.
+
+  The block reads the list and ends by itself. A second signal has its usual effect and
+  ends the process at once. In other threads than the main thread the list stays empty.
 
   Args:
-    grace_seconds: from the first signal until the process ends, saved or not; the last
-      finished checkpoint exists in any case.
+    grace_seconds: time from the first signal until the process exits with
+      `EXIT_TRY_AGAIN`, even if the state is not saved. The last finished checkpoint
+      stays intact.
   """
   received: list[int] = []
   if threading.current_thread() is not threading.main_thread():
-    yield received  # only the main thread may handle signals
+    yield received  # Python allows signal handlers in the main thread only
     return
 
   def end() -> None:
-    logger.error("not saved within %g s: the process ends", grace_seconds)
+    logger.error(
+      "config.grace_seconds = %g are over and the state is not saved: exiting",
+      grace_seconds,
+    )
     os._exit(distributed.EXIT_TRY_AGAIN)
 
   def restore() -> None:
     for number, handler in before.items():
-      # None: a handler that is not Python's, as jax.distributed sets.
+      # None: a handler that was not installed from Python; jax.distributed sets one.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   timer = threading.Timer(min(grace_seconds, threading.TIMEOUT_MAX), end)
@@ -53,7 +62,11 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
   def handle(number: int, frame: object) -> None:
     received.append(number)
     timer.start()
-    logger.info("stopping after this step; once more to stop without saving")
+    logger.info(
+      "%s: saving and stopping after this step; send the signal again to stop without "
+      "saving",
+      signal.Signals(number).name,
+    )
     restore()
 
   before = {

@@ -1,4 +1,4 @@
-"""What is compiled for a run: its first state and its step, laid out on a mesh."""
+"""The compiled functions of a run: the first state and the training step on a mesh."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ class Program:
 
   Attributes:
     mesh: devices of the run.
-    state: shape, type and sharding of each array of the state.
-    init: random key -> first state; no device ever holds more than its part.
-    step: of `make_train_step`, jitted; the old state is given up.
+    state: a `TrainState` of jax.ShapeDtypeStruct: shape, dtype and sharding of each
+      array.
+    init: random key -> first state, created in its sharding.
+    step: the jitted function of `make_train_step`. The function donates the old state:
+      do not use the old state after a call.
   """
 
   mesh: Mesh
@@ -33,7 +35,7 @@ class Program:
 
 
 def make_program(experiment: Experiment) -> Program:
-  """The program of a run on its mesh."""
+  """Builds the compiled functions of a run; compilation happens at the first call."""
   settings, mesh = experiment.settings, experiment.mesh
   init = functools.partial(
     init_state,

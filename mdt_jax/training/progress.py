@@ -1,4 +1,4 @@
-"""Log lines and TensorBoard's curves, and how fast a run trains."""
+"""Metrics of training: averages, log lines, TensorBoard curves, images per second."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mdt_jax.training.events import Events
 
 
 def is_due(done: int, every: int, total: int) -> bool:
-  """Whether `done` is a multiple of `every`, or `total`; never where `every` is 0."""
+  """Whether `done` is a multiple of `every` or equals `total`; False if every is 0."""
   return every > 0 and (done % every == 0 or done == total)
 
 
 class Progress:
-  """Gathers metrics, and every so many steps writes them and logs a line.
+  """Averages metrics over `log_every` steps, then writes and logs the averages.
 
   Args:
-    events: takes the metrics.
-    start: step that the run starts from.
-    log_every: steps between lines.
-    num_steps: of the run.
-    batch_size: images a step.
+    events: writer for TensorBoard.
+    start: number of steps done at the start.
+    log_every: steps between two log lines.
+    num_steps: number of steps of the run.
+    batch_size: images per step.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class Progress:
     self._last_step, self._last_time = start, time.monotonic()
 
   def add(self, done: int, metrics: step.Metrics) -> None:
-    """Adds the metrics of step number `done`, counted from 1."""
+    """Adds the metrics of the step that completes `done` steps."""
     if self._metrics is not None:
       metrics = self._add(self._metrics, metrics)
     self._metrics = metrics
@@ -55,19 +55,21 @@ class Progress:
       self._report(done, metrics)
 
   def go_back(self, done: int) -> None:
-    """Forgets metrics that are not written yet; the run goes back to step `done`."""
+    """Discards the metrics that are not written yet; the run returns to step `done`."""
     self._metrics = None
     self._last_step, self._last_time = done, time.monotonic()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time inside the block out of images a second."""
-    jax.block_until_ready(self._metrics)  # the steps before are part of the time
+    """Excludes the time of the block from images per second."""
+    # Steps that the devices still compute count as training time.
+    jax.block_until_ready(self._metrics)
     start = time.monotonic()
     yield
     self._last_time += time.monotonic() - start
 
   def _report(self, done: int, metrics: step.Metrics) -> None:
+    """Writes and logs the averages since the last report."""
     means = step.mean_metrics(metrics)  # waits for the devices
     now = time.monotonic()
     seconds = (now - self._last_time) / (done - self._last_step)

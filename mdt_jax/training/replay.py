@@ -1,4 +1,4 @@
-"""Replays one step of a run, to find what made its loss not finite."""
+"""Replays one training step, to find out why its loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -27,34 +27,42 @@ from mdt_jax.training.program import make_program
 from mdt_jax.training.step import step_key
 from mdt_jax.types import Array, Batch, Params
 
-# (state, batch, static) -> loss, losses of each sample, gradients, draws
+# (state, batch, static) -> loss (), losses (B,) by name, gradients, draws
 Look = Callable[[TrainState, Batch, Hashable], tuple[Array, Losses, Params, Draws]]
 
 
 def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]:
-  """Repeats the steps from a checkpoint up to one step, bit for bit, and examines it.
+  """Trains again from a checkpoint up to one step, and reports what is not finite.
+
+  The replay starts at the last checkpoint at or before `step`, or at step 0 if there is
+  none. All steps have the same bits as in the original run.
 
   Args:
-    config: of the run.
-    workdir: of the run; replay_STEP.json is written there, and nothing else changes.
-    step: counted from 0. The repetition starts at the last checkpoint that is not after
-      this step, or at the start of the run.
+    config: config of the run.
+    workdir: folder of the run. `replay` writes replay_STEP.json there and changes
+      nothing else.
+    step: number of the step, from 0.
 
   Returns:
-    What replay_STEP.json holds: "step", "batch", "kept_tokens", "loss", the names of
-    "parameters" and "gradients" that are not finite, and "examples", each with "index"
-    in the training data, "label", "t", "largest" absolute value of x0, and its losses
-    times the weight of the timestep sampler. What is not finite is null there, and None
-    here.
+    The content of replay_STEP.json; numbers that are not finite are None (null in
+    JSON):
+      "step", "batch": numbers of the step and of its batch, from 0.
+      "kept_tokens": number of tokens in the masked pass.
+      "loss": the loss of the batch.
+      "parameters", "gradients": names of the arrays that are not finite.
+      "examples": for each example of the batch: "index" in the training data, "label",
+        time "t", "largest" absolute value of x0, and the losses of the example times
+        the weight of the timestep sampler.
 
   Raises:
-    SettingError: the step is not one of the run, or the workdir is none of it.
+    SettingError: `step` is outside of the run, `workdir` holds no checkpoints of this
+      run, or there are several processes.
   """
   experiment = build(config)
   settings = experiment.settings
   check_eval(settings)
   if jax.process_count() > 1:
-    raise SettingError("--replay_step", step, "takes one process")
+    raise SettingError("--replay_step", step, "must be run by one process only")
   if not 0 <= step < settings.num_steps:
     raise SettingError(
       "--replay_step", step, f"must lie in [0, config.num_steps = {settings.num_steps})"
@@ -62,7 +70,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   workdir = Path(workdir).expanduser().absolute()
   if not (workdir / FOLDER).is_dir():
     raise SettingError(
-      "--workdir", str(workdir), f"must be the folder of a run, with {FOLDER!r} in it"
+      "--workdir", str(workdir), f"must be the folder of a run: no {FOLDER!r} in it"
     )
   mesh, source, objective = experiment.mesh, experiment.source, experiment.objective
   program = make_program(experiment)
@@ -122,7 +130,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
 
 
 def _make_look(experiment: Experiment) -> Look:
-  """What a step of the run computes, without the update."""
+  """Builds the jitted function that computes a step's gradients without the update."""
   objective, seed = experiment.objective, experiment.settings.seed
 
   def look(
@@ -143,7 +151,7 @@ def _make_look(experiment: Experiment) -> Look:
 def _rows(
   examples: list[int], labels: jax.Array, draws: Draws, losses: dict[str, jax.Array]
 ) -> list[dict[str, Any]]:
-  """One for each example of the batch."""
+  """The entries of "examples" in replay_STEP.json, see `replay`."""
   names = [name for name in ("loss", "masked_loss") if name in losses] or ["total"]
   columns = jax.device_get({name: losses[name] for name in names})
   largest = jnp.abs(draws.x0).max(axis=(1, 2, 3))
@@ -161,6 +169,7 @@ def _rows(
 
 
 def _not_finite(tree: Any) -> list[str]:
+  """Paths of the arrays that hold numbers that are not finite."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   finite = jax.device_get([jnp.isfinite(leaf).all() for _, leaf in flat])
   return [
@@ -171,4 +180,5 @@ def _not_finite(tree: Any) -> list[str]:
 
 
 def _number(x: Any) -> float | None:
+  """A float, or None for NaN and infinity, which JSON cannot hold."""
   return float(x) if np.isfinite(x) else None

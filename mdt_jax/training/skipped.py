@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: counted, and too many stop the run."""
+"""Counts skipped steps, and stops the run after too many.
+
+The training step skips the update if the loss or the gradient is not finite.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,28 @@ from mdt_jax.settings import Settings
 from mdt_jax.training.step import Metrics
 
 DIAGNOSIS = "diagnosis.json"  # in the workdir
-STEPS_BEHIND = 8  # of the devices, so that looking does not make them wait
+STEPS_BEHIND = 8  # delay of the count, so that the devices need not wait for the host
 
 
 class SkippedStep(NamedTuple):
-  step: int  # counted from 0; its draws follow from (seed, step)
-  batch: int  # of the data, counted from 0
+  """Which step was skipped.
+
+  Attributes:
+    step: number of the step, from 0; the random numbers derive from (seed, step).
+    batch: number of the batch, from 0.
+  """
+
+  step: int
+  batch: int
 
 
 class SkippedSteps:
-  """Counts skipped steps, some steps later, so that the devices do not wait.
+  """Counts skipped steps, with a delay of `STEPS_BEHIND` steps.
 
   Args:
-    settings: of the run; more than `settings.max_skipped` steps are too many.
-    workdir: takes the diagnosis.
-    num_examples: of the data.
+    settings: settings of the run; more than `settings.max_skipped` steps are too many.
+    workdir: folder of diagnosis.json.
+    num_examples: number of examples in the training data.
   """
 
   def __init__(self, settings: Settings, workdir: Path, num_examples: int):
@@ -40,36 +50,42 @@ class SkippedSteps:
     self.forget()
 
   def forget(self) -> None:
-    """Counts from zero, as after going back to a checkpoint."""
+    """Resets the count to zero, when the run returns to a checkpoint."""
     self._pending: collections.deque[tuple[SkippedStep, jax.Array]]
     self._pending = collections.deque()
     self._found: list[SkippedStep] = []
 
   def add(self, step: int, batch: int, metrics: Metrics) -> None:
-    """Takes the metrics of a step, see `SkippedStep`."""
+    """Adds the metrics of a step.
+
+    Args:
+      step, batch: see `SkippedStep`.
+      metrics: metrics of the step; "skipped" counts.
+    """
     self._pending.append((SkippedStep(step, batch), metrics["skipped"]))
     while len(self._pending) > STEPS_BEHIND:
       self._look()
 
   def look_at_all(self) -> None:
-    """Waits for the devices, for the last steps of a run."""
+    """Counts all steps added so far; waits for the devices."""
     while self._pending:
       self._look()
 
   @property
   def too_many(self) -> bool:
+    """Whether more than `settings.max_skipped` steps were skipped."""
     return len(self._found) > self._settings.max_skipped
 
   @property
   def first(self) -> int:
-    """The first step that was skipped."""
+    """Number of the first skipped step."""
     return self._found[0].step
 
   def stop(self, last_saved: int | None) -> NoReturn:
-    """Writes the diagnosis and raises SettingError.
+    """Writes diagnosis.json and raises SettingError.
 
     Args:
-      last_saved: steps of the last checkpoint.
+      last_saved: step of the last checkpoint, or None.
     """
     settings = self._settings
     if jax.process_index() == 0:
@@ -92,15 +108,16 @@ class SkippedSteps:
     raise SettingError(
       "config.max_skipped",
       settings.max_skipped,
-      f"the loss or gradient of steps {steps} (batches {batches}) was not finite; the "
-      f"last checkpoint is of step {last_saved}; config and examples are in "
-      f"{self._path}; --replay_step={self.first} looks into the first one",
+      f"steps {steps} (batches {batches}) were skipped: their loss or gradient was not "
+      f"finite; the last checkpoint is at step {last_saved}; {self._path} lists the "
+      f"examples; --replay_step={self.first} examines the first skipped step",
     )
 
   def _look(self) -> None:
+    """Counts and logs the oldest pending step if the step was skipped."""
     skipped, count = self._pending.popleft()
     if jax.device_get(count)[0] > 0:
       self._found.append(skipped)
       logger.warning(
-        "step %d is skipped: its loss or gradient is not finite (batch %d)", *skipped
+        "step %d (batch %d) is skipped: the loss or gradient is not finite", *skipped
       )

@@ -1,8 +1,8 @@
-"""The training step: draws, gradient, update and averages, for any objective.
+"""The training step: random draws, gradient, update and parameter averages.
 
-Every random number of a step derives from (seed, step) and is drawn for the whole
-batch at once. So a step can be replayed, and has the same result on any number of
-devices and in any number of accumulated parts.
+All random numbers of a step derive from (seed, step) and are drawn for the whole batch
+at once. So a step can be replayed, and its result does not depend on the number of
+devices or of accumulation steps.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mdt_jax.optimizers import Schedule
 from mdt_jax.train_state import TrainState
 from mdt_jax.types import Array, Batch, Params
 
-# Name -> (2,) float32: a sum over samples and their number, so that metrics of
-# several steps add up.
+# Name -> (2,) float32: (sum over samples, number of samples). Metrics of several steps
+# can be added.
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, Hashable], tuple[TrainState, Metrics]]
 
-NUM_QUARTILES = 4
+NUM_QUARTILES = 4  # of the times, for the losses by quartile
 
 
 def step_key(seed: int, step: Array) -> Array:
-  """The random key that all draws of a step derive from."""
+  """The random key of a step, from which all random numbers of the step derive."""
   return jax.random.fold_in(jax.random.key(seed), step)
 
 
@@ -43,22 +43,26 @@ def make_train_step(
   accumulation_steps: int = 1,
   learning_rate: Schedule | None = None,
 ) -> TrainStep:
-  """Builds the step, to be jitted with `static` static and the state donated.
+  """Builds the training step.
+
+  Jit the step with `static` as a static argument, and donate the state.
 
   Args:
     model: the network.
-    objective: the draws and the loss of a step.
-    optimizer: turns gradients into updates.
-    seed: of all random draws, with the step.
-    ema_decays: decays of the averages in the state.
-    accumulation_steps: parts of the batch, one after another; less memory.
-    learning_rate: schedule, only to report it.
+    objective: draws the random numbers of a step and computes the loss.
+    optimizer: turns gradients into updates of the parameters.
+    seed: seed of all random numbers; the key of a step is `step_key(seed, step)`.
+    ema_decays: decays of the averages in the state, in (0, 1).
+    accumulation_steps: number of equal parts of the batch that are computed one after
+      another, to save memory; must divide the batch size.
+    learning_rate: schedule, for the metric "learning_rate" only.
 
   Returns:
     (state, batch, static) -> (state, metrics), where `static` is one of
-    `objective.static_choices`. A step whose loss or gradient is not finite changes the
-    step number alone; the metric "skipped" counts the step, and the other metrics leave
-    it out.
+    `objective.static_choices`. The metrics are losses, losses by quartile of the times
+    ("loss_q0" to "loss_q3"), "gradient_norm", "learning_rate" and "skipped". If the
+    loss or the gradient norm is not finite, the step is skipped: only the step number
+    of the state changes, "skipped" counts the step, and all other metrics are zero.
   """
 
   def gradients_of(
@@ -115,8 +119,7 @@ def make_train_step(
         ),
       )
 
-    # A branch, not a choice for each number: nothing of the old state outlives the
-    # update, so that XLA writes the new one over it, without copies.
+    # jax.lax.cond instead of jnp.where: XLA can then update the state in place.
     state = jax.lax.cond(finite, update, lambda state: state, state)
     return state.replace(step=state.step + 1), metrics
 
@@ -124,18 +127,21 @@ def make_train_step(
 
 
 def add_metrics(first: Metrics, second: Metrics) -> Metrics:
-  """Metrics over the samples of both."""
+  """Adds two metrics, which gives the metrics of the samples of both."""
   return jax.tree.map(jnp.add, first, second)
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-  """Means over the samples, on the host; a quartile without samples is left out."""
+  """Means over the samples, on the host; omits metrics without samples.
+
+  A metric has no samples if a quartile is empty or all steps were skipped.
+  """
   host = jax.device_get(metrics)
   return {name: float(s / n) for name, (s, n) in host.items() if n > 0}
 
 
 def _loss_metrics(losses: Losses, t: Array, end_time: float) -> Metrics:
-  """Sums of the losses, and of those of each quartile of the times."""
+  """The metrics of each loss (B,): over all times, and for each quartile of times."""
   quartile = NUM_QUARTILES * t // end_time
   metrics = {}
   for name, loss in losses.items():
@@ -149,10 +155,10 @@ def _loss_metrics(losses: Losses, t: Array, end_time: float) -> Metrics:
 
 
 def _split(x: Array, parts: int) -> Array:
-  """(B, …) -> (parts, B / parts, …): part i holds every parts-th sample from i.
+  """(B, …) -> (parts, B / parts, …): part i holds samples i, i + parts, i + 2 parts, ….
 
-  Neighbouring samples, which lie on one device, go to different parts, so that each
-  part is sharded over the devices as the batch is.
+  Neighbouring samples lie on the same device. They go to different parts, so each part
+  is spread over all devices like the batch.
   """
   return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 

@@ -216,7 +216,7 @@ def test_scores_that_end_the_process_are_made_up_for_once(
         loop.train(config, tmp_path)
     assert load_ema(tmp_path).step == 2
   loop.train(config, tmp_path)
-  assert "no scores of step 2: two starts ended there" in caplog.text
+  assert "no scores of step 2: " in caplog.text
   assert "step_0000003.json" in os.listdir(tmp_path / "scores")
 
 
@@ -230,10 +230,7 @@ def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
 
   monkeypatch.setattr(scores, "score", fail_once)
   assert int(loop.train(tiny_config(**EVAL), tmp_path).step) == 3
-  assert (
-    "NO SCORES OF STEP 2: real images = None: needs their labels. The run goes on"
-    in caplog.text
-  )
+  assert "NO SCORES OF STEP 2: real images = None: needs their labels" in caplog.text
   assert set(read_scores(tmp_path)) == {"step_0000003.json"}
 
 

@@ -102,7 +102,7 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
     else:
       assert [process.end() for process in processes] == [0] * num_processes
     begun = processes[0].wait_for(
-      "going on from the checkpoint of step (\\d+)|masked pass"
+      "resuming from the checkpoint at step (\\d+)|masked pass"
     )
     begin = int(begun[1] or 0)
     assert (begin > 0) == (i > 0)
