@@ -1,4 +1,7 @@
-"""Processes, guidance and samplers; they take arrays and functions, never a network."""
+"""Diffusion processes, guidance and samplers, written for arrays and functions.
+
+Nothing here depends on a network: a network is passed as a function.
+"""
 
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.process import PROCESSES, Process, create_process

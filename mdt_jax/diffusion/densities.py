@@ -1,4 +1,4 @@
-"""Divergence and likelihood of Gaussians, for the variational bound."""
+"""KL divergence and likelihood of Gaussians, for the variational bound."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from mdt_jax.types import Array
 def normal_kl(
   mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array
 ) -> Array:
-  """KL divergence between two Gaussians, in nats."""
+  """Computes KL(N(mean1, variance1) || N(mean2, variance2)) elementwise, in nats."""
   ratio = jnp.exp(log_variance1 - log_variance2)
   distance = (mean1 - mean2) ** 2 * jnp.exp(-log_variance2)
   return 0.5 * (-1 + log_variance2 - log_variance1 + ratio + distance)
 
 
 def discretized_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
-  """Log likelihood of x, uint8 levels scaled to [-1, 1], under a Gaussian; nats.
+  """Computes the log likelihood of 8-bit pixels under a Gaussian, in nats.
 
-  The normal distribution function is the tanh approximation of the released code.
+  A pixel's likelihood is the Gaussian's mass in the pixel's bin of width 2 / 255. The
+  cumulative distribution function is the tanh approximation of the released code.
+
+  Args:
+    x: uint8 levels scaled to [-1, 1], of any shape.
+    mean: mean of the Gaussian.
+    log_scale: log of its standard deviation.
+
+  Returns:
+    Log likelihoods, of the shape of x.
   """
   inverse = jnp.exp(-log_scale)
   upper = _approximate_normal_cdf(inverse * (x - mean + 1 / 255))

@@ -1,7 +1,6 @@
-"""The Gaussian diffusion process: q, p, and the training losses.
+"""The Gaussian diffusion process: q, p and the training losses.
 
-Equations are those of DDPM (arXiv 2006.11239) and of improved DDPM
-(arXiv 2102.09672); the code works on arrays and knows no network.
+Equations are those of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LOSS_WEIGHTS = ("none", "min_snr")
 
 
 class Prediction(NamedTuple):
-  """p(x_{t-1} | x_t): mean, variance and log variance, and the x0 predicted."""
+  """Mean, variance, log variance and predicted x0 of p(x_{t-1} | x_t), (B, H, W, C)."""
 
   mean: Array
   variance: Array
@@ -44,22 +43,23 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianDiffusion(Process):
-  """A process of S steps, taken from an original one of T.
+  """A process of S steps, selected from an original process of T steps.
 
-  In all methods t (B,) counts the S steps; a network is given the original
-  timestep, `network_time(t)`. Arrays are (B, H, W, C), tables float64 on the
-  host and float32 in use.
+  In all methods t (B,) is an integer step in [0, S). The network receives the original
+  timestep instead, `network_time(t)` in [0, T). Images are (B, H, W, C). Tables are
+  float64 on the host and are cast to float32 when used.
 
   Attributes:
     betas: (S,) noise variances.
     timesteps: (S,) original timestep of each step.
-    original_alphas_cumprod: (T,) products of 1 - beta of the original process.
+    original_alphas_cumprod: (T,) cumulative products of 1 - beta of the original
+      process.
     prediction: what the network's output means: "epsilon", "x0" or "v".
     variance: "learned_range" (2C output channels), "fixed_small" or "fixed_large".
-    loss_weight: of the squared error: "none", or "min_snr" as MDTv2 is released:
-      min(SNR, gamma) / SNR for epsilon and v, min(SNR, gamma) for x0 (Hang et al.,
-      arXiv 2303.09556, whose weight for v is min(SNR, gamma) / (SNR + 1)).
-    min_snr_gamma: gamma of it.
+    loss_weight: weight of the squared error: "none", or "min_snr" as in released MDTv2:
+      min(SNR, gamma) / SNR for epsilon and v, min(SNR, gamma) for x0. The paper (Hang
+      et al., arXiv 2303.09556) uses min(SNR, gamma) / (SNR + 1) for v.
+    min_snr_gamma: gamma of "min_snr".
   """
 
   betas: np.ndarray
@@ -81,17 +81,18 @@ class GaussianDiffusion(Process):
     loss_weight: str = "none",
     min_snr_gamma: float = 5.0,
   ) -> GaussianDiffusion:
-    """Builds a process from names.
+    """Builds a process from named settings.
 
     Args:
-      schedule, num_timesteps: of the original process; see `schedules.make_betas`.
-      spacing: which timesteps are kept: a text of `schedules.spaced_timesteps`, or
-        "uniform20", "log_snr20", "karras20" for so many of
-        `schedules.solver_timesteps`.
+      schedule, num_timesteps: the original process; see `schedules.make_betas`.
+      spacing: which timesteps to keep. Either a string for
+        `schedules.spaced_timesteps`, or a spacing of `schedules.solver_timesteps`
+        followed by a number of steps, such as "uniform20", "log_snr20" or "karras20".
       prediction, variance, loss_weight, min_snr_gamma: see the attributes.
 
     Raises:
-      SettingError: an unknown name or a spacing that cannot be had.
+      SettingError: a name is unknown, a number is out of range, or the spacing is not
+        possible.
     """
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("variance", variance, VARIANCES)
@@ -112,18 +113,21 @@ class GaussianDiffusion(Process):
   def _on_timesteps(
     cls, original: np.ndarray, timesteps: np.ndarray, **settings: Any
   ) -> GaussianDiffusion:
-    """The process that takes `timesteps` of the original one."""
+    """Builds the process that keeps only `timesteps` of the original process."""
     kept = original[timesteps]
     betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
     return cls(betas, timesteps, original, **settings)
 
   def respaced(self, spacing: str, num_steps: int) -> GaussianDiffusion:
-    """The same process in `num_steps` of its original timesteps.
+    """Returns the process that keeps `num_steps` of the T original timesteps.
 
     Args:
       spacing: "uniform", "log_snr" or "karras", see `schedules.solver_timesteps`; ""
-        for even timesteps as released, see `schedules.spaced_timesteps`.
-      num_steps: S.
+        for the even spacing of the released code, see `schedules.spaced_timesteps`.
+      num_steps: S, in [1, T].
+
+    Raises:
+      SettingError: the spacing is not possible.
     """
     original = self.original_alphas_cumprod
     return self._on_timesteps(
@@ -137,12 +141,12 @@ class GaussianDiffusion(Process):
 
   @property
   def num_timesteps(self) -> int:
-    """S, steps of this process."""
+    """S, number of steps of this process."""
     return len(self.betas)
 
   @property
   def num_original_timesteps(self) -> int:
-    """T, steps of the original process."""
+    """T, number of steps of the original process."""
     return len(self.original_alphas_cumprod)
 
   @property
@@ -159,46 +163,50 @@ class GaussianDiffusion(Process):
 
   @functools.cached_property
   def alphas_cumprod(self) -> np.ndarray:
+    """(S,) cumulative products of 1 - beta: alpha^2 of each step."""
     return np.cumprod(1 - self.betas)
 
   @functools.cached_property
   def alphas_cumprod_prev(self) -> np.ndarray:
+    """(S,) `alphas_cumprod` of the preceding step; 1 for step 0."""
     return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
   @functools.cached_property
   def snr(self) -> np.ndarray:
-    """Signal-to-noise ratio of each step."""
+    """(S,) signal-to-noise ratio of each step, alpha^2 / sigma^2."""
     return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
   @functools.cached_property
   def posterior_variance(self) -> np.ndarray:
-    """Variance of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
+    """(S,) variance of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
     return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
   @functools.cached_property
   def posterior_log_variance(self) -> np.ndarray:
-    """Its logarithm, with that of step 0 (variance 0) taken from step 1."""
+    """(S,) log of `posterior_variance`; step 0, of variance 0, uses that of step 1."""
     floor = self.posterior_variance[min(1, self.num_timesteps - 1)]
     clipped = np.concatenate([[floor], self.posterior_variance[1:]])
-    # A process of one step has no posterior: its only variance is 0.
+    # In a process of one step the only variance is 0; `tiny` keeps its log finite.
     return np.log(np.maximum(clipped, np.finfo(np.float32).tiny))
 
   @functools.cached_property
   def posterior_mean_coef_x0(self) -> np.ndarray:
+    """(S,) factor of x_0 in the mean of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
     signal = np.sqrt(self.alphas_cumprod_prev)
     return self.betas * signal / (1 - self.alphas_cumprod)
 
   @functools.cached_property
   def posterior_mean_coef_xt(self) -> np.ndarray:
+    """(S,) factor of x_t in the mean of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
     noise = 1 - self.alphas_cumprod_prev
     return noise * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
 
   @functools.cached_property
   def fixed_log_variance(self) -> np.ndarray:
-    """Log variance of p where it is not learned."""
+    """(S,) log variance of p(x_{t-1} | x_t) if the variance is not learned."""
     if self.variance == "fixed_small":
       return self.posterior_log_variance
-    # The first step takes the posterior's: a better likelihood of the decoder.
+    # Step 0 uses the posterior variance, which gives the decoder a better likelihood.
     return np.concatenate([self.posterior_log_variance[:1], np.log(self.betas[1:])])
 
   def alpha(self, t: Array) -> Float[Array, " B"]:
@@ -214,7 +222,7 @@ class GaussianDiffusion(Process):
     return jax.random.randint(key, (batch,), 0, self.num_timesteps)
 
   def levels(self) -> Levels:
-    """Noise levels of the S steps, float64 on the host."""
+    """Returns the noise levels of the S steps, float64 on the host."""
     return Levels(
       np.sqrt(self.alphas_cumprod),
       np.sqrt(1 - self.alphas_cumprod),
@@ -222,22 +230,22 @@ class GaussianDiffusion(Process):
     )
 
   def network_time(self, t: Array) -> Int[Array, " B"]:
-    """Original timesteps of the steps t."""
+    """Returns the original timesteps (B,) of steps t (B,)."""
     return jnp.asarray(self.timesteps, jnp.int32)[t]
 
   def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
-    """x_t of q(x_t | x_0), DDPM equation 4."""
+    """Computes x_t of q(x_t | x_0) from the given noise, DDPM equation 4."""
     signal = _at(np.sqrt(self.alphas_cumprod), t, x0)
     sigma = _at(np.sqrt(1 - self.alphas_cumprod), t, x0)
     return signal * x0 + sigma * noise
 
   def q_posterior_mean(self, x0: Array, x_t: Array, t: Array) -> Array:
-    """Mean of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
+    """Computes the mean of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
     from_x0 = _at(self.posterior_mean_coef_x0, t, x_t) * x0
     return from_x0 + _at(self.posterior_mean_coef_xt, t, x_t) * x_t
 
   def predict_x0(self, output: Array, x_t: Array, t: Array) -> Array:
-    """x0 from the network's output (without its variance channels)."""
+    """Computes x0 from the network's output without variance channels."""
     if self.prediction == "x0":
       return output
     if self.prediction == "v":  # v = alpha epsilon - sigma x0 (arXiv 2202.00512)
@@ -248,7 +256,11 @@ class GaussianDiffusion(Process):
     return scale * x_t - _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t) * output
 
   def to_x0(self, output: Array, x_t: Array, t: Array) -> Array:
-    """x0 from the network's output: (B, H, W, C), or 2C channels for the variance."""
+    """Computes x0 (B, H, W, C) from the network's output, (B, H, W, C or 2C).
+
+    Raises:
+      ValueError: the output has the wrong shape.
+    """
     self._check_output(output, x_t)
     return self.predict_x0(output[..., : x_t.shape[-1]], x_t, t)
 
@@ -259,19 +271,22 @@ class GaussianDiffusion(Process):
   def p_mean_variance(
     self, model_output: Array, x_t: Array, t: Array, clip_denoised: bool = False
   ) -> Prediction:
-    """p(x_{t-1} | x_t) from the network's output.
+    """Computes p(x_{t-1} | x_t) from the network's output.
 
     Args:
-      model_output: (B, H, W, C), or (B, H, W, 2C) where the variance is learned.
+      model_output: (B, H, W, C), or (B, H, W, 2C) if the variance is learned.
       x_t: (B, H, W, C) noisy latents.
       t: (B,) steps.
-      clip_denoised: clip the x0 predicted to [-1, 1]; for pixels.
+      clip_denoised: whether to clip the predicted x0 to [-1, 1]; for pixels.
+
+    Raises:
+      ValueError: `model_output` has the wrong shape.
     """
     self._check_output(model_output, x_t)
     output, log_variance = model_output, _at(self.fixed_log_variance, t, x_t)
     if self.learns_variance:
       output, fraction = jnp.split(model_output, 2, axis=-1)
-      # From -1 for the posterior's variance to 1 for beta (arXiv 2102.09672, eq. 15).
+      # -1 means the posterior variance, 1 means beta (arXiv 2102.09672, equation 15).
       fraction = (fraction + 1) / 2
       low = _at(self.posterior_log_variance, t, x_t)
       high = _at(np.log(self.betas), t, x_t)
@@ -290,19 +305,24 @@ class GaussianDiffusion(Process):
   def training_losses(
     self, model_output: Array, x0: Array, x_t: Array, t: Array, noise: Array
   ) -> dict[str, Array]:
-    """Losses of each sample.
+    """Computes the losses of each sample.
 
     Args:
       model_output: (B, H, W, C or 2C).
       x0: (B, H, W, C) latents.
-      x_t: (B, H, W, C), `q_sample(x0, t, noise)`.
+      x_t: (B, H, W, C), equal to `q_sample(x0, t, noise)`.
       t: (B,) steps.
-      noise: (B, H, W, C).
+      noise: (B, H, W, C) standard normal.
 
     Returns:
-      "mse" (B,): the weighted squared error; "vb" (B,), where the variance is
-      learned: the variational bound in bits a dimension, which trains the variance
-      alone; "loss" (B,): their sum.
+      name -> (B,) loss:
+        "mse": the weighted squared error;
+        "vb", only if the variance is learned: the variational bound in bits per
+          dimension. Its gradient reaches only the variance channels;
+        "loss": the sum, to be minimised.
+
+    Raises:
+      ValueError: `model_output` has the wrong shape.
     """
     self._check_output(model_output, x0)
     model_output = model_output.astype(jnp.float32)
@@ -325,10 +345,17 @@ class GaussianDiffusion(Process):
     t: Array,
     clip_denoised: bool = False,
   ) -> tuple[Array, Prediction]:
-    """The term of each sample's step in the bound, (B,) bits a dimension.
+    """Computes the term of the variational bound at step t of each sample.
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and the negative log likelihood
-    of x0 under a discretised Gaussian at step 0; with it the prediction used.
+    The term is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). At step 0 the term is the
+    negative log likelihood of x0 under a discretised Gaussian.
+
+    Args:
+      model_output, x0, x_t, t: as in `training_losses`.
+      clip_denoised: as in `p_mean_variance`.
+
+    Returns:
+      (terms (B,) in bits per dimension, the prediction p).
     """
     p = self.p_mean_variance(model_output, x_t, t, clip_denoised)
     kl = normal_kl(
@@ -343,7 +370,7 @@ class GaussianDiffusion(Process):
 
   @functools.cached_property
   def mse_weights(self) -> np.ndarray:
-    """(S,) weights of the squared error."""
+    """(S,) weight of the squared error at each step; see `loss_weight`."""
     if self.loss_weight == "none":
       return np.ones_like(self.betas)
     weights = np.minimum(self.snr, self.min_snr_gamma)
@@ -361,8 +388,8 @@ class GaussianDiffusion(Process):
     channels = x.shape[-1] * (2 if self.learns_variance else 1)
     if model_output.shape != (*x.shape[:-1], channels):
       raise ValueError(
-        f"model output {model_output.shape} for input {x.shape}: with variance "
-        f"{self.variance!r} it must have {channels} channels"
+        f"model output has shape {model_output.shape}; with input {x.shape} and "
+        f"variance = {self.variance!r} it must be {(*x.shape[:-1], channels)}"
       )
 
 
@@ -370,7 +397,7 @@ PROCESSES["gaussian"] = GaussianDiffusion.create
 
 
 def _chosen_timesteps(alphas_cumprod: np.ndarray, spacing: str) -> np.ndarray:
-  """The original timesteps that a spacing such as "", "250" or "karras20" keeps."""
+  """Returns the timesteps that a spacing such as "", "250" or "karras20" keeps."""
   named = re.fullmatch(rf"({'|'.join(SPACINGS)})(\d+)", spacing)
   if named:
     return solver_timesteps(alphas_cumprod, named[1], int(named[2]))
@@ -378,6 +405,6 @@ def _chosen_timesteps(alphas_cumprod: np.ndarray, spacing: str) -> np.ndarray:
 
 
 def _at(table: np.ndarray, t: Array, like: Array) -> Array:
-  """table[t] in float32, shaped (B, 1, 1, 1) to go with `like`."""
+  """Returns table[t] in float32, as (B, 1, 1, 1) to broadcast against `like`."""
   values = jnp.asarray(table, jnp.float32)[t]
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, constant or with the power-cosine scale of MDT."""
+"""Classifier-free guidance with a constant scale or MDT's power-cosine scale."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import jax.numpy as jnp
 
 from mdt_jax.types import Array
 
-WHOLE = (0.0, 1.0)  # every timestep, as shares of T
+WHOLE = (0.0, 1.0)  # the guidance interval of all timesteps, in units of T
 ModelFn = Callable[[Array, Array], Array]  # x_t (B, H, W, C), t (B,) -> output
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """How much, where and when samples are guided; see `guided`.
+  """Settings of classifier-free guidance; `guided` documents the method.
 
   Attributes:
-    scale: guidance scale w; 1 for none.
-    power: of the power-cosine scale; 0 for a constant scale.
-    channels: leading channels that are guided; None for all.
-    interval: (low, high) of t / T, both included, within which samples are guided.
-    num_timesteps: T, the network's time at full noise.
+    scale: guidance scale w; 1 for no guidance.
+    power: power of the power-cosine scale; 0 for a constant scale.
+    channels: number of leading channels to guide; None for all.
+    interval: (low, high) range of t / T, inclusive, in which to guide.
+    num_timesteps: T, the time that the network receives at full noise.
   """
 
   scale: float = 1.0
@@ -40,13 +40,16 @@ class Guidance:
     *,
     one_batch: bool = True,
   ) -> ModelFn:
-    """A function for samplers, as `guided` makes it.
+    """Calls `guided` with these settings.
 
     Args:
-      network: (x (B, H, W, C), t (B,), y) -> output.
-      labels: conditions y to sample, with a leading axis B.
-      null_labels: null conditions, of the same shape.
+      network: (x (B, H, W, C), t (B,), y (B, …)) -> output.
+      labels: (B, …) conditions to sample.
+      null_labels: null conditions, of the shape of `labels`.
       one_batch: see `guided`.
+
+    Returns:
+      The guided function (x, t) -> output.
     """
     return guided(
       network,
@@ -64,10 +67,19 @@ class Guidance:
 def power_cosine_scale(
   t: Array, scale: float, power: float, num_timesteps: float = 1000
 ) -> Array:
-  """Guidance scale at original timesteps t (B,): 1 at t = T, `scale` at t = 0.
+  """Computes the guidance scale at timestep t (MDT, arXiv 2303.14389, section 4.1).
 
-  1 + (scale - 1) (1 - cos(pi (1 - t / T)^power)) / 2, section 4.1 of the MDT paper.
+  1 + (scale - 1) (1 - cos(pi (1 - t / T)^power)) / 2: 1 at t = T and `scale` at t = 0.
   A power of 0 gives the constant `scale`.
+
+  Args:
+    t: (B,) original timesteps.
+    scale: guidance scale w.
+    power: see the equation.
+    num_timesteps: T.
+
+  Returns:
+    (B,) float32.
   """
   fraction = (1 - t.astype(jnp.float32) / num_timesteps) ** power
   return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * fraction)) / 2
@@ -85,22 +97,29 @@ def guided(
   num_timesteps: float = 1000,
   one_batch: bool = True,
 ) -> ModelFn:
-  """Turns a conditional network into the guided function that samplers take.
+  """Turns a conditional network into a guided function for samplers.
+
+  The guided output is u + w (c - u), where c and u are the conditional and the
+  unconditional output and w is `power_cosine_scale`.
 
   Args:
-    network: (x (B, H, W, C), t (B,), y (B,)) -> output (B, H, W, C or 2C).
-    labels: (B,) classes to sample.
-    null_label: label of the unconditional half; a number, or an array like `labels`.
-    scale: guidance scale w; 1 leaves the unconditional half out.
-    power: of the power-cosine scale; the paper's runs use 4, the demo 0.01.
-    channels: how many leading channels are guided. The released code guides the
-      first 3 of 4, kept from GLIDE; None guides every channel of the prediction.
-    interval: (low, high), of t / T, both included: timesteps outside are not guided
-      (arXiv 2404.07724), and a call without any inside runs no unconditional half.
-    num_timesteps: T, the network's time at full noise.
-    one_batch: whether both halves run as one batch of 2B samples, or as two calls of
-      the network that do not wait for each other: faster on CPUs, where XLA leaves
-      cores idle in the batched products of attention.
+    network: (x (B, H, W, C), t (B,), y (B, …)) -> output (B, H, W, C or 2C).
+    labels: (B, …) conditions to sample, such as classes.
+    null_label: null condition of the unconditional pass; a number, or an array of the
+      shape of `labels`.
+    scale: guidance scale; 1 skips the unconditional pass.
+    power: power of the power-cosine scale. The paper uses 4, the released demo 0.01.
+    channels: number of leading channels to guide; None for all C. The released code
+      guides the first 3 of 4, a remnant of GLIDE.
+    interval: (low, high) range of t / T, inclusive, in which to guide (arXiv
+      2404.07724). A call with all timesteps outside skips the unconditional pass.
+    num_timesteps: T, the time that the network receives at full noise.
+    one_batch: whether the two passes run as one batch of 2B samples. False: two
+      independent calls, which are faster on CPUs, where XLA leaves cores idle in the
+      batched products of attention.
+
+  Returns:
+    The guided function (x (B, H, W, C), t (B,)) -> output (B, H, W, C or 2C).
   """
 
   def conditional_fn(x: Array, t: Array) -> Array:
@@ -111,7 +130,7 @@ def guided(
   null_labels = jnp.full_like(labels, null_label)
 
   def halves(x: Array, t: Array) -> tuple[Array, Array]:
-    """Outputs of the network with and without the labels."""
+    """Returns the conditional and the unconditional output."""
     if not one_batch:
       return network(x, t, labels), network(x, t, null_labels)
     twice = (
@@ -137,5 +156,5 @@ def guided(
 
   if interval == WHOLE:
     return guided_fn
-  # A sampler's call has one timestep for all its samples: one branch runs.
+  # A sampler uses the same timestep for all samples, so only one branch runs.
   return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, conditional_fn, x, t)

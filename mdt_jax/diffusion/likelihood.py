@@ -1,4 +1,4 @@
-"""The bound on the likelihood of images, over all steps of the diffusion."""
+"""The variational bound on the likelihood of images, over all diffusion steps."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ def calc_bpd(
   clip_denoised: bool = True,
   noise: Array | None = None,
 ) -> dict[str, Array]:
-  """The variational bound of each image (improved DDPM, arXiv 2102.09672, eq. 4-7).
+  """Computes the variational bound of each image (arXiv 2102.09672, equations 4-7).
 
-  One `lax.scan` over the steps, S calls of the network. To be jitted by the caller,
-  with the network inside. The likelihood is one of pixels: uint8 levels scaled to
-  [-1, 1]; of latents only the terms' sizes are worth a look.
+  The network is called S times in one lax.scan. Call this function under jax.jit. The
+  result is a likelihood only for pixels, uint8 levels scaled to [-1, 1]. For latents,
+  the terms can only be compared with each other.
 
   Args:
-    model_fn: (x_t (B, H, W, C), original timesteps (B,)) -> output (B, H, W, C or
-      2C).
-    diffusion: the process; respaced, a coarser bound in fewer calls.
+    model_fn: (x_t (B, H, W, C), original timesteps (B,)) -> output (B, H, W, C or 2C).
+    diffusion: the process. A respaced process gives a coarser bound with fewer calls.
     x0: (B, H, W, C) float32 images.
-    key: random key of the noise of the steps, or (B,) keys, one a sample.
-    clip_denoised: clip each x0 predicted to [-1, 1], as released.
-    noise: (S, B, H, W, C) noise of each step, last step first, instead of draws.
+    key: random key of the noise, or (B,) keys, one per sample.
+    clip_denoised: whether to clip the predicted x0 to [-1, 1], as released.
+    noise: (S, B, H, W, C) noise of each step, step S - 1 first; None to draw noise.
 
   Returns:
-    "total_bpd" (B,) bits a dimension, the sum of "prior_bpd" (B,), which no network
-    changes, and of "vb" (B, S), the terms of the steps; "xstart_mse" (B, S) and
-    "mse" (B, S), squared errors of the x0 and of the noise predicted. Steps stand in
-    the order of the released code: S - 1 first.
+    name -> array, in bits per dimension or as mean squared error. The axis S starts
+    with step S - 1, as in the released code.
+      "vb" (B, S): the term of each step;
+      "prior_bpd" (B,): see `prior_bpd`;
+      "total_bpd" (B,): the sum of "vb" over steps plus "prior_bpd";
+      "xstart_mse" (B, S): mean squared error of the predicted x0;
+      "mse" (B, S): mean squared error of the predicted noise.
   """
   x0 = jnp.asarray(x0, jnp.float32)
 
@@ -68,8 +70,19 @@ def calc_bpd(
 
 
 def prior_bpd(diffusion: GaussianDiffusion, x0: Array) -> Array:
-  """KL(q(x_T | x_0) || N(0, 1)) of images (B, H, W, C): (B,) bits a dimension."""
+  """Computes KL(q(x_T | x_0) || N(0, 1)) in bits per dimension.
+
+  The term does not depend on the network.
+
+  Args:
+    diffusion: the process.
+    x0: (B, H, W, C) images.
+
+  Returns:
+    (B,).
+  """
   signal = diffusion.alphas_cumprod[-1]
-  # KL of N(sqrt(a) x0, 1 - a), with what would cancel in float32 taken together.
+  # KL(N(sqrt(a) x0, 1 - a) || N(0, 1)). `rest` is computed in float64, because its
+  # terms would cancel in float32.
   rest = -np.log1p(-signal) - signal
   return mean_flat(signal * x0**2 + rest) / (2 * np.log(2))

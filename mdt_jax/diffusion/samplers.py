@@ -1,4 +1,4 @@
-"""Sampling: from noise to latents, the whole loop one `lax.scan`."""
+"""Sampling from noise to latents; the whole loop is one lax.scan."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ METHODS = ("ddpm", "ddim", *SOLVERS)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-  """How latents are drawn: a respaced process, a method and guidance.
+  """The settings of sampling: a respaced process, a method and guidance.
 
   Attributes:
-    process: respaced; its steps are those of the sampler.
-    method: one of METHODS.
-    eta: noise of "ddim", from 0 (none) to 1 (as much as "ddpm").
-    clip_denoised: clip each x0 predicted to [-1, 1]; for pixels.
+    process: a respaced process; its steps are the steps of the sampler.
+    method: one of METHODS; see `sample`.
+    eta: noise of "ddim", in [0, 1]: 0 for none, 1 for as much as "ddpm".
+    clip_denoised: whether to clip the predicted x0 to [-1, 1]; for pixels.
     guidance: classifier-free guidance.
   """
 
@@ -49,35 +49,36 @@ class Sampler:
     eta: float = 0.0,
     clip_denoised: bool = False,
   ) -> Sampler:
-    """Respaces a process for a method.
+    """Respaces a process and builds the sampler.
 
     Args:
-      process: as it is trained.
+      process: the process used in training.
       guidance, method, eta, clip_denoised: see the attributes.
-      num_steps: steps of the sampler.
-      spacing: what the steps are even in, see `Process.respaced`; None for what suits
-        the method best.
+      num_steps: number of steps of the sampler.
+      spacing: see `Process.respaced`. None for the best spacing for the method, see
+        `solvers.SPACING_OF`.
 
     Raises:
-      SettingError: the process has no such steps, or the method is unknown.
+      SettingError: the method is unknown or does not support this process, or the
+        process does not support the spacing or the number of steps.
     """
     check_choice("method", method, METHODS)
     if method not in SOLVERS:
       _as_gaussian(process, method)
     spacing = spacing or SPACING_OF.get(method, "uniform")
     if spacing == "uniform" and method not in SOLVERS:
-      spacing = ""  # as released
+      spacing = ""  # the spacing of the released code
     respaced = process.respaced(spacing, num_steps)
     return cls(respaced, method, eta, clip_denoised, guidance)
 
   @property
   def is_random(self) -> bool:
-    """Whether the steps add noise."""
+    """Whether the sampler adds noise at its steps."""
     return is_random(self.method, self.eta)
 
   @property
   def num_calls(self) -> int:
-    """Passes of the network for one image, of both halves of guidance."""
+    """Number of network passes per image; guidance doubles the number."""
     steps = self.process.levels().alpha.size
     calls = 2 * steps - 1 if self.method == "heun" else steps
     return calls * (1 if self.guidance.scale == 1 else 2)
@@ -97,37 +98,43 @@ def sample(
   hold: Callable[[Array, Array], Array] | None = None,
   repeats: int = 1,
 ) -> Array:
-  """Samples x_0 from x_T. To be jitted by the caller, with the network inside.
+  """Samples x_0 from x_T. Call this function under jax.jit.
 
   Args:
-    model_fn: (x_t (B, H, W, C), original timesteps (B,)) -> output (B, H, W, C or
-      2C); see `guidance.guided`.
-    diffusion: the process, respaced to the steps wanted.
+    model_fn: (x_t (B, H, W, C), original timesteps (B,)) -> output (B, H, W, C or 2C);
+      see `guidance.guided`.
+    diffusion: the process, respaced to the steps of the sampler.
     x_T: (B, H, W, C) standard normal noise to start from.
-    key: random key of the noise of the steps, or (B,) keys, one a sample: then the
-      noise of a sample does not depend on the rest of the batch.
-    method: "ddpm", ancestral sampling; "ddim" (arXiv 2010.02502); or one of
-      `solvers.solver_rows`, which take fewer steps.
-    eta: noise of DDIM: 0 is deterministic, 1 as much as DDPM.
-    clip_denoised: clip each x0 predicted to [-1, 1]; for pixels.
-    noise: (calls, B, H, W, C) noise of each call of the network, in order, instead of
-      draws from `key`.
-    num_steps: take the last so many steps only; x_T is then the latent that they
-      start from.
-    hold: (x (B, H, W, C), step ()) -> x; changes the latent before each call of the
-      network, to hold what is known of it.
-    repeats: take each step so often, with its noise added again in between, so that
-      the rest fits what is held (RePaint, arXiv 2201.09865, with jumps of one step);
-      "ddpm" and "ddim" alone.
+    key: random key of the noise added at the steps, or (B,) keys, one per sample. With
+      one key per sample, a sample does not depend on the rest of the batch.
+    method: "ddpm" (ancestral sampling), "ddim" (arXiv 2010.02502), or a solver for
+      fewer steps, see `solvers.solver_rows`.
+    eta: noise of "ddim", in [0, 1]: 0 is deterministic, 1 adds as much as "ddpm".
+    clip_denoised: whether to clip the predicted x0 to [-1, 1]; for pixels.
+    noise: (calls, B, H, W, C) noise of each call of the network, in order; None to draw
+      from `key`.
+    num_steps: run only the last `num_steps` steps, starting from the noisy latent x_T;
+      None for all steps.
+    hold: (x (B, H, W, C), step ()) -> x; replaces the latent before each call of the
+      network. Inpainting uses `hold` to overwrite the known pixels.
+    repeats: number of times to run each step. Noise is added again before each
+      repetition, which harmonises the image with the held pixels (RePaint, arXiv
+      2201.09865, with jumps of one step). Only for "ddpm" and "ddim".
 
   Returns:
     (B, H, W, C) float32.
+
+  Raises:
+    SettingError: the method is unknown or does not support this process, or `eta` or
+      `repeats` is out of range.
   """
   check_choice("method", method, METHODS)
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
   if repeats < 1 or (repeats > 1 and method in SOLVERS):
-    raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
+    raise SettingError(
+      "repeats", repeats, "must be at least 1; above 1 only for ddpm and ddim"
+    )
   x_T = jnp.asarray(x_T, jnp.float32)
   levels = diffusion.levels()
   total = levels.alpha.size
@@ -152,7 +159,7 @@ def sample(
       x = jnp.where(repeat > 0, noisier, x)
     x = x if hold is None else hold(x, step)
     output, t = predict(x, step)
-    # No noise is added by the last step.
+    # The last step, step 0, adds no noise.
     number = step + repeat * total
     drawn = jnp.where(step > 0, draw(number, given), 0)
     step_fn = _ddpm_step if method == "ddpm" else _ddim_step
@@ -185,12 +192,18 @@ def sample(
 
 
 def is_random(method: str, eta: float = 0.0) -> bool:
-  """Whether the steps of a method add noise."""
+  """Whether a method adds noise at its steps; `eta` matters only for "ddim"."""
   return method in ("ddpm", "dpm++sde") or (method == "ddim" and eta > 0)
 
 
 def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
-  """Standard normal noise of a step from one key, or from a key for each sample."""
+  """Draws the standard normal noise of a step.
+
+  Args:
+    key: one key, or (B,) keys, one per sample.
+    step: () number of the step, folded into the key.
+    shape: (B, …) shape of the noise.
+  """
   if key.ndim == 0:
     return jax.random.normal(jax.random.fold_in(key, step), shape)
   keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, step)
@@ -198,10 +211,10 @@ def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _as_gaussian(process: Process, method: str) -> GaussianDiffusion:
-  """The process, which the ancestral methods take the posterior of."""
+  """Returns the process; raises SettingError if it is not a GaussianDiffusion."""
   if not isinstance(process, GaussianDiffusion):
     raise SettingError(
-      "method", method, f"takes a gaussian process; accepted are {', '.join(SOLVERS)}"
+      "method", method, f"needs a gaussian process; accepted are {', '.join(SOLVERS)}"
     )
   return process
 
@@ -215,7 +228,7 @@ def _ddpm_step(
   eta: float,
   clip_denoised: bool,
 ) -> Array:
-  """x_{t-1} of DDPM, algorithm 2."""
+  """Computes x_{t-1} of DDPM (arXiv 2006.11239, algorithm 2)."""
   del eta
   p = diffusion.p_mean_variance(output, x, t, clip_denoised)
   return p.mean + jnp.exp(0.5 * p.log_variance) * noise
@@ -230,7 +243,7 @@ def _ddim_step(
   eta: float,
   clip_denoised: bool,
 ) -> Array:
-  """x_{t-1} of DDIM, equations 12 and 16."""
+  """Computes x_{t-1} of DDIM (arXiv 2010.02502, equations 12 and 16)."""
   x0 = diffusion.p_mean_variance(output, x, t, clip_denoised).x0
   epsilon = diffusion.noise_from_x0(x0, x, t)
   alpha, alpha_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev

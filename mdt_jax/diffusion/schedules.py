@@ -1,4 +1,4 @@
-"""Noise schedules, and which of their timesteps are sampled; float64 on the host."""
+"""Noise schedules and the choice of timesteps, in float64 on the host."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from mdt_jax.errors import SettingError, check_choice
 
 SCHEDULES = ("linear", "cosine")
 SPACINGS = ("uniform", "log_snr", "karras")
-MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singular
-# log(alpha / sigma) where the linear schedule ends. The cosine one goes on to -10 in
-# its last four timesteps, where solvers would waste steps or leap beyond their order.
+MAX_BETA = 0.999  # prevents a singularity at the end of the cosine schedule
+# Smallest log(alpha / sigma) for solvers: the end of the linear schedule. The cosine
+# schedule falls to -10 in its last four timesteps. Solvers would waste steps there, or
+# take a step too large for their order.
 MIN_LOG_SNR = -5.1
 KARRAS_RHO = 7
 
 
 def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
-  """Noise variances beta_t, (num_timesteps,) float64 in (0, 1).
+  """Computes the noise variances beta_t of a schedule.
 
-  "linear": Ho et al. (arXiv 2006.11239), rescaled to any number of steps.
-  "cosine": Nichol and Dhariwal (arXiv 2102.09672), equation 17.
+  Args:
+    schedule: "linear" (Ho et al., arXiv 2006.11239), rescaled to any number of steps;
+      or "cosine" (Nichol and Dhariwal, arXiv 2102.09672, equation 17).
+    num_timesteps: T, number of steps.
+
+  Returns:
+    (T,) float64 in (0, 1).
+
+  Raises:
+    SettingError: the schedule is unknown, or T is too small: below 1, or below 21 for
+      "linear".
   """
   check_choice("schedule", schedule, SCHEDULES)
   if num_timesteps < 1:
@@ -29,7 +39,7 @@ def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
   if schedule == "linear":
     scale = 1000 / num_timesteps
     betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
-    if betas[-1] >= 1:  # nothing of the image would be left
+    if betas[-1] >= 1:
       raise SettingError(
         "num_timesteps", num_timesteps, "must be at least 21 for the linear schedule"
       )
@@ -42,25 +52,28 @@ def make_betas(schedule: str, num_timesteps: int) -> np.ndarray:
 
 
 def spaced_timesteps(num_timesteps: int, spacing: str) -> np.ndarray:
-  """Which of the original timesteps a shorter process keeps.
+  """Chooses the original timesteps that a shorter process keeps, as released.
 
   Args:
-    num_timesteps: T, steps of the original process.
-    spacing: "" for all of them; "250" for so many, evenly spaced from 0 to T - 1;
-      "100,50,25" for so many in each of as many equal sections; "ddim50" for the
-      integer stride of DDIM (arXiv 2010.02502) that gives so many.
+    num_timesteps: T, number of steps of the original process.
+    spacing: one of
+      "": all T timesteps;
+      "250": 250 timesteps, evenly spaced from 0 to T - 1;
+      "100,50,25": three equal sections with 100, 50 and 25 even timesteps;
+      "ddim50": 50 timesteps 0, k, 2k, … of an integer stride k (DDIM, arXiv
+        2010.02502).
 
   Returns:
-    Increasing int64 timesteps.
+    Increasing timesteps, int64.
 
   Raises:
-    SettingError: the spacing is no such text, or asks for more steps than there are.
+    SettingError: the spacing has another form, or needs more timesteps than exist.
   """
   if not spacing:
     return np.arange(num_timesteps)
   accepted = (
-    f'accepted are "" (all {num_timesteps}), "250", "100,50,25" or "ddim50", '
-    "with at least one step and no more than there are"
+    f'accepted are "" (all {num_timesteps} steps), or a number of steps such as "250", '
+    '"100,50,25" or "ddim50", each at least 1 and at most the steps available'
   )
   ddim = spacing.startswith("ddim")
   counts = (spacing[len("ddim") :] if ddim else spacing).split(",")
@@ -74,8 +87,8 @@ def spaced_timesteps(num_timesteps: int, spacing: str) -> np.ndarray:
     if count > size:
       raise SettingError("spacing", spacing, accepted)
     stride = (size - 1) / (count - 1) if count > 1 else 1
-    # Positions are added up, not multiplied, and rounded half to even, as in the
-    # released code: 250 of 1,000 would differ otherwise.
+    # As in the released code: add strides and round half to even. Multiplying would
+    # give other timesteps for 250 of 1,000.
     position = 0.0
     for _ in range(count):
       timesteps.append(start + round(position))
@@ -91,39 +104,39 @@ def _ddim_timesteps(num_timesteps: int, spacing: str, counts: list[str]) -> np.n
       if len(timesteps) == int(counts[0]):
         return timesteps
   raise SettingError(
-    "spacing", spacing, f"no integer stride gives so many of {num_timesteps} steps"
+    "spacing", spacing, f"no integer stride keeps this number of {num_timesteps} steps"
   )
 
 
 def log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
-  """lambda = log(alpha / sigma), half of the log signal-to-noise ratio."""
+  """Computes lambda = log(alpha / sigma), half of the log signal-to-noise ratio."""
   return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
 
 
 def solver_timesteps(
   alphas_cumprod: np.ndarray, spacing: str, count: int
 ) -> np.ndarray:
-  """Timesteps for few steps of a high order.
+  """Chooses timesteps for solvers, which need few steps.
 
   Args:
-    alphas_cumprod: (T,) of the original process.
-    spacing: what the steps are even in: "uniform", the timestep; "log_snr",
-      log(alpha / sigma); "karras", (sigma / alpha)^(1/7) as EDM's are (arXiv
-      2206.00364, equation 5).
-    count: how many.
+    alphas_cumprod: (T,) cumulative products of 1 - beta of the original process.
+    spacing: the quantity in which the timesteps are evenly spaced. "uniform": the
+      timestep; "log_snr": log(alpha / sigma); "karras": (sigma / alpha)^(1/7) (EDM,
+      arXiv 2206.00364, equation 5).
+    count: number of timesteps.
 
   Returns:
-    `count` different increasing timesteps: 0, the last one above MIN_LOG_SNR, and
-    between them those that are nearest.
+    `count` distinct increasing timesteps, rounded to integers. They span 0 to the last
+    timestep with a log-SNR of at least MIN_LOG_SNR. If `count` is 1, only the latter.
 
   Raises:
-    SettingError: `count` is below 1 or above T.
+    SettingError: the spacing is unknown, or `count` is below 1 or above T.
   """
   check_choice("spacing", spacing, SPACINGS)
   num_timesteps = len(alphas_cumprod)
   if not 1 <= count <= num_timesteps:
     raise SettingError(
-      "spacing", f"{spacing}{count}", f"must have 1 to {num_timesteps}"
+      "spacing", f"{spacing}{count}", f"must have 1 to {num_timesteps} steps"
     )
   levels = log_snr(alphas_cumprod)
   noisiest = max(np.flatnonzero(levels >= MIN_LOG_SNR), default=num_timesteps - 1)
@@ -136,9 +149,9 @@ def solver_timesteps(
     else:
       low, high = np.exp(-levels[[0, noisiest]]) ** (1 / KARRAS_RHO)
       wanted = -KARRAS_RHO * np.log(low + share * (high - low))
-    # Levels fall with the timestep; np.interp wants them rising.
+    # np.interp needs increasing values; levels decrease with the timestep.
     nearest = np.interp(-wanted, -levels, np.arange(num_timesteps))
   order = np.arange(count)
-  # Neighbours that round to one timestep move apart, upwards and then back in range.
+  # Make equal timesteps distinct: move them up, then back below num_timesteps.
   timesteps = np.maximum.accumulate(np.rint(nearest).astype(np.int64) - order) + order
   return np.minimum(timesteps, num_timesteps - count + order)

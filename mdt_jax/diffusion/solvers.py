@@ -1,8 +1,8 @@
-"""Solvers of the sampling ODE and SDE as tables: one row a call of the network.
+"""Solvers of the sampling ODE and SDE, as tables with one row per network call.
 
-With x0 predicted, each of them is linear in what it has seen: a row says how a
-(noisier) latent, the x0 predicted from it and the one predicted before it make the
-next latent. Rows are computed once, in float64 on the host; `samplers` scans them.
+Each solver computes the next latent as a linear combination of a noisier latent, the
+current prediction of x0 and the previous prediction of x0. A row holds the weights. The
+rows are computed in float64 on the host; `samplers.sample` scans over them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import numpy as np
 from mdt_jax.diffusion.process import Levels
 
 SOLVERS = ("euler", "heun", "dpm++", "dpm++sde")
-# Which timesteps suit each best; measured in docs/sampling.md.
+# Solver -> the spacing of timesteps with the best results, see docs/sampling.md.
 SPACING_OF = dict.fromkeys(SOLVERS, "log_snr") | {"euler": "uniform"}
 
 
 class Rows(NamedTuple):
-  """next = keep * start + now * x0 + before * x0_before + noise * z, a row a call.
+  """Weights of a solver, one row for each of E network calls.
+
+  next = keep * start + now * x0 + before * x0_before + noise * z, where x0 is the
+  prediction of this call, x0_before that of the call before, and z standard normal.
 
   Attributes:
     step: (E,) int32, step of the process at which the network is called.
-    corrects: (E,) bool. True: `start` is the one of the row before, whose result this
-      row replaces. False: `start` is the latent that the network sees.
-    keep, now, before, noise: (E,) float32.
+    corrects: (E,) bool. False: `start` is the latent that the network receives. True:
+      `start` is that of the previous row, and this row's result replaces the previous
+      one (a corrector).
+    keep, now, before, noise: (E,) float32 weights.
   """
 
-  step: Any  # NumPy arrays here, traced ones in a scan
+  step: Any  # a NumPy array, or a traced array inside lax.scan
   corrects: Any
   keep: Any
   now: Any
@@ -37,32 +41,32 @@ class Rows(NamedTuple):
 
 
 def solver_rows(levels: Levels, method: str) -> Rows:
-  """The rows of a solver, from the noisiest step to no noise.
+  """Computes the rows of a solver, from the noisiest step to zero noise.
 
   Args:
-    levels: noise levels of the S steps, cleanest first.
-    method: of SOLVERS.
-      "euler": of the probability flow ODE in sigma / alpha (EDM, arXiv 2206.00364);
-        equal to DDIM without noise.
-      "heun": EDM's algorithm 1: each Euler step but the last is corrected by the
-        slope at its end; 2 S - 1 calls.
-      "dpm++": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
-      "dpm++sde": SDE-DPM-Solver++(2M), equation 18 there.
+    levels: noise levels of the S steps, in order of increasing noise.
+    method: one of SOLVERS.
+      "euler": Euler steps of the probability flow ODE in sigma / alpha (EDM, arXiv
+        2206.00364); equal to DDIM with eta = 0. S calls.
+      "heun": EDM's algorithm 1. Each Euler step but the last is corrected by the slope
+        at its end. 2 S - 1 calls.
+      "dpm++": DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). S calls.
+      "dpm++sde": SDE-DPM-Solver++(2M) (same paper, equation 18). S calls.
   """
   alpha = np.append(levels.alpha[::-1], 1.0)
   sigma = np.append(levels.sigma[::-1], 0.0)
   h = np.diff(levels.log_snr[::-1])
   if method == "heun":
     return _heun(alpha, sigma)
-  # The first step has no x0 before it, and the last one, to no noise, goes to the x0
-  # predicted: both are of first order.
+  # Two steps are of first order: the first, which has no previous x0, and the last,
+  # which returns the predicted x0.
   eta = 1.0 if method == "dpm++sde" else 0.0
   keep = np.append(sigma[1:-1] / sigma[:-2] * np.exp(-eta * h), 0.0)
   gain = np.append(alpha[1:-1] * -np.expm1(-(1 + eta) * h), 1.0)
   extrapolated = np.zeros_like(gain)
   if method != "euler":
-    # The ratio is 1 / r_i of the paper. Beyond 1, as where even timesteps end in a leap
-    # of log-SNR, extrapolating errs more than it mends; in the limit it goes to 1.
+    # h[1:] / h[:-1] is 1 / r_i of the paper, which tends to 1 for many steps. A ratio
+    # above 1, as uniform timesteps have near the end, would increase the error.
     extrapolated[1:-1] = np.minimum(h[1:] / h[:-1], 1) / 2
   return _rows(
     step=np.arange(len(gain))[::-1],
@@ -75,10 +79,10 @@ def solver_rows(levels: Levels, method: str) -> Rows:
 
 
 def _heun(alpha: np.ndarray, sigma: np.ndarray) -> Rows:
-  """With s = sigma / alpha and y = x / alpha, dy/ds = (y - x0) / s."""
+  """Rows of "heun": dy/ds = (y - x0) / s with s = sigma / alpha and y = x / alpha."""
   count = len(alpha) - 1
-  ratio = (sigma[1:] / alpha[1:]) / (sigma[:-1] / alpha[:-1])  # of s, next to this
-  # A corrector averages the slopes; the last step, to s = 0, has none.
+  ratio = (sigma[1:] / alpha[1:]) / (sigma[:-1] / alpha[:-1])  # next s / current s
+  # The corrector averages both slopes. The last step, to s = 0, has no corrector.
   from_first = 0.5 * (3 - 2 * ratio[:-1] - 1 / ratio[:-1])
   from_second = 0.5 * (1 / ratio[:-1] - 1)
   first_step = np.arange(count)[::-1]

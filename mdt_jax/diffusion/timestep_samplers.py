@@ -1,4 +1,7 @@
-"""Which steps to train on: uniform, or by importance (arXiv 2102.09672, eq. 18)."""
+"""Samplers of training timesteps: uniform, or by importance.
+
+Importance sampling follows improved DDPM (arXiv 2102.09672, equation 18).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ SAMPLERS = ("uniform", "loss-second-moment")
 
 
 class LossHistory(flax.struct.PyTreeNode):
-  """The last losses of every step.
+  """The most recent losses of each timestep.
 
   Attributes:
-    losses: (S, history) float32, a ring a step.
-    counts: (S,) int32, losses seen.
+    losses: (S, history) float32; each row is a ring buffer.
+    counts: (S,) int32, number of losses recorded so far.
   """
 
   losses: Array
@@ -29,14 +32,19 @@ class LossHistory(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class TimestepSampler:
-  """Draws steps t with weights that leave the expected loss unchanged.
+  """Draws times t, with loss weights that keep the expected loss unchanged.
 
   Attributes:
-    name: "uniform", or "loss-second-moment": in proportion to the root mean square
-      of each step's last losses, once every step has a full history.
-    process: whose times are drawn; importance takes a process of S timesteps.
-    history: losses kept for a step.
-    uniform_share: share of the probability that is uniform, so that every step occurs.
+    name: "uniform", or "loss-second-moment". The latter draws t with probability
+      proportional to the root mean square of the recent losses at t. Until each
+      timestep has `history` losses, it draws uniformly.
+    process: the process whose times are drawn. "loss-second-moment" needs a process
+      with S integer timesteps.
+    history: number of recent losses kept per timestep.
+    uniform_share: share of the probability that is uniform, so that each t can occur.
+
+  Raises:
+    SettingError: the name is unknown, or the process has no integer timesteps.
   """
 
   name: str
@@ -48,16 +56,18 @@ class TimestepSampler:
     check_choice("timestep_sampler", self.name, SAMPLERS)
     if self.name != "uniform" and not isinstance(self.process.end_time, int):
       raise SettingError(
-        "timestep_sampler", self.name, "must be uniform: this process has no timesteps"
+        "timestep_sampler",
+        self.name,
+        "must be uniform: the process has no integer timesteps",
       )
 
   @property
   def num_timesteps(self) -> int:
-    """S, timesteps of the process."""
+    """S, number of timesteps of the process."""
     return int(self.process.end_time)
 
   def init(self) -> LossHistory | None:
-    """The state at the start; None for the uniform sampler, which has none."""
+    """Returns the initial state; None for "uniform", which has no state."""
     if self.name == "uniform":
       return None
     return LossHistory(
@@ -66,7 +76,7 @@ class TimestepSampler:
     )
 
   def probabilities(self, state: LossHistory | None) -> Array:
-    """(S,) probability of each step."""
+    """Returns the probability (S,) of each timestep."""
     uniform = jnp.full((self.num_timesteps,), 1 / self.num_timesteps)
     if state is None:
       return uniform
@@ -78,7 +88,17 @@ class TimestepSampler:
   def sample(
     self, key: Array, batch: int, state: LossHistory | None
   ) -> tuple[Array, Array]:
-    """Times t (batch,) of the process, and weights (batch,) float32 of their losses."""
+    """Draws times.
+
+    Args:
+      key: random key.
+      batch: number of times.
+      state: state of the sampler; None for "uniform".
+
+    Returns:
+      (t, weights): t (batch,) times of the process; weights (batch,) float32, by which
+      to multiply the losses.
+    """
     if state is None:
       t = self.process.sample_t(key, batch)
       return t, jnp.ones((batch,), jnp.float32)
@@ -89,14 +109,15 @@ class TimestepSampler:
   def update(
     self, state: LossHistory | None, t: Array, losses: Array
   ) -> LossHistory | None:
-    """Enters the losses (B,) of steps t (B,), in order."""
+    """Records losses (B,) of timesteps t (B,) and returns the new state."""
     if state is None:
       return None
     same = t[:, None] == t[None, :]
-    earlier = jnp.tril(same, k=-1).sum(axis=1)  # of the same step in this batch
+    earlier = jnp.tril(same, k=-1).sum(axis=1)  # losses of the same t in this batch
     later = jnp.triu(same, k=1).sum(axis=1)
     slot = (state.counts[t] + earlier) % self.history
-    # Only the last `history` losses of a step stay; the others point outside.
+    # Only the last `history` losses of a t are kept. The others get an index out of
+    # range, which mode="drop" ignores.
     slot = jnp.where(later < self.history, slot, self.history)
     return LossHistory(
       losses=state.losses.at[t, slot].set(losses, mode="drop"),

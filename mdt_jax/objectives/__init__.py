@@ -1,4 +1,4 @@
-"""Objectives: what is random about a training step, and the loss that it descends."""
+"""Objectives: the random draws and the loss of a training step."""
 
 from mdt_jax.objectives.mdt import MDTObjective
 from mdt_jax.objectives.objective import (

@@ -1,7 +1,8 @@
-"""The objective of MDT (arXiv 2303.14389): a pass over all tokens and a masked one.
+"""The objective of MDT (arXiv 2303.14389): an unmasked pass and a masked pass.
 
-Both passes see the same latents at the same times, each with its own noise and its own
-dropped labels. The number of tokens that the masked pass keeps is drawn on the host.
+Both passes use the same latents and the same times t. Each pass has its own noise and
+its own dropped labels. The number of tokens kept in the masked pass is drawn on the
+host, because the number determines shapes.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ MAX_MASK_RATIO = 0.8
 
 
 class MDTObjective(Objective):
-  """The sum of the losses of an unmasked and of a masked pass.
+  """The sum of the losses of an unmasked pass and a masked pass.
 
   Args:
-    model: a network that takes a mask.
+    model: a network that accepts a token mask.
     process, timestep_sampler: see `Objective`.
-    ratio: smallest share of tokens that are masked.
-    width: the share is uniform in [ratio, ratio + width].
-    num_lengths: how many numbers of kept tokens, each compiled once.
-    multiple: numbers of kept tokens are multiples of this where the sequence allows.
+    ratio: smallest share of masked tokens, in [0, 0.8].
+    width: the share lies in [ratio, ratio + width], with ratio + width at most 0.8.
+    num_lengths, multiple: see `masking.KeptLengths.create`.
 
   Raises:
-    SettingError: a value out of range; a mask that leaves no token to see; a network
-      without a side-interpolater.
+    SettingError: a value is out of range, no token would be kept, or the network does
+      not accept a token mask.
   """
 
   def __init__(
@@ -51,19 +51,19 @@ class MDTObjective(Objective):
     check_masking(ratio, width, num_lengths, multiple)
     if not model.takes_mask:
       raise SettingError(
-        "objective", "mdt", f"{_name(model)} takes no mask: accepted is plain"
+        "objective", "mdt", f"{_name(model)} accepts no mask; accepted is plain"
       )
     self.kept_lengths = KeptLengths.create(
       model.num_tokens, ratio, width, num_lengths, multiple
     )
     if self.kept_lengths.lengths[0] < 1:
       raise SettingError(
-        "ratio", ratio, f"leaves none of the {model.num_tokens} tokens to see"
+        "ratio", ratio, f"must keep at least 1 of the {model.num_tokens} tokens"
       )
 
   @property
   def static_choices(self) -> tuple[int, ...]:
-    """The numbers of tokens that the masked pass keeps, increasing."""
+    """The possible numbers of tokens kept in the masked pass, increasing."""
     return self.kept_lengths.lengths
 
   def choose_static(self, seed: int, step: int) -> int:
@@ -90,12 +90,12 @@ class MDTObjective(Objective):
 
 
 def _name(model: Model) -> str:
-  """Name of a network: the family of one of the package, else the class."""
+  """Returns the variant of a network of this package, or else its class name."""
   return getattr(model, "variant", type(model).__name__)
 
 
 def check_masking(ratio: float, width: float, num_lengths: int, multiple: int) -> None:
-  """Raises SettingError for the first value that cannot be used."""
+  """Raises SettingError for the first setting that is out of range."""
   if not 0 <= ratio <= MAX_MASK_RATIO:
     raise SettingError("ratio", ratio, f"must lie in [0, {MAX_MASK_RATIO}]")
   if not 0 <= width <= 1 or ratio + width > MAX_MASK_RATIO:

@@ -1,8 +1,8 @@
-"""The interface of an objective: the random draws of a training step, and its loss.
+"""The interface of an objective: the random draws and the loss of a training step.
 
-The training step knows no objective. It draws a key from (seed, step), calls `draw`
-for the whole batch and differentiates `loss`; gradients, accumulation over parts of a
-batch, averages of the parameters and skipped steps are the same for all objectives.
+The training step works with any objective. It derives a key from (seed, step), calls
+`draw` for the whole batch and differentiates `loss`. Gradient accumulation, parameter
+averages and skipped steps do not depend on the objective.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from mdt_jax.types import Array, Batch, Params
 
 # model.apply: ({"params": params}, x_t, t, y, token_mask) -> output
 Apply = Callable[..., Any]
-# Name -> (B,) loss of each sample. "total" is required: it is the loss of all passes.
+# Name -> loss of each sample (B,). "total", the loss of all passes, is required.
 Losses = dict[str, Array]
 
 
 class Draws(flax.struct.PyTreeNode):
-  """Samples of a batch with all that is random about them; the first axis is B.
+  """A batch of samples with all random numbers that the loss needs.
 
   Attributes:
     x0: (B, H, W, C) float32 latents.
     t: (B,) times of the process, the same in all passes.
-    weights: (B,) float32 of the losses, from the timestep sampler.
-    noise: (B, passes, H, W, C) standard normal, one a pass.
-    y: (B, passes, ...) conditions after dropping for guidance, one a pass.
-    mask_noise: (B, L) uniform in [0, 1); the tokens of the largest are masked.
+    weights: (B,) float32 loss weights of the timestep sampler.
+    noise: (B, passes, H, W, C) standard normal.
+    y: (B, passes, ...) conditions; some are replaced by the null condition.
+    mask_noise: (B, L) uniform in [0, 1); tokens with the largest noise are masked.
   """
 
   x0: Array
@@ -51,17 +51,18 @@ class Draws(flax.struct.PyTreeNode):
 
 
 class Objective(abc.ABC):
-  """Draws the random numbers of a step, and computes its loss.
+  """Interface: draws the random numbers of a training step and computes its loss.
 
   Args:
-    model: the network, for its condition and its number of tokens; `loss` is given
-      the function to apply.
-    process: mixes data and noise.
-    timestep_sampler: draws the times; uniform unless given.
+    model: the network; provides the condition and the number of tokens. `loss` applies
+      the network by its argument `apply`.
+    process: the diffusion process.
+    timestep_sampler: draws the times t; None for the uniform sampler.
   """
 
-  # Passes of the network in a step. Every objective draws noise and conditions for at
-  # least two, so that a run without a masked pass sees the same numbers as one with it.
+  # Number of passes for which `draw` draws noise and conditions. It is also 2 for
+  # objectives with one pass, so that runs with and without a masked pass draw the same
+  # random numbers in the first pass.
   num_passes: ClassVar[int] = 2
 
   def __init__(
@@ -76,42 +77,45 @@ class Objective(abc.ABC):
 
   @property
   def static_choices(self) -> Sequence[Hashable]:
-    """What `loss` may be given as `static`, in increasing order of memory.
+    """Accepted values of the argument `static` of `loss`, by increasing memory use.
 
-    The step is compiled once for each.
+    XLA compiles the training step once per value.
     """
     return (None,)
 
   def choose_static(self, seed: int, step: int) -> Hashable:
-    """One of `static_choices` for a step, the same on every host, at any time."""
+    """Returns one of `static_choices`; must depend only on (seed, step)."""
     del seed, step
     return self.static_choices[0]
 
   @property
   def largest_static(self) -> Hashable:
-    """The one of `static_choices` that takes the most memory."""
+    """The value of `static_choices` that uses the most memory."""
     return self.static_choices[-1]
 
   def flops(self, static: Hashable) -> float:
-    """Floating-point operations of a training step on one image, see `models.flops`."""
+    """Counts the operations of a training step on one image; see `models.flops`."""
     del static
     return train_flops(self.model)
 
   @property
   def summary(self) -> str:
-    """What the log says of the objective at the start of a run."""
+    """Description of the objective for the log at the start of a run."""
     return "no masked pass"
 
   def draw(
     self, key: Array, batch: Batch, loss_history: LossHistory | None = None
   ) -> Draws:
-    """Draws times, noise, dropped conditions and masks for a batch.
+    """Draws latents, times, noise, dropped conditions and mask noise for a batch.
 
     Args:
       key: random key of the step.
-      batch: what `draw_images` takes, and what the model's condition is made of:
-        "label" (B,) int32.
-      loss_history: state of the timestep sampler.
+      batch: name -> array: the entries that `draw_images` reads, and those that the
+        network's condition reads, such as "label" (B,) int32.
+      loss_history: state of the timestep sampler; None for the uniform sampler.
+
+    Raises:
+      ValueError: the batch holds a condition that cannot be embedded.
     """
     condition = self.model.conditioning
     y = condition.of_batch(batch)
@@ -131,29 +135,32 @@ class Objective(abc.ABC):
   def loss(
     self, apply: Apply, params: Params, draws: Draws, static: Hashable
   ) -> tuple[Float[Array, ""], Losses]:
-    """The loss of a batch, weighted by `draws.weights`, and its parts.
+    """Computes the loss of a batch.
 
     Args:
-      apply: `model.apply`.
+      apply: the network, `model.apply`.
       params: parameters of the network.
-      draws: of `draw`.
+      draws: output of `draw`, or a part of it along B.
       static: one of `static_choices`.
 
     Returns:
-      (loss (), losses): losses (B,) of each sample by name, without the weights. They
-      hold "total", of all passes, which the timestep sampler learns from; the others
-      are logged.
+      (loss, losses). loss is a scalar, the mean weighted by `draws.weights`. losses
+      maps names to unweighted losses (B,) of each sample. losses["total"], the sum over
+      all passes, updates the timestep sampler; the others are logged.
     """
 
   def pass_losses(
     self, apply: Apply, params: Params, draws: Draws, index: int, *masks: Any
   ) -> Losses:
-    """Losses (B,) by name of one pass of the network.
+    """Computes the losses of one pass of the network.
 
     Args:
-      apply, params, draws: as of `loss`.
-      index: of the pass: which noise and conditions of `draws` the pass takes.
+      apply, params, draws: see `loss`.
+      index: index of the pass, which selects noise and conditions of `draws`.
       *masks: further arguments of the network, such as a `TokenMask`.
+
+    Returns:
+      name -> (B,) loss; see `Process.training_losses`.
     """
     noise = draws.noise[:, index]
     x_t = self.process.q_sample(draws.x0, draws.t, noise)
@@ -168,12 +175,12 @@ class Objective(abc.ABC):
 
 
 def draw_images(key: Array, batch: Batch) -> Float[Array, "B H W C"]:
-  """x0: "image", or a draw from the posterior of latents.
+  """Returns x0 of a batch: its images, or a draw from the posterior of its latents.
 
   Args:
-    key: random key of the draw.
-    batch: "image" (B, H, W, C) float32, or "moments" (B, 2, H, W, C), mean and std of
-      each latent, of any float type.
+    key: random key.
+    batch: holds "image" (B, H, W, C) float32, returned unchanged; or "moments"
+      (B, 2, H, W, C) of any float dtype, mean and standard deviation of the latents.
   """
   if "image" in batch:
     return batch["image"]
@@ -181,7 +188,7 @@ def draw_images(key: Array, batch: Batch) -> Float[Array, "B H W C"]:
   return mean + std * jax.random.normal(key, mean.shape)
 
 
-# Name -> the objective's class. An objective registers itself here.
+# Name -> class of the objective. Each objective registers itself here.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {}
 
 
@@ -196,12 +203,13 @@ def create_objective(
   """Builds an objective by name.
 
   Args:
-    name: "plain" or "mdt", or one that was added to OBJECTIVES.
+    name: a key of OBJECTIVES, such as "plain" or "mdt".
     model, process, timestep_sampler: see `Objective`.
-    **settings: of the objective; "mdt" takes ratio, width, num_lengths and multiple.
+    **settings: further arguments of the objective's class; for "mdt": ratio, width,
+      num_lengths and multiple.
 
   Raises:
-    SettingError: an unknown name or setting, or a value that cannot be used.
+    SettingError: a name or a setting is unknown, or a value is invalid.
   """
   check_choice("objective", name, OBJECTIVES)
   given = {"model": model, "process": process, "timestep_sampler": timestep_sampler}
@@ -215,19 +223,22 @@ def objective_of_class(
   process: Process,
   timestep_sampler: TimestepSampler,
 ) -> Objective:
-  """The objective that a class, or a function, of one's own makes.
+  """Builds an objective from a user's class or function.
+
+  Args:
+    function: called with (model, process, timestep_sampler); returns an `Objective`.
+    model, process, timestep_sampler: see `Objective`.
 
   Raises:
-    SettingError: it does not take (model, process, timestep_sampler), or makes no
-      Objective.
+    SettingError: `function` does not accept these arguments, or returns no Objective.
   """
   name = getattr(function, "__name__", repr(function))
   try:
     inspect.signature(function).bind(model, process, timestep_sampler)
   except TypeError as error:
-    accepted = f"must be called with (model, process, timestep_sampler): {error}"
+    accepted = f"must accept (model, process, timestep_sampler): {error}"
     raise SettingError("objective", name, accepted) from None
   made = function(model, process, timestep_sampler)
   if not isinstance(made, Objective):
-    raise SettingError("objective", name, "must make a mdt_jax.objectives.Objective")
+    raise SettingError("objective", name, "must return a mdt_jax.objectives.Objective")
   return made

@@ -9,7 +9,7 @@ from mdt_jax.types import Array, Params
 
 
 class PlainObjective(Objective):
-  """The loss of one pass of the network, which sees all tokens."""
+  """The loss of one unmasked pass of the network."""
 
   def loss(
     self, apply: Apply, params: Params, draws: Draws, static: Hashable
