@@ -1,4 +1,4 @@
-"""Checksums of checkpoints: a flipped byte is noticed before anything trains on it."""
+"""Checksums of checkpoints, to detect damaged files before they are used."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE = "checksums.json"  # inside the folder of a checkpoint
-_OWN = "seal"  # entry for the checksum of all others; part of the format
-_CHUNK = 1 << 22
+_OWN = "seal"  # key of the checksum of all other entries; part of the file format
+_CHUNK = 1 << 22  # bytes read at a time
 
 
 def write_checksums(folder: Path) -> None:
-  """Writes size and CRC-32 of every file of a finished checkpoint into its folder."""
+  """Writes size and CRC-32 of each file of a complete checkpoint to checksums.json."""
   files = {name: _checksum(folder / name) for name in _files(folder)}
   partial = folder / f".{FILE}.partial"
   partial.write_text(json.dumps({"files": files, _OWN: _of_names(files)}))
@@ -22,11 +22,14 @@ def write_checksums(folder: Path) -> None:
 
 
 def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
-  """What is wrong with a checkpoint, in words; None where nothing is.
+  """Compares the files of a checkpoint with their checksums.
 
   Args:
-    folder: of the checkpoint.
-    items: folders in it to look at; None for all that is there.
+    folder: folder of the checkpoint.
+    items: subfolders to check, such as "ema"; None checks all files.
+
+  Returns:
+    A description of the damage for messages; None if the checkpoint is intact.
   """
   try:
     written = json.loads((folder / FILE).read_text())
@@ -34,7 +37,7 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     if written[_OWN] != _of_names(files):
       return f"{FILE} is damaged"
   except FileNotFoundError:
-    return f"{FILE} is missing: it was not finished"
+    return f"{FILE} is missing: the save was not finished"
   except (OSError, ValueError, KeyError, TypeError):
     return f"{FILE} is damaged"
   for name, (size, checksum) in files.items():
@@ -44,13 +47,14 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     if not path.is_file():
       return f"{name} is missing"
     if path.stat().st_size != size:
-      return f"{name} has {path.stat().st_size} bytes, where {size} were written"
+      return f"{name} has {path.stat().st_size} bytes instead of {size}"
     if _checksum(path) != [size, checksum]:
-      return f"{name} has other bytes than were written"
+      return f"{name} does not match its checksum"
   return None
 
 
 def _files(folder: Path) -> list[str]:
+  """Relative paths of the files of a checkpoint, without checksums.json."""
   return sorted(
     str(path.relative_to(folder))
     for path in folder.rglob("*")
@@ -59,7 +63,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _checksum(path: Path) -> list[int]:
-  """[size, CRC-32]."""
+  """[size in bytes, CRC-32] of a file."""
   size = checksum = 0
   with path.open("rb") as file:
     while chunk := file.read(_CHUNK):
@@ -69,5 +73,5 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _of_names(files: dict[str, list[int]]) -> int:
-  """A checksum of the checksums, so that the file of checksums is guarded too."""
+  """The checksum of the checksums, to detect damage of checksums.json."""
   return zlib.crc32(json.dumps(files, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that would continue from it."""
+"""Checks that a checkpoint belongs to the run that resumes from the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 
-# Attributes of a network that do not change its parameters.
+# Attributes of a network that do not change the shapes of its parameters.
 _NOT_OF_THE_PARAMS = (
   "dtype",
   "remat",
@@ -23,17 +23,20 @@ _NOT_OF_THE_PARAMS = (
 
 
 def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:
-  """Raises SettingError where the arrays of a checkpoint are those of another run.
+  """Raises SettingError if a checkpoint has other arrays than the run.
+
+  The check compares only settings that the arrays of a checkpoint depend on. Other
+  settings, such as the learning rate, may change when a run is resumed.
 
   Args:
     saved: settings of the checkpoint.
-    experiment: the run that would continue.
-    workdir: that holds the checkpoint, for the error.
+    experiment: the run that resumes.
+    workdir: folder that holds the checkpoint, for the error.
   """
   current = experiment.settings
   old, new = _identity(saved), _identity(current)
   if (saved.model, saved.diffusion) != (current.model, current.diffusion):
-    # The same network may be written in two ways: by name, and attribute by attribute.
+    # The same network may be set by name, or attribute by attribute.
     old |= _attributes(Experiment(saved))
     new |= _attributes(experiment)
   differences = [
@@ -46,12 +49,12 @@ def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> Non
       "--workdir",
       workdir,
       f"holds checkpoints of another run ({'; '.join(differences)}): "
-      "take another folder, or the settings of that run",
+      "set another folder, or the settings of that run",
     )
 
 
 def _attributes(experiment: Experiment) -> dict[str, Any]:
-  """Attributes of a network that its parameters depend on."""
+  """The attributes of the network that its parameters depend on."""
   attributes = dataclasses.asdict(experiment.model)
   return {
     f"config.model.{name}": value
@@ -61,7 +64,7 @@ def _attributes(experiment: Experiment) -> dict[str, Any]:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-  """The settings that the other arrays of a checkpoint depend on."""
+  """The settings beside the network's that the arrays of a checkpoint depend on."""
   diffusion = settings.diffusion
   names = (
     "process",
@@ -73,7 +76,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
   )
   return {
     "config.optimizer.name": settings.optimizer.name,
-    # Clipping is one more transformation, whose state lies beside the moments.
+    # Clipping adds a transformation to the optimizer, and so an entry to its state.
     "config.optimizer.clip_norm > 0": settings.optimizer.clip_norm > 0,
     "config.ema_decays": tuple(settings.ema_decays),
     "config.timestep_sampler": settings.timestep_sampler,

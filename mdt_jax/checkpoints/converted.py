@@ -1,4 +1,4 @@
-"""Converts files of the released PyTorch code to workdirs, and back."""
+"""Converts checkpoints of the released PyTorch code to workdirs and back."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def from_torch_file(
   decode_depth: int | None = None,
   num_heads: int | None = None,
 ) -> Settings:
-  """Converts a released checkpoint to a workdir that can be sampled from.
+  """Converts a released PyTorch checkpoint to a workdir for sampling and evaluation.
 
   Args:
-    path: see `torch_mdt.from_torch`.
-    workdir: an empty folder, or one that does not exist yet.
-    network: see `torch_mdt.from_torch`.
-    overwrite: replace the checkpoints in `workdir`.
+    path: file of the checkpoint; see `torch_mdt.from_torch`.
+    workdir: an empty folder, or the path of a new folder.
+    network: name of the network; see `torch_mdt.from_torch`.
+    overwrite: whether to replace the checkpoints in `workdir`.
     decode_depth, num_heads: see `torch_mdt.from_torch`.
 
   Returns:
-    The settings of the run that the checkpoint comes from.
+    Settings of a run with this network, as saved in the workdir.
 
   Raises:
-    SettingError: as `torch_mdt.from_torch` raises it; or `workdir` is a file, or is not
-      empty and `overwrite` is not set. Nothing is written then.
+    SettingError: see `torch_mdt.from_torch`; or `workdir` is a file; or `workdir` is
+      not empty and `overwrite` is False. Nothing is written then.
   """
   workdir = Path(workdir)
   if workdir.exists() and not workdir.is_dir():
-    raise SettingError("workdir", str(workdir), "must be a folder, and is a file")
+    raise SettingError("workdir", str(workdir), "must be a folder, not a file")
   if workdir.is_dir() and any(workdir.iterdir()) and not overwrite:
     raise SettingError(
-      "workdir", str(workdir), "must be an empty folder, unless overwrite is set"
+      "workdir", str(workdir), "must be an empty folder unless overwrite is set"
     )
   attributes, params = torch_mdt.from_torch(
     path, network, decode_depth=decode_depth, num_heads=num_heads
@@ -76,21 +76,21 @@ def to_torch_file(
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> int:
-  """Writes averaged parameters for the released PyTorch code.
+  """Writes averaged parameters to a file that the released PyTorch code loads.
 
   Args:
-    workdir: of a run, or of `from_torch_file`.
-    path: a .pt, .pth or .safetensors file.
-    overwrite: replace that file.
-    step: of the checkpoint; None for the latest.
-    ema_decay: which average; see `loading.load_ema`.
+    workdir: folder of a run, or of `from_torch_file`.
+    path: file to write, with suffix .pt, .pth or .safetensors.
+    overwrite: whether to replace an existing file.
+    step: step of the checkpoint; None for the latest.
+    ema_decay: decay of the average; see `loading.load_ema`.
 
   Returns:
     The step of the checkpoint.
 
   Raises:
-    SettingError: as `loading.load_ema` and `torch_mdt.to_torch` raise it; or `path`
-      ends otherwise, or exists and `overwrite` is not set. Nothing is written then.
+    SettingError: see `loading.load_ema` and `torch_mdt.to_torch`; or `path` has another
+      suffix; or `path` exists and `overwrite` is False. Nothing is written then.
   """
   path = Path(path)
   check_suffix("path", path)

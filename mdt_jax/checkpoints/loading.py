@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint, to be sampled; and checkpoints of converted ones."""
+"""Loads averaged parameters from a workdir, and saves converted parameters to one."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mdt_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Averaged parameters and the run that they are of.
+  """Averaged parameters of a checkpoint, with the objects of the run.
 
   Attributes:
-    experiment: the run; its mesh is all devices here, not those of the training, and
-      `settings.sampling.ema_decay` is the decay of `params`.
-    params: averaged parameters, on the first device.
-    step: steps of training.
+    experiment: objects of the run. The mesh holds the current devices, not those of the
+      training. `experiment.settings.sampling.ema_decay` is the decay of `params`.
+    params: averaged parameters, float32, on the first local device.
+    step: number of training steps.
   """
 
   experiment: Experiment
@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def workdir_of(path: str | Path) -> Path:
-  """The workdir that `path`, or the folder "checkpoints" in it, is."""
+  """The absolute path of a workdir, from `path` = WORKDIR or WORKDIR/checkpoints."""
   folder = Path(path).expanduser().absolute()
   return folder.parent if folder.name == FOLDER else folder
 
@@ -47,13 +47,14 @@ def workdir_of(path: str | Path) -> Path:
 def save_model(
   workdir: str | Path, settings: Settings, params: Params, step: int = 0
 ) -> None:
-  """Saves parameters that come from elsewhere, to be sampled as averaged ones.
+  """Saves parameters as a checkpoint that `load_ema` loads; training cannot resume it.
 
   Args:
     workdir: folder without checkpoints.
-    settings: the run that they are of; they are saved as its first average.
-    params: parameters of its network.
-    step: number of the checkpoint.
+    settings: settings of a run with this network. The parameters are saved as the
+      average with the first decay, `settings.ema_decays[0]`.
+    params: parameters of the network, float32.
+    step: step number of the checkpoint.
   """
   with ocp.CheckpointManager(
     Path(workdir).absolute() / FOLDER, item_names=("ema", "config")
@@ -74,23 +75,27 @@ def load_ema(
   ema_decay: float | None = None,
   model: Model | None = None,
 ) -> Checkpoint:
-  """The run and averaged parameters of a checkpoint, from the folder alone.
+  """Loads averaged parameters and the settings of their run from a workdir.
 
   Args:
-    path: a workdir, or the folder "checkpoints" in it.
-    step: of the checkpoint; None for the latest that is not damaged.
-    ema_decay: which average; None for config.sampling.ema_decay, else the first.
-    model: a network of your own that the run was trained with; None builds the network
-      that the config of the run names.
+    path: a workdir, or the folder "checkpoints" in a workdir.
+    step: step of the checkpoint; None for the latest undamaged checkpoint.
+    ema_decay: decay of the average; None for config.sampling.ema_decay of the run, or,
+      if that is None too, the first decay of config.ema_decays.
+    model: your own network, if the run was trained with one; None builds the network
+      that the config of the run describes.
+
+  Returns:
+    The parameters and the objects of the run; see `Checkpoint`.
 
   Raises:
-    SettingError: there is no checkpoint, or none of that step or decay, or it is
-      damaged, or its parameters do not fit the network.
+    SettingError: there is no such checkpoint or average, or the checkpoint is damaged
+      or does not fit the network.
   """
   folder = workdir_of(path) / FOLDER
   if not folder.is_dir():
     raise SettingError(
-      "path", str(path), f"must be a workdir with a folder {FOLDER!r} in it"
+      "path", str(path), f"must be the folder of a run: no {FOLDER!r} in it"
     )
   with ocp.CheckpointManager(
     folder,
@@ -99,7 +104,7 @@ def load_ema(
   ) as manager:
     steps = manager.all_steps()
     if not steps:
-      raise SettingError("path", str(path), "holds no finished checkpoint")
+      raise SettingError("path", str(path), "holds no complete checkpoint")
     step = _undamaged_step(folder, steps, step)
     settings = Settings.from_dict(restore_config(manager, step))
     decay = settings.sampled_decay if ema_decay is None else ema_decay
@@ -122,15 +127,15 @@ def load_ema(
 def _check_fits(
   experiment: Experiment, params: Params, folder: Path, decay: str
 ) -> None:
-  """Raises SettingError where a checkpoint holds parameters of another network.
+  """Raises SettingError if a checkpoint holds the parameters of another network.
 
   Args:
-    experiment: the run, for the name of its network.
-    params: shapes of the parameters of its network.
-    folder: of the averages in the checkpoint.
-    decay: which average.
+    experiment: the run, for the name of the network.
+    params: shapes of the network's parameters.
+    folder: folder of the averages in the checkpoint.
+    decay: decay of the average, as text.
   """
-  # The handler, as a Checkpointer warns of a file that checkpoints need not have.
+  # A Checkpointer would warn about an optional file that these checkpoints lack.
   saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
   needed, held = _shapes(params), _shapes(saved.tree[decay])
   differing = sorted(
@@ -142,14 +147,14 @@ def _check_fits(
     raise SettingError(
       "model",
       experiment.model_name,
-      f"does not fit the parameters of the checkpoint ({len(differing)} differ: "
-      f"{name} is {here}, in the checkpoint {there}, …): give the network that the run "
-      "was trained with",
+      f"does not fit the checkpoint: {len(differing)} parameters differ, such as "
+      f"{name}: {here} in the network, {there} in the checkpoint; pass the network of "
+      "the training run",
     )
 
 
 def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-  """Shapes of arrays, or of their descriptions, by path."""
+  """Shape of each array, or array description, by its path in the tree."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
@@ -158,7 +163,11 @@ def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
 
 
 def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:
-  """The step asked for, or else the latest whose averages are not damaged."""
+  """Returns `asked`, or the latest step if None, whose averages are not damaged.
+
+  Raises:
+    SettingError: `asked` does not exist, or every candidate is damaged.
+  """
   if asked is not None:
     check_choice("step", asked, sorted(steps))
   damage = None
@@ -166,5 +175,5 @@ def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> in
     damage = checksums.damage(folder / str(step), items=("ema", "config"))
     if damage is None:
       return step
-    logger.warning("the checkpoint of step %d is passed over: %s", step, damage)
+    logger.warning("skipping the damaged checkpoint at step %d: %s", step, damage)
   raise SettingError("path", str(folder.parent), f"is damaged: {damage}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax, with the config beside them."""
+"""Saves and restores the checkpoints of a run, with Orbax."""
 
 from __future__ import annotations
 
@@ -26,24 +26,28 @@ from mdt_jax.logs import logger
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 
-FOLDER = "checkpoints"  # inside a workdir
-DAMAGED = "damaged"  # beside it: checkpoints that were passed over
+FOLDER = "checkpoints"  # folder inside a workdir
+DAMAGED = "damaged"  # folder inside a workdir, for checkpoints moved out of FOLDER
+# Packages whose versions a checkpoint records.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-MAX_REASON = 300  # characters of an error of a library
+MAX_REASON = 300  # length limit of a library's error message in ours
 
 
 class Checkpoints:
-  """The checkpoints of a workdir: state, averages and config for some steps.
+  """The checkpoints of a workdir.
 
-  Saves are asynchronous and atomic: a checkpoint is complete or absent. A finished one
-  gets checksums; a damaged one is moved aside.
+  A checkpoint holds the state, the parameter averages, the config and the versions of
+  packages. Saves are asynchronous and atomic. A complete checkpoint gets checksums.
+  `restore` moves damaged checkpoints to WORKDIR/damaged. All processes of a run must
+  call the methods together.
 
   Args:
-    workdir: of the run.
-    to_keep: the last so many are kept.
-    keep_every: checkpoints of multiples of so many steps are kept besides.
-    max_failures: saves in a row that may fail before `save` raises SaveError.
-    cleans: remove half-written checkpoints; for the one run that writes them.
+    workdir: folder of the run.
+    to_keep: number of latest checkpoints to keep.
+    keep_every: also keep all checkpoints whose step is a multiple of this number.
+    max_failures: number of failed saves in a row at which a save raises SaveError.
+    cleans: whether to remove incomplete checkpoints; only the run that writes the
+      checkpoints may do that.
   """
 
   def __init__(
@@ -62,11 +66,11 @@ class Checkpoints:
     self._manager = self._open()
     self._retries = Retries(self._folder, max_failures)
     self._finisher = futures.ThreadPoolExecutor(1, "checksums")
-    self._pending: futures.Future[None] | None = None  # the save under way
-    self._saving = 0  # step of the save under way
+    self._pending: futures.Future[None] | None = None  # the running save
+    self._saving = 0  # step of the running save
 
   def latest_step(self, until: int | None = None) -> int | None:
-    """Of the finished checkpoints, up to step `until`; None where there is none."""
+    """The latest step with a complete checkpoint, at most `until`; None without one."""
     steps = self._manager.all_steps()
     return max((step for step in steps if until is None or step <= until), default=None)
 
@@ -78,19 +82,21 @@ class Checkpoints:
     *,
     again: bool = False,
   ) -> bool:
-    """Begins to save the state after `step` steps, unless that step is saved already.
+    """Starts an asynchronous save, after waiting for the previous save.
 
-    Training goes on without a checkpoint that cannot be written; `must_retry` says
-    when to retry.
+    A failed save is logged and not raised, so training continues; `must_retry` says
+    when to call `save` with `again`.
 
     Args:
-      step: steps done.
-      state: after these steps.
-      config: of the run, see `Settings.to_dict`.
-      again: retry the save that failed.
+      step: number of training steps done.
+      state: state after these steps.
+      config: config of the run, from `Settings.to_dict`.
+      again: whether to save although the previous save failed.
 
     Returns:
-      Whether a save has begun. After a save that failed none begins without `again`.
+      Whether a save was started. No save is started if this step is saved already, if
+      the save that this call waits for failed, or if an earlier save failed and `again`
+      is False.
 
     Raises:
       SaveError: `max_failures` saves in a row failed.
@@ -119,17 +125,25 @@ class Checkpoints:
     return True
 
   def must_retry(self) -> bool:
-    """Whether to retry the failed save now, as far as this process knows.
+    """Whether to retry the failed save now.
 
-    Where any process finds so, all call `save` with `again`.
+    Processes may give different answers. If the answer is True on any process, all
+    processes must call `save` with `again`.
     """
     if self._pending is not None:
       return self._pending.done() and self._pending.exception() is not None
     return self._retries.is_due
 
   def finish(self, step: int, state: TrainState, config: Mapping[str, Any]) -> None:
-    """Saves, and waits for the end of it; raises SaveError as `save` does."""
-    self._end_of_save()  # of the save before: where that failed, this one does not wait
+    """Saves, waits until the save is complete, and retries a failed save.
+
+    Args:
+      step, state, config: see `save`.
+
+    Raises:
+      SaveError: `max_failures` saves in a row failed.
+    """
+    self._end_of_save()  # else `save` returns at once if the running save failed
     while True:
       self.save(step, state, config, again=True)
       self._end_of_save()
@@ -138,28 +152,32 @@ class Checkpoints:
       self._retries.wait()
 
   def put_aside_after(self, step: int) -> None:
-    """Moves the checkpoints of later steps out of the way, to train them anew."""
+    """Moves the checkpoints after `step` to WORKDIR/damaged, to repeat these steps."""
     self._end_of_save()
     while (latest := self.latest_step()) is not None and latest > step:
-      self._put_aside(latest, f"the run goes back to step {step}")
+      self._put_aside(latest, f"the run repeats the steps from {step} on")
 
   def restore(
     self, like: TrainState, experiment: Experiment, until: int | None = None
   ) -> TrainState:
-    """The latest state that is not damaged.
+    """Restores the latest undamaged state, and moves damaged checkpoints away.
 
     Args:
-      like: shapes, types and shardings of the state.
-      experiment: the run that continues.
-      until: of this step or an earlier one.
+      like: a state of jax.ShapeDtypeStruct: shape, dtype and sharding of each array.
+      experiment: the run that resumes.
+      until: latest step to consider; None for all steps.
+
+    Returns:
+      The state of the checkpoint.
 
     Raises:
-      SettingError: the checkpoint is of another network, optimizer or averages, or a
-        converted model; or every one is damaged.
+      SettingError: the checkpoint belongs to a run with another network, optimizer or
+        averages; the checkpoint is a converted model without a training state; or all
+        checkpoints are damaged.
     """
     workdir = str(self._folder.parent)
     while (step := self.latest_step(until)) is not None:
-      reads = jax.process_index() == 0  # one process reads, and tells the others
+      reads = jax.process_index() == 0  # process 0 reads and sends the result
       found = checksums.damage(self._folder / str(step)) if reads else None
       if damage := _on_any_process(found or ""):
         self._put_aside(step, damage)
@@ -170,7 +188,7 @@ class Checkpoints:
         raise SettingError(
           "--workdir",
           workdir,
-          "holds a converted model, to be sampled; it has no state to train on from",
+          "holds a converted model without a training state, which can only be sampled",
         )
       restored = self._manager.restore(
         step,
@@ -181,31 +199,32 @@ class Checkpoints:
       )
       return restored["state"].replace(ema=restored["ema"])
     raise SettingError(
-      "--workdir", workdir, f"every checkpoint is damaged; they are in {DAMAGED!r}"
+      "--workdir", workdir, f"every checkpoint is damaged, see the folder {DAMAGED!r}"
     )
 
   def close(self) -> None:
-    """Waits for a save under way; one that fails now is not retried."""
+    """Waits for the running save; a failed save is logged and not retried."""
     self._finisher.shutdown()
-    # Other processes may be gone, so this one does not ask them.
+    # Other processes may have ended, so this process does not communicate with them.
     if self._pending is not None and (error := self._pending.exception()) is not None:
       logger.error(
         "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, _reason(error)
       )
-    with contextlib.suppress(Exception):  # which raises the same error once more
+    with contextlib.suppress(Exception):  # close() raises the error of the save again
       self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
+    """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
     if self._cleans and jax.process_index() == 0:
-      # Not by Orbax's own option: a folder that cannot be removed would fail each save.
+      # Orbax's own option would fail each save if a folder cannot be removed.
       for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(half_written, ignore_errors=True)
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
       item_names=("state", "ema", "config", "versions"),
-      # Of floats that are mostly noise, compression saves a twelfth of the disk for
-      # four fifths of the CPU time that a save takes from the run.
+      # Compression would save 1/12 of the disk space, because parameters are mostly
+      # noise, and is 4/5 of the CPU time of a save.
       item_handlers={
         name: ocp.PyTreeCheckpointHandler(use_compression=False)
         for name in ("state", "ema")
@@ -213,14 +232,15 @@ class Checkpoints:
     )
 
   def _write_checksums(self, step: int) -> None:
+    """Waits until Orbax has written a checkpoint, then writes the checksums."""
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
       checksums.write_checksums(self._folder / str(step))
 
   def _end_of_save(self) -> bool:
-    """Waits for the save under way, if there is one; whether it failed.
+    """Waits for the running save and returns whether the save failed.
 
-    Where it failed on one process it failed on all: they go on alike.
+    A save that failed on one process counts as failed on all processes.
     """
     if self._pending is None:
       return False
@@ -234,19 +254,20 @@ class Checkpoints:
     return False
 
   def _failed(self, reason: str) -> None:
+    """Removes what the failed save has written, and opens a new manager."""
     self._retries.failed(self._saving, reason)
-    with contextlib.suppress(Exception):  # which raises the same error once more
+    with contextlib.suppress(Exception):  # close() raises the error of the save again
       self._manager.close()
-    # The checkpoint may be complete but for its checksums.
+    # Only the checksums may be missing: Orbax then considers the checkpoint complete.
     if jax.process_index() == 0:
       shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
-    self._manager = self._open()  # which removes what is half-written
+    self._manager = self._open()
 
   def _put_aside(self, step: int, damage: str) -> None:
-    """Moves a damaged checkpoint out of the way; nothing is deleted."""
+    """Moves a checkpoint to WORKDIR/damaged, and logs the reason."""
     aside = self._folder.with_name(DAMAGED) / f"{step}_{time.time_ns()}"
     logger.warning(
-      "the checkpoint of step %d is moved to %s: %s",
+      "the checkpoint at step %d is moved to %s: %s",
       step,
       aside,
       damage,
@@ -260,13 +281,14 @@ class Checkpoints:
 
 
 def _reason(error: BaseException) -> str:
+  """The message of an exception on one line, cut to `MAX_REASON` characters."""
   return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def _on_any_process(text: str) -> str:
-  """The text of the first process whose text is not empty, on every process.
+  """Returns, on all processes, the text of the first process with a non-empty text.
 
-  All processes must call this.
+  All processes must call this function together.
   """
   if jax.process_count() == 1:
     return text
@@ -279,7 +301,10 @@ def _on_any_process(text: str) -> str:
 
 
 def restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
-  """For arrays of these shapes, types and shardings; `partial`: leave out others."""
+  """Orbax arguments to restore arrays with the shapes, dtypes and shardings of `like`.
+
+  With `partial`, arrays of the checkpoint that are not in `like` are not read.
+  """
   return ocp.args.PyTreeRestore(
     like,
     restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -288,7 +313,7 @@ def restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
 
 
 def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  """The config of a checkpoint, as JSON holds it."""
+  """The config that a checkpoint holds, as `Settings.from_dict` reads it."""
   restored = manager.restore(
     step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
   )
@@ -296,5 +321,5 @@ def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-  """Of the packages that a checkpoint was made with, to be looked at."""
+  """Installed versions of PACKAGES, saved for information only."""
   return {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,4 +1,4 @@
-"""When to retry a save that failed, and when to give up."""
+"""Decides when to retry a failed save, and when to stop the run."""
 
 from __future__ import annotations
 
@@ -8,42 +8,50 @@ from pathlib import Path
 
 from mdt_jax.logs import logger
 
-FIRST_PAUSE = 10  # seconds after a save that failed; doubled each time
+FIRST_PAUSE = 10  # seconds until the first retry; doubles with each failure
 
 
 class SaveError(Exception):
-  """A checkpoint cannot be saved, however often the save is retried."""
+  """Too many saves of a run failed in a row."""
 
 
 class Retries:
-  """Counts saves that fail in a row, and says when to retry.
+  """Counts failed saves, and doubles the pause before each retry.
 
   Args:
-    folder: of the checkpoints, for messages.
-    max_failures: saves in a row that may fail before `failed` raises SaveError.
+    folder: folder of the checkpoints, for messages.
+    max_failures: number of failures in a row at which `failed` raises SaveError.
+
+  Attributes:
+    step: step of the last save if the save failed, else None.
   """
 
   def __init__(self, folder: Path, max_failures: int):
     self._folder = folder
     self._max_failures = max_failures
     self._failures = 0
-    self._not_before = -math.inf  # of the monotonic clock
-    self.step: int | None = None  # of the last save, where it failed
+    self._not_before = -math.inf  # time.monotonic() of the next retry
+    self.step: int | None = None
 
   @property
   def is_due(self) -> bool:
-    """Whether there is a failed save whose pause is over."""
+    """Whether the last save failed and the pause before the retry is over."""
     return self.step is not None and time.monotonic() >= self._not_before
 
   def succeeded(self) -> None:
+    """Resets the count after a save that succeeded."""
     self._failures = 0
     self.step = None
 
   def failed(self, step: int, reason: str) -> None:
-    """Logs the failure and doubles the pause.
+    """Counts and logs a failed save, and starts the pause before the retry.
+
+    Args:
+      step: step of the save.
+      reason: error message of the save.
 
     Raises:
-      SaveError: too many saves failed in a row.
+      SaveError: `max_failures` saves failed in a row.
     """
     self._failures += 1
     self.step = step
@@ -55,8 +63,8 @@ class Retries:
     pause = FIRST_PAUSE * 2 ** (self._failures - 1)
     self._not_before = time.monotonic() + pause
     logger.error(
-      "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s. Training goes on; saves are retried "
-      "after %d s (failure %d of %d)",
+      "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s. Training continues; the next try is "
+      "in %d s (failure %d of %d)",
       step,
       reason,
       pause,

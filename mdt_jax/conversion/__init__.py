@@ -1,1 +1,1 @@
-"""The earlier address of `mdt_jax.pretrained`, kept for code that imports it."""
+"""Old name of `mdt_jax.pretrained`, kept for code that imports the old name."""

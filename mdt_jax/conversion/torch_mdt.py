@@ -1,4 +1,4 @@
-"""The earlier address of `mdt_jax.pretrained.torch_mdt`."""
+"""Old name of `mdt_jax.pretrained.torch_mdt`."""
 
 from mdt_jax.pretrained.torch_mdt import from_tensors, from_torch, to_torch
 

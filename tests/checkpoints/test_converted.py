@@ -153,7 +153,7 @@ def test_overwriting_replaces_a_file(converted, tmp_path):
   ("name", "file", "message"),
   [
     ("mdt_v1", "model.npz", r"^path = .*must end in .pt, .pth or .safetensors"),
-    ("absent", "model.pt", r"^workdir = .*must be a workdir"),
+    ("absent", "model.pt", r"^workdir = .*absent"),
   ],
 )
 def test_what_cannot_go_back_is_refused(converted, tmp_path, name, file, message):

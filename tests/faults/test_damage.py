@@ -89,7 +89,7 @@ def test_every_file_of_the_newest_in_turn(run, tmp_path, caplog, request):
         sampled = load_ema(copy).step
         assert sampled == STEPS[0] or file.parts[0] not in ("ema", "config")
         restored = values(restore(copy, config, like))
-      assert f"the checkpoint of step {STEPS[-1]} is moved" in caplog.text, (file, name)
+      assert f"the checkpoint at step {STEPS[-1]} is moved" in caplog.text, (file, name)
       assert file.name in caplog.text or "checksums" in caplog.text
       for found, expected in zip(restored, states[STEPS[0]], strict=True):
         np.testing.assert_array_equal(found, expected, err_msg=f"{file} {name}")
@@ -104,7 +104,7 @@ def test_a_command_goes_on_from_the_one_before(run, tmp_path):
   (file, *_) = (copy / "checkpoints" / "15" / "state" / "d").iterdir()
   flip_a_byte(file, np.random.default_rng(0))
   again = runs.finish(copy, "--config.num_steps=15")
-  assert "the checkpoint of step 15 is moved" in again.log.read_text()
+  assert "the checkpoint at step 15 is moved" in again.log.read_text()
   assert again.steps() == [11, 12, 13, 14, 15]
   runs.assert_same(runs.read(copy, 15), runs.read(workdir, 15))
 
