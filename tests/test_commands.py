@@ -200,9 +200,9 @@ def test_inpainting_writes_images_that_keep_what_is_visible(trained, tmp_path):
     ("--sampler=plms", ["--sampler = 'plms'", "ddpm, ddim"]),
     ("--batch_size=0", ["--batch_size = 0", "at least 1"]),
     ("--cfg_interval=0.1", ["--cfg_interval = (0.1,)", "(low, high)"]),
-    ("--mask=mask.png", ["--mask", "goes with an image to inpaint"]),
+    ("--mask=mask.png", ["--mask = 'mask.png'", "inpaint"]),
     ("--inpaint=nowhere.png", ["--inpaint = 'nowhere.png'", "cannot be read"]),
-    ("--edit=README.md", ["--edit = 'README.md'", "no image"]),
+    ("--edit=README.md", ["--edit = 'README.md'", "image"]),
     ("--checkpoint=nowhere", ["--checkpoint = 'nowhere'"]),
   ],
 )

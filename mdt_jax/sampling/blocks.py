@@ -1,4 +1,4 @@
-"""Requests for many images: blocks of a fixed size, shared over devices."""
+"""Generation of many images in blocks of a fixed size, distributed over devices."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from mdt_jax.sampling.generator import Generator, Given
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Array, Params
 
-# (parameters of the decoder, latents (B, H, W, C)) -> images (B, …), on the device
+# (decoder parameters, latents (B, H, W, C)) -> images (B, …); runs on the device
 Decode: TypeAlias = Callable[[Any, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-  """N images to generate, in blocks whose size does not depend on the machine.
+  """N images to generate, split into blocks of a fixed size.
 
   One device generates the images of a block together. A block always holds the same
-  images at the same places, whichever device generates it and whichever blocks
-  remain. So an image has the same bits on one device and on many, in one run and in a
-  resumed run.
+  images at the same places. So an image has the same bits on any number of devices, and
+  in a resumed run.
 
   Attributes:
-    labels: (N,) classes, or (N, …) what the network is conditioned on otherwise.
-    seed: image i derives from (seed, i); in [0, 2**32).
-    block_size: images in a block; the first images fill up the last block.
-    image: (H, W, C) float32, given to all images, or (N, H, W, C), or None.
-    hidden: (H, W) bool, the part of the image to paint, or None.
-    hidden_tokens: (L,) bool, or None.
+    labels: (N,) classes, or (N, …) conditions of the network that are not classes.
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
+    block_size: number of images in a block. The last block is filled up with the first
+      images of the request.
+    image: image to inpaint or edit, (H, W, C) float32 for all images, or (N, H, W, C);
+      None to sample from noise alone.
+    hidden: (H, W) bool, True where the image is painted; None without inpainting.
+    hidden_tokens: (L,) bool, True for tokens without a visible part; None without
+      inpainting.
   """
 
   labels: Shaped[np.ndarray, "N ..."]
@@ -48,11 +50,11 @@ class Request:
 
   @property
   def num_blocks(self) -> int:
-    """Blocks of the request."""
+    """Number of blocks of the request."""
     return -(-len(self.labels) // self.block_size)
 
   def ids(self, block: int) -> Int[np.ndarray, "n"]:
-    """Numbers of the images of a block, without the images that fill it up."""
+    """Numbers of the images of a block, without the images that fill up the block."""
     start = block * self.block_size
     return np.arange(start, min(start + self.block_size, len(self.labels)))
 
@@ -63,13 +65,14 @@ class Request:
     UInt32[np.ndarray, "B"],
     dict[str, Shaped[np.ndarray, "..."]],
   ]:
-    """The inputs of a generator for blocks, one block after another.
+    """The inputs of a generator for some blocks.
 
     Args:
       blocks: numbers of the blocks.
 
     Returns:
-      (labels (B, …) int32 or float32, ids (B,) uint32, given), where
+      (labels, ids, given): labels (B, …) int32 or float32, image numbers (B,) uint32,
+      and the arrays of `make_generator`'s argument `given`, where
       B = len(blocks) * block_size.
     """
     starts = np.asarray(blocks)[:, None] * self.block_size
@@ -90,15 +93,14 @@ class Request:
 
 
 class BlockGenerator:
-  """Runs a generator on several devices of this process, a block on each.
+  """Runs a generator on several devices of this process, one block on each device.
 
-  Devices do not communicate: each device runs the program that a single device runs.
-  A mesh that the caller has set has no effect.
+  Devices do not communicate: each device runs the same program as a single device
+  would. A mesh that the caller has set has no effect.
 
   Args:
-    generator: of `make_generator`.
-    decode: what follows on the device: (its parameters, latents (B, H, W, C)) -> images
-      (B, …).
+    generator: generator from `make_generator`.
+    decode: function that turns the latents into images on the device; see `Decode`.
     devices: devices to use.
   """
 
@@ -141,16 +143,18 @@ class BlockGenerator:
     request: Request,
     blocks: Sequence[int] | None = None,
   ) -> Iterator[tuple[int, Shaped[np.ndarray, "n ..."]]]:
-    """Generates blocks of a request; the devices compute ahead by one block each.
+    """Generates blocks of a request.
+
+    Each device computes one block ahead of the block that is yielded.
 
     Args:
-      params: of the network.
-      decode_params: of `decode`.
+      params: parameters of the network.
+      decode_params: parameters of `decode`.
       request: the images to generate.
-      blocks: numbers of the blocks to generate; None for all.
+      blocks: numbers of the blocks to generate; None for all blocks.
 
     Yields:
-      (number of the block, its images), in order.
+      (number of the block, images (n, …) of the block), in the order of `blocks`.
     """
     blocks = list(range(request.num_blocks) if blocks is None else blocks)
     with set_only_mesh(self._mesh):
@@ -161,7 +165,7 @@ class BlockGenerator:
     def start(group: list[int]) -> Array:
       filled = group + group[:1] * (self._num_devices - len(group))
       labels, ids, given = request.inputs(filled)
-      # Ends before a `yield`: the caller's mesh is set again between two blocks.
+      # The mesh is set only here, so the caller's mesh is in place at each `yield`.
       with set_only_mesh(self._mesh):
         latents = self._generate(
           params,
@@ -192,7 +196,7 @@ class BlockGenerator:
 
 @contextlib.contextmanager
 def set_only_mesh(mesh: Mesh) -> Iterator[None]:
-  """Inside, `mesh` replaces the caller's mesh and the caller's names of its axes."""
+  """Sets `mesh` for the block, without the caller's mesh and logical axis rules."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(()):
     yield
 
@@ -205,22 +209,22 @@ def generate_batches(
   seed: int,
   batch_size: int,
 ) -> Iterator[Float[np.ndarray, "n H W C"]]:
-  """Generates latents for labels in batches; image i derives from (seed, i).
+  """Generates latents for labels, one batch at a time.
 
-  Inside `sharding.use_mesh` the devices of the mesh share each batch. All processes
-  must take part.
+  Inside `sharding.use_mesh`, the devices of the mesh share each batch. All processes
+  must call this function together.
 
   Args:
-    generator: of `make_generator`.
-    params: averaged parameters.
-    labels: (N,) classes, or (N, …), as of `Request`.
-    seed: in [0, 2**32).
-    batch_size: images in a batch. Devices share a batch whose size is a multiple of
-      the number of devices that share batches; otherwise each computes all of it.
+    generator: generator from `make_generator`.
+    params: averaged parameters of the network.
+    labels: (N,) classes, or (N, …) other conditions, as in `Request`.
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
+    batch_size: number of images in a batch. If `batch_size` is not a multiple of the
+      number of devices along the batch axes, each device computes the whole batch.
 
   Yields:
-    Whole batches (batch_size, H, W, C) float32 on each process; the last one is
-    shorter.
+    (batch_size, H, W, C) float32 latents, the whole batch on each process. The last
+    batch may be shorter.
   """
   request = Request(labels, seed, batch_size)
   for block in range(request.num_blocks):

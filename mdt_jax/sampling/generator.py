@@ -1,4 +1,4 @@
-"""From labels to latents: the noise of each image, and guided sampling from it."""
+"""The compiled function that samples latents for labels, inpaints and edits."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array, Params
 
-Given: TypeAlias = dict[str, Array]  # what an image is painted or edited from
+Given: TypeAlias = dict[str, Array]  # arrays of an image to inpaint or edit
 # (params, labels (B, …), ids (B,), seed, [given]) -> latents (B, H, W, C) float32
 Generator: TypeAlias = jax.stages.Wrapped
 
-HOLD_STREAM = 1  # folded into an image's key: the noise on its visible part
+HOLD_STREAM = 1  # folded into the key of an image, for the noise of the visible part
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a generator does with a given image; each task compiles its own program.
+  """The kind of sampling; each task compiles its own program.
 
   Attributes:
-    kind: "draw": sample from noise alone. "inpaint": paint the hidden part. "edit":
-      noise the image up to an intermediate step and sample from there (SDEdit,
-      arXiv 2108.01073).
-    interpolation: of "inpaint": the share of the process, counted from full noise, in
-      which the side-interpolater predicts the hidden tokens from the visible ones.
-    repeats: of "inpaint": how often each step is taken; see `samplers.sample`.
-    num_keep: of "inpaint": the number of tokens with a visible part.
-    strength: of "edit": the noise level of the start, as a share of the process.
+    kind: "draw": sample from noise alone. "inpaint": paint the hidden part of an image.
+      "edit": add noise to an image up to an intermediate step and sample from there
+      (SDEdit, arXiv 2108.01073).
+    interpolation: for "inpaint": share of the process, in [0, 1] from full noise, in
+      which the side-interpolater predicts the hidden tokens from the visible tokens.
+    repeats: for "inpaint": how many times each step is repeated (RePaint, arXiv
+      2201.09865); see `samplers.sample`.
+    num_keep: for "inpaint": number of tokens with a visible part.
+    strength: for "edit": noise level of the start, as a share of the process in (0, 1].
   """
 
   kind: str = "draw"
@@ -56,7 +57,7 @@ DRAW = Task()
 def output_shape(
   model: Model, autoencoder: Autoencoder | None = None
 ) -> tuple[int, int, int]:
-  """(H, W, C) of the network's samples, or of the images decoded from them."""
+  """(H, W, C) of the network's samples, or of decoded images with an autoencoder."""
   size, channels = model.input_size, model.in_channels
   if autoencoder is not None:
     size, channels = size * autoencoder.model.downsampling, 3
@@ -66,24 +67,26 @@ def output_shape(
 def make_generator(
   model: Model, sampler: Sampler, task: Task = DRAW, platform: str | None = None
 ) -> Generator:
-  """The jitted function from labels to latents.
+  """Builds the jitted function that samples latents for labels.
 
   Args:
     model: the network.
-    sampler: respaced process, method and guidance.
-    task: what the generator does with a given image.
+    sampler: respaced process, sampling method and guidance.
+    task: draw, inpaint or edit.
     platform: "cpu", "gpu" or "tpu", where the program will run; None for the default
       backend of JAX.
 
   Returns:
     (params, labels (B, …), ids (B,), seed (), [given]) -> latents (B, H, W, C)
-    float32. The labels are integers, or what the model's condition is otherwise. All
-    noise of an image derives from (seed, its id), so the image does not depend on
-    the rest of the batch. `given` holds "image" (B, H, W, C) float32 for "inpaint" and
-    "edit", and "hidden" (H, W) and "hidden_tokens" (L,) bool for "inpaint".
+    float32. The labels are integer classes, or other conditions of the network. All
+    noise of an image derives from the seed and the image's number in `ids`, so an image
+    does not depend on the rest of the batch. `given` holds "image" (B, H, W, C) float32
+    for "inpaint" and "edit", and "hidden" (H, W) and "hidden_tokens" (L,) bool for
+    "inpaint"; see `Request`.
 
   Raises:
-    SettingError: the task needs the timesteps of a process that has none.
+    SettingError: an edit or an interpolation needs a Gaussian process, and the process
+      is of another kind.
   """
   platform = platform or jax.default_backend()
   process = sampler.process
@@ -94,7 +97,7 @@ def make_generator(
     masked_from = (1 - task.interpolation) * _gaussian(process).num_original_timesteps
 
   def guided_fn(params: Params, labels: Array, mask: TokenMask | None) -> ModelFn:
-    """The guided network, which sees all tokens or those of a mask of one sample."""
+    """The network with guidance; `mask` hides the same tokens of every sample."""
 
     def network(x: Array, t: Array, y: Array) -> Array:
       rows = None
@@ -131,7 +134,7 @@ def make_generator(
 
     def hold_visible(x: Array, step: Array) -> Array:
       t = jnp.full((len(x),), step)
-      # A deterministic path keeps one noise; a random path draws noise at each step.
+      # A deterministic sampler keeps one noise; a random sampler draws noise each step.
       drawn = step_noise(hold_keys, step, x.shape) if sampler.is_random else noise
       visible = process.q_sample(given["image"], t, drawn)
       return jnp.where(given["hidden"][..., None], x, visible)
@@ -162,19 +165,19 @@ def make_generator(
 
 
 def num_edit_steps(process: Process, strength: float) -> int:
-  """Steps of a respaced process whose timesteps lie within `strength` of it."""
+  """Number of steps of an edit: timesteps up to the share `strength` of the process."""
   gaussian = _gaussian(process)
   limit = strength * (gaussian.num_original_timesteps - 1)
   return int(np.count_nonzero(gaussian.timesteps <= limit))
 
 
 def _gaussian(process: Process) -> GaussianDiffusion:
-  """The process, whose original timesteps a share of the process is counted in."""
+  """Returns the process if it is Gaussian; raises SettingError otherwise."""
   if not isinstance(process, GaussianDiffusion):
     raise SettingError(
       "process",
       type(process).__name__,
-      "takes no interpolation and no edit, which need a GaussianDiffusion",
+      "must be a GaussianDiffusion to interpolate or edit",
     )
   return process
 
@@ -182,7 +185,10 @@ def _gaussian(process: Process) -> GaussianDiffusion:
 def _switch(
   first: Callable[[Array, Array], Array], then: ModelFn, limit: float
 ) -> ModelFn:
-  """`first` at timesteps from `limit` up, where sampling begins, then `then`."""
+  """A model function that calls `first` at timesteps >= `limit`, and `then` below.
+
+  Sampling runs from large timesteps to small ones.
+  """
   if limit == 0:
     return first
   return lambda x, t: jax.lax.cond(t[0] >= limit, first, then, x, t)

@@ -15,8 +15,8 @@ from mdt_jax.sampling.generator import Task
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import SamplingJob
 
-DEFAULT_INTERPOLATION = 0.25
-DEFAULT_STRENGTH = 0.6
+DEFAULT_INTERPOLATION = 0.25  # share of the process, see `Task.interpolation`
+DEFAULT_STRENGTH = 0.6  # share of the process, see `Task.strength`
 
 
 def with_inpainting(
@@ -26,14 +26,15 @@ def with_inpainting(
   interpolation: float | None,
   repeats: int | None,
 ) -> SamplingJob:
-  """The job with an image to paint in.
+  """Turns a job that draws images into a job that inpaints an image.
 
   Args:
-    job: draws images.
+    job: job of kind "draw".
     image, mask, interpolation, repeats: see `Pipeline.job`.
 
   Raises:
-    SettingError: the image or the mask does not fit, or a value is out of range.
+    SettingError: the image or the mask does not fit the model, or a value is out of
+      range.
   """
   model, method = job.experiment.model, job.experiment.sampler.method
   pixels = _read_images(job, "inpaint", image)
@@ -47,7 +48,9 @@ def with_inpainting(
     interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
   repeats = 1 if repeats is None else repeats
   if repeats < 1 or (repeats > 1 and method in SOLVERS):
-    raise SettingError("repeats", repeats, "must be 1, or more with ddpm or ddim")
+    raise SettingError(
+      "repeats", repeats, "must be at least 1, and 1 unless method is ddpm or ddim"
+    )
   if not 0 <= interpolation <= 1:
     raise SettingError("interpolation", interpolation, "must lie in [0, 1]")
   if interpolation and not model.takes_mask:
@@ -58,7 +61,7 @@ def with_inpainting(
     )
   task = Task(
     "inpaint",
-    # With no token hidden there is nothing to interpolate.
+    # Without a hidden token there is nothing to interpolate.
     interpolation=interpolation if tokens.any() else 0.0,
     repeats=repeats,
     num_keep=int(np.count_nonzero(~tokens)),
@@ -74,18 +77,18 @@ def with_inpainting(
 def with_editing(
   job: SamplingJob, image: ImageLike, strength: float | None
 ) -> SamplingJob:
-  """The job with an image to edit.
+  """Turns a job that draws images into a job that edits an image.
 
   Args:
-    job: draws images.
+    job: job of kind "draw".
     image, strength: see `Pipeline.job`.
 
   Raises:
-    SettingError: the image does not fit, or `strength` is out of range.
+    SettingError: the image does not fit the model, or `strength` is out of range.
   """
   strength = DEFAULT_STRENGTH if strength is None else strength
   if not 0 < strength <= 1:
-    raise SettingError("strength", strength, "must be above 0 and up to 1")
+    raise SettingError("strength", strength, "must lie in (0, 1]")
   pixels = _read_images(job, "edit", image)
   request = dataclasses.replace(job.request, image=_encode(job, pixels))
   task = Task("edit", strength=strength)
@@ -95,9 +98,9 @@ def with_editing(
 def _read_images(
   job: SamplingJob, setting: str, image: ImageLike
 ) -> UInt8[np.ndarray, "*N H W C"]:
-  """Pixels of one image, or of one image for each label."""
+  """Reads the pixels of one image, or of one image for each label."""
   if not job.draws_pixels:
-    raise SettingError("vae", None, "this model takes latents: name its autoencoder")
+    raise SettingError("vae", None, "must be given: this model works on latents")
   size, _, channels = job.image_shape
   count = len(job.request.labels)
   return inpainting.read_images(setting, image, count, size, channels)
@@ -106,7 +109,7 @@ def _read_images(
 def _encode(
   job: SamplingJob, pixels: UInt8[np.ndarray, "*N H W C"]
 ) -> Float[np.ndarray, "*N h w c"]:
-  """The network's input for images: pixels in [-1, 1], or their mean latents."""
+  """The network's input for images: pixels in [-1, 1], or mean latents."""
   if job.autoencoder is None:
     return to_float(pixels)
   rows: Shaped[np.ndarray, "N 1 H W C"] = pixels.reshape(-1, 1, *job.image_shape)

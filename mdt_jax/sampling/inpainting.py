@@ -1,4 +1,4 @@
-"""Images to paint in or to edit: reading and checking them and their masks."""
+"""Reads and checks the images and masks of inpainting and editing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from mdt_jax.errors import SettingError
 
-# A picture, an array (H, W) or (H, W, C), or a path
+# A PIL image, an array (H, W) or (H, W, C), or a path
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | Path
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
-IN_WORDS = {
+IN_WORDS = {  # mode of PIL -> description in errors
   "L": "grey",
   "LA": "grey with transparency",
   "P": "of a palette",
@@ -26,7 +26,7 @@ HIDDEN_FROM = 128  # smallest grey level of a mask that hides a pixel
 def read_images(
   setting: str, image: ImageLike, count: int, size: int, channels: int
 ) -> UInt8[np.ndarray, "*N H W C"]:
-  """Pixels of one image, or of an array of one image for each label.
+  """Reads one image for all labels, or an array with one image for each label.
 
   Args:
     setting: name of the argument in errors.
@@ -38,32 +38,37 @@ def read_images(
     (size, size, channels) or (N, size, size, channels) uint8.
 
   Raises:
-    SettingError: as `read_image`, or the array has another number of images.
+    SettingError: see `read_image`; or the array holds another number of images than
+      `count`.
   """
   if not (isinstance(image, np.ndarray) and image.ndim == 4):
     return read_image(setting, image, size, channels)
   if len(image) != count:
-    raise SettingError(setting, f"{len(image)} images", f"must be {count}, as labels")
+    raise SettingError(
+      setting, f"{len(image)} images", f"must be {count}, one for each label"
+    )
   return np.stack([read_image(setting, one, size, channels) for one in image])
 
 
 def read_image(
   setting: str, image: ImageLike, size: int, channels: int
 ) -> UInt8[np.ndarray, "H W C"]:
-  """Pixels of an image of the model's size.
+  """Reads an image of the model's size.
+
+  The function does not resize images, because visible pixels must not change.
 
   Args:
     setting: name of the argument in errors.
-    image: picture, uint8 array (H, W) or (H, W, C), or path.
+    image: PIL image, uint8 array (H, W) or (H, W, C), or path.
     size: height and width of the model's images.
-    channels: 1 or 3.
+    channels: channels of the model's images, 1 or 3.
 
   Returns:
     (size, size, channels) uint8.
 
   Raises:
-    SettingError: there is no image, or its mode or its size is not that of the model.
-      Images are not resized, because their visible pixels must not change.
+    SettingError: the image cannot be read, or has another size or other channels than
+      the model's images.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -89,22 +94,23 @@ def read_image(
 def read_mask(
   setting: str, mask: ImageLike | None, size: int
 ) -> Bool[np.ndarray, "H W"]:
-  """The hidden pixels of an image, which are painted.
+  """Reads a mask of the pixels to paint.
 
   Args:
     setting: name of the argument in errors.
-    mask: picture or path, or array (H, W) uint8 or bool; white, or True, is hidden.
+    mask: PIL image or path, or array (H, W) uint8 or bool. White (at least
+      `HIDDEN_FROM`) or True marks a pixel to paint.
     size: height and width of the image.
 
   Returns:
-    (size, size) bool.
+    (size, size) bool, True where the image is painted.
 
   Raises:
-    SettingError: there is no mask, it has another size, or it hides everything or
-      nothing.
+    SettingError: the mask is None, cannot be read, has another size, or marks all or no
+      pixels.
   """
   if mask is None:
-    raise SettingError(setting, None, "must be given: what is white is painted")
+    raise SettingError(setting, None, "must be given: white marks the part to paint")
   if isinstance(mask, np.ndarray) and mask.dtype == bool:
     hidden = mask
   elif isinstance(mask, np.ndarray) and mask.dtype == np.uint8:
@@ -115,28 +121,30 @@ def read_mask(
     hidden = np.asarray(_open(setting, mask).convert("L")) >= HIDDEN_FROM
   if hidden.shape != (size, size):
     raise SettingError(
-      setting, "x".join(map(str, hidden.shape)), f"must have the image's {size}x{size}"
+      setting,
+      "x".join(map(str, hidden.shape)),
+      f"must have the size of the image, {size}x{size}",
     )
   if hidden.all() or not hidden.any():
-    what = "hides everything" if hidden.all() else "hides nothing"
-    raise SettingError(
-      setting, _name(mask), f"{what}: what is white is painted, the rest is kept"
-    )
+    what = "has only white pixels" if hidden.all() else "has no white pixel"
+    raise SettingError(setting, _name(mask), f"{what}: white marks the part to paint")
   return hidden
 
 
 def downsample_mask(
   setting: str, hidden: Bool[np.ndarray, "H W"], factor: int
 ) -> Bool[np.ndarray, "h w"]:
-  """The hidden latents of an image: those with a hidden pixel.
+  """Downsamples a mask of pixels to a mask of latents.
+
+  A latent is hidden if any of its pixels is hidden.
 
   Args:
     setting: name of the argument in errors.
-    hidden: (H, W) hidden pixels.
-    factor: height of an image over height of its latents.
+    hidden: (H, W) bool, True for hidden pixels.
+    factor: downsampling factor of the autoencoder.
 
   Returns:
-    (H / factor, W / factor) bool.
+    (H / factor, W / factor) bool, True for hidden latents.
 
   Raises:
     SettingError: every latent is hidden.
@@ -146,7 +154,9 @@ def downsample_mask(
   blocks = np.asarray(pixels.any(axis=(1, 3)))
   if blocks.all():
     raise SettingError(
-      setting, "mask", f"leaves no block of {factor}x{factor} pixels wholly visible"
+      setting,
+      "mask",
+      f"must leave at least one block of {factor}x{factor} pixels black",
     )
   return blocks
 
@@ -154,22 +164,31 @@ def downsample_mask(
 def hidden_tokens(
   hidden: Bool[np.ndarray, "H W"], patch_size: int
 ) -> Bool[np.ndarray, "L"]:
-  """Tokens (L,) without a visible part, of the mask (H, W) of a network's input."""
+  """The tokens whose patches are wholly hidden.
+
+  Args:
+    hidden: (H, W) bool mask of the network's input.
+    patch_size: height and width of a patch.
+
+  Returns:
+    (L,) bool, True for hidden tokens.
+  """
   height, width = (side // patch_size for side in hidden.shape)
   patches = hidden.reshape(height, patch_size, width, patch_size)
   return patches.all(axis=(1, 3)).reshape(-1)
 
 
 def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
+  """Opens a picture from a path; raises SettingError if it cannot be read."""
   if isinstance(image, Image.Image):
     return image
   if not isinstance(image, (str, Path)):
-    raise SettingError(setting, _name(image), "must be a picture, an array or a path")
+    raise SettingError(setting, _name(image), "must be a PIL image, an array or a path")
   try:
     opened = Image.open(image)
     opened.load()
   except UnidentifiedImageError:
-    raise SettingError(setting, str(image), "is no image that can be read") from None
+    raise SettingError(setting, str(image), "cannot be read as an image") from None
   except OSError as error:
     raise SettingError(
       setting, str(image), f"cannot be read: {error.strerror or error}"
@@ -178,4 +197,5 @@ def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
 
 
 def _name(image: ImageLike) -> str:
+  """The path or the type of an image, for errors."""
   return str(image) if isinstance(image, (str, Path)) else type(image).__name__

@@ -1,4 +1,4 @@
-"""A sampling job: what one call of a pipeline generates, and from which parameters."""
+"""A sampling job: the checked arguments of one call of a pipeline."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ BlockGenerators: TypeAlias = dict[tuple[SamplingSettings, Task, int], BlockGener
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplingJob:
-  """A call of a pipeline after all of its arguments are checked.
+  """One call of a pipeline, with checked arguments; see `Pipeline.job`.
 
   Attributes:
-    experiment: the run; `experiment.sampler` is that of the call.
+    experiment: objects of the run; `experiment.sampler` has the settings of the call.
     params: averaged parameters of the network.
     step: training step of the parameters.
-    autoencoder: decodes latents; None leaves the network's output as it is.
-    task: what the generator does with a given image.
+    autoencoder: decodes latents; None returns the output of the network.
+    task: draw, inpaint or edit.
     request: the images to generate.
-    pixels: the given image, (H, W, C) or (N, H, W, C) uint8, or None.
-    hidden: (H, W) bool, the pixels of it to paint, or None.
+    pixels: image to inpaint or edit, (H, W, C) or (N, H, W, C) uint8, or None.
+    hidden: (H, W) bool, True where `pixels` are painted; None without inpainting.
     generators: compiled generators, shared by the jobs of a pipeline.
   """
 
@@ -54,21 +54,21 @@ class SamplingJob:
   generators: BlockGenerators = dataclasses.field(default_factory=dict, repr=False)
 
   def __repr__(self) -> str:
-    sampling = self.experiment.settings.sampling
+    sampling, count = self.experiment.settings.sampling, len(self.request.labels)
     return (
-      f"SamplingJob({self.task.kind} {len(self.request.labels)} images, "
+      f"SamplingJob({self.task.kind} {count} image{'s' * (count != 1)}, "
       f"{sampling.method} in {sampling.num_steps} steps, "
       f"cfg_scale {sampling.cfg_scale}, seed {self.request.seed})"
     )
 
   @property
   def draws_pixels(self) -> bool:
-    """Whether the images are pixels, and not latents."""
+    """Whether the job generates pixels; otherwise it generates latents."""
     return self.autoencoder is not None or self.experiment.holds_pixels
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the images, or of the latents."""
+    """(H, W, C) of a generated image or latent."""
     return output_shape(self.experiment.model, self.autoencoder)
 
   def generate_blocks(
@@ -80,8 +80,8 @@ class SamplingJob:
       blocks: numbers of the blocks.
 
     Yields:
-      (number of the block, its images (n, H, W, C): uint8 pixels or float32 latents),
-      in order.
+      (number of the block, images of the block (n, H, W, C)), in the order of `blocks`.
+      The images are uint8 pixels or float32 latents; see `draws_pixels`.
     """
     if not blocks:  # all blocks exist, or there are more processes than blocks
       return
@@ -99,9 +99,9 @@ class SamplingJob:
       yield block, images
 
   def describe(self) -> dict[str, Any]:
-    """Everything that the images depend on, as JSON returns it.
+    """Everything that the images depend on, as a dict of JSON values.
 
-    A resumed job compares the description with that of the unfinished images.
+    `ShardedImages` compares this description to decide whether a job can be resumed.
     """
     settings = self.experiment.settings
     sampling = dataclasses.asdict(settings.sampling)
@@ -123,7 +123,7 @@ class SamplingJob:
     return json.loads(json.dumps(described))
 
   def _generator(self, num_devices: int) -> BlockGenerator:
-    """The compiled generator of these settings, built once for all jobs."""
+    """The compiled generator; jobs with equal settings share a generator."""
     key = (self.experiment.settings.sampling, self.task, num_devices)
     if key not in self.generators:
       self.generators[key] = BlockGenerator(
@@ -134,7 +134,7 @@ class SamplingJob:
     return self.generators[key]
 
   def _decode(self) -> Decode:
-    """What follows the sampler on the device."""
+    """The function that turns the sampler's output into images, on the device."""
     if self.autoencoder is not None:
       return functools.partial(_decode_latents, self.autoencoder.model)
     if self.experiment.holds_pixels:
@@ -145,6 +145,7 @@ class SamplingJob:
 def _decode_latents(
   model: AutoencoderKL, params: Params, latents: Array
 ) -> UInt8[Array, "B H W 3"]:
+  """Decodes latents to uint8 pixels."""
   decoded = decode_in_slices(model, params, model.unscale(latents))
   return pictures.to_uint8_on_device(decoded)
 

@@ -1,4 +1,4 @@
-"""Labels of the images to draw: by number, by ImageNet's name, or drawn."""
+"""Class labels of the images to draw, given by number, by name or by a rule."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxtyping import Int
 
 from mdt_jax.errors import SettingError
 
-# The synonyms of a class in WordNet, one class a line, in the order of ILSVRC 2012.
+# WordNet's names of the classes of ILSVRC 2012: line i holds the names of class i.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 BALANCED, RANDOM, NONE = "balanced", "random", "none"
-MAX_DEFAULT_COUNT = 100  # labels of all classes, where no count is given
+MAX_DEFAULT_COUNT = 100  # default number of "balanced" or "random" labels, at most
 
-# A number, a name, or None for the null label.
+# A class number, an ImageNet name, or None for the null label (no class).
 Label: TypeAlias = int | str | np.integer | None
 # One label or N labels.
 Labels: TypeAlias = Label | Sequence[Label] | np.ndarray | jax.Array
@@ -26,7 +26,7 @@ Labels: TypeAlias = Label | Sequence[Label] | np.ndarray | jax.Array
 
 @functools.cache
 def imagenet_classes() -> tuple[tuple[str, ...], ...]:
-  """The names of each of ImageNet's 1,000 classes, the usual name first."""
+  """The names of each of ImageNet's 1,000 classes; the most common name comes first."""
   lines = IMAGENET_CLASSES.read_text(encoding="utf-8").splitlines()
   return tuple(tuple(line.split(", ")) for line in lines)
 
@@ -34,22 +34,23 @@ def imagenet_classes() -> tuple[tuple[str, ...], ...]:
 def parse_labels(
   setting: str, labels: Labels, num_classes: int, *, has_null: bool = False
 ) -> Int[np.ndarray, "N"]:
-  """Labels from numbers, or from names where the classes are ImageNet's.
+  """Converts labels to class numbers.
 
   Args:
     setting: name of the argument in errors.
-    labels: one label, a list or tuple of N labels, or an integer array (N,) of NumPy or
-      JAX. A label is a number, a name, or the null label: None or `num_classes`.
-    num_classes: classes of the model.
+    labels: one label, a list or tuple of N labels, or an integer NumPy or JAX array
+      (N,). A label is a class number, a name of ImageNet if the model has ImageNet's
+      1,000 classes, or the null label: None or `num_classes`.
+    num_classes: number of classes of the model.
     has_null: whether the model was trained with a null label.
 
   Returns:
-    (N,) int64, N = 1 for one label; `num_classes` stands for the null label.
+    (N,) int64 class numbers; N = 1 for one label. The null label is `num_classes`.
 
   Raises:
-    SettingError: no label, a nested list, an array of another rank, a label that is no
-      whole number, a number outside 0 … num_classes - 1, a null label without
-      `has_null`, or a name that is unknown or belongs to two classes.
+    SettingError: there is no label, or a label is not an integer or a name, is out of
+      range, is an unknown or ambiguous name, or is a null label although `has_null` is
+      False.
   """
   found = [
     _parse(setting, label, num_classes, has_null) for label in _listed(setting, labels)
@@ -66,23 +67,23 @@ def choose_labels(
   *,
   has_null: bool = False,
 ) -> Int[np.ndarray, "N"]:
-  """A label for each image of a command.
+  """The label of each image that `mdt_jax.sample` draws.
 
   Args:
     setting: name of the argument in errors.
-    labels: classes to repeat in turn, where "none" is the null label; or ["balanced"]
-      or ["random"], see `draw_labels`.
-    count: N; None for as many as there are labels, but at most MAX_DEFAULT_COUNT of
-      all classes.
-    num_classes: classes of the model.
-    seed: of "random".
+    labels: labels to repeat until there are N of them, where "none" is the null label;
+      or ["balanced"] or ["random"], see `draw_labels`.
+    count: number N of images. None: one for each label; for "balanced" and "random",
+      the number of classes, but at most MAX_DEFAULT_COUNT.
+    num_classes: number of classes of the model.
+    seed: seed of "random".
     has_null: see `parse_labels`.
 
   Returns:
-    (N,) int64.
+    (N,) int64 class numbers.
 
   Raises:
-    SettingError: as `parse_labels`.
+    SettingError: see `parse_labels`.
   """
   if list(labels) in ([BALANCED], [RANDOM]):
     count = count or min(num_classes, MAX_DEFAULT_COUNT)
@@ -95,25 +96,26 @@ def choose_labels(
 def draw_labels(
   how: str, count: int, num_classes: int, seed: int
 ) -> Int[np.ndarray, "N"]:
-  """Labels by rule; label i does not depend on `count`.
+  """Balanced or random labels; label i does not depend on `count`.
 
   Args:
-    how: "balanced": all classes in turn. "random": label i derives from (seed, i).
-    count: N.
-    num_classes: classes of the model.
-    seed: of "random".
+    how: "balanced": classes 0, 1, 2, … in turn. "random": uniformly random classes;
+      label i derives from (seed, i).
+    count: number N of labels.
+    num_classes: number of classes of the model.
+    seed: seed of "random".
 
   Returns:
-    (N,) int64.
+    (N,) int64 class numbers.
   """
   if how == BALANCED:
     return np.arange(count) % num_classes
-  # A stream of its own: the noise of the images derives from the same seed.
+  # The constant makes the labels independent of the noise, which has the same seed.
   return np.random.default_rng((seed, 0x1ABE1)).integers(0, num_classes, count)
 
 
 def _listed(setting: str, labels: Any) -> Sequence[Any]:
-  """One label, a list, a tuple or an array, as a list that is not empty."""
+  """Converts one label, a list, a tuple or an array to a list that is not empty."""
   if hasattr(labels, "__array__"):
     array = np.asarray(labels)
     if array.ndim > 1:
@@ -129,7 +131,7 @@ def _listed(setting: str, labels: Any) -> Sequence[Any]:
 
 
 def _parse(setting: str, label: Any, num_classes: int, has_null: bool) -> int:
-  """The number of a label."""
+  """The class number of one label; raises SettingError for an invalid label."""
   if hasattr(label, "__array__") and np.ndim(label) == 0:  # a number of NumPy or JAX
     label = np.asarray(label).item()
   if isinstance(label, str) and not label.strip().isdecimal():
@@ -151,23 +153,24 @@ def _parse(setting: str, label: Any, num_classes: int, has_null: bool) -> int:
 
 
 def _shown(value: Any) -> Any:
-  """A value whose repr is one line."""
+  """A replacement for `value` in errors whose repr fits on one line."""
   if hasattr(value, "__array__"):
     return f"array of shape {np.shape(value)}"
   return value if len(repr(value).splitlines()) == 1 else type(value).__name__
 
 
 def _class_of(setting: str, name: str, num_classes: int) -> int:
+  """The number of the ImageNet class with this name."""
   classes = imagenet_classes()
   if num_classes != len(classes):
     raise SettingError(
       setting,
       name,
-      f"labels of this model are numbers, 0 … {num_classes - 1}: names are "
-      f"ImageNet's {len(classes)} classes",
+      f"labels of this model are numbers, 0 … {num_classes - 1}; names need a model "
+      f"with the {len(classes)} classes of ImageNet",
     )
   wanted = " ".join(name.lower().split())
-  # A name that is the usual one of a single class means that class.
+  # The most common name of a class has priority over other names of other classes.
   for candidates in (
     [i for i, names in enumerate(classes) if names[0].lower() == wanted],
     [i for i, names in enumerate(classes) if wanted in map(str.lower, names)],
@@ -176,7 +179,9 @@ def _class_of(setting: str, name: str, num_classes: int) -> int:
       return candidates[0]
   if candidates:
     which = " or ".join(f"{i} ({', '.join(classes[i])})" for i in candidates)
-    raise SettingError(setting, name, f"names two classes: say {which}")
+    raise SettingError(setting, name, f"is ambiguous: give the number, {which}")
   raise SettingError(
-    setting, name, "names no class of ImageNet; try one such as 'golden retriever'"
+    setting,
+    name,
+    "is not a name of an ImageNet class; a valid name is 'golden retriever'",
   )

@@ -1,4 +1,4 @@
-"""Arrays to pictures: uint8, labelled grids, .npz files."""
+"""Conversion of arrays to uint8 pixels, PIL images, labelled grids and .npz files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mdt_jax.types import Array
 
-MIN_TILE = 64  # pixels; an integer factor enlarges smaller images
-CAPTION_HEIGHT = 14
-MARGIN = 2
+MIN_TILE = 64  # least height of an image in a grid, in pixels
+CAPTION_HEIGHT = 14  # pixels
+MARGIN = 2  # pixels
 
 
 def to_uint8(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-  """[-1, 1] to 0 … 255, clipped and truncated as the released code does."""
+  """Maps [-1, 1] to 0 … 255; clips and truncates like the released code."""
   return np.clip((images + 1) * 127.5, 0, 255).astype(np.uint8)
 
 
@@ -31,16 +31,17 @@ def to_uint8_on_device(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
 
 
 def to_pil(pixels: UInt8[np.ndarray, "H W C"]) -> Image.Image:
-  """A picture of pixels (H, W, 1 or 3)."""
+  """Converts pixels (H, W, 1 or 3) to a PIL image."""
   return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def latent_preview(
   latents: Float[np.ndarray, "N H W C"],
 ) -> UInt8[np.ndarray, "N H W rgb"]:
-  """A preview of latents: three channels (else one), mean +- 3 std as 0 … 255.
+  """A preview of latents as pixels; the colours have no meaning.
 
-  The colours have no meaning.
+  The first three channels (or the first one, if there are fewer) become RGB (or grey).
+  In each channel, mean - 3 std maps to 0 and mean + 3 std maps to 255.
   """
   channels = latents[..., :3] if latents.shape[-1] >= 3 else latents[..., :1]
   std = channels.std(axis=(0, 1, 2), keepdims=True) + 1e-6
@@ -50,12 +51,14 @@ def latent_preview(
 def make_grid(
   images: UInt8[np.ndarray, "N H W C"], captions: list[str], columns: int = 0
 ) -> Image.Image:
-  """A picture with a grid of images, each below its caption.
+  """Draws a grid of images with a caption above each image.
+
+  Images of less than `MIN_TILE` pixels in height are enlarged by an integer factor.
 
   Args:
     images: (N, H, W, 1 or 3) uint8.
     captions: N texts.
-    columns: images in a row; 0 for a square grid.
+    columns: number of images in a row; 0 for a square grid.
   """
   count, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(count))
@@ -79,17 +82,18 @@ def write_npz(
   images: Iterable[Shaped[np.ndarray, "n H W C"]],
   labels: Int[np.ndarray, "N"],
 ) -> None:
-  """Writes arr_0 (images) and arr_1 (labels), the names that ADM's evaluator reads.
+  """Writes images (arr_0) and labels (arr_1) in the format of ADM's evaluator.
 
-  The bytes depend on the arrays alone. One part of the images is in memory at a time.
+  Only one part of the images is in memory at a time. Equal arrays give equal bytes.
 
   Args:
     file: path or open file.
-    images: parts (n, H, W, C) of one type, N images in all.
-    labels: (N,).
+    images: parts (n, H, W, C) of the images, all of one dtype.
+    labels: (N,) labels, where N is the number of images in all parts.
 
   Raises:
-    ValueError: there are more or fewer images than labels.
+    ValueError: the parts have different shapes or dtypes, or there are more or fewer
+      images than labels.
   """
   images = iter(images)
   first = next(images)
@@ -116,7 +120,7 @@ def write_npz(
 
 
 def read_npz(path: Path, count: int) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
-  """Reads the images of a file of `write_npz`, up to `count` at a time."""
+  """Yields the images of a file of `write_npz`, in parts of at most `count` images."""
   with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
     np.lib.format.read_magic(member)
     shape, _, dtype = np.lib.format.read_array_header_1_0(member)
@@ -126,6 +130,7 @@ def read_npz(path: Path, count: int) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-  # A fixed date: equal arrays give equal bytes.
+  """Opens a file in an archive for writing."""
+  # A fixed date, so that equal arrays give equal bytes.
   info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
   return archive.open(info, "w", force_zip64=True)

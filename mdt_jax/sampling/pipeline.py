@@ -1,4 +1,4 @@
-"""`Pipeline`: images from a checkpoint, for notebooks and for `mdt_jax.sample`."""
+"""`Pipeline` draws, inpaints and edits images with a trained network."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from mdt_jax.sampling.writer import ShardedImages
 from mdt_jax.settings import SamplingSettings
 from mdt_jax.types import Params
 
-NO_VAE = "none"
+NO_VAE = "none"  # value of `vae` that disables the autoencoder
 
-# Name of a setting in an error -> name of the argument in Python.
+# Name of a setting in an error -> name of the argument of `Pipeline.job`.
 SAMPLING_ARGUMENTS = {
   f"config.sampling.{field.name}": field.name
   for field in dataclasses.fields(SamplingSettings)
@@ -41,14 +41,14 @@ SAMPLING_ARGUMENTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-  """A trained network with everything that is needed to sample from it.
+  """A trained network with its sampler and autoencoder.
 
   Attributes:
-    experiment: the run; its settings of sampling are the defaults of a call.
-    params: averaged parameters. `from_checkpoint` loads the average of
-      `config.sampling.ema_decay`.
+    experiment: objects of the run; its `config.sampling` holds the defaults of a call.
+    params: averaged parameters of the network. `from_checkpoint` loads the average
+      whose decay is `config.sampling.ema_decay`.
     step: training step of the parameters.
-    autoencoder: decodes latents; None leaves the network's output as it is.
+    autoencoder: decodes latents; None returns the output of the network.
   """
 
   experiment: Experiment
@@ -72,14 +72,15 @@ class Pipeline:
 
     Args:
       path, step, ema_decay: see `checkpoints.loading.load_ema`.
-      vae: folder or hub id of the autoencoder that decodes latents. None: that of the
-        run, if the run has one. "none": no autoencoder.
-      model: a network of your own that the run was trained with; None builds the
-        network that the config of the run names.
+      vae: folder or Hugging Face id of the autoencoder that decodes latents. None uses
+        the autoencoder of the run, if there is one; "none" uses no autoencoder.
+      model: your own network, if the run was trained with one; None builds the network
+        that the config of the run describes.
 
     Raises:
-      SettingError: `load_ema` finds no such parameters, they do not fit `model`, there
-        is no such autoencoder, or the model draws pixels and needs none.
+      SettingError: the checkpoint or the autoencoder cannot be loaded, the parameters
+        do not fit `model`, or `vae` names an autoencoder although the model draws
+        pixels.
     """
     with renamed_in_errors({"config.data.vae": "vae"}):
       checkpoint = load_ema(path, step, ema_decay, model)
@@ -92,7 +93,7 @@ class Pipeline:
   def __repr__(self) -> str:
     height, width, channels = self.image_shape
     kind = "pixels" if self.draws_pixels else "latents"
-    # A network that is described by its attributes has no name.
+    # A network that the config describes by its attributes has no name.
     name = self.experiment.model_name or type(self.model).__name__
     return (
       f"Pipeline({name}, step {self.step}, "
@@ -106,40 +107,40 @@ class Pipeline:
 
   @property
   def has_null_label(self) -> bool:
-    """Whether the network can be drawn from without a label."""
+    """Whether the network can draw images without a class."""
     condition = self.model.conditioning
     return isinstance(condition, LabelCondition) and condition.dropout > 0
 
   @property
   def config(self) -> ConfigDict:
-    """A locked copy of the settings of the run, as a ConfigDict."""
+    """The settings of the run, as a locked ConfigDict; changes have no effect."""
     return self.experiment.settings.to_config()
 
   @property
   def draws_pixels(self) -> bool:
-    """Whether the pipeline draws pixels, and not latents."""
+    """Whether the pipeline draws pixels; otherwise it draws latents."""
     return self.autoencoder is not None or self.experiment.holds_pixels
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the images, or of the latents."""
+    """(H, W, C) of a drawn image or latent."""
     return output_shape(self.model, self.autoencoder)
 
   def __call__(self, labels: Labels, **arguments: Any) -> list[Image.Image]:
     """Draws an image for each label.
 
     Args:
-      labels: one label, or a list, a tuple or an integer array (N,) of labels, of NumPy
-        or JAX. A label is a number in [0, num_classes), or a name where the classes are
-        ImageNet's. None, or num_classes, is the null label: the image is drawn
-        unconditionally.
-      **arguments: of `job`.
+      labels: one label, or N labels in a list, a tuple or an integer NumPy or JAX array
+        (N,). A label is a class number in [0, num_classes), or a name of ImageNet if
+        the model has ImageNet's 1,000 classes. None or num_classes is the null label,
+        which draws an image of no particular class.
+      **arguments: arguments of `job`, such as num_steps=50.
 
     Returns:
-      N pictures; one for one label.
+      A list of N PIL images; N = 1 for one label.
 
     Raises:
-      SettingError: a label or a setting cannot be used, or the model draws latents and
+      SettingError: a label or an argument is invalid, or the model draws latents and
         has no autoencoder.
     """
     return self._draw_pictures(labels, arguments)
@@ -149,51 +150,60 @@ class Pipeline:
   ) -> list[Image.Image]:
     """Paints the part of an image that a mask hides, once for each label.
 
-    Each step holds the visible part at the noise level of the step. The visible pixels
-    of the result are those of the image.
+    In each sampling step, the visible part is replaced by the image at the noise level
+    of the step. The result has the same visible pixels as the image.
 
     Args:
-      image: picture, uint8 array (H, W, C) or path, of the model's size and channels;
-        or an array (N, H, W, C), one image for each label.
-      mask: picture, array (H, W) or path; white, or True, marks the part to paint.
+      image: PIL image, uint8 array (H, W, C) or path, of the model's size and channels;
+        or a uint8 array (N, H, W, C) with one image for each label.
+      mask: PIL image, uint8 or bool array (H, W), or path. White or True marks the part
+        to paint.
       labels: see `__call__`.
-      **arguments: of `job`, such as `interpolation`.
+      **arguments: arguments of `job`, such as `interpolation`.
 
     Returns:
-      N pictures.
+      A list of N PIL images.
 
     Raises:
-      SettingError: as `__call__`, or the image or the mask does not fit.
+      SettingError: see `__call__`; or the image or the mask does not fit the model.
     """
     return self._draw_pictures(labels, {"inpaint": image, "mask": mask, **arguments})
 
   def edit(
     self, image: ImageLike, labels: Labels, **arguments: Any
   ) -> list[Image.Image]:
-    """Turns an image into an image of another class, once for each label (SDEdit).
+    """Turns an image into an image of another class, once for each label.
+
+    The method is SDEdit (arXiv 2108.01073): add noise to the image, then sample.
 
     Args:
-      image: as for `inpaint`.
-      labels: see `__call__`.
-      **arguments: of `job`, such as `strength`.
+      image: see `inpaint`.
+      labels: classes of the results; see `__call__`.
+      **arguments: arguments of `job`, such as `strength`.
 
     Returns:
-      N pictures.
+      A list of N PIL images.
+
+    Raises:
+      SettingError: see `__call__`; or the image does not fit the model.
     """
     return self._draw_pictures(labels, {"edit": image, **arguments})
 
   def draw(
     self, labels: Labels, *, progress: bool = False, **arguments: Any
   ) -> UInt8[np.ndarray, "N H W C"] | Float[np.ndarray, "N H W C"]:
-    """The images of `__call__`, `inpaint` and `edit` as an array.
+    """Draws, inpaints or edits like the other methods, but returns an array.
 
     Args:
       labels: see `__call__`.
-      progress: show a progress bar.
-      **arguments: of `job`.
+      progress: whether to show a progress bar.
+      **arguments: arguments of `job`.
 
     Returns:
-      (N, H, W, C): uint8 pixels, or float32 latents; see `draws_pixels`.
+      (N, H, W, C) uint8 pixels in [0, 255], or float32 latents; see `draws_pixels`.
+
+    Raises:
+      SettingError: an argument is invalid.
     """
     job = self.job(labels, **arguments)
     with tqdm.tqdm(
@@ -214,26 +224,28 @@ class Pipeline:
     progress: bool = True,
     **arguments: Any,
   ) -> Path:
-    """Draws images to disk, over all devices of all processes; see `sampling.writer`.
+    """Draws images and writes them to a folder, with all devices of all processes.
+
+    Call `write` again to resume a stopped call. `sampling.writer` lists the files.
 
     Args:
-      folder: output folder, shared by all processes. A call that was stopped continues
-        with the images that the folder lacks.
+      folder: output folder, shared by all processes.
       labels: see `__call__`.
-      png: also write each image as folder/png/LABEL_NUMBER.png.
-      progress: show a progress bar with the time left.
-      **arguments: of `job`.
+      png: whether to write each image also as folder/png/LABEL_NUMBER.png.
+      progress: whether to show a progress bar.
+      **arguments: arguments of `job`.
 
     Returns:
-      Path of the .npz, which the first process merges: arr_0 (N, H, W, C) uint8, or
+      Path of the .npz file, which process 0 writes: arr_0 (N, H, W, C) uint8 pixels or
       float32 latents, and arr_1 (N,) labels.
 
     Raises:
-      SettingError: as `draw`, or the folder holds unfinished images of other settings.
+      SettingError: an argument is invalid, or the folder holds unfinished images of
+        other settings.
     """
     job = self.job(labels, **arguments)
     if png and not self.draws_pixels:
-      raise SettingError("png", png, "this model draws latents: name its autoencoder")
+      raise SettingError("png", png, "must be False without an autoencoder (vae)")
     sharded = ShardedImages(
       folder,
       job.request,
@@ -262,33 +274,37 @@ class Pipeline:
     strength: float | None = None,
     **sampling: Any,
   ) -> SamplingJob:
-    """Checks all arguments of a call, before anything is computed.
+    """Checks the arguments of a call and returns a job, without computing images.
 
     Args:
       labels: see `__call__`.
-      seed: image i derives from (seed, i) alone; in [0, 2**32).
-      batch_size: images that a device generates at a time.
-      inpaint, mask: image to paint in, and where to paint; see `inpaint`.
-      interpolation: of inpainting: the share of the process, counted from full noise,
-        in which the side-interpolater predicts the hidden tokens from the visible
-        tokens alone; 0.25 by default where the network has a side-interpolater.
-      repeats: of inpainting: how often each step is taken, so that the painted part
-        fits the visible part (RePaint); 1 by default. More need "ddpm" or "ddim".
+      seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
+      batch_size: number of images that each device generates at once.
+      inpaint, mask: image to inpaint, and the part to paint; see `inpaint`.
+      interpolation: for inpainting: share of the process, in [0, 1] from full noise, in
+        which the side-interpolater predicts the hidden tokens from the visible tokens.
+        Default: 0.25, or 0 if the network has no side-interpolater.
+      repeats: for inpainting: how many times each step is repeated, so that the painted
+        part fits the visible part (RePaint, arXiv 2201.09865). Default: 1. Only "ddpm"
+        and "ddim" can repeat steps.
       edit: image to edit; see `edit`.
-      strength: of editing: the noise level of the start, as a share of the process,
-        above 0 and up to 1; 0.6 by default.
+      strength: for editing: noise level of the start, as a share of the process in
+        (0, 1]; larger values change the image more. Default: 0.6.
       **sampling: settings of config.sampling for this call, such as num_steps=50,
         method="dpm++" or cfg_scale=1.0.
 
+    Returns:
+      The job, which generates the images.
+
     Raises:
-      SettingError: an argument cannot be used.
+      SettingError: an argument is invalid.
     """
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       experiment = self.experiment.with_sampling(sampling)
       scale = experiment.sampler.guidance.scale
     if scale != 1 and self.model.conditioning.dropout == 0:
       raise SettingError(
-        "cfg_scale", scale, "must be 1: the network drops no condition"
+        "cfg_scale", scale, "must be 1: the network was trained without label dropout"
       )
     label_array = parse_labels(
       "labels", labels, self.model.num_classes, has_null=self.has_null_label
@@ -304,9 +320,9 @@ class Pipeline:
       ("strength", strength, "edit", edit),
     ):
       if value is not None and given is None:
-        raise SettingError(name, value, f"goes with an image to {needed}")
+        raise SettingError(name, value, f"is only valid together with {needed}")
     if inpaint is not None and edit is not None:
-      raise SettingError("edit", edit, "must be left out, as an image is inpainted")
+      raise SettingError("edit", edit, "cannot be combined with inpaint")
     job = SamplingJob(
       experiment,
       self.params,
@@ -325,8 +341,9 @@ class Pipeline:
   def _draw_pictures(
     self, labels: Labels, arguments: dict[str, Any]
   ) -> list[Image.Image]:
+    """Draws images as PIL images; raises SettingError if the pipeline draws latents."""
     if not self.draws_pixels:
       raise SettingError(
-        "vae", None, "this model draws latents: name its autoencoder, or use draw()"
+        "vae", None, "must be given, as this model draws latents; or use draw()"
       )
     return [pictures.to_pil(pixels) for pixels in self.draw(labels, **arguments)]

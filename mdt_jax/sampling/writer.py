@@ -1,13 +1,15 @@
-"""Many images to disk: a file for each block, which a stopped run resumes from.
+"""Writes many images to a folder, in blocks, so that a stopped job can be resumed.
 
-  OUTPUT/partial/settings.json   description of the job
-  OUTPUT/partial/000000.npy      images of a block, complete or absent
+  OUTPUT/partial/settings.json   description of the unfinished job
+  OUTPUT/partial/000000.npy      images of a block; written atomically
   OUTPUT/samples.npz             all images: arr_0 images, arr_1 labels
+  OUTPUT/samples.png             the first images, as a grid
   OUTPUT/samples.json            description of the job
-  OUTPUT/png/3_000000.png        an image, LABEL_NUMBER, where PNGs are asked for
+  OUTPUT/png/3_000000.png        optional: an image, as LABEL_NUMBER.png
 
-New images replace finished images of other settings when all of them exist. Several
-processes share the folder: each writes its own blocks, and the first merges them.
+The files of latents are latents.npz and latents.json. The new images replace finished
+images of other settings only after all new images exist. Several processes can share
+the folder: each process writes its own blocks, and process 0 merges the blocks.
 """
 
 from __future__ import annotations
@@ -31,23 +33,24 @@ from mdt_jax.logs import logger
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
 
-MAX_IN_GRID = 100
-PNGS_AT_A_TIME = 64
-POLL_SECONDS = 1.0  # between looks for the blocks of other processes
+MAX_IN_GRID = 100  # images in samples.png, at most
+PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
+POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
 # Numbers of blocks -> (number, images of the block), in order
 GenerateBlocks: TypeAlias = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
 
 
 class ShardedImages:
-  """The images of a request in a folder, written in blocks by several processes.
+  """The folder of a request's images, which one or more processes write in blocks.
 
   Args:
     folder: output folder; created if absent.
-    request: the images.
-    settings: everything that the images depend on, as JSON; a resumed run compares it.
+    request: the images to write.
+    settings: everything that the images depend on, as JSON values. A job is resumed
+      only if the settings are equal.
     name: stem of the files, "samples" or "latents".
-    process_index: number of this process.
-    process_count: processes that share the folder.
+    process_index: number of this process, from 0.
+    process_count: number of processes that share the folder.
 
   Raises:
     SettingError: the folder holds unfinished images of other settings.
@@ -72,7 +75,9 @@ class ShardedImages:
     self._process_index = process_index
     self._process_count = process_count
     if self._partial.exists() and not self._partial.is_dir():
-      raise SettingError("folder", str(folder), "holds a file named partial")
+      raise SettingError(
+        "folder", str(folder), "must not hold a file with the name 'partial'"
+      )
     self._check_same_settings()
 
   @property
@@ -82,7 +87,7 @@ class ShardedImages:
 
   @property
   def is_complete(self) -> bool:
-    """Whether the folder already holds the merged images of these settings."""
+    """Whether the folder holds the finished images of these settings."""
     return (
       not self._partial.exists()
       and self.npz.exists()
@@ -90,11 +95,11 @@ class ShardedImages:
     )
 
   def write(self, generate_blocks: GenerateBlocks, *, progress: bool = True) -> None:
-    """Writes the missing blocks of this process; the first process merges all blocks.
+    """Writes the missing blocks of this process; process 0 then merges all blocks.
 
     Args:
-      generate_blocks: see `SamplingJob.generate_blocks`.
-      progress: show a progress bar with the time left.
+      generate_blocks: generates images; see `SamplingJob.generate_blocks`.
+      progress: whether to show a progress bar.
     """
     self._partial.mkdir(parents=True, exist_ok=True)
     path = self._partial / "settings.json"
@@ -105,7 +110,9 @@ class ShardedImages:
       sum(len(self._request.ids(b)) for b in blocks) for blocks in (mine, missing)
     )
     if left < total:
-      logger.info("resuming: %d of %d images exist", total - left, total)
+      logger.info(
+        "resuming: %s already holds %d of %d images", self.folder, total - left, total
+      )
     with tqdm.tqdm(
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
@@ -118,9 +125,9 @@ class ShardedImages:
       self._merge()
 
   def write_pngs(self) -> None:
-    """Writes each image of the .npz as png/LABEL_NUMBER.png.
+    """Writes each image of the .npz file as png/LABEL_NUMBER.png.
 
-    `config.data.source = "images"` reads this layout.
+    `config.data.source = "images"` can read the folder.
     """
     self._pngs.mkdir(exist_ok=True)
 
@@ -135,10 +142,11 @@ class ShardedImages:
         start += len(part)
 
   def _check_same_settings(self) -> None:
+    """Raises SettingError if the unfinished images have other settings."""
     if not self._partial.exists():
       return
     saved = _read_json(self._partial / "settings.json")
-    if saved is None or saved == self._settings:  # None: the run stopped before it
+    if saved is None or saved == self._settings:  # None: stopped before the first block
       return
     differences = [
       f"{name} was {saved.get(name)!r}, now {self._settings.get(name)!r}"
@@ -153,9 +161,11 @@ class ShardedImages:
     )
 
   def _path(self, block: int) -> Path:
+    """The file of a block."""
     return self._partial / f"{block:06d}.npy"
 
   def _wait_for_others(self) -> None:
+    """Waits until the blocks of all processes exist."""
     has_logged = False
     while True:
       blocks = range(self._request.num_blocks)
@@ -163,17 +173,23 @@ class ShardedImages:
       if not missing:
         return
       if not has_logged:
-        logger.info("waiting for %d blocks of other processes", missing)
+        logger.info(
+          "waiting for other processes: %d block%s missing",
+          missing,
+          "s are" if missing > 1 else " is",
+        )
         has_logged = True
       time.sleep(POLL_SECONDS)
 
   def _blocks(self) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
+    """Reads all blocks in order."""
     for block in range(self._request.num_blocks):
       yield np.load(self._path(block), allow_pickle=False)
 
   def _merge(self) -> None:
+    """Writes the grid and the .npz file from the blocks, then deletes the blocks."""
     labels = np.asarray(self._request.labels, np.int64)
-    # The .npz comes last: its existence means that the grid exists too.
+    # The grid comes first, so that the grid exists whenever the .npz file exists.
     self._write_grid(labels)
     with atomic_write(self.npz) as partial:
       with partial.open("wb") as file:
@@ -188,12 +204,13 @@ class ShardedImages:
     shutil.rmtree(done)
 
   def _remove_pngs(self) -> None:
-    """Removes the PNGs of the images that are replaced; no other file."""
+    """Removes the PNGs of the replaced images, and no other files."""
     for path in self._pngs.glob("*.png"):
       if re.fullmatch(r"\d+_\d{6,}", path.stem):
         path.unlink()
 
   def _write_grid(self, labels: Int[np.ndarray, "N"]) -> None:
+    """Writes the first images as a grid to samples.png."""
     shown: list[np.ndarray] = []
     for pixels in self._blocks():
       shown.extend(pixels[: MAX_IN_GRID - len(shown)])
@@ -207,4 +224,5 @@ class ShardedImages:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+  """Reads a JSON file; None if the file does not exist."""
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -44,7 +44,7 @@ def test_most_classes_are_found_by_their_usual_name():
     try:
       assert parse_labels("labels", [names[0]], 1000).tolist() == [i]
     except SettingError as error:
-      assert "names two classes" in str(error)
+      assert " or " in error.accepted
       shared += 1
   assert shared <= 6
 
@@ -75,8 +75,8 @@ def test_numbers_and_names_go_together():
     ([1.5], 10, "labels = 1.5: must be a whole number or a name"),
     ([True], 10, "labels = True: must be a whole number or a name"),
     (["golden retriever"], 10, "labels of this model are numbers, 0 … 9"),
-    (["golden retriver"], 1000, "'golden retriver': names no class"),
-    (["crane"], 1000, "names two classes: say 134 (crane) or 517 (crane)"),
+    (["golden retriver"], 1000, "labels = 'golden retriver': "),
+    (["crane"], 1000, "134 (crane) or 517 (crane)"),
   ],
 )
 def test_what_is_no_label_is_named(labels, num_classes, message):
