@@ -1,1 +1,1 @@
-"""Scores of a trained network and of its images."""
+"""Scores of generated images, and the variational bound of a network."""

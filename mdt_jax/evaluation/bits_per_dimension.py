@@ -23,7 +23,7 @@ from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array, Batch, Params
 
-NUM_IMAGES = 1000  # of `measure`
+NUM_IMAGES = 1000  # default number of images of `measure`
 
 # (params, batch, ids (B,), seed) -> terms of `calc_bpd`
 Bound: TypeAlias = Callable[[Params, Batch, Array, Array], dict[str, Array]]
@@ -37,22 +37,24 @@ def make_bound(
   clip_denoised: bool,
   autoencoder: Autoencoder | None = None,
 ) -> Bound:
-  """The jitted variational bound of images under a network, given their conditions.
+  """Builds the jitted variational bound of images, in bits per dimension.
 
   Args:
     model: the network.
-    process: the process that the network was trained on; gaussian.
-    num_steps: steps of a respaced process; None for all steps, as released.
-    clip_denoised: whether to clip each predicted x0 to [-1, 1]; for pixels.
-    autoencoder: encodes the images of a batch; None if batches hold what the network
-      was trained on.
+    process: the Gaussian process that the network was trained on.
+    num_steps: number of steps of a respaced process; None for all steps, like the
+      released code.
+    clip_denoised: whether to clip each predicted x0 to [-1, 1]; set this for pixels.
+    autoencoder: encodes the images of a batch; None if a batch holds the latents or the
+      pixels that the network was trained on.
 
   Returns:
     (params, batch, ids (B,), seed) -> terms of `calc_bpd`. The noise of an image
-    derives from (seed, id), whatever the batch. Latents are the means of the encoder.
+    derives from the seed and the image's number in `ids`, and does not depend on the
+    rest of the batch. Latents are the means of the encoder, without noise.
 
   Raises:
-    SettingError: the process is not gaussian, or has fewer steps.
+    SettingError: the process is not Gaussian, or `num_steps` is out of range.
   """
   if not isinstance(process, GaussianDiffusion):
     raise SettingError(
@@ -106,15 +108,15 @@ def bounds(
   seed: int,
   batch_size: int,
 ) -> Iterator[dict[str, Float[np.ndarray, "B *steps"]]]:
-  """Bounds of images of a source, batch by batch.
+  """Computes the bounds of images of a source, batch by batch.
 
   Args:
-    bound: from `make_bound`.
-    params: of the network.
-    source: of labelled images.
+    bound: function from `make_bound`.
+    params: parameters of the network.
+    source: labelled images.
     indices: numbers of the images in the source.
-    seed: the noise of image i derives from (seed, i).
-    batch_size: images at a time.
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
+    batch_size: number of images in a batch.
 
   Yields:
     Terms of `calc_bpd` for each batch; the last batch may be shorter.
@@ -142,24 +144,25 @@ def measure(
   batch_size: int = 64,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """The mean bound of images spread evenly over a run's data, with a progress bar.
+  """Computes the mean bound over a run's data, with a progress bar.
 
-  The images are held out of training if the run holds out any.
+  The images are spread evenly over the held-out data of the run
+  (config.data.validation), or over the training data if the run holds out no data.
 
   Args:
-    checkpoint: the run and its averaged parameters.
-    num_images: largest number of images.
+    checkpoint: objects of the run, and averaged parameters.
+    num_images: number of images, at most.
     num_steps: see `make_bound`.
-    batch_size: images at a time.
-    seed: the noise of image i derives from (seed, i).
+    batch_size: number of images in a batch.
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
 
   Returns:
-    "step" and "ema_decay" of the parameters, "held_out", "images", and the mean of each
-    term of `calc_bpd`.
+    "step" and "ema_decay" of the parameters, whether the images are "held_out", number
+    of "images", and the mean of each term of `calc_bpd`.
 
   Raises:
-    SettingError: the run's process has no bound or fewer steps, or its data cannot be
-      read.
+    SettingError: the process is not Gaussian, `num_steps` is out of range, or the data
+      cannot be read.
   """
   experiment = checkpoint.experiment
   bound = make_bound(

@@ -1,4 +1,4 @@
-"""Scores of labelled samples of small data, against labelled real data."""
+"""Scores of labelled small images: accuracy of a classifier, and diversity."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def conditional_accuracy(
   generated: Float[np.ndarray, "M D"],
   generated_labels: Int[np.ndarray, " M"],
 ) -> float:
-  """The share of samples that a classifier recognises as the class they were drawn for.
+  """The share of generated images that a classifier assigns to the intended class.
 
   The classifier is a support vector machine with radial basis functions, fitted on the
-  real features. On the 1,797 digits it recognises 0.97 of the digits left out of its
-  fit.
+  real images. On the 1,797 digits, its accuracy on held-out real digits is 0.97.
 
   Args:
     real: features of real images, such as pixels.
-    real_labels: their classes.
+    real_labels: classes of the real images.
     generated: features of generated images.
-    generated_labels: the classes that the images were drawn for.
+    generated_labels: intended classes of the generated images.
+
+  Returns:
+    The share, in [0, 1].
 
   Raises:
-    SettingError: all real images have one class.
+    SettingError: all real images have the same class.
   """
   from sklearn.svm import SVC  # slow to import
 
   if len(np.unique(real_labels)) < 2:
-    raise SettingError(
-      "labels", np.unique(real_labels), "must be of at least 2 classes"
-    )
+    raise SettingError("labels", np.unique(real_labels), "must hold at least 2 classes")
   classifier = SVC(C=10).fit(real, real_labels)
   return float(np.mean(classifier.predict(generated) == generated_labels))
 
@@ -45,16 +45,14 @@ def diversity(
   generated: Float[np.ndarray, "M D"],
   generated_labels: Int[np.ndarray, " M"],
 ) -> float:
-  """Mean distance between samples of a class, over that between real images.
+  """The diversity of generated images in a class, relative to real images.
 
-  1: as diverse as the real images. The score is the mean of this ratio over the classes
-  with at least two real and two generated images.
+  The score of a class is the mean distance between two generated images, divided by the
+  mean distance between two real images. The result is the mean over the classes with at
+  least two real and two generated images. 1 means as diverse as the real images.
 
   Args:
-    real: see `conditional_accuracy`, like the other arguments.
-    real_labels: their classes.
-    generated: features of generated images.
-    generated_labels: their classes.
+    real, real_labels, generated, generated_labels: see `conditional_accuracy`.
 
   Raises:
     SettingError: no class has two real and two generated images.
@@ -69,13 +67,13 @@ def diversity(
       ratios.append(_mean_distance(of_generated) / _mean_distance(of_real))
   if not ratios:
     raise SettingError(
-      "images", len(generated), "diversity needs at least two of a class"
+      "images", len(generated), "diversity needs at least 2 images of a class"
     )
   return float(np.mean(ratios))
 
 
 def _mean_distance(x: Float[np.ndarray, "N D"]) -> float:
-  """Mean distance between two different rows."""
+  """Mean Euclidean distance between two different rows."""
   from sklearn.metrics import pairwise_distances  # slow to import
 
   return pairwise_distances(x).sum() / (len(x) * (len(x) - 1))

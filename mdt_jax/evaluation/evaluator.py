@@ -1,4 +1,4 @@
-"""Evaluators: scores against the same real images, for the command and in training."""
+"""Evaluators compute scores of images against a fixed set of real images."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from mdt_jax.sampling.generator import make_generator
 from mdt_jax.settings import Settings
 from mdt_jax.types import Params
 
-MAX_REAL_IMAGES = 10_000  # images of the run's data that replace a reference
+MAX_REAL_IMAGES = 10_000  # images of the run's data, if there is no reference file
 _EVAL = "config.eval."  # prefix of the settings of scores in training
 
 
 class Stopped(Exception):
-  """The run must stop; the scores of this step are not complete."""
+  """The run was asked to stop before the scores were complete."""
 
 
 class Evaluator:
-  """Scores streams of images against the same real images.
+  """Scores streams of images against a fixed set of real images.
 
   Attributes:
     metrics: names of the scores.
@@ -45,8 +45,9 @@ class Evaluator:
     metrics: keys of `registry.METRICS`.
     extract: computes the features of all these scores; see `scores.make_extractor`.
     real: summary of the real images.
-    reference: file of the real images, for errors; None if they are the run's data.
-    prefix: of the names of settings in errors, such as "config.eval.".
+    reference: file of the real images, for errors; None if the real images come from
+      the run's data.
+    prefix: prefix of the names of settings in errors, such as "config.eval.".
   """
 
   def __init__(
@@ -74,7 +75,7 @@ class Evaluator:
     prefix: str = "",
     progress: bool = False,
   ) -> Evaluator:
-    """Loads Inception and computes what the scores need of the real images.
+    """Builds an evaluator: loads Inception and summarizes the real images.
 
     Args:
       metrics: keys of `registry.METRICS`.
@@ -82,15 +83,15 @@ class Evaluator:
         `references.read_reference`; None for images of the run's data.
       open_data: opens the run's data; called only if a score needs real images and
         `reference` is None.
-      inception: file of Inception's weights, if a score needs Inception.
-      batch_size: images at a time, over all devices.
-      mesh: devices; None for all.
-      prefix: of the names of settings in errors, such as "config.eval.".
+      inception: file of Inception's weights; required if a score needs Inception.
+      batch_size: number of images in a batch, over all devices.
+      mesh: devices to use; None for all devices.
+      prefix: prefix of the names of settings in errors, such as "config.eval.".
       progress: whether to show progress bars.
 
     Raises:
-      SettingError: a score does not exist, a file cannot be read, or real images are
-        missing or too few.
+      SettingError: a score does not exist, a file cannot be read, or there are no or
+        too few real images.
     """
     check_metrics(f"{prefix}metrics", metrics, inception is not None)
     weights = None
@@ -113,7 +114,10 @@ class Evaluator:
     return cls(metrics, extract, real, reference=reference, prefix=prefix)
 
   def check(self, images: GeneratedImages) -> None:
-    """Raises SettingError if images that are not drawn yet will lack a score."""
+    """Raises SettingError if a score cannot be computed for images to be drawn.
+
+    The check takes no time, while drawing the images may take hours.
+    """
     scores.check_comparable(
       self.metrics,
       self.real,
@@ -126,11 +130,14 @@ class Evaluator:
   def __call__(
     self, images: ImageStream, progress: str | None = None
   ) -> dict[str, float]:
-    """Scores of images, by name. All processes of a run must take part.
+    """Computes the scores of images. All processes of a run must call this together.
 
     Args:
-      images: read once, in batches.
+      images: images to score; read once, in batches.
       progress: title of a progress bar; None for no bar.
+
+    Returns:
+      Score by name, in the order of `metrics`.
 
     Raises:
       SettingError: the images cannot be read, or are too few for a score.
@@ -140,12 +147,12 @@ class Evaluator:
 
 
 class TrainingEvaluator:
-  """Draws images with the averaged parameters of a training step, and scores them.
+  """Draws and scores images during training; see `config.eval`.
 
   Args:
-    evaluator: scores the images.
-    draw: averaged parameters -> the images to score.
-    ema_decay: decay of the averaged parameters.
+    evaluator: computes the scores.
+    draw: averaged parameters -> images to score.
+    ema_decay: decay of the average that draws the images.
   """
 
   def __init__(
@@ -162,13 +169,16 @@ class TrainingEvaluator:
     ema: Mapping[str, Params],
     stops: Callable[[], bool] = lambda: False,
   ) -> dict[str, float]:
-    """Scores by TensorBoard tag, such as "eval/fid". All processes must take part.
+    """Draws, scores and logs. All processes of a run must call this together.
 
     Args:
-      done: number of steps done.
-      ema: averaged parameters by decay, of a `TrainState`.
-      stops: whether the run must stop; called after each batch, with the same result
-        on all processes.
+      done: number of training steps done.
+      ema: averaged parameters by decay, `TrainState.ema`.
+      stops: returns whether the run is asked to stop; called after each batch. The
+        answer must be the same on all processes.
+
+    Returns:
+      Score by TensorBoard tag, such as "eval/fid".
 
     Raises:
       Stopped: `stops` returned True.
@@ -188,14 +198,14 @@ def check_eval(settings: Settings) -> None:
 
 
 def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
-  """The evaluator of `config.eval`.
+  """Builds the evaluator of `config.eval`, which runs on the mesh of the run.
 
-  The real images are those of `config.eval.reference`, or else images of the run's
-  data. The devices of the run share the work.
+  The real images come from `config.eval.reference`, or from the run's data if that is
+  None.
 
   Raises:
-    SettingError: a file cannot be read, real images are missing, or the images to be
-      drawn will lack a score.
+    SettingError: a file cannot be read, there are no real images, or a score cannot be
+      computed for the images to be drawn.
   """
   settings = experiment.settings
   chosen = settings.eval
@@ -212,7 +222,7 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
       holds_pixels=experiment.holds_pixels,
     )
 
-  drawn = draw(None)  # checked before the real images are read
+  drawn = draw(None)  # fails early, before the real images are read
   evaluator = Evaluator.create(
     chosen.metric_names,
     reference=chosen.reference,

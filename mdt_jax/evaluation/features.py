@@ -1,8 +1,8 @@
-"""Features of images, computed in batches over the devices.
+"""Features of images, computed in batches on all devices.
 
-A `FeatureFn` computes features. This module has two: `inception_features`, for FID,
-sFID, Inception score, precision and recall, and `pixel_features`, which needs no
-network.
+A `FeatureFn` computes features. This module has two of them: `inception_features` for
+FID, sFID, Inception score, precision and recall; and `pixel_features`, which needs no
+weights.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PIXELS_A_SIDE = 8  # largest height and width of `pixel_features`
 def inception_features(
   params: Params, images: Num[Array, "B H W 3"]
 ) -> dict[str, Float[Array, "B D"]]:
-  """Features of the Inception of 2015, as ADM's evaluator computes them.
+  """Features of the Inception network of 2015, as ADM's evaluator computes them.
 
   Args:
-    params: from `pretrained.torch_inception.load_inception`.
+    params: parameters from `pretrained.torch_inception.load_inception`.
     images: in [0, 255], uint8 or float32.
 
   Returns:
@@ -56,14 +56,14 @@ def inception_features(
 def pixel_features(
   params: Params, images: Num[Array, "B H W C"]
 ) -> dict[str, Float[Array, "B D"]]:
-  """Pixels in [0, 1], averaged to at most 8x8; for small data.
+  """Pixels in [0, 1], averaged to at most 8x8 pixels; for small images.
 
   Args:
     params: unused.
     images: in [0, 255], uint8 or float32.
 
   Returns:
-    "pixels" (B, min(H, 8) min(W, 8) C) float32.
+    "pixels" (B, min(H, 8) * min(W, 8) * C) float32.
   """
   del params
   batch, height, width, channels = images.shape
@@ -79,20 +79,20 @@ def tf1_resize(
   """Bilinear resize of TensorFlow 1: no half-pixel centres, no antialiasing.
 
   The function equals tf.compat.v1.image.resize_bilinear(align_corners=False), which
-  every published FID depends on: the top left pixels of input and output coincide, and
-  the last pixels are repeated.
+  published FIDs depend on. The top left pixels of input and output coincide, and the
+  last pixels are repeated.
 
   Args:
-    images: of any range and type.
-    size: height and width of the result.
+    images: images of any range and dtype.
+    size: (height, width) of the result.
 
   Returns:
-    float32 images of that size, in the range of the input.
+    (B, height, width, C) float32 images in the range of the input.
   """
   images = images.astype(jnp.float32)
   for axis, length in ((2, size[1]), (1, size[0])):
     old = images.shape[axis]
-    # In float32, as TensorFlow computes it.
+    # float32 like TensorFlow, for the same rounding.
     place = np.arange(length, dtype=np.float32) * np.float32(old / length)
     low = np.floor(place).astype(np.int32)
     high = np.minimum(low + 1, old - 1)
@@ -105,16 +105,16 @@ def tf1_resize(
 
 
 class FeatureExtractor:
-  """A jitted feature function that shards each batch over the devices.
+  """A jitted feature function that distributes each batch over the devices.
 
-  All processes of a run must call it, with the same images.
+  All processes of a run must call the extractor together, with the same images.
 
   Args:
     function: any `FeatureFn`.
-    params: first argument of the function; copied to every device.
-    batch_size: images at a time, over all devices; rounded up to a multiple of the
-      devices that share a batch.
-    mesh: from `sharding.make_mesh`; None for all devices.
+    params: first argument of the function; copied to each device.
+    batch_size: number of images in a batch, over all devices; rounded up to a multiple
+      of the number of devices that share a batch.
+    mesh: devices, from `sharding.make_mesh`; None for all devices.
 
   Raises:
     SettingError: the batch size is below 1.
@@ -137,7 +137,7 @@ class FeatureExtractor:
     self._function = jax.jit(function, out_shardings=self._over_batch)
 
   def sizes(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Number of features of an image (H, W, C), by name; computes no features."""
+    """Number of features of an image (H, W, C), by name, without computing features."""
     images = jax.ShapeDtypeStruct((self.batch_size, *image_shape), np.uint8)
     found = jax.eval_shape(self._function, self._params, images)
     return {name: values.shape[1] for name, values in found.items()}

@@ -1,7 +1,7 @@
-"""Streams of images to score: from a file, from a run's data, or from its network.
+"""Streams of images to score: from a file, from a run's data, or from a network.
 
-An `ImageStream` knows its number of images and yields them in batches, so that any
-number of images takes the memory of one batch.
+An `ImageStream` knows its number of images and yields one batch after another, so only
+one batch is in memory.
 """
 
 from __future__ import annotations
@@ -26,34 +26,38 @@ from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Params
 
-IMAGES, LABELS = "arr_0", "arr_1"  # members of an .npz, as ADM names them
+IMAGES, LABELS = "arr_0", "arr_1"  # arrays of an .npz file, with ADM's names
 # (images (B, H, W, C) in [0, 255], uint8 or float32; labels (B,) or None)
 LabelledImages: TypeAlias = tuple[np.ndarray, np.ndarray | None]
 
 
 class ImageStream(Protocol):
-  """Images, in batches; the last batch may be shorter."""
+  """Interface of a number of images that are read in batches."""
 
-  def __len__(self) -> int: ...
+  def __len__(self) -> int:
+    """Number of images."""
+    ...
 
-  def batches(self, batch_size: int) -> Iterator[LabelledImages]: ...
+  def batches(self, batch_size: int) -> Iterator[LabelledImages]:
+    """Yields batches of `batch_size` images; the last batch may be shorter."""
+    ...
 
 
 class NpzImages:
-  """The images of an .npz file, read as a stream and checked.
+  """The images of an .npz file; checks each batch.
 
   Attributes:
     shape: (N, H, W, C).
 
   Args:
-    path: file whose arr_0 holds images (N, H, W, 1 or 3), uint8 or floats in [0, 255],
-      and whose optional arr_1 holds N labels.
-    setting: name of the file's setting, for errors.
+    path: file with images arr_0 (N, H, W, 1 or 3), uint8 or floats in [0, 255], and
+      optional integer labels arr_1 (N,).
+    setting: name of the setting that holds `path`, for errors.
 
   Raises:
-    SettingError: the file or the array does not exist, or has another type or rank, or
-      holds pickled objects. `batches` raises it for images that are cut off, out of
-      range or not finite, with the number of the first of them.
+    SettingError: the file or arr_0 does not exist, or has another dtype or shape.
+      `batches` raises the error too, for images that are cut off, out of range or not
+      finite; the error names the first such image.
   """
 
   def __init__(self, path: str | Path, setting: str = "path"):
@@ -88,7 +92,7 @@ class NpzImages:
     except KeyError:
       raise self._error(f"holds no array {IMAGES}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-      raise self._error(f"no .npz file that can be read: {error}") from None
+      raise self._error(f"is not a readable .npz file: {error}") from None
 
   def _read_header(self, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
@@ -122,7 +126,12 @@ class NpzImages:
   def _check(
     self, images: Num[np.ndarray, "B H W C"], start: int
   ) -> Num[np.ndarray, "B H W C"]:
-    """Images uint8, or float32 once all are checked to be finite and in [0, 255]."""
+    """Returns uint8 or float32 images; raises unless they are finite and in [0, 255].
+
+    Args:
+      images: images of the file.
+      start: number of the first image, for errors.
+    """
     if images.dtype == np.uint8:
       return images
     images = images.astype(np.float32)
@@ -132,12 +141,12 @@ class NpzImages:
       i = bad[0]
       raise self._error(
         f"image {start + i} holds numbers from {lowest[i]:g} to {highest[i]:g}; "
-        "accepted are finite ones in [0, 255]"
+        "accepted are finite numbers in [0, 255]"
       )
     if start == 0 and highest.max() <= 1:
       raise self._error(
-        f"its first {len(images)} images hold numbers up to {highest.max():g}, as if "
-        "in [0, 1]; accepted are numbers in [0, 255]"
+        f"its first {len(images)} images hold no number above {highest.max():g}, so "
+        "they seem to lie in [0, 1]; accepted are numbers in [0, 255]"
       )
     return images
 
@@ -164,12 +173,13 @@ class SourceImages:
   """Images of a run's data, spread evenly over the data.
 
   Args:
-    source: of uint8 images; see `mdt_jax.data.sources`.
-    num_images: largest number of images.
-    setting: setting that can name other images, for errors.
+    source: data with uint8 images; see `mdt_jax.data.sources`.
+    num_images: number of images, at most.
+    setting: name of the setting for a file of images, which the error asks for if the
+      data holds no images.
 
   Raises:
-    SettingError: from `batches`, if the data holds no images.
+    SettingError: `batches` raises the error if the data holds latents and no images.
   """
 
   def __init__(self, source: Source, num_images: int, setting: str = "reference"):
@@ -193,22 +203,22 @@ class SourceImages:
 
 
 class GeneratedImages:
-  """Images that a network draws: one class after the other, image i from (seed, i).
+  """Images that a network draws, of all classes in turn.
 
-  All processes of a run must read the stream; each gets whole batches.
+  All processes of a run must read the stream together; each process gets whole batches.
 
   Attributes:
     labels: (N,) classes of the images.
-    image_shape: (H, W, C).
+    image_shape: (H, W, C) of an image.
 
   Args:
     model: the network.
-    generator: from `sampling.generator.make_generator`.
-    params: averaged parameters. The devices that hold them draw the images, and share
-      each batch inside `sharding.use_mesh`.
-    num_images: N.
+    generator: generator from `sampling.generator.make_generator`.
+    params: averaged parameters. The devices that hold the parameters draw the images,
+      and share each batch inside `sharding.use_mesh`.
+    num_images: number N of images.
     autoencoder: decodes latents; None if the network draws pixels.
-    seed: in [0, 2**32).
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     holds_pixels: whether the network draws pixels.
 
   Raises:

@@ -1,4 +1,4 @@
-"""The jobs of mdt_jax.evaluate: choose scores, load a run, score its images."""
+"""The steps of mdt_jax.evaluate: choose scores, load a run, score images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mdt_jax.evaluation.registry import (
 from mdt_jax.logs import logger
 from mdt_jax.sampling.generator import make_generator
 
-BPD = "bpd"  # a score of a network and not of images; see `bits_per_dimension`
-NUM_IMAGES = 50_000  # drawn images
+BPD = "bpd"  # a score of the network instead of images; see `bits_per_dimension`
+NUM_IMAGES = 50_000  # default number of images to draw
 
 
 def choose_metrics(
@@ -35,16 +35,22 @@ def choose_metrics(
   has_images: bool,
   has_inception: bool,
 ) -> list[str]:
-  """The scores asked for, or else those that suit the given files.
+  """Checks the scores that the user asked for, or chooses scores for the given files.
+
+  Default: the scores that need Inception, if Inception's weights are given; else the
+  other scores, if samples or a reference are given; else `BPD`.
 
   Args:
-    asked: keys of `METRICS`, or BPD; None to choose by the files.
-    has_checkpoint: whether a checkpoint is given.
-    has_images: whether samples or a reference are given.
-    has_inception: whether Inception's weights are given.
+    asked: keys of `METRICS`, or `BPD`; None for the default.
+    has_checkpoint: whether the user gave a checkpoint.
+    has_images: whether the user gave samples or a reference.
+    has_inception: whether the user gave Inception's weights.
+
+  Returns:
+    Names of the scores, without duplicates.
 
   Raises:
-    SettingError: a score does not exist, or needs a file that is not given.
+    SettingError: a score does not exist, or a file that the score needs is missing.
   """
   if asked is not None:
     names = list(dict.fromkeys(asked))
@@ -73,26 +79,29 @@ def load_run(
   data_path: str | None = None,
   sampling: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-  """A checkpoint with some settings replaced; None keeps a setting of the run.
+  """Loads a checkpoint and replaces some settings of the run; None keeps a setting.
 
   Args:
     path: workdir of the run.
-    step: of the checkpoint; None for the latest.
+    step: step of the checkpoint; None for the latest.
     ema_decay: decay of the averaged parameters.
-    vae: autoencoder, a folder or hub id.
-    data_source: kind of data.
-    data_path: folder of the data. Of other data than the run's, nothing is held out.
-    sampling: settings of `config.sampling`.
+    vae: autoencoder, a folder or Hugging Face id.
+    data_source: replaces config.data.source.
+    data_path: replaces config.data.path. With other data, config.data.validation is
+      ignored and all of the data is used.
+    sampling: replaces settings of config.sampling, by name.
 
   Raises:
-    SettingError: the checkpoint cannot be loaded, or a setting cannot be used.
+    SettingError: the checkpoint cannot be loaded, or a setting is invalid.
   """
   checkpoint = load_ema(path, step, ema_decay)
   experiment = checkpoint.experiment.with_vae(vae)
   data = experiment.settings.data
   if data_source or data_path:
     if data.validation:
-      logger.info("all of the given data is used: none of it counts as held out")
+      logger.info(
+        "using all of the given data: config.data.validation of the run is ignored"
+      )
     experiment = experiment.with_data(
       source=data_source or data.source,
       path=data_path or data.path,
@@ -118,31 +127,32 @@ def score_images(
 
   Args:
     metrics: keys of `METRICS`.
-    checkpoint: draws images if there are no samples; its data replaces a missing
-      reference.
-    samples: .npz file of images; see `NpzImages`.
+    checkpoint: draws the images if `samples` is None; provides the real images if
+      `reference` is None.
+    samples: .npz file of images to score; see `NpzImages`.
     reference: file of real images; see `references.read_reference`.
     inception: file of Inception's weights.
-    statistics: .npz file to write what the scores need of the real images to.
-    num_images: images to draw.
-    batch_size: images at a time, over all devices.
-    seed: image i is drawn from (seed, i).
+    statistics: .npz file to write the summary of the real images to, for later use as
+      `reference`; None writes no file.
+    num_images: number of images to draw.
+    batch_size: number of images in a batch, over all devices.
+    seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
 
   Returns:
-    "scores" by name, number of "images", and the arguments that they depend on.
+    "scores" by name, number of "images", and the arguments that the scores depend on.
 
   Raises:
-    SettingError: a file cannot be read or written, or images lack a score.
+    SettingError: a file cannot be read or written, or a score cannot be computed.
   """
   experiment = None if checkpoint is None else checkpoint.experiment
   mesh = sharding.make_mesh() if experiment is None else experiment.mesh
-  # Opened before the reference is computed, so that an error comes early.
+  # Fails early, before the reference is read.
   if samples is not None:
     images = NpzImages(samples, "samples")
   elif checkpoint is not None:
     images = _drawn(checkpoint, num_images, seed)
   else:
-    raise SettingError("samples", None, "must be given, or a checkpoint")
+    raise SettingError("samples", None, "samples or a checkpoint must be given")
   evaluate = Evaluator.create(
     metrics,
     reference=reference,
@@ -154,7 +164,7 @@ def score_images(
   )
   if statistics is not None:
     save_statistics(statistics, evaluate.real)
-    logger.info("statistics of the reference: %s", statistics)
+    logger.info("wrote the statistics of the real images to %s", statistics)
   sampling = None
   if isinstance(images, GeneratedImages):  # drawing may take hours
     evaluate.check(images)
@@ -174,7 +184,7 @@ def score_images(
 
 
 def _drawn(checkpoint: Checkpoint, num_images: int, seed: int) -> GeneratedImages:
-  """Images that all devices draw together."""
+  """The images that a checkpoint draws on all devices."""
   experiment = checkpoint.experiment
   return GeneratedImages(
     experiment.model,

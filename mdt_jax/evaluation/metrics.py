@@ -1,7 +1,7 @@
-"""Formulas of scores of features: Frechet distance, Inception score, precision, recall.
+"""Formulas of scores: Frechet distance, Inception score, precision, recall.
 
 The definitions are those of ADM's evaluator (openai/guided-diffusion, evaluations).
-`mdt_jax.evaluation.registry` says which score applies which formula to which features.
+`mdt_jax.evaluation.registry` lists which formula and which features a score uses.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from jaxtyping import Bool, Float
 from mdt_jax.errors import SettingError
 from mdt_jax.types import Array
 
-NUM_NEIGHBOURS = 3  # of precision and recall
-SPLIT_SIZE = 5000  # of the Inception score
-_ROWS_A_BLOCK = 1024  # features added to a covariance at a time
-_DISTANCES_A_BLOCK = 2**25  # computed at a time: 128 MB
+NUM_NEIGHBOURS = 3  # k of precision and recall
+SPLIT_SIZE = 5000  # images in a split of the Inception score
+_ROWS_A_BLOCK = 1024  # rows of features that are added to a covariance at once
+_DISTANCES_A_BLOCK = 2**25  # distances that are computed at once: 128 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """Mean and covariance of features, float64."""
+  """Mean (D,) and covariance (D, D) of features, float64."""
 
   mean: Float[np.ndarray, " D"]
   covariance: Float[np.ndarray, "D D"]
 
 
 class RunningStatistics:
-  """Mean and covariance of features that come in parts; keeps one (D, D) array.
+  """Computes mean and covariance of features that arrive in parts, in float64.
 
-  Parts are joined as in Chan, Golub and LeVeque (1983), in float64.
+  The update formula is that of Chan, Golub and LeVeque (1983). Memory does not grow
+  with the number of features.
   """
 
   def __init__(self) -> None:
     self.count = 0
     self._mean: np.ndarray = np.zeros(())
-    # Sum of the outer products of the features less their mean.
+    # Sum of (x - mean) (x - mean)^T over all features x.
     self._scatter: np.ndarray = np.zeros(())
     self._pending: list[np.ndarray] = []
 
   def add(self, features: Float[np.ndarray, "B D"]) -> None:
-    """Adds features of any float type."""
+    """Adds features (B, D) of any float dtype."""
     self._pending.append(np.asarray(features, np.float64))
-    # One large product of matrices is faster than many small ones.
+    # One large matrix product is faster than many small matrix products.
     if sum(map(len, self._pending)) >= _ROWS_A_BLOCK:
       self._join()
 
   def result(self) -> Statistics:
-    """Statistics of all features added; the covariance divides by N - 1.
+    """Mean and covariance of all features; the covariance is divided by N - 1.
 
     Raises:
       SettingError: fewer than two features were added.
@@ -63,6 +64,7 @@ class RunningStatistics:
     return Statistics(self._mean, self._scatter / (self.count - 1))
 
   def _join(self) -> None:
+    """Adds the pending features to mean and scatter."""
     if not self._pending:
       return
     rows = np.concatenate(self._pending)
@@ -78,7 +80,7 @@ class RunningStatistics:
 
 
 def feature_statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
-  """Statistics of features; makes no second array of their size."""
+  """Mean and covariance of features, without a second array of the features' size."""
   running = RunningStatistics()
   for start in range(0, len(features), _ROWS_A_BLOCK):
     running.add(features[start : start + _ROWS_A_BLOCK])
@@ -92,13 +94,12 @@ def frechet_distance(
   """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features.
 
   The function computes tr (C1 C2)^(1/2) as the sum of the singular values of
-  C1^(1/2) C2^(1/2). This form takes roots of symmetric matrices only, so it is exact
-  for singular covariances too (fewer features than dimensions); the root of the product
-  C1 C2 is not.
+  C1^(1/2) C2^(1/2). This needs roots of symmetric matrices only, so the result is
+  accurate for singular covariances too (fewer features than dimensions).
 
   Args:
-    first: features, or their statistics.
-    second: features, or their statistics.
+    first: features (N, D), or statistics of features.
+    second: features (M, D), or statistics of features.
 
   Returns:
     The squared 2-Wasserstein distance of the two Gaussians: FID for features "pool3",
@@ -114,7 +115,7 @@ def frechet_distance(
     raise SettingError(
       "features",
       b.mean.shape,
-      f"must have the dimensions of the others, {a.mean.shape}",
+      f"must have the same dimension as the first features, {a.mean.shape}",
     )
   roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance)
   difference = a.mean - b.mean
@@ -127,6 +128,7 @@ def frechet_distance(
 
 
 def _symmetric_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
+  """The square root of a symmetric positive semidefinite matrix."""
   values, vectors = np.linalg.eigh(matrix)
   # Eigenvalues below the rounding error count as zero: their roots would be large.
   rounding = max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
@@ -140,9 +142,9 @@ def inception_score(
   """exp(E KL(p(y|x) || p(y))), averaged over splits (arXiv 1606.03498).
 
   Args:
-    logits: in the order of the images, which decides the splits; ADM's logits have no
-      bias.
-    split_size: images in a split; the last split may be smaller.
+    logits: logits of Inception without the bias, like ADM. The order of the images
+      matters, because the splits are consecutive images.
+    split_size: number of images in a split; the last split may be smaller.
 
   Raises:
     SettingError: there are no logits.
@@ -156,7 +158,7 @@ def inception_score(
     log_p = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
     marginal = p.mean(axis=0)
-    # A class of probability 0 adds 0, not 0 log 0 = NaN.
+    # A class with probability 0 adds 0; 0 log 0 would be NaN.
     log_marginal = np.log(marginal, where=marginal > 0, out=np.zeros_like(marginal))
     scores.append(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
   return float(np.mean(scores))
@@ -169,10 +171,10 @@ def precision_recall(
 ) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991), on the default device.
 
-  A point lies on the manifold of a set if, for some feature of the set, the point is no
-  farther from the feature than the feature's k-th nearest neighbour in the set. Time
-  grows with the square of the number of features. Memory is that of the features plus a
-  bounded block of distances.
+  Each feature of a set has a sphere, whose radius is the distance to the k-th nearest
+  neighbour in the set. The manifold of a set is the union of the spheres. Time grows
+  with the square of the number of features. Distances are computed in blocks, so they
+  take little memory.
 
   Args:
     real: features of real images.
@@ -180,13 +182,13 @@ def precision_recall(
     num_neighbours: k.
 
   Returns:
-    (precision, recall): the share of generated features on the manifold of the real
-    ones, and the share of real features on the manifold of the generated ones.
-    Distances are float32. ADM computes float16 distances unless they overflow, so its
-    scores are coarser.
+    (precision, recall): the share of generated features in the manifold of the real
+    features, and the share of real features in the manifold of the generated features.
+    Distances are float32; ADM uses float16 unless it overflows, so ADM's scores are
+    less precise.
 
   Raises:
-    SettingError: a set has no more than k features.
+    SettingError: a set has k or fewer features.
   """
   for name, features in (("real", real), ("generated", generated)):
     if len(features) <= num_neighbours:
@@ -195,7 +197,7 @@ def precision_recall(
         len(features),
         f"precision and recall need more than {num_neighbours}",
       )
-  # Centred features have the same distances, with less rounding.
+  # Centring keeps the distances and reduces rounding errors.
   center = real.mean(axis=0, dtype=np.float64)
   a, b = (
     jnp.asarray(np.subtract(x, center, dtype=np.float32, casting="unsafe"))
@@ -209,8 +211,8 @@ def precision_recall(
 
 def _radii(features: Float[Array, "N D"], num_neighbours: int) -> Float[Array, " N"]:
   """Squared distance of each feature to its k-th nearest neighbour."""
-  # The nearest is the feature itself. The column is chosen outside of the compiled
-  # function: XLA on CPUs would otherwise replace top_k by a sort of whole rows.
+  # The nearest neighbour is the feature itself, hence k + 1. The column is selected
+  # outside of jit: otherwise XLA on CPUs replaces top_k by a sort of whole rows.
   nearest = [
     _smallest(block, features, num_neighbours + 1)
     for block in _blocks(features, len(features))
@@ -230,7 +232,7 @@ def _share_inside(
 
 
 def _blocks(points: Float[Array, "N D"], num_features: int) -> list[Array]:
-  """The points in parts, so that the distances to all features stay bounded."""
+  """Splits points into blocks with at most `_DISTANCES_A_BLOCK` distances each."""
   size = max(1, _DISTANCES_A_BLOCK // num_features)
   return [points[start : start + size] for start in range(0, len(points), size)]
 
@@ -239,7 +241,7 @@ def _blocks(points: Float[Array, "N D"], num_features: int) -> list[Array]:
 def _smallest(
   block: Float[Array, "N D"], features: Float[Array, "M D"], count: int
 ) -> Float[Array, "N count"]:
-  """The smallest squared distances, in rising order."""
+  """The `count` smallest squared distances of each point, in ascending order."""
   return -jax.lax.top_k(-_squared_distances(block, features), count)[0]
 
 
@@ -247,12 +249,14 @@ def _smallest(
 def _is_inside(
   block: Float[Array, "N D"], features: Float[Array, "M D"], radii: Float[Array, " M"]
 ) -> Bool[Array, " N"]:
+  """Whether each point lies in the sphere of at least one feature."""
   return (_squared_distances(block, features) <= radii).any(axis=1)
 
 
 def _squared_distances(
   a: Float[Array, "N D"], b: Float[Array, "M D"]
 ) -> Float[Array, "N M"]:
+  """|a - b|^2 = |a|^2 - 2 a b + |b|^2 for all pairs."""
   products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
   norms_a, norms_b = (jnp.square(x).sum(axis=1) for x in (a, b))
   return jnp.maximum(norms_a[:, None] - 2 * products + norms_b, 0)

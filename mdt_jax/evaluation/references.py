@@ -1,4 +1,4 @@
-"""Files of real images or of their statistics, which scores compare with."""
+"""Reads and writes reference files: real images, or their statistics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mdt_jax.evaluation.metrics import Statistics
 from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.summary import Summary
 
-# Ends of the names of mean and covariance in ADM's files, by features: mu_s, sigma_s.
+# Features -> suffix of the names of mean and covariance in ADM's files, as in mu_s.
 _ADM_SUFFIXES = {"pool3": "", "spatial": "_s"}
-_FEATURES = "features_"  # prefix of arrays of features
+_FEATURES = "features_"  # prefix of the names of arrays of features
 
 
 def read_reference(
@@ -31,21 +31,26 @@ def read_reference(
   setting: str = "path",
   progress: str | None = None,
 ) -> Summary:
-  """Reads from a file what the scores need of the real images.
+  """Reads the summary of the real images, as far as the scores need it.
+
+  The function uses the statistics in the file, and computes features of the images only
+  for scores whose statistics the file lacks.
 
   Args:
-    path: an .npz file with images (arr_0, and labels arr_1), with statistics (mu,
-      sigma, mu_s, sigma_s), or with both, as ADM's reference batches have; or a file
-      that `save_statistics` wrote. Statistics in the file are used as they are; images
-      pass through `extract` only for what the file lacks.
+    path: .npz file with images (arr_0, and labels arr_1), with statistics (mu, sigma,
+      mu_s, sigma_s), or with both, like ADM's reference batches; or a file of
+      `save_statistics`.
     names: keys of `METRICS`.
     extract: computes the features.
-    setting: name of the file's setting, for errors.
-    progress: see `scores.summarize`.
+    setting: name of the setting that holds `path`, for errors.
+    progress: title of a progress bar; None for no bar.
+
+  Returns:
+    The summary of the real images.
 
   Raises:
-    SettingError: the file cannot be read (see also `NpzImages`), or lacks what a score
-      needs.
+    SettingError: the file cannot be read (see also `NpzImages`), or holds neither
+      images nor the statistics that a score needs.
   """
   stored, has_images = _read_summary(Path(path), setting)
   lacking = _lacking(stored, names)
@@ -55,7 +60,7 @@ def read_reference(
     raise SettingError(
       setting,
       str(path),
-      f"holds neither images (arr_0) nor what {', '.join(lacking)} must know of them",
+      f"holds neither images (arr_0) nor the statistics for {', '.join(lacking)}",
     )
   images = NpzImages(path, setting)
   computed = scores.summarize(images, extract, lacking, progress=progress)
@@ -67,9 +72,9 @@ def read_reference(
 
 
 def save_statistics(path: str | Path, summary: Summary) -> None:
-  """Writes a summary to an .npz file, for `read_reference`; the write is atomic.
+  """Writes a summary to an .npz file that `read_reference` reads; the write is atomic.
 
-  Means and covariances have the names of ADM's reference batches.
+  Means and covariances have the same names as in ADM's reference batches.
   """
   path = Path(path)
   arrays = {f"{_FEATURES}{name}": rows for name, rows in summary.features.items()}
@@ -83,13 +88,13 @@ def save_statistics(path: str | Path, summary: Summary) -> None:
 
 
 def _keys(features: str) -> tuple[str, str]:
-  """Names of the arrays that hold the mean and the covariance of features."""
+  """Names of the arrays in a file that hold mean and covariance of some features."""
   suffix = _ADM_SUFFIXES.get(features, f"_{features}")
   return f"mu{suffix}", f"sigma{suffix}"
 
 
 def _lacking(summary: Summary, names: Sequence[str]) -> list[str]:
-  """The scores that need more of the real images than the summary holds."""
+  """The scores that need statistics or labels that the summary lacks."""
 
   def suffices(name: str) -> bool:
     metric = METRICS[name]
@@ -103,7 +108,7 @@ def _lacking(summary: Summary, names: Sequence[str]) -> list[str]:
 
 
 def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
-  """The part of a summary that a file holds, and whether the file holds images."""
+  """Reads the statistics of a file, and whether the file holds images."""
   known = dict.fromkeys(m.gaussian for m in METRICS.values() if m.gaussian is not None)
   try:
     loaded = np.load(path, allow_pickle=False)
@@ -128,7 +133,7 @@ def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
     raise SettingError(setting, str(path), "must be a file") from None
   except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
     raise SettingError(
-      setting, str(path), f"no .npz file that can be read: {error}"
+      setting, str(path), f"is not a readable .npz file: {error}"
     ) from None
   for name, found in statistics.items():
     keys = " and ".join(_keys(name))

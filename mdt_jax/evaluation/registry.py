@@ -1,7 +1,7 @@
-"""The table of scores.
+"""The table of scores, `METRICS`.
 
-To add a score, write a function (real summary, generated summary) -> float, and add one
-entry to `METRICS`. The entry says which features of the images the function uses.
+To add a score, write a function (real summary, generated summary) -> float and add an
+entry to `METRICS`. The entry names the features that the function uses.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ ScoreFn: TypeAlias = Callable[[Summary, Summary], float | dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a score is computed, and what the computation needs.
+  """The function of a score, and the data that the function needs.
 
   Attributes:
     compute: (real, generated) -> the score. Several metrics may share a function that
       returns all their scores by name; the function then runs once.
     extract: function that computes the features.
     gaussian: name of the features whose mean and covariance `compute` uses.
-    kept: name of the features that `compute` uses of each image. A metric has either
+    kept: name of the features that `compute` uses for each image. A metric sets either
       `gaussian` or `kept`.
     needs_real: whether `compute` uses the real images.
-    needs_labels: whether `compute` uses labels.
+    needs_labels: whether `compute` uses the labels of the images.
     fewest: smallest number of images.
-    check_labels: (real, drawn) labels -> None; raises SettingError for "reference" or
-      "num_images" if images with these labels have no such score. Called before the
-      images are drawn.
+    check_labels: (labels of real images, labels of images to be drawn) -> None. Raises
+      SettingError for "reference" or "num_images" if the score does not exist for these
+      labels. Called before the images are drawn.
   """
 
   compute: ScoreFn
@@ -56,12 +56,17 @@ class Metric:
 
   @property
   def needs_inception(self) -> bool:
-    """Whether the features are those of Inception, whose weights the user provides."""
+    """Whether the score needs Inception, whose weights the user provides."""
     return self.extract is inception_features
 
 
 def frechet_metric(features: str, extract: FeatureFn) -> Metric:
-  """A Frechet distance of the features of this name."""
+  """Builds the metric of the Frechet distance between features.
+
+  Args:
+    features: name of the features.
+    extract: function that computes the features.
+  """
 
   def compute(real: Summary, generated: Summary) -> float:
     return metrics.frechet_distance(
@@ -76,10 +81,10 @@ def labelled_metric(
   function: Callable[..., float],
   check_labels: Callable[[np.ndarray, np.ndarray], None],
 ) -> Metric:
-  """A score of labelled pixels.
+  """Builds a metric of labelled pixels.
 
   Args:
-    name: of the score, for errors.
+    name: name of the score, for errors.
     function: (real pixels (N, D), real labels (N,), generated pixels (M, D), generated
       labels (M,)) -> score.
     check_labels: see `Metric`.
@@ -89,7 +94,7 @@ def labelled_metric(
     arguments: list[Any] = []
     for what, summary in (("real", real), ("generated", generated)):
       if summary.labels is None:
-        raise SettingError(f"{what} images", None, f"{name} needs their labels (arr_1)")
+        raise SettingError(f"{what} images", None, f"{name} needs labels (arr_1)")
       arguments += [summary.features["pixels"], summary.labels]
     return function(*arguments)
 
@@ -111,12 +116,14 @@ def _precision_recall(real: Summary, generated: Summary) -> dict[str, float]:
 
 
 def _two_classes(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -> None:
+  """Raises SettingError if all real images have the same class."""
   del drawn
   if len(np.unique(real)) < 2:
     raise SettingError("reference", None, "accuracy needs images of at least 2 classes")
 
 
 def _repeated_class(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -> None:
+  """Raises SettingError if no class has two real images and two images to be drawn."""
   repeated = []
   for labels in (drawn, real):
     classes, counts = np.unique(labels, return_counts=True)
@@ -125,8 +132,8 @@ def _repeated_class(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -
     raise SettingError(
       "num_images",
       len(drawn),
-      "diversity needs two images of a class, both among the real and the drawn "
-      "images; the classes are drawn in turn",
+      "diversity needs a class with at least 2 real images and 2 images to be drawn; "
+      "images are drawn of all classes in turn",
     )
 
 
@@ -154,7 +161,7 @@ METRICS: dict[str, Metric] = {
 
 
 def inception_metrics() -> list[str]:
-  """Names of the scores that need Inception: those of ADM's evaluator."""
+  """Names of the scores that need Inception's weights; these are ADM's scores."""
   return [name for name, metric in METRICS.items() if metric.needs_inception]
 
 
@@ -167,9 +174,9 @@ def check_metrics(setting: str, names: Sequence[str], has_inception: bool) -> No
   """Raises SettingError for a score that does not exist or lacks Inception's weights.
 
   Args:
-    setting: named in the error.
-    names: of the scores.
-    has_inception: whether Inception's weights are given.
+    setting: name of the setting, for the error.
+    names: names of the scores.
+    has_inception: whether Inception's weights are available.
   """
   if not names:
     raise SettingError(setting, "", f"must be some of {', '.join(METRICS)}")

@@ -1,7 +1,7 @@
-"""Scores of generated images against real images, by name.
+"""Computes scores of generated images against real images, by name of the score.
 
-`summarize` passes images through a feature function and keeps a `Summary` of them;
-`score` computes scores from two summaries. `registry.METRICS` lists the scores.
+`summarize` computes features of images and keeps a `Summary` of the features. `score`
+computes scores from two summaries. `registry.METRICS` lists the scores.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def make_extractor(
   batch_size: int = 64,
   mesh: Mesh | None = None,
 ) -> FeatureExtractor:
-  """The extractor of all features that the scores use.
+  """Builds the extractor of all features that the scores use.
 
   Args:
     names: keys of `METRICS`.
-    inception: parameters, from `pretrained.torch_inception.load_inception`.
+    inception: parameters from `pretrained.torch_inception.load_inception`; None if no
+      score needs Inception.
     batch_size: see `FeatureExtractor`.
     mesh: see `FeatureExtractor`.
   """
@@ -55,14 +56,17 @@ def summarize(
   *,
   progress: str | None = None,
 ) -> Summary:
-  """Passes images through a feature function once, for all the scores.
+  """Reads images once and computes the summary that the scores need.
 
   Args:
-    images: any number of images. The memory needed for each image is 8 kB for precision
-      and recall, 4 kB for the Inception score, and nothing for FID and sFID.
+    images: any number of images. Each image takes 8 kB of memory for precision and
+      recall, 4 kB for the Inception score, and nothing for FID and sFID.
     extract: computes the features.
     names: keys of `METRICS`.
     progress: title of a progress bar; None for no bar.
+
+  Returns:
+    The statistics, features and labels that the scores use.
 
   Raises:
     SettingError: the images cannot be read, or are too few for a score.
@@ -98,12 +102,15 @@ def summarize(
 
 
 def score(names: Sequence[str], real: Summary, generated: Summary) -> dict[str, float]:
-  """Scores in the order of `names`.
+  """Computes scores from two summaries.
 
   Args:
     names: keys of `METRICS`.
-    real: summary of the real images, for all of these scores.
-    generated: summary of the generated images, for all of these scores.
+    real: summary of the real images, computed for all of these scores.
+    generated: summary of the generated images, computed for all of these scores.
+
+  Returns:
+    Score by name, in the order of `names`.
 
   Raises:
     SettingError: labels are missing, or the features have different dimensions.
@@ -139,15 +146,16 @@ def check_comparable(
   path: str | None = None,
   prefix: str = "",
 ) -> None:
-  """Checks, before images are drawn, that the drawn images will have these scores.
+  """Checks before images are drawn that the scores will exist.
 
   Args:
     names: keys of `METRICS`.
     real: summary of the real images.
     labels: labels of the images to be drawn.
-    sizes: number of their features by name; see `FeatureExtractor.sizes`.
+    sizes: number of features of an image to be drawn, by name of the features; see
+      `FeatureExtractor.sizes`.
     path: value of the setting "reference", for errors.
-    prefix: of the names of settings in errors, such as "config.eval.".
+    prefix: prefix of the names of settings in errors, such as "config.eval.".
 
   Raises:
     SettingError: the images to be drawn are too few, or have other sizes, channels or
@@ -165,14 +173,14 @@ def check_comparable(
       raise SettingError(
         f"{prefix}reference",
         path,
-        f"has {found} {features} of an image, where those drawn have "
-        f"{sizes[features]}: their channels or sizes differ",
+        f"has {found} features ({features}) for each image, and the images to be drawn "
+        f"have {sizes[features]}: the images have other sizes or channels",
       )
     if not metric.needs_labels:
       continue
     if real.labels is None:
       raise SettingError(
-        f"{prefix}reference", path, f"{name} needs labels of its images (arr_1)"
+        f"{prefix}reference", path, f"{name} needs labels of the images (arr_1)"
       )
     if metric.check_labels is not None:
       try:
@@ -186,9 +194,9 @@ def check_comparable(
 def _features(
   images: ImageStream, extract: FeatureExtractor
 ) -> Iterator[tuple[dict[str, Array], np.ndarray | None, int]]:
-  """(features, labels, number of images) of each batch.
+  """Yields (features, labels, number of images) of each batch.
 
-  The next batch is read while the devices compute the current one.
+  The next batch is read while the devices compute the current batch.
   """
   pending = None
   for batch, labels in images.batches(extract.batch_size):

@@ -1,4 +1,4 @@
-"""What scores need to know of a set of images."""
+"""`Summary`: the features of a set of images from which scores are computed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mdt_jax.evaluation.metrics import Statistics
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """Features of a set of images; two summaries give a score.
+  """Features of a set of images; a score compares two summaries.
 
   Attributes:
-    statistics: mean and covariance, by name of the features.
-    features: features of each image, float32, by name of the features.
-    labels: labels of the images; None without labels, or if no score needs labels.
+    statistics: mean and covariance over all images, by name of the features.
+    features: (N, D) float32 features of each image, by name of the features.
+    labels: (N,) labels of the images; None if there are no labels or no score needs
+      labels.
   """
 
   statistics: dict[str, Statistics]

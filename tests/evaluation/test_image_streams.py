@@ -95,7 +95,7 @@ BAD = {
   "infinity": (with_pixel(np.inf, at=3), "image 3 holds .* to inf"),
   "too large": (with_pixel(256), "image 2 holds numbers from .* to 256"),
   "negative": (with_pixel(-1), "image 2 holds numbers from -1"),
-  "zero to one": (noise(4, 4, 4, 3) / 255, r"up to .*, as if in \[0, 1\]"),
+  "zero to one": (noise(4, 4, 4, 3) / 255, r"lie in \[0, 1\]"),
 }
 
 
