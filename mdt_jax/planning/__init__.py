@@ -1,1 +1,1 @@
-"""Plans for machines that are not at hand: does a run fit, and how fast may it be?"""
+"""Plans runs for other machines: the memory that a run needs, and its best speed."""

@@ -1,4 +1,4 @@
-"""Accelerators: what they can do at best, and the slices they come in."""
+"""Published figures of accelerators, and the topologies of TPU slices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ class Chip:
   """Published figures of one chip.
 
   Attributes:
-    name: as JAX's topologies spell it.
-    flops: bfloat16 operations per second at best.
-    memory: bytes of high-bandwidth memory; of TPUs, what a program may take.
-    bandwidth: bytes per second of that memory.
-    network: bytes per second to the other chips of a slice, in one direction, all
+    name: name of the chip in JAX's topologies.
+    flops: peak bfloat16 floating-point operations per second.
+    memory: bytes of high-bandwidth memory that a program can use.
+    bandwidth: bytes per second from and to the high-bandwidth memory.
+    network: bytes per second to the other chips of a slice, in one direction, over all
       links together.
-    source: where the figures stand.
-    dimensions: of the torus, for TPUs; 0 for what XLA cannot compile for from afar.
+    source: web page of the figures.
+    dimensions: dimensions of a TPU's torus; 0 for chips that XLA can only compile for
+      on a machine with the chip.
   """
 
   name: str
@@ -34,8 +35,8 @@ class Chip:
 
 
 _TPU_SOURCE = "https://cloud.google.com/tpu/docs/{}"
-# Network: the bidirectional figure of the page, halved. Memory: v5e lets a program
-# take 15.75 of its 16 GiB, measured; of the others the compiler refuses by itself.
+# Network: half of the bidirectional figure of the page. Memory: a program can use 15.75
+# of the 16 GiB of v5e, as measured; for other TPUs the compiler checks the limit.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -54,7 +55,8 @@ CHIPS = {
   )
 }
 
-# Slices by the name they are ordered under: cores for v4 and v5p, else chips.
+# Cloud TPU's name of a slice -> topology. The number counts cores for v4 and v5p, and
+# chips otherwise.
 SLICES = {
   "v4-8": "v4:2x2x1",
   "v5e-8": "v5e:2x4",
@@ -67,12 +69,13 @@ SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices to plan for.
+  """The devices to plan for.
 
   Attributes:
-    name: as XLA's TPU compiler takes it, "v5e:16x16"; "cpu:8" for simulated devices.
-    kind: "cpu", or the name of a chip.
-    num_devices: of the slice.
+    name: topology in the syntax of XLA's TPU compiler, such as "v5e:16x16"; or "cpu:N"
+      for N simulated devices.
+    kind: name of the chip, or "cpu".
+    num_devices: number of devices.
   """
 
   name: str
@@ -81,7 +84,14 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-  """Reads "v5e:16x16", the name of a slice such as "v5e-256", or "cpu:8"."""
+  """Parses a topology.
+
+  Args:
+    name: topology such as "v5e:16x16", name of a slice such as "v5e-256", or "cpu:N".
+
+  Raises:
+    SettingError: the chip is unknown, or the shape is invalid.
+  """
   kind, _, shape = SLICES.get(name, name).partition(":")
   sizes = shape.split("x")
   dimensions = 1 if kind == "cpu" else getattr(CHIPS.get(kind), "dimensions", 0)

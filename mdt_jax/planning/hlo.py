@@ -1,4 +1,4 @@
-"""What a compiled module sends between devices, read from its text."""
+"""Counts the bytes that a compiled program sends between devices, from its HLO text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # bits of a dtype
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(")
@@ -28,11 +28,11 @@ _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 
 @dataclasses.dataclass
 class Traffic:
-  """Collectives of one kind in one run of a module.
+  """All collectives of one kind in one run of a program.
 
   Attributes:
-    calls: how often one is run.
-    sent: bytes that each device sends, all calls together, by a ring.
+    calls: number of calls.
+    sent: bytes that each device sends in all calls, if each collective uses a ring.
   """
 
   calls: int = 0
@@ -41,6 +41,8 @@ class Traffic:
 
 @dataclasses.dataclass
 class _Collective:
+  """A collective: its kind, the bytes of its result, and the devices of a group."""
+
   kind: str
   bytes: int
   group: int
@@ -48,9 +50,13 @@ class _Collective:
 
 @dataclasses.dataclass
 class _Computation:
-  """Collectives, computations called (name, turns, condition), and the last constant.
+  """An HLO computation.
 
-  Turns are None where the loop does not say them.
+  Attributes:
+    collectives: collectives of the computation.
+    calls: calls of other computations, as (name, number of calls, condition). The
+      number is None for a loop without a known trip count.
+    constant: last integer constant of the computation.
   """
 
   collectives: list[_Collective] = dataclasses.field(default_factory=list)
@@ -59,11 +65,14 @@ class _Computation:
 
 
 def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
-  """Collectives by kind; those in the body of a loop count as often as it turns.
+  """Counts the collectives of a compiled program; a loop multiplies by its trip count.
 
   Args:
-    text: of a compiled module, as `Compiled.as_text()` gives it.
-    num_devices: that a collective without groups runs over.
+    text: HLO text, from `jax.stages.Compiled.as_text()`.
+    num_devices: number of devices of a collective without replica groups.
+
+  Returns:
+    Kind of the collective -> calls and bytes.
   """
   entry, computations = _parse(text, num_devices)
   found: dict[str, Traffic] = {}
@@ -75,7 +84,8 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
       traffic.calls += times
       traffic.sent += times * _sent(operation)
     for called, turns, condition in computation.calls:
-      if turns is None:  # a loop from 0 to the number in its condition
+      # A loop without a known trip count runs from 0 to the constant of its condition.
+      if turns is None:
         turns = computations[condition].constant
       walk(called, times * turns)
 
@@ -84,7 +94,7 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
 
 
 def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
-  """The name of the entry, and all computations by name."""
+  """Parses HLO text into (name of the entry computation, computations by name)."""
   entry, computation = "", _Computation()
   computations: dict[str, _Computation] = {}
   seen: set[tuple[str, str]] = set()
@@ -111,12 +121,12 @@ def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
     if kind not in KINDS:
       continue
     if channel := _CHANNEL.search(line):
-      # A TPU spreads one collective over several fusions, each of which names it.
+      # On TPUs, several fusions can belong to one collective, with one channel id.
       if (kind, channel[1]) in seen:
         continue
       seen.add((kind, channel[1]))
     sizes = [_bytes(*array) for array in _ARRAY.findall(result)]
-    # A start gives operands, results, and what a device waits on.
+    # The result of a *-start lists operands, results and synchronization flags.
     size = max(sizes) if opcode.endswith("-start") else sum(sizes)
     computation.collectives.append(
       _Collective(kind, size, _group_size(line, num_devices))
@@ -125,12 +135,13 @@ def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
 
 
 def _bytes(dtype: str, shape: str) -> int:
+  """Bytes of an array in HLO notation, such as f32[8,16]."""
   bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
   return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
 def _group_size(line: str, num_devices: int) -> int:
-  """Devices that take part in a collective together."""
+  """Number of devices in a replica group of a collective, from its HLO line."""
   if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return groups[1].count(",") + 1
   if groups := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
@@ -142,11 +153,12 @@ def _group_size(line: str, num_devices: int) -> int:
 
 
 def _sent(operation: _Collective) -> float:
+  """Bytes that each device sends in a ring algorithm."""
   share = (operation.group - 1) / operation.group
   match operation.kind:
     case "all-reduce":
       return 2 * share * operation.bytes
-    case "reduce-scatter":  # its result is one part
+    case "reduce-scatter":  # `bytes` counts the result, which is one part of the input
       return share * operation.bytes * operation.group
     case "collective-permute":
       return operation.bytes

@@ -1,4 +1,4 @@
-"""Compiles a run for devices that are not there, and says what it will take."""
+"""Compiles a run for other devices, and estimates memory, traffic and least time."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program
 
 WHATS = ("train", "sample")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}  # units in errors of the TPU compiler
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a program takes of each device, and the least time that it can take.
+  """Memory, traffic and least time of a compiled program.
 
   Attributes:
-    what: "train", a step of the longest masked pass; "sample", a batch of images.
-    topology: the devices.
-    mesh: axis -> devices along it.
-    batch_size: images over all devices.
-    dtype: of the matrix products.
-    memory: bytes of each device: parameters, optimizer, ema, the batch and the like
-      (other), what is made on the way (temporaries), the program itself (code), and
-      their total.
-    limit: bytes that a program may take; None where that is not known.
-    flops: model FLOPs of the whole program, see `mdt_jax.models.flops`.
-    collectives: kind -> how many, and bytes that each device sends.
-    compile_seconds: on this machine.
-    seconds: least time for the products, for the memory and for the network, each at
-      the chip's published best; empty without a chip.
+    what: "train": a training step with the longest masked pass. "sample": sampling a
+      batch of images.
+    topology: name of the topology.
+    mesh: name of the mesh axis -> number of devices.
+    batch_size: number of images, over all devices.
+    dtype: dtype of the matrix products.
+    memory: bytes on each device, by use: "parameters", "optimizer", "ema", "other" (the
+      batch and the like), "temporaries", "code" (the program), and their "total".
+    limit: bytes of a device that a program can use; None if unknown.
+    flops: model FLOPs over all devices, see `mdt_jax.models.flops`.
+    collectives: kind of collective -> calls, and bytes that each device sends.
+    compile_seconds: time of the compilation on this machine.
+    seconds: lower bounds of the run time from "products", "memory" and "network", each
+      at the chip's published peak; empty if the chip is unknown.
   """
 
   what: str
@@ -68,8 +68,8 @@ class DoesNotFitError(Exception):
   """A program needs more memory than a device has.
 
   Args:
-    needed: bytes.
-    limit: bytes that a device has.
+    needed: bytes that the program needs on each device.
+    limit: bytes of a device that a program can use.
   """
 
   def __init__(self, needed: float, limit: float):
@@ -82,27 +82,28 @@ class DoesNotFitError(Exception):
 
 
 def open_devices(topology: Topology) -> list[Any]:
-  """Devices to compile for; programs for TPUs can be compiled, and not run.
+  """Returns the devices of a topology; TPU devices can be compiled for, but not run.
 
   Raises:
-    SettingError: the compiler is not installed, or refuses the shape.
+    SettingError: the TPU compiler is not installed or rejects the topology, or JAX has
+      started with too few simulated devices.
   """
   if topology.kind == "cpu":
     if jax.device_count() < topology.num_devices:
       raise SettingError(
         "--topology",
         topology.name,
-        f"this process simulates {jax.device_count()} devices: JAX was started before",
+        f"JAX has already started with {jax.device_count()} devices",
       )
     return jax.devices()[: topology.num_devices]
-  # Otherwise libtpu asks the network which TPU it runs on, and warns.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken
+  # These variables keep libtpu from asking the network for a TPU, which logs warnings.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-  # Both cores of a v4 chip are one device, as JAX has them on a real one.
+  # The two cores of a v4 chip are one device, as on a real v4 chip.
   options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
   try:
     found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
@@ -112,7 +113,7 @@ def open_devices(topology: Topology) -> list[Any]:
     raise SettingError(
       "--topology",
       topology.name,
-      f"cannot be compiled for: {reason}; the compiler comes with "
+      f"the TPU compiler cannot be used: {reason}; install the compiler with "
       "pip install -e '.[tpu]'",
     ) from None
 
@@ -126,18 +127,19 @@ def plan_run(
   batch_per_device: int | None = None,
   find_batch: bool = False,
 ) -> Plan:
-  """Plans a run on a topology; JAX must not have been started before.
+  """Plans a run on a topology. Call this before JAX starts its devices.
 
   Args:
-    settings: of the run.
+    settings: settings of the run.
     topology, what, chip: see `make_plan`.
-    batch_per_device: images of a device; by `settings.batch_size` unless given.
-    find_batch: search the largest batch that fits, from `batch_per_device` on.
+    batch_per_device: number of images on each device; None keeps `settings.batch_size`.
+    find_batch: whether to search the largest batch that fits. The search starts with
+      `batch_per_device`, or 16 if None.
 
   Raises:
-    SettingError: a setting that cannot be used, or the program does not fit.
+    SettingError: a setting is invalid, or the program does not fit into the memory.
   """
-  # Nothing is computed: a TPU or GPU of this machine stays free.
+  # The plan only compiles, so a TPU or GPU of this machine stays free.
   jax.config.update("jax_platforms", "cpu")
   if topology.kind == "cpu":
     jax.config.update("jax_num_cpu_devices", topology.num_devices)
@@ -147,7 +149,9 @@ def plan_run(
     planned = settings
     if batch is not None:
       planned = dataclasses.replace(settings, batch_size=batch * len(devices))
-    logger.info("compiling %d images for %s", planned.batch_size, topology.name)
+    logger.info(
+      "compiling for %s with batch size %d", topology.name, planned.batch_size
+    )
     return make_plan(planned, topology, devices, what, chip)
 
   if not find_batch:
@@ -157,8 +161,8 @@ def plan_run(
       raise SettingError("--batch_per_device", batch_per_device, str(error)) from None
   found = largest_batch(plan_with, batch_per_device or 16)
   if found is None:
-    raise SettingError("--find_batch", True, "not even one image a device fits")
-  logger.info("largest batch a device: %d", found[0])
+    raise SettingError("--find_batch", True, "one image on each device does not fit")
+  logger.info("largest batch: %d on each device", found[0])
   return found[1]
 
 
@@ -169,18 +173,18 @@ def make_plan(
   what: str = "train",
   chip: Chip | None = None,
 ) -> Plan:
-  """Compiles the training step, or the sampler, of a run.
+  """Compiles the training step or the sampler of a run, and plans from the result.
 
   Args:
-    settings: of the run; `batch_size` images are trained or sampled at a time.
-    topology: of `parse_topology`.
-    devices: of `open_devices`.
+    settings: settings of the run; `settings.batch_size` is the number of images.
+    topology: topology from `parse_topology`.
+    devices: devices from `open_devices`.
     what: "train" or "sample".
-    chip: whose memory and speed count; the topology's own unless given.
+    chip: chip for the memory limit and the speed; None for the chip of the topology.
 
   Raises:
-    SettingError: a setting that cannot be used on these devices.
-    DoesNotFitError: a device has too little memory.
+    SettingError: a setting is invalid on these devices.
+    DoesNotFitError: the program needs more memory than a device has.
   """
   experiment = build(settings, devices)
   check_eval(settings)
@@ -220,14 +224,14 @@ def make_plan(
 def largest_batch(
   plan_with: Callable[[int], Plan], start: int = 16
 ) -> tuple[int, Plan] | None:
-  """The largest batch a device that fits, to an eighth, by bisection.
+  """Searches the largest batch that fits, by bisection, to a precision of an eighth.
 
   Args:
-    plan_with: batch a device -> its plan; raises DoesNotFitError.
-    start: the first to try.
+    plan_with: number of images on each device -> plan; raises DoesNotFitError.
+    start: first number to try.
 
   Returns:
-    Batch and plan; None where not even 1 fits.
+    (number of images on each device, plan); None if one image does not fit.
   """
   best: tuple[int, Plan] | None = None
   too_large, batch = None, start
@@ -248,7 +252,7 @@ def largest_batch(
 
 
 def _lower_step(experiment: Experiment, program: Program) -> Any:
-  """The training step that takes the most memory, lowered for the mesh."""
+  """Lowers the training step whose static argument takes the most memory."""
   model, batch_size = experiment.model, experiment.settings.batch_size
   size = (model.input_size, model.input_size, model.in_channels)
   over_batch = sharding.over_batch(program.mesh)
@@ -266,7 +270,7 @@ def _lower_step(experiment: Experiment, program: Program) -> Any:
 
 
 def _lower_sampler(experiment: Experiment, program: Program) -> Any:
-  """The sampler, lowered for the mesh."""
+  """Lowers the sampler."""
   over_batch = sharding.over_batch(program.mesh)
   labels, ids = (
     jax.ShapeDtypeStruct((experiment.settings.batch_size,), dtype, sharding=over_batch)
@@ -283,7 +287,7 @@ def _lower_sampler(experiment: Experiment, program: Program) -> Any:
 
 
 def _does_not_fit(error: Exception, program: Program) -> DoesNotFitError | None:
-  """The memory that the TPU compiler names in its error, or None for another error."""
+  """Converts an out-of-memory error of the TPU compiler; None for other errors."""
   number = r"([\d.]+)([KMG])"
   if found := re.search(rf"Used {number} of {number} hbm", str(error)):
     at_rest = 0
@@ -298,13 +302,14 @@ def _does_not_fit(error: Exception, program: Program) -> DoesNotFitError | None:
 
 
 def _memory(compiled: Any, program: Program, what: str) -> dict[str, int]:
+  """Bytes on each device by use, see `Plan.memory`."""
   found = compiled.memory_analysis()
   state = program.state
   parts = {"parameters": _bytes_of(state.params)}
   if what == "train":
     parts["optimizer"] = _bytes_of(state.opt_state)
     parts["ema"] = _bytes_of(state.ema)
-  # Donated arguments and the results in their place are counted once.
+  # A donated argument and its result share memory, and count once.
   at_rest = found.argument_size_in_bytes + found.output_size_in_bytes
   at_rest -= found.alias_size_in_bytes
   parts["other"] = max(0, at_rest - sum(parts.values()))
@@ -314,7 +319,7 @@ def _memory(compiled: Any, program: Program, what: str) -> dict[str, int]:
 
 
 def _bytes_of(tree: Any) -> int:
-  """Bytes of arrays on each device."""
+  """Bytes of sharded arrays on each device."""
   return sum(
     int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -322,7 +327,7 @@ def _bytes_of(tree: Any) -> int:
 
 
 def _count_flops(experiment: Experiment, what: str) -> float:
-  """Model FLOPs of a step, or of all calls of a sampler, over the whole batch."""
+  """Model FLOPs of a training step or of sampling, over the whole batch."""
   batch_size = experiment.settings.batch_size
   if what == "sample":
     calls = experiment.sampler.num_calls
@@ -337,12 +342,12 @@ def _least_seconds(
   flops_a_device: float,
   collectives: dict[str, hlo.Traffic],
 ) -> dict[str, float]:
-  """A floor by products, by memory and by network, were each at its best alone."""
+  """Lower bounds of the run time, see `Plan.seconds`."""
   state = sum(memory.get(part, 0) for part in ("parameters", "optimizer", "ema"))
   sent = sum(traffic.sent for traffic in collectives.values())
   return {
     "products": flops_a_device / chip.flops,
-    # All of the state is read and written, and all that is made on the way.
+    # The program reads and writes the state and the temporaries at least once.
     "memory": 2 * (state + memory["temporaries"]) / chip.bandwidth,
     "network": sent / chip.network,
   }
