@@ -1,15 +1,19 @@
-"""Ways to attention: python -m benchmarks.attention --grid=16 --kept=160
+"""Times implementations of attention: python -m benchmarks.attention --grid=16
 
-Forward and backward of softmax(q k^T / sqrt(d) + bias) v, for the unmasked pass, whose
-bias is one for all images, and for the masked pass, where it is gathered for each:
+Each timing is the forward and backward pass of softmax(q k^T / sqrt(d) + bias) v. In
+the unmasked pass, all images share one bias. In the masked pass, the bias of the kept
+tokens is gathered for each image.
 
-- ours:     mdt_jax.models.attention, as the blocks call it, (B, L, H, d);
+Attention:
+- ours: mdt_jax.models.attention, (B, L, H, d), as in the blocks of the network;
 - products: jax.nn.dot_product_attention;
-- merged:   the same, heads moved beside the batch first, (B, H, L, d);
-- cudnn:    cuDNN's fused kernel, where there is a GPU, in bfloat16;
-- bias by table: rows of the table gathered by an index (B, K, K);
-- bias by pairs: gathered from the bias (H, L, L) of all tokens, rows then columns;
-- bias by one-hot: products of the bias of all tokens with one-hot matrices.
+- merged: einsum products after a transpose to (B, H, L, d);
+- cudnn: cuDNN's fused kernel, on GPUs with bfloat16.
+
+Bias of the masked pass:
+- by table: gather rows of the table with an index (B, K, K);
+- by pairs: gather rows, then columns, from the bias (H, L, L) of all tokens;
+- by one hot: multiply the bias of all tokens by one-hot matrices.
 """
 
 from __future__ import annotations
@@ -29,14 +33,14 @@ from mdt_jax.models.embeddings import relative_position_index
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.models.mdt import UNUSED_BIAS_ROWS
 
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images.")
-GRID = flags.DEFINE_integer("grid", 16, "Tokens along a side.")
-KEPT = flags.DEFINE_integer("kept", 160, "Tokens kept by the masked pass.")
-HEADS = flags.DEFINE_integer("heads", 6, "Heads.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Number of images.")
+GRID = flags.DEFINE_integer("grid", 16, "Tokens along a side of the image.")
+KEPT = flags.DEFINE_integer("kept", 160, "Tokens kept in the masked pass.")
+HEADS = flags.DEFINE_integer("heads", 6, "Number of heads.")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
-REPEATS = flags.DEFINE_integer("repeats", 20, "Turns that are timed.")
-JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
+REPEATS = flags.DEFINE_integer("repeats", 20, "Number of timed turns.")
+JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 Array = jax.Array
 
@@ -79,7 +83,7 @@ def by_one_hot(table: Array, index: Array, ids: Array) -> Array:
 def gradient(
   way: Callable[..., Array], make_bias: Callable[[Array], Array]
 ) -> Callable[..., tuple[Array, ...]]:
-  """Jitted: of a sum, with respect to queries, keys, values and the table."""
+  """The jitted gradient of sum(attention^2) in queries, keys, values and the table."""
 
   def total(q: Array, k: Array, v: Array, table: Array) -> Array:
     out = way(q, k, v, make_bias(table))
@@ -128,6 +132,7 @@ def main(argv: list[str]) -> None:
 def _masked(
   bias: Callable[..., Array], index: Array, ids: Array, table: Array
 ) -> Array:
+  """Calls `bias` with the table as last argument, for functools.partial."""
   return bias(table, index, ids)
 
 

@@ -1,8 +1,8 @@
-"""What saving costs: python -m benchmarks.checkpoint_cost
+"""Measures the cost of checkpoints: python -m benchmarks.checkpoint_cost
 
-Trains configs/digits.py, made so wide that its state holds more than a gigabyte, and
-saves it every --seconds. Windows with a save and without take turns; the cost is the
-share of training steps that a window with a save has less.
+Trains a wide network on digits, whose state takes more than a gigabyte. Time windows
+with and without a save alternate. The cost of a save is the relative reduction of
+training steps per second in a window of --seconds.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from mdt_jax.data.loader import create_loader
 from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program
 
-SECONDS = flags.DEFINE_float("seconds", 60.0, "Between saves.")
-REPEATS = flags.DEFINE_integer(
-  "repeats", 3, "Windows with a save, and as many without."
+SECONDS = flags.DEFINE_float("seconds", 60.0, "Length of a window.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Number of windows of each kind.")
+WIDTH = flags.DEFINE_integer("width", 640, "Width of the network.")
+DEPTH = flags.DEFINE_integer("depth", 12, "Depth of the network.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step.")
+FOLDER = flags.DEFINE_string(
+  "folder", None, "Folder on the disk to save to; default: a temporary folder."
 )
-WIDTH = flags.DEFINE_integer("width", 640, "Of the network.")
-DEPTH = flags.DEFINE_integer("depth", 12, "Of the network.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images a step.")
-FOLDER = flags.DEFINE_string("folder", None, "Disk to save to; None: a temporary one.")
-JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 
 def main(argv: list[str]) -> None:
   del argv
-  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells much
+  absl_logging.set_verbosity(absl_logging.WARNING)  # hides Orbax's many info lines
   config = digits.get_config()
   config.update_from_flattened_dict(
     {
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     numbers = itertools.count(1)
 
     def train(seconds: float, saves: bool) -> tuple[float, float]:
-      """Steps a second of a window, and the seconds that its save held them up."""
+      """Returns (steps per second, seconds that the save blocked the loop)."""
       nonlocal state
       start, steps, held = time.monotonic(), 0, 0.0
       while (passed := time.monotonic() - start) < seconds:
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         steps += 1
       return steps / passed, held
 
-    train(SECONDS.value / 4, saves=True)  # compiles, and opens files
+    train(SECONDS.value / 4, saves=True)  # warm-up: compiles and opens files
     windows = [
       (train(SECONDS.value, saves=False), train(SECONDS.value, saves=True))
       for _ in range(REPEATS.value)
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
   print(
     f"state of {size / 1e9:.2f} GB, {report['steps_per_second']:.2f} steps/s; a save "
     f"every {SECONDS.value:g} s costs {statistics.median(costs):.1%} of the steps "
-    f"(from {min(costs):.1%} to {max(costs):.1%}) and holds the loop up for "
+    f"(from {min(costs):.1%} to {max(costs):.1%}) and blocks the loop for "
     f"{statistics.median(held):.2f} s"
   )
   if JSON.value:

@@ -1,12 +1,13 @@
 """Measures the cost of scores: python -m benchmarks.evaluation --what=frechet
 
-The benchmark prints seconds, and the peak memory of the whole process:
+The benchmark prints the time in seconds and the peak memory of the whole process.
 
-frechet: the Frechet distance of two sets of 50,000 x 2,048 features.
-precision_recall: precision and recall of 10,000 real and 50,000 generated features.
-evaluate: the five scores of ADM, as mdt_jax.evaluate computes them, for 50,000 samples
-  of 256x256 against 10,000 images. A random projection replaces Inception, so the costs
-  of Inception are not included.
+--what=frechet: the Frechet distance of two sets of 50,000 x 2,048 features.
+--what=precision_recall: precision and recall of 10,000 real and 50,000 generated
+  features.
+--what=evaluate: the five scores of ADM, as mdt_jax.evaluate computes them, for 50,000
+  samples of 256x256 against 10,000 images. A random projection replaces Inception, so
+  the cost of Inception is not included.
 """
 
 from __future__ import annotations

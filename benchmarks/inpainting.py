@@ -1,9 +1,10 @@
-"""Inpainted digits: python -m benchmarks.inpainting --checkpoint=runs/digits
+"""Scores inpainted digits: python -m benchmarks.inpainting --checkpoint=runs/digits
 
-Hides the right half of 200 real digits and paints it, with and without the
-side-interpolater in the first steps. "recognised" is the share of the painted digits
-that the classifier of `benchmarks.samplers` assigns to the class of the real digit. The
-table and a picture go to docs/sampling.md.
+Hides the right half of 200 real digits and paints the half, with and without the
+side-interpolater in the first steps. "recognised" is the share of painted digits that
+the classifier of `benchmarks.samplers` assigns to the class of the real digit. "error"
+is the root mean square difference from the hidden half. Writes the table and the
+picture of docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from mdt_jax import Pipeline, cli
 from mdt_jax.data.digits import DigitsSource
 from mdt_jax.sampling.pictures import make_grid
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
+CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Workdir of a run on digits.", required=True
+)
 
-PER_CLASS = 20
+PER_CLASS = 20  # digits of each class
 SAMPLERS = (("dpm++", 20, 1), ("ddpm", 50, 1), ("ddpm", 20, 10))  # steps, repeats
 INTERPOLATIONS = (0.0, 0.25, 1.0)  # shares of the process
-# Without a label the network knows only the left half.
+# Without a label, the left half is the only information about the right half.
 CONDITIONS = {
   "label, scale 2": dict(cfg_scale=2.0),
   "no label": dict(cfg_scale=0.0, cfg_power=0.0),

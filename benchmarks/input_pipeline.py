@@ -1,14 +1,16 @@
-"""Does the data keep up with the step? python -m benchmarks.input_pipeline
+"""Compares data loading with the training step: python -m benchmarks.input_pipeline
 
-Measures several times, each in its own process:
-- latents a second from disk, by worker processes, out of the page cache and in it;
-- MDTv2-S/2's training step at batch 8 on this machine's CPU, and how many times faster
-  the loader is;
-- JPEG images of ImageNet's usual size, read and cropped, a second, by threads;
-- images encoded a second, each with its mirror image, by a small autoencoder of random
-  weights; also with --vae=DIR, and with one of Stable Diffusion's size (--sd_size);
-- the CPU time per image in the training process, which does not depend on the load of
-  the machine, and the peak memory of that process and of a worker.
+Measures images per second, each in a process of its own and several times, of:
+- the training step of MDTv2-S/2 with batch size 8 on this machine's CPU;
+- the loader of latents, from disk and from the page cache, for each number of worker
+  processes;
+- reading and cropping JPEG images of ImageNet's usual size, with threads;
+- encoding images and their mirror images, with a small autoencoder of random weights;
+  also with --vae=DIR, and with an autoencoder of Stable Diffusion's size (--sd_size).
+
+The table shows the speed relative to the training step, the CPU time per image in the
+main process, which does not depend on the load of the machine, and the peak memory of
+the main process and of a worker.
 
 The latent set is synthetic, in ImageNet's format: moments (2, 2, 32, 32, 4) float16.
 """
@@ -34,41 +36,51 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-WORKERS = flags.DEFINE_list("workers", ["0", "1", "2", "4"], "Numbers to compare.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 20_000, "Of the set, 33 kB each.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of the loader.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Of each measurement; medians are shown.")
-SECONDS = flags.DEFINE_float("seconds", 2.0, "That a measurement lasts at least.")
-VAE = flags.DEFINE_string("vae", None, "Folder or hub id, encoded with as well.")
-SD_SIZE = flags.DEFINE_bool("sd_size", False, "Also an autoencoder of that size.")
-JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+WORKERS = flags.DEFINE_list(
+  "workers", ["0", "1", "2", "4"], "Numbers of worker processes to compare."
+)
+NUM_IMAGES = flags.DEFINE_integer(
+  "num_images", 20_000, "Images of the latent set, 33 kB each."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Batch size of the loader.")
+REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Repeats of each measurement; the table shows medians."
+)
+SECONDS = flags.DEFINE_float("seconds", 2.0, "Least length of a measurement.")
+VAE = flags.DEFINE_string(
+  "vae", None, "Also time this autoencoder, a folder or Hugging Face id."
+)
+SD_SIZE = flags.DEFINE_bool(
+  "sd_size", False, "Also time an autoencoder of Stable Diffusion's size."
+)
+JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 LATENT_SHAPE = (32, 32, 4)
 NUM_CLASSES = 1000
 STEP_BATCH = 8
 ENCODE_BATCH = 4
 IMAGE_SIZE = 256
-JPEG_SIZE = (500, 375)  # the most frequent one of ImageNet
+JPEG_SIZE = (500, 375)  # the most frequent size in ImageNet
 SMALL_WIDTHS = (32, 64, 64, 64)
 SD_WIDTHS = (128, 256, 512, 512)
 
 
 class Timing(NamedTuple):
-  """How long to measure: windows of `seconds`, at least, `repeats` times."""
+  """How long to measure: `repeats` windows of at least `seconds`."""
 
   repeats: int
   seconds: float
 
 
 class Rate(NamedTuple):
-  """Images a second, and seconds of this process's CPU time for one."""
+  """Images per second, and CPU seconds of this process per image."""
 
   images_per_second: float
   cpu_seconds: float
 
 
 class _Blank:
-  """Blank images, which take no time to read."""
+  """A source of blank images, which take no time to read."""
 
   def __init__(self, length: int):
     self._length = length
@@ -86,7 +98,7 @@ class _Blank:
 
 
 def write_set(folder: str, num_images: int) -> int:
-  """Writes a latent set of noise; returns its bytes on disk."""
+  """Writes a latent set of noise, and returns the size on disk in bytes."""
   from mdt_jax.data import latents
   from mdt_jax.data.latent_set import LatentSet
   from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
@@ -110,7 +122,7 @@ def write_set(folder: str, num_images: int) -> int:
 
 
 def leave_page_cache(folder: str) -> None:
-  """Asks the kernel to forget the files of a folder, so that a disk is read."""
+  """Drops the files of a folder from the page cache, so reads come from disk."""
   for path in Path(folder).iterdir():
     with open(path, "rb") as file:
       os.fsync(file.fileno())
@@ -118,7 +130,7 @@ def leave_page_cache(folder: str) -> None:
 
 
 def read_all(folder: str) -> None:
-  """Brings the files of a folder into the page cache."""
+  """Reads the files of a folder, so that they are in the page cache."""
   for path in Path(folder).iterdir():
     with open(path, "rb") as file:
       while file.read(2**20):
@@ -128,7 +140,15 @@ def read_all(folder: str) -> None:
 def time_loader(
   folder: str, num_workers: int, batch_size: int, cached: bool, timing: Timing
 ) -> list[Rate]:
-  """Latents a second of a loader."""
+  """Times the loader of latents.
+
+  Args:
+    folder: folder of the latent set.
+    num_workers: number of worker processes.
+    batch_size: number of images in a batch.
+    cached: whether to read from the page cache; otherwise from disk.
+    timing: how long to measure.
+  """
   from mdt_jax.data import latents, loader
 
   source = latents.LatentSource(folder, LATENT_SHAPE[0], LATENT_SHAPE[-1], 0)
@@ -138,7 +158,7 @@ def time_loader(
 
   def prepare() -> None:
     (read_all if cached else leave_page_cache)(folder)
-    for _ in range(8 + 4 * num_workers):  # batches that are already in memory
+    for _ in range(8 + 4 * num_workers):  # skip batches that are already in memory
       next(batches)
 
   with contextlib.closing(batches):
@@ -146,7 +166,7 @@ def time_loader(
 
 
 def time_step(timing: Timing) -> list[Rate]:
-  """Images a second of MDTv2-S/2's training step, both passes, blocks unrolled."""
+  """Times the training step of MDTv2-S/2: both passes, with unrolled blocks."""
   import jax
 
   from mdt_jax import recipes, sharding
@@ -174,7 +194,7 @@ def time_step(timing: Timing) -> list[Rate]:
 
 
 def time_reading(folder: str, num_threads: int, timing: Timing) -> list[Rate]:
-  """JPEG files decoded and cropped a second."""
+  """Times reading and cropping JPEG files with threads."""
   from mdt_jax.data.files import open_files
   from mdt_jax.data.images import ImageSource
 
@@ -188,11 +208,12 @@ def time_reading(folder: str, num_threads: int, timing: Timing) -> list[Rate]:
 
 
 def time_encoding(vae: str | tuple[int, ...], timing: Timing) -> list[Rate]:
-  """Images encoded a second in float32, each with its mirror.
+  """Times encoding images and their mirror images in float32.
 
   Args:
-    vae: folder or hub id; or the widths of one with random weights.
-    timing: see `Timing`.
+    vae: folder or Hugging Face id of an autoencoder; or the widths of an autoencoder
+      with random weights.
+    timing: how long to measure.
   """
   import jax
 
@@ -228,7 +249,7 @@ def _rates(
   timing: Timing,
   prepare: Callable[[], Any] = lambda: None,
 ) -> list[Rate]:
-  """The rate of each repeat; a call of `work` handles `num_images`."""
+  """Times `work`, a call of which processes `num_images`; `prepare` is not timed."""
   rates = []
   for _ in range(timing.repeats):
     prepare()
@@ -243,6 +264,7 @@ def _rates(
 
 
 def _measure(work: Callable[..., list[Rate]], arguments: tuple) -> dict[str, Any]:
+  """Calls `work` and returns its rates and the peak memory of this process."""
   rates = work(*arguments)
   unit = 1 if platform.system() == "Darwin" else 1024
   peaks = [
@@ -259,14 +281,14 @@ def _measure(work: Callable[..., list[Rate]], arguments: tuple) -> dict[str, Any
 
 
 def alone(work: Callable[..., list[Rate]], *arguments: Any) -> dict[str, Any]:
-  """What `work` measures, and its memory, in a fresh process."""
+  """Runs `_measure` in a new process."""
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     return pool.submit(_measure, work, arguments).result()
 
 
 def write_jpegs(folder: str, count: int = 32) -> None:
-  """Smooth noise, which JPEG compresses about as it does photographs."""
+  """Writes images of smooth noise, which JPEG compresses about as well as photos."""
   from PIL import Image
 
   rng = np.random.default_rng(0)
@@ -279,10 +301,10 @@ def write_jpegs(folder: str, count: int = 32) -> None:
 
 
 def measure(folder: str) -> Iterator[dict[str, Any]]:
-  """Name, rates and memory of each measurement; the training step comes first."""
+  """Yields the name and the results of each measurement, the training step first."""
   latent_set, jpegs = f"{folder}/latents", f"{folder}/jpegs"
   size = write_set(latent_set, NUM_IMAGES.value)
-  print(f"{size / NUM_IMAGES.value:.0f} bytes a latent on disk\n")
+  print(f"{size / NUM_IMAGES.value:.0f} bytes on disk for each image\n")
   os.mkdir(jpegs)
   write_jpegs(jpegs)
   timing = Timing(REPEATS.value, SECONDS.value)
@@ -307,7 +329,7 @@ COLUMNS = ("images/s", "from", "to", "x step", "CPU ms", "MB", "worker MB")
 
 
 def show(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Prints each measurement as it comes, and returns them all."""
+  """Prints each measurement, and returns all measurements."""
   print(f"{'':<40}" + "".join(f"{column:>10}" for column in COLUMNS))
   shown = []
   for entry in found:

@@ -1,9 +1,10 @@
-"""Measures what latents lose in 16 bits: python -m benchmarks.latent_rounding --vae=DIR
+"""Measures the error of 16-bit latents: python -m benchmarks.latent_rounding --vae=DIR
 
 The benchmark encodes photographs of scikit-image and scikit-learn (pip install
-scikit-image), rounds the mean and the standard deviation of the posterior as
-`mdt_jax.encode` stores them, decodes the means, and compares the pixels with those of
-float32 latents. Without --vae, it first trains a small autoencoder on the photographs.
+scikit-image) and rounds the mean and the standard deviation of the posterior to the
+16-bit types of `mdt_jax.encode`. Then it decodes the means, and compares the pixels
+with those of float32 latents. Without --vae, the benchmark first trains a small
+autoencoder on the photographs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mdt_jax.data import latents, transforms
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 
-VAE = flags.DEFINE_string("vae", None, "Folder or hub id.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder, a folder or Hugging Face id.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 128, "Side of the crops, in pixels.")
 STEPS = flags.DEFINE_integer("steps", 200, "Training steps of the small autoencoder.")
 
@@ -54,7 +55,7 @@ def photographs(size: int) -> np.ndarray:
 
 
 def train(images: np.ndarray, steps: int) -> Autoencoder:
-  """Trains a small autoencoder on the images: squared error and a weak prior."""
+  """Trains a small autoencoder on crops of the images: squared error and weak KL."""
   model = AutoencoderKL(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
   floats = transforms.to_float(images)
   optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -92,10 +93,11 @@ def train(images: np.ndarray, steps: int) -> Autoencoder:
 
 
 def report(vae: Autoencoder, images: np.ndarray) -> None:
-  """Prints the rounding errors of latents, and of the pixels decoded from them.
+  """Prints the rounding errors of latents and of decoded pixels.
 
-  The errors of mean and std are relative to the posterior's std: their medians, and the
-  99th percentile of the mean's error. Errors of pixels are in levels of 0 ... 255.
+  Errors of the posterior's mean and std are relative to the std: the median error of
+  the mean, the 99th percentile of that error, and the median error of the std. Errors
+  of pixels are in levels of 0 ... 255: their mean and maximum.
   """
   moments = np.concatenate([np.asarray(vae.moments(image[None])) for image in images])
   mean, std = moments[:, 0], moments[:, 1]
@@ -120,7 +122,7 @@ def report(vae: Autoencoder, images: np.ndarray) -> None:
 
 
 def _pixels(images: jax.Array, expected: jax.Array) -> str:
-  """Mean and largest difference, in levels of 0 ... 255."""
+  """Formats mean and maximum of the difference, in levels of 0 ... 255."""
   off = 127.5 * np.abs(images - expected)
   return f"{off.mean():>10.4f}{off.max():>8.3f}"
 

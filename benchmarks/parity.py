@@ -1,7 +1,7 @@
-"""How far are we from the released code? python -m benchmarks.parity
+"""Measures the difference from the released code: python -m benchmarks.parity
 
 Runs the tests that compare with recorded outputs of the released PyTorch code, and
-writes the largest difference of each comparison into the table of docs/parity.md.
+writes the largest difference of each comparison to the table in docs/parity.md.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SELECTED = "matches_reference or match_reference or of_the_reference"
 
 
 def measure() -> dict[str, tuple[float, float]]:
-  """What is compared -> (largest difference, tolerance); exits where a test fails."""
+  """Returns name -> (largest difference, tolerance); exits if a test fails."""
   import pytest
 
-  # In this process, so that what the tests record is seen here.
+  # pytest runs in this process, because the tests record differences in a global dict.
   code = pytest.main(["-k", SELECTED, str(TESTS)])
   if code != pytest.ExitCode.OK:
     sys.exit(int(code))

@@ -1,7 +1,8 @@
-"""The released PyTorch code, from a checkout, as something to be timed.
+"""The released PyTorch code as functions to time.
 
-A checkout of github.com/sail-sg/MDT (main for MDTv2; its branch mdtv1 for MDT), with
-timm installed and adan.py of github.com/sail-sg/Adan in the checkout or installed.
+Needs a checkout of github.com/sail-sg/MDT (branch main for MDTv2, branch mdtv1 for
+MDT). timm must be installed, and adan.py of github.com/sail-sg/Adan must be in the
+checkout or installed.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Reference:
-  """A released network with its optimizer, average and diffusion.
+  """A released network with its optimizer, parameter average and diffusion process.
 
   Args:
-    path: the checkout.
-    name: of the network, as here: "MDTv2-S/2".
-    model: the same network here, for its sizes.
-    masked_share: mean share of tokens masked.
-    batch_size: images a step.
+    path: folder of the checkout.
+    name: name of the network in mdt_jax, such as "MDTv2-S/2".
+    model: the network of mdt_jax, for its sizes.
+    masked_share: mean share of masked tokens, in [0, 1].
+    batch_size: images per step.
     dtype: "float32", or "bfloat16" for autocast.
     compiled: whether to use torch.compile.
-    threads: of the CPU; None for PyTorch's choice.
+    threads: number of CPU threads; None for PyTorch's default.
   """
 
   def __init__(
@@ -52,7 +53,7 @@ class Reference:
       torch.set_num_threads(threads)
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    # v2 draws its ratio from [mask_ratio, mask_ratio + 0.2].
+    # MDTv2 draws the masked share from [mask_ratio, mask_ratio + 0.2].
     shift = 0.1 if model.variant == "MDTv2" else 0.0
     network = getattr(models, name.replace("-", "_").replace("/", "_"))(
       input_size=model.input_size,
@@ -66,7 +67,7 @@ class Reference:
     parameters = [p for p in self._network.parameters() if p.requires_grad]
     if model.variant == "MDTv2":
       adan = importlib.import_module("adan").Adan
-      # run.sh asks for the fused kernel, which takes a GPU and a compiler.
+      # The released run.sh uses the fused kernel, which needs a GPU and a compiler.
       self._optimizer = adan(parameters, lr=3e-4, max_grad_norm=1, foreach=True)
     else:
       self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0)
@@ -79,7 +80,7 @@ class Reference:
     self._dtype = DTYPES[dtype]
 
   def train_step(self) -> None:
-    """Both passes, the backward pass, the optimizer and the average, as released."""
+    """A training step as released: both passes, gradient, optimizer and average."""
     self._network.train()
     self._optimizer.zero_grad()
     t = torch.randint(1000, (len(self._x),), device=self._device)
@@ -98,7 +99,10 @@ class Reference:
     self._wait()
 
   def guided_step(self, cfg_scale: float) -> Callable[[], None]:
-    """One step of DDPM at 250 steps, both halves of the guidance in a batch."""
+    """Returns a function that runs one step of 250-step DDPM with guidance.
+
+    The conditional and the unconditional pass are one batch, as released.
+    """
     create_diffusion = importlib.import_module("masked_diffusion").create_diffusion
     diffusion = create_diffusion("250")
     x = torch.cat([self._x, self._x])
@@ -125,7 +129,7 @@ class Reference:
     return step
 
   def peak_bytes(self) -> int | None:
-    """On a GPU, the most memory since the start."""
+    """Peak GPU memory since the start of the process; None on a CPU."""
     if self._device == "cuda":
       return torch.cuda.max_memory_allocated()
     return None

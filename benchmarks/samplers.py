@@ -1,11 +1,11 @@
-"""Samplers by steps: python -m benchmarks.samplers --checkpoint=runs/digits
+"""Compares samplers on digits: python -m benchmarks.samplers --checkpoint=runs/digits
 
-Draws digits with each sampler. The table of docs/sampling.md gets the Frechet distance
-between the pixels of the drawn and of the real digits; the page's picture shows some
-drawn digits. The distance between two random halves of the real digits gives the scale.
-"recognised" is the share of the images that a support vector classifier, fitted on the
-real digits, assigns to their label. This classifier is not that of
-`evaluation.classifier`, so the share differs from the score `accuracy`.
+Writes a table and a picture to docs/sampling.md. The table shows the Frechet distance
+between the pixels of drawn and real digits. For comparison, it also shows the distance
+between two random halves of the real digits. "recognised" is the share of images that a
+support vector classifier, fitted on the real digits, assigns to the intended label. The
+classifier differs from `evaluation.classifier`, so the share differs from the score
+"accuracy".
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from mdt_jax import Pipeline, cli
 from mdt_jax.evaluation.metrics import frechet_distance
 from mdt_jax.sampling.pictures import make_grid
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run of digits.", required=True)
+CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Workdir of a run on digits.", required=True
+)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images for each sampler.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images at a time.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Images in a batch.")
 SEEDS = flags.DEFINE_integer(
-  "seeds", None, "Compare 250 steps of DDPM with 20 of DPM-Solver++ at so many seeds."
+  "seeds",
+  None,
+  "Instead, compare 250 steps of DDPM with 20 steps of DPM-Solver++ for this number of "
+  "seeds.",
 )
 CFG_SCALES = flags.DEFINE_list("cfg_scales", ["2", "1"], "Guidance scales.")
 
-# (method, steps, spacing)
+# (method, steps, spacing) of each row of the table
 RUNS = [
   ("ddpm", 250, None),
   ("ddpm", 20, None),
@@ -60,7 +65,7 @@ def main(argv: list[str]) -> None:
   def measure(
     method: str, steps: int, spacing: str | None, scale: float, seed: int = 0
   ) -> tuple[np.ndarray, float, float]:
-    """Images, the Frechet distance of their pixels, and the share recognised."""
+    """Returns (images, Frechet distance to the real digits, share recognised)."""
     images = pipeline.draw(
       labels,
       seed=seed,

@@ -1,9 +1,9 @@
-"""Guided sampling: python -m benchmarks.sampling --models=MDTv2-S/2 --batch_size=8
+"""Times guided sampling: python -m benchmarks.sampling --models=MDTv2-S/2
 
-Measures the time of one step of 250-step DDPM with guidance, images a second at 250
-steps, and the share of the machine's rate for matrix products (MFU). With
---reference=CHECKOUT the released PyTorch code (see benchmarks/reference.py) runs in
-alternation.
+Measures the time of one step of 250-step DDPM with guidance, images per second at 250
+steps, and the MFU: model FLOPs per second, divided by the FLOPs per second that large
+matrix products reach on the machine. With --reference=CHECKOUT, the benchmark also
+times the released PyTorch code in alternation (see benchmarks/reference.py).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 8, "Images; guidance doubles the batch."
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-STEPS = flags.DEFINE_integer("steps", 4, "Steps that a turn runs, the last of the 250.")
-UNROLL = flags.DEFINE_integer("unroll", None, "config.model.unroll; None: -1 on CPUs.")
-REPEATS = flags.DEFINE_integer("repeats", 10, "Timed turns.")
+STEPS = flags.DEFINE_integer("steps", 4, "Steps in a timed turn, the last of the 250.")
+UNROLL = flags.DEFINE_integer(
+  "unroll", None, "config.model.unroll; default: -1 on CPUs, 1 otherwise."
+)
+REPEATS = flags.DEFINE_integer("repeats", 10, "Number of timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
 JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
@@ -39,7 +41,7 @@ NUM_STEPS, CFG_SCALE = 250, 3.8
 
 
 def benchmark(name: str) -> dict[str, Any]:
-  """Times the steps of one network."""
+  """Times sampling steps of one network, prints the results and returns them."""
   config = default_config()
   is_cpu = jax.default_backend() == "cpu"
   config.update_from_flattened_dict(
@@ -120,7 +122,7 @@ def benchmark(name: str) -> dict[str, Any]:
 
 @functools.cache
 def matmul_rate() -> float:
-  """Operations a second in matrix products; measured once a run."""
+  """FLOPs per second of large matrix products; measured once."""
   return timing.matmul_rate(DTYPE.value)
 
 

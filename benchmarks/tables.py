@@ -1,4 +1,4 @@
-"""Tables of measurements in docs/."""
+"""Writes tables of measurements to pages of docs/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def machine() -> str:
-  """The line under which figures stand."""
+  """Date, machine and JAX version, for the line above a table."""
   return (
     f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, "
     f"jax {importlib.metadata.version('jax')}"
@@ -20,7 +20,13 @@ def machine() -> str:
 
 
 def write_table(page: str, name: str, lines: list[str]) -> None:
-  """Replaces what stands between <!-- name --> and its end on a page of docs/."""
+  """Prints lines and writes them to a page of docs/, between two markers.
+
+  Args:
+    page: file name in docs/.
+    name: name of the markers <!-- name --> and <!-- end of name -->.
+    lines: new lines between the markers.
+  """
   file = DOCS / page
   begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
   before, rest = file.read_text().split(begin)

@@ -1,4 +1,4 @@
-"""Timings of things that take turns, so that a noisy machine is unjust to none."""
+"""Times functions in alternation, so that noise of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Seconds of each turn."""
+  """Seconds of each timed turn."""
 
   seconds: tuple[float, ...]
 
@@ -24,7 +24,7 @@ class Times:
 
   @property
   def spread(self) -> float:
-    """Half of what lies between the quartiles, as a share of the median."""
+    """Half of the interquartile range, as a share of the median."""
     if len(self.seconds) < 2:
       return 0.0
     low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -34,14 +34,20 @@ class Times:
 def take_turns(
   functions: dict[str, Callable[[], None]], repeats: int
 ) -> dict[str, Times]:
-  """Times functions, which return once they are done, one after another, repeatedly.
+  """Times functions in alternation.
 
-  In each turn a function runs twice and the second run counts: the first one fetches
-  the memory that the system took back, or that another function pushed out of caches,
-  which no run of that function alone would have to do.
+  In each turn, each function runs twice and the second run is timed. The first run
+  brings memory and caches into the state that the function would have if it ran alone.
+
+  Args:
+    functions: functions by name; a function must return only after its work is done.
+    repeats: number of timed turns.
+
+  Returns:
+    Times by name.
   """
   seconds = {name: [] for name in functions}
-  for turn in range(1 + repeats):  # the first turn warms up
+  for turn in range(1 + repeats):  # the first turn is a warm-up
     for name, function in functions.items():
       function()
       start = time.perf_counter()
@@ -52,12 +58,12 @@ def take_turns(
 
 
 def matmul_rate(dtype: str, size: int | None = None, repeats: int = 10) -> float:
-  """Operations a second of square matrix products on one device, the best of them.
+  """The best measured FLOPs per second of square matrix products on one device.
 
   Args:
-    dtype: of the factors.
-    size: of a side; None for one that keeps the device busy.
-    repeats: products that are timed.
+    dtype: dtype of the matrices.
+    size: rows and columns of the matrices; None for a size that saturates the device.
+    repeats: number of timed turns.
   """
   size = size or (2048 if jax.default_backend() == "cpu" else 8192)
   a = jnp.ones((size, size), dtype)
@@ -72,7 +78,7 @@ def matmul_rate(dtype: str, size: int | None = None, repeats: int = 10) -> float
 
 
 def device() -> str:
-  """What the figures were measured on."""
+  """Number and kind of the devices, and the JAX version."""
   kind = jax.devices()[0].device_kind
   return f"{jax.device_count()} x {kind}, jax {jax.__version__}"
 

@@ -1,9 +1,9 @@
-"""The training step: python -m benchmarks.train_step --models=MDTv2-S/2 --batch_size=8
+"""Times the training step: python -m benchmarks.train_step --models=MDTv2-S/2
 
-Time, images a second, share of the machine's rate for matrix products (MFU, counting
-the operations of both passes from the architecture), memory. With --reference=CHECKOUT
-of the released PyTorch code (see benchmarks/reference.py) both take turns in this run,
-and the ratio of images a second is what counts.
+Measures time, images per second, memory, and the MFU: model FLOPs per second of both
+passes, divided by the FLOPs per second that large matrix products reach on the machine.
+With --reference=CHECKOUT, the benchmark also times the released PyTorch code in
+alternation (see benchmarks/reference.py) and prints the ratio of images per second.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ from mdt_jax.models.flops import train_flops
 from mdt_jax.training.program import make_program
 
 MODELS = flags.DEFINE_list("models", ["MDTv2-S/2"], "Keys of mdt_jax.MODELS.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images a step.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products.")
-MASKED_SHARE = flags.DEFINE_float("masked_share", 0.4, "Of the masked pass; 0: none.")
-UNROLL = flags.DEFINE_integer("unroll", None, "config.model.unroll; None: -1 on CPUs.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
+MASKED_SHARE = flags.DEFINE_float(
+  "masked_share", 0.4, "Share of masked tokens in the masked pass; 0: no masked pass."
+)
+UNROLL = flags.DEFINE_integer(
+  "unroll", None, "config.model.unroll; default: -1 on CPUs, 1 otherwise."
+)
 REMAT = flags.DEFINE_string("remat", "none", "config.model.remat.")
-REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are timed.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Number of timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
-JSON = flags.DEFINE_string("json", None, "File for all that was measured.")
+JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 
 def benchmark(name: str) -> dict[str, Any]:
-  """Times the step of one network."""
+  """Times the training step of one network, prints the results and returns them."""
   config = default_config()
   is_cpu = jax.default_backend() == "cpu"
   is_v2 = name.startswith("MDTv2")
@@ -61,7 +65,8 @@ def benchmark(name: str) -> dict[str, Any]:
   if MASKED_SHARE.value and model.takes_mask:
     multiple = experiment.settings.masking.multiple
     kept = (1 - MASKED_SHARE.value) * model.num_tokens
-    num_keep = multiple * math.ceil(kept / multiple)  # never fewer than the reference
+    # Rounded up, so that mdt_jax never computes fewer tokens than the reference.
+    num_keep = multiple * math.ceil(kept / multiple)
   random = np.random.default_rng(0)
   shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
   with sharding.use_mesh(mesh):
@@ -130,7 +135,7 @@ def benchmark(name: str) -> dict[str, Any]:
 
 @functools.cache
 def matmul_rate() -> float:
-  """Measured once a run."""
+  """FLOPs per second of large matrix products; measured once."""
   return timing.matmul_rate(DTYPE.value)
 
 
