@@ -1,4 +1,4 @@
-"""Arrays in .npy files, such as latents that are already scaled."""
+"""Arrays in .npy files, such as latents that are already scaled; used as stored."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from mdt_jax.data.npz import NpzSource, is_array_file, open_array_file
 
 
 class ArraySource(FileSource):
-  """Arrays (image_size, image_size, channels) in .npy files, used as stored.
+  """A source of float arrays, one per .npy file.
 
-  "image" is float32 and finite; it is neither scaled nor flipped.
+  The entry "image" of an example is float32 (image_size, image_size, channels) and
+  finite. It is neither scaled nor flipped.
 
   Args:
     files: the .npy files.
     image_size: height and width of an array.
-    channels: of an array.
-    max_unreadable: how many arrays may be unreadable.
+    channels: number of channels of an array.
+    max_unreadable: largest accepted number of unreadable arrays.
 
   Raises:
     SettingError: the first array has another shape.
@@ -31,28 +32,29 @@ class ArraySource(FileSource):
     super().__init__(files, image_size, channels, max_unreadable)
     try:
       found = np.load(io.BytesIO(files.read(0)[0]), allow_pickle=False).shape
-    except Exception:  # `__getitem__` reports unreadable arrays.
+    except Exception:  # `__getitem__` handles unreadable arrays.
       return
     if found != self.image_shape:
       raise shape_error(self._path, found, self.image_shape)
 
   def decode(self, data: bytes) -> Float32[np.ndarray, "H W C"]:
+    """Decodes an .npy file; raises ValueError for another shape, dtype, or NaNs."""
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if array.shape != self.image_shape or array.dtype.kind != "f":
       raise ValueError(
-        f"expected floats of shape {self.image_shape}, found {array.dtype} of shape "
+        f"must be floats of shape {self.image_shape}, found {array.dtype} of shape "
         f"{array.shape}"
       )
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-      raise ValueError("expected finite numbers")  # One NaN would end a training run.
+      raise ValueError("must be finite")  # one NaN would end a training run
     return array
 
 
 def open_arrays(arguments: SourceArguments) -> ArraySource | NpzSource:
-  """Opens .npy files in a folder or tar files, or one file for a whole set.
+  """Opens a folder or tar files of .npy files, or one file that holds all arrays.
 
-  See `files.open_files` and `npz.read_arrays`.
+  The path is one of `files.open_files` or of `npz.read_arrays`.
   """
   if is_array_file(arguments.path):
     return open_array_file(arguments, pixels=False)

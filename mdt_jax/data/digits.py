@@ -1,4 +1,4 @@
-"""The handwritten digits that are bundled with scikit-learn."""
+"""The handwritten digits bundled with scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ SIZE, CHANNELS = 8, 1
 
 
 class DigitsSource:
-  """The 1,797 handwritten digits of scikit-learn, 8x8x1, in 10 classes.
+  """The 1,797 handwritten digits of scikit-learn, in 10 classes.
 
-  "image" is uint8 (8, 8, 1): the 17 grey levels 0 … 16, scaled to 0 … 255.
+  The entry "image" of an example is uint8 (8, 8, 1): the grey levels 0 … 16 scaled to
+  0 … 255.
   """
 
   num_classes: int = 10
   image_shape: tuple[int, int, int] = (SIZE, SIZE, CHANNELS)
 
   def __init__(self):
-    from sklearn.datasets import load_digits  # Slow to import, and only used here.
+    from sklearn.datasets import load_digits  # slow to import
 
     digits: Any = load_digits()
     self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
@@ -36,7 +37,7 @@ class DigitsSource:
 
 
 def open_digits(arguments: SourceArguments) -> DigitsSource:
-  """Opens the digits; raises SettingError for another size or number of channels."""
+  """Opens the digits; raises SettingError unless the arguments ask for 8x8x1."""
   if arguments.image_size != SIZE:
     raise SettingError(
       "config.model.input_size",

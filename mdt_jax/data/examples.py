@@ -1,4 +1,4 @@
-"""What every source of examples shares: the protocol, unreadable examples, subsets."""
+"""The interface of data sources, handling of unreadable examples, and subsets."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from jaxtyping import Int
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 
-# An example by name. "label": int32 scalar in [0, num_classes). And one of
-#   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) for a latent that is
-#     used as stored;
+# A dict with "label", an int32 scalar in [0, num_classes), and one of
+#   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) to be used as stored;
 #   "views": see `latents.LatentSource`.
 Example: TypeAlias = dict[str, Any]
 
 
 class Source(Protocol):
-  """Labelled examples with random access, the input of `loader.create_loader`.
+  """Interface of a source: labelled examples with random access.
+
+  `loader.create_loader` turns a source into batches.
 
   Attributes:
     num_classes: labels lie in [0, num_classes).
-    image_shape: (H, W, C) of an image or of a latent.
+    image_shape: (H, W, C) of an image or a latent.
   """
 
   num_classes: int
@@ -38,14 +39,14 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SourceArguments:
-  """What `sources.create_source` passes to the function that opens a source.
+  """Arguments of the functions in `sources.SOURCES` that open a source.
 
   Attributes:
-    path: where the data lie; "" for a source without a path.
-    split: of a TFDS data set.
+    path: path of the data; "" for a source without a path.
+    split: split of a TFDS data set; other sources ignore it.
     image_size: height and width of the examples.
-    channels: channels of the examples.
-    max_unreadable: how many examples may be unreadable.
+    channels: number of channels of the examples.
+    max_unreadable: largest accepted number of unreadable examples.
   """
 
   path: str
@@ -56,19 +57,19 @@ class SourceArguments:
 
 
 class TolerantSource(abc.ABC):
-  """A source that replaces unreadable examples.
+  """A source that replaces each unreadable example by the next readable one.
 
-  The next readable example replaces an unreadable one, on every process alike, so
-  batches keep their size. Each unreadable example is logged once. Reading is
-  thread-safe. Subclasses define `__len__`, `load(index)` and `name(index)`.
+  So batches keep their size, and all processes read the same examples. An unreadable
+  example is logged once. Reading is thread-safe. Subclasses define `__len__`,
+  `load(index)` and `name(index)`.
 
   Args:
-    path: of the data, as the user typed it.
-    max_unreadable: how many examples may be unreadable.
+    path: path of the data, as the user typed it; used in messages.
+    max_unreadable: largest accepted number of unreadable examples.
 
   Raises:
-    SettingError: in `__getitem__`, if more than `max_unreadable` examples, or all of
-      them, cannot be read.
+    SettingError: raised by `__getitem__` if more than `max_unreadable` examples, or all
+      examples, are unreadable.
   """
 
   def __init__(self, path: str, max_unreadable: int):
@@ -82,15 +83,15 @@ class TolerantSource(abc.ABC):
 
   @abc.abstractmethod
   def load(self, index: int) -> Example:
-    """Reads example `index` itself; raises any exception if it is unreadable."""
+    """Reads example `index` without replacement; raises if it is unreadable."""
 
   @abc.abstractmethod
   def name(self, index: int) -> str:
-    """Returns the name of an example, for messages."""
+    """Returns the name of example `index`, for messages."""
 
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
-      raise IndexError(f"index {index} of a source of {len(self)}")
+      raise IndexError(f"index {index} must lie in [0, {len(self)})")
     for offset in range(len(self)):
       candidate = (index + offset) % len(self)
       if candidate in self._unreadable:
@@ -102,16 +103,16 @@ class TolerantSource(abc.ABC):
     raise SettingError(
       "config.data.path",
       self._path,
-      f"expected readable files, but none of the {len(self)} there can be read",
+      f"must hold readable files; none of its {len(self)} files can be read",
     )
 
   def leave_out(self, index: int, error: Exception) -> None:
-    """Counts and logs an unreadable example; raises if there are too many."""
+    """Counts and logs an unreadable example; raises SettingError if too many."""
     reason = f"{type(error).__name__}: {error}"
     name = self.name(index)
     with self._lock:
       if index in self._unreadable:
-        return  # Another thread has counted it in the meantime.
+        return  # another thread has counted this example
       self._unreadable.add(index)
       count = len(self._unreadable)
     logger.warning("Left out %s, which cannot be read (%s)", name, reason)
@@ -119,12 +120,12 @@ class TolerantSource(abc.ABC):
       raise SettingError(
         "config.data.max_unreadable",
         self._max_unreadable,
-        f"{count} files cannot be read, the last is {name} ({reason}); "
-        "repair or remove them, or set a higher number",
+        f"{count} files cannot be read, the last is {name} ({reason}); repair or "
+        "remove these files, or set a higher number",
       ) from error
 
   def __getstate__(self) -> dict[str, Any]:
-    """Leaves out the lock, which cannot be pickled for a worker process."""
+    """Drops the lock, which cannot be pickled for a worker process."""
     return {name: value for name, value in vars(self).items() if name != "_lock"}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ class TolerantSource(abc.ABC):
 
 
 class Subset:
-  """The examples of a source at given indices."""
+  """A source with the examples of another source at given indices (N,)."""
 
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
     self._source, self._indices = source, indices
@@ -148,14 +149,14 @@ class Subset:
 def split_indices(
   length: int, share: float
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " V"]]:
-  """Splits the indices of `length` examples into training and validation.
+  """Splits the indices of `length` examples into training and validation indices.
 
   Args:
     length: number of examples.
-    share: of the examples for validation, in [0, 1]; they are evenly spaced.
+    share: share of validation examples, in [0, 1]. They are evenly spaced.
 
   Returns:
-    Sorted indices for training, and those for validation.
+    (training indices, validation indices), each sorted.
   """
   count = round(length * share)
   held_out = np.linspace(0, length - 1, count).round().astype(int)
@@ -165,39 +166,44 @@ def split_indices(
 def shape_error(
   path: str, found: tuple[int, ...], expected: tuple[int, int, int]
 ) -> SettingError:
-  """Returns the error for data of another shape than the network's input."""
+  """Returns the error for arrays whose shape differs from the network's input."""
   return SettingError(
     "config.data.path",
     path,
-    f"holds arrays of shape {found}, where config.model.input_size and in_channels "
-    f"make it {expected}",
+    f"holds arrays of shape {found}; config.model.input_size and in_channels require "
+    f"{expected}",
   )
 
 
 def check_source(source: Any, image_shape: tuple[int, int, int]) -> None:
-  """Raises SettingError, named "source", for examples that a run cannot train on.
+  """Checks a user's source by its first example.
 
   Args:
-    source: should have `__len__`, `__getitem__` and `num_classes`, see `Source`.
-    image_shape: (H, W, C) of the images that the network, or the autoencoder, takes.
+    source: must have `__len__`, `__getitem__` and `num_classes`, see `Source`.
+    image_shape: (H, W, C) of the input of the network, or of the autoencoder if images
+      are encoded.
+
+  Raises:
+    SettingError: setting "source": an attribute is missing, there is no example, or the
+      first example has no integer label or no image of the required shape.
   """
   name = type(source).__name__
   for attribute in ("__len__", "__getitem__", "num_classes"):
     if not hasattr(source, attribute):
       raise SettingError("source", name, f"must have {attribute}")
   if not len(source):
-    raise SettingError("source", name, "must hold an example")
+    raise SettingError("source", name, "must hold at least one example")
   example = source[0]
   if not isinstance(example, dict) or "label" not in example:
-    raise SettingError("source", name, 'must give dicts with "label" and "image"')
+    raise SettingError("source", name, 'must return dicts with "label" and "image"')
   expected = {"image": image_shape, "views": (2, 2, *image_shape)}
   found = {key: np.shape(example[key]) for key in expected if key in example}
   if not found or any(expected[key] != shape for key, shape in found.items()):
     raise SettingError(
       "source",
       name,
-      f'must give an "image" of shape {image_shape}; its first example has '
+      f'must return an "image" of shape {image_shape}; the first example has shapes '
       f"{ {key: np.shape(value) for key, value in example.items()} }",
     )
   if not np.issubdtype(np.asarray(example["label"]).dtype, np.integer):
-    raise SettingError("source", name, "must give labels that are whole numbers")
+    raise SettingError("source", name, "must return integer labels")

@@ -1,7 +1,7 @@
-"""Labelled files at random access: folders, tar files, and TensorFlow Datasets.
+"""Labelled files with random access: folders, tar files and TensorFlow Datasets.
 
-Each of them is a `Files`, and gives the name, label and bytes of file i. Every process
-numbers the files alike.
+Each class implements `Files`: it returns name, label and bytes of file i. The order of
+the files is the same in every process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ TFDS_PREFIX = "tfds:"
 
 
 class Files(Protocol):
-  """Labelled files of images or arrays.
+  """Interface of a collection of labelled files.
 
   Attributes:
-    path: of the files, as the user typed it.
-    classes: the names of the classes; a label is an index into them.
+    path: path of the collection, as the user typed it.
+    classes: names of the classes; a label is an index into this list.
   """
 
   @property
@@ -43,24 +43,22 @@ class Files(Protocol):
   def __len__(self) -> int: ...
 
   def name(self, index: int, /) -> str:
-    """Returns the name of a file; messages show it, and latent sets store it."""
+    """Returns the name of a file, used in messages and stored in latent sets."""
     ...
 
   def read(self, index: int, /) -> tuple[bytes, int]:
-    """Returns bytes and label of a file; raises any exception if unreadable."""
+    """Returns (bytes, label) of a file; raises if the file is unreadable."""
     ...
 
 
 class FileSource(TolerantSource):
-  """A source that decodes one array from each file.
-
-  Subclasses define `decode`.
+  """A source that decodes one array per file. Subclasses define `decode`.
 
   Args:
     files: the files.
     image_size: height and width of a decoded array.
-    channels: of a decoded array.
-    max_unreadable: how many files may be unreadable.
+    channels: number of channels of a decoded array.
+    max_unreadable: largest accepted number of unreadable files.
   """
 
   def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
@@ -71,7 +69,7 @@ class FileSource(TolerantSource):
 
   @abc.abstractmethod
   def decode(self, data: bytes) -> np.ndarray:
-    """Decodes the bytes of a file to an array of `image_shape`, or raises."""
+    """Decodes a file to an array of `image_shape`; raises if that fails."""
 
   def __len__(self) -> int:
     return len(self.files)
@@ -92,14 +90,15 @@ def open_files(
   """Opens a folder of files, tar files, or a TFDS data set.
 
   Args:
-    path: a folder; a .tar file or a folder of them; or "tfds:NAME", a data set
-      prepared as array_record under TFDS_DATA_DIR.
-    split: of a TFDS data set.
-    extensions: of the files to read, in any case; other files are ignored.
+    path: a folder of files; a .tar file; a folder of .tar files; or "tfds:NAME", a TFDS
+      data set prepared as array_record under TFDS_DATA_DIR.
+    split: split of a TFDS data set; other collections ignore it.
+    extensions: extensions of the files to read, in lower case; case is ignored. Files
+      with other extensions are ignored.
 
   Raises:
-    SettingError: there is no such path, no file in it, or its layout is none of those
-      in docs/data.md.
+    SettingError: the path does not exist, holds no such file, or has a layout that
+      docs/data.md does not describe.
   """
   path = str(path)
   if path.startswith(TFDS_PREFIX):
@@ -114,10 +113,10 @@ def open_files(
 class FolderFiles:
   """Files in a folder.
 
-  The classes are the subfolders of `path` in sorted order, with files at any depth
-  below them. In a folder without subfolders, the class of a file is its name up to the
-  first underscore, as ADM names its files (ClassID_ImgID.jpg); if no name has an
-  underscore, there is one class. Names that start with a dot are ignored.
+  The classes are the subfolders of `path`, sorted; their files may be at any depth. In
+  a folder without subfolders, the class of a file is its name up to the first
+  underscore, as in ADM (ClassID_ImgID.jpg). If no name has an underscore, there is one
+  class. Names that start with a dot are ignored.
   """
 
   def __init__(self, path: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS):
@@ -137,11 +136,11 @@ class FolderFiles:
 
 
 class TarFiles:
-  """Files in uncompressed tar files, read in place.
+  """Files in uncompressed tar files, read without extracting them.
 
-  Reads ImageNet's own layout: a tar file for each class (n01440764.tar, …) in a folder,
-  or all of these in one tar file (ILSVRC2012_img_train.tar). Any other tar file is read
-  like the folder that it holds.
+  The layout of ImageNet is supported: a folder with one tar file per class
+  (n01440764.tar, …), or one tar file that holds these (ILSVRC2012_img_train.tar). Any
+  other tar file is read like a folder with the same contents; see `FolderFiles`.
   """
 
   def __init__(self, path: str, tars: list[str], extensions: tuple[str, ...]):
@@ -156,11 +155,11 @@ class TarFiles:
       ]
     if not entries:
       raise SettingError(
-        "config.data.path", path, f"expected {' '.join(extensions)} in it, found none"
+        "config.data.path", path, f"must hold {' '.join(extensions)} files, found none"
       )
     self._entries = sorted(entries, key=lambda entry: entry.name)
     names = [entry.name for entry in self._entries]
-    if all(name.count("/") > 1 for name in names):  # one folder holds the classes
+    if all(name.count("/") > 1 for name in names):  # a top folder holds the classes
       names = [name.split("/", 1)[1] for name in names]
     folders = sorted({name.split("/")[0] for name in names if "/" in name})
     self._labels, self.classes = _label_files(path, names, folders)
@@ -177,18 +176,18 @@ class TarFiles:
       file.seek(entry.offset)
       data = file.read(entry.size)
     if len(data) < entry.size:
-      raise OSError(f"{entry.tar} ends within {entry.name}")
+      raise OSError(f"{entry.tar} is truncated within {entry.name}")
     return data, int(self._labels[index])
 
 
 class TfdsFiles:
-  """An image-classification set of TensorFlow Datasets, prepared as array_record.
+  """An image-classification data set of TFDS, prepared as array_record.
 
-  The images stay encoded, so that they are decoded like those of a folder.
+  TFDS does not decode the images, so that `ImageSource` decodes them like image files.
   """
 
   def __init__(self, path: str, split: str):
-    # Takes seconds to import. Reading array_record needs no TensorFlow.
+    # Slow to import. Reading array_record does not need TensorFlow.
     import tensorflow_datasets as tfds
 
     self.path = path
@@ -199,13 +198,13 @@ class TfdsFiles:
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
       )
       self.classes = builder.info.features["label"].names
-    except Exception as error:  # TFDS raises many kinds, with pages of text
+    except Exception as error:  # TFDS raises many types, with long texts
       reason = (str(error) or type(error).__name__).strip().splitlines()[0]
       raise SettingError(
         "config.data.path",
         path,
-        "expected an image-classification set prepared as array_record "
-        f"(tfds build --file_format=array_record), split {split!r}: {reason}",
+        "must be an image-classification data set prepared as array_record "
+        f"(tfds build --file_format=array_record) with split {split!r}: {reason}",
       ) from None
     self._name = f"{name}/{split}"
 
@@ -220,9 +219,9 @@ class TfdsFiles:
     return example["image"], int(example["label"])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)  # slots: ImageNet has 1.3 million
+@dataclasses.dataclass(frozen=True, slots=True)  # slots save memory: 1.3 million files
 class _TarEntry:
-  """A file inside a tar file, or inside a tar file that the tar file holds."""
+  """A file inside a tar file; `offset` and `size` are in bytes of the outer file."""
 
   tar: str
   name: str
@@ -231,7 +230,7 @@ class _TarEntry:
 
 
 def _list_tars(path: str) -> list[str]:
-  """Lists `path` itself if it is a tar file, or the tar files in the folder `path`."""
+  """Returns [path] if `path` is a tar file, else the tar files in the folder `path`."""
   if path.endswith(".tar") and os.path.isfile(path):
     return [path]
   if not os.path.isdir(path):
@@ -240,7 +239,10 @@ def _list_tars(path: str) -> list[str]:
 
 
 def _index_tar(path: str, prefix: str) -> list[_TarEntry]:
-  """Lists the files in a tar file; those of an inner tar file get its name in front."""
+  """Lists the files in a tar file and in the tar files that it holds.
+
+  Names start with `prefix`, and with the name of the inner tar file if there is one.
+  """
   entries = []
   try:
     with tarfile.open(path, "r:") as outer:
@@ -256,7 +258,7 @@ def _index_tar(path: str, prefix: str) -> list[_TarEntry]:
           entries += _tar_entries(path, prefix, [member])
   except (tarfile.TarError, OSError) as error:
     raise SettingError(
-      "config.data.path", path, f"expected an uncompressed tar file: {error}"
+      "config.data.path", path, f"must be an uncompressed tar file: {error}"
     ) from None
   return entries
 
@@ -264,6 +266,7 @@ def _index_tar(path: str, prefix: str) -> list[_TarEntry]:
 def _tar_entries(
   path: str, prefix: str, members: Iterable[tarfile.TarInfo]
 ) -> list[_TarEntry]:
+  """Returns the entries of the regular files among `members`, without hidden files."""
   return [
     _TarEntry(path, prefix + name, member.offset_data, member.size)
     for member in members
@@ -274,22 +277,22 @@ def _tar_entries(
 
 
 def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], list[str]]:
-  """Returns the data files below a folder, relative to it, and its subfolders.
+  """Returns (relative paths of the data files, names of the subfolders) of a folder.
 
-  Both are sorted, so that every process numbers the files alike.
+  Both lists are sorted, so that the order is the same in every process.
   """
   if not os.path.exists(path):
     raise SettingError(
-      "config.data.path", path, "expected a folder; there is none of this name"
+      "config.data.path", path, "must be a folder; the path does not exist"
     )
   if not os.path.isdir(path):
-    raise SettingError("config.data.path", path, "expected a folder, this is a file")
+    raise SettingError("config.data.path", path, "must be a folder, but is a file")
 
-  def fail(error: OSError):  # By default os.walk skips such a folder silently.
+  def fail(error: OSError):  # by default, os.walk skips unreadable folders
     raise SettingError(
       "config.data.path",
       path,
-      f"expected readable folders; {error.filename}: {error.strerror}",
+      f"must hold readable folders; {error.filename}: {error.strerror}",
     ) from error
 
   files: list[str] = []
@@ -306,7 +309,7 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
     ]
   if not files:
     raise SettingError(
-      "config.data.path", path, f"expected {' '.join(extensions)} files, found none"
+      "config.data.path", path, f"must hold {' '.join(extensions)} files, found none"
     )
   return sorted(files), classes
 
@@ -314,7 +317,7 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
 def _label_files(
   path: str, files: list[str], subfolders: list[str]
 ) -> tuple[Int32[np.ndarray, " N"], list[str]]:
-  """Returns the label of each file, and the names of the classes."""
+  """Returns (label of each file, names of the classes); see `FolderFiles`."""
   flat = [name for name in files if "/" not in name]
   if not flat:
     class_of, classes = [name.split("/")[0] for name in files], subfolders
@@ -322,7 +325,7 @@ def _label_files(
     raise SettingError(
       "config.data.path",
       path,
-      "expected a subfolder for each class or a flat folder, found both: "
+      "must hold either one subfolder per class or only files; found both: "
       f"{len(flat)} files at the top and {len(files) - len(flat)} in subfolders",
     )
   else:
@@ -331,8 +334,8 @@ def _label_files(
       raise SettingError(
         "config.data.path",
         path,
-        "expected all names as ClassID_ImgID or none with an underscore; "
-        f"{len(bare)} of {len(files)} have none, such as {bare[0]}",
+        "either all file names or none must be of the form ClassID_ImgID; "
+        f"{len(bare)} of {len(files)} have no underscore, such as {bare[0]}",
       )
     class_of = [name.split("_")[0] if not bare else "" for name in files]
     classes = sorted(set(class_of))

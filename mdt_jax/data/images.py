@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG, …) from folders, tar files or TFDS, centre-cropped."""
+"""Image files (PNG, JPEG, …) from folders, tar files or TFDS, centre-cropped."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mdt_jax.errors import check_choice
 
 
 class ImageSource(FileSource):
-  """Images with ADM's centre crop.
+  """A source of images with ADM's centre crop.
 
-  "image" is uint8 (image_size, image_size, channels), converted to grey or RGB. An
-  animation gives its first frame.
+  The entry "image" of an example is uint8 (image_size, image_size, channels). Images
+  are converted to grey or RGB. Of an animation, the first frame is used.
 
   Args:
-    files: the encoded images.
+    files: the image files.
     image_size: height and width of the crop in pixels.
-    channels: 1 or 3.
-    max_unreadable: how many images may be unreadable.
+    channels: 1 (grey) or 3 (RGB).
+    max_unreadable: largest accepted number of unreadable images.
 
   Raises:
     SettingError: `channels` is neither 1 nor 3.
@@ -35,27 +35,29 @@ class ImageSource(FileSource):
     super().__init__(files, image_size, channels, max_unreadable)
 
   def decode(self, data: bytes) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes, converts and crops an image file; raises if that fails."""
     size, _, channels = self.image_shape
     try:
       opened = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # Its message shows the BytesIO, not the file.
-      raise UnidentifiedImageError("no image of a known kind") from None
+    except UnidentifiedImageError:  # Pillow's message shows the BytesIO object
+      raise UnidentifiedImageError("not an image of a known format") from None
     with opened as file:
-      file.load()  # Image.open reads the header only; this finds truncated files.
+      file.load()  # Image.open reads only the header; load finds truncated files
       image: Image.Image = file
-      if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 8.
+      if image.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
       image = image.convert("L" if channels == 1 else "RGB")
     smaller, larger = sorted(image.size)
-    most = Image.MAX_IMAGE_PIXELS  # the crop enlarges the smaller side to `size`
+    most = Image.MAX_IMAGE_PIXELS
+    # The crop may enlarge the smaller side to `size`, and the larger side with it.
     if most is not None and larger * size**2 / smaller > most:
-      raise ValueError(f"{image.size} pixels are too long and narrow to be cropped")
+      raise ValueError(f"image of {image.size} pixels is too long and narrow to crop")
     cropped = np.array(transforms.center_crop(image, size))
     return cropped.reshape(self.image_shape)
 
 
 def open_images(arguments: SourceArguments) -> ImageSource:
-  """Opens a folder of images, tar files or a TFDS set, see `files.open_files`."""
+  """Opens a folder of images, tar files or a TFDS data set; see `files.open_files`."""
   return ImageSource(
     open_files(arguments.path, arguments.split),
     arguments.image_size,

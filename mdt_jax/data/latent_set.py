@@ -1,4 +1,4 @@
-"""A set of latents while it is written: its plan, what is done, what is left."""
+"""The state of a latent set while it is written: plan, finished and missing shards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mdt_jax.atomic import write_json
 from mdt_jax.data import latents
 from mdt_jax.errors import SettingError
 
-BEGUN = "begun.json"  # the card of a set that is not finished
+BEGUN = "begun.json"  # holds the card of an unfinished set
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSet:
-  """A set of latents to write, or to go on with.
+  """A latent set to write or to resume; see `latents` for the format.
 
-  Each finished shard has its name, and beside it a .json file with its entry of the
-  card, until the set is finished and the card is written.
+  While a set is unfinished, each finished shard has a .json file beside it with its
+  entry of the card. `finish` merges these entries into card.json.
 
   Attributes:
-    folder: of the set.
-    card: of the set, without "images" and "shards". Equal in every process, and when a
-      stopped run goes on.
-    num_images: images of the source, before any is left out.
-    num_shards: the images are divided evenly among the shards, in order.
+    folder: folder of the set.
+    card: contents of card.json without "images" and "shards". Must be equal in every
+      process and when a stopped run resumes.
+    num_images: number of images of the source, including unreadable ones.
+    num_shards: number of shards. Consecutive images are divided evenly among them.
   """
 
   folder: Path
@@ -39,11 +39,12 @@ class LatentSet:
 
   @property
   def layout(self) -> latents.Layout:
+    """The layout of the records."""
     return latents.Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
 
   @property
   def num_bytes(self) -> int:
-    """Size on disk, without names and ArrayRecord's overhead, which are small."""
+    """Size on disk in bytes, without names and ArrayRecord's overhead (both small)."""
     return self.num_images * (self.layout.moment_bytes + latents.LABEL_BYTES)
 
   def shard_images(self, shard: int) -> range:
@@ -52,15 +53,16 @@ class LatentSet:
     return range(edges[shard], edges[shard + 1])
 
   def shard_path(self, shard: int) -> Path:
+    """Returns the path of a shard."""
     return self.folder / latents.shard_name(shard, self.num_shards)
 
   def has_shard(self, shard: int) -> bool:
-    """Whether a shard of an unfinished set is finished."""
+    """Returns whether a shard of an unfinished set is finished."""
     path = self.shard_path(shard)
     return entry_path(path).exists() and path.exists()
 
   def is_finished(self) -> bool:
-    """Whether the folder holds the whole set.
+    """Returns whether the folder holds the finished set with all its shards.
 
     Raises:
       SettingError: the folder holds a finished set with another card.
@@ -72,7 +74,7 @@ class LatentSet:
     return all(self._has_size(entry) for entry in card["shards"])
 
   def bytes_missing(self) -> int:
-    """Size of the shards that are not written yet, about."""
+    """Returns the approximate size in bytes of the shards that are not written yet."""
     paths = map(self.shard_path, range(self.num_shards))
     return self.num_bytes - sum(p.stat().st_size for p in paths if p.exists())
 
@@ -80,10 +82,10 @@ class LatentSet:
     """Checks that the missing shards fit on the disk.
 
     Returns:
-      Bytes missing, bytes free.
+      (bytes of the missing shards, free bytes on the disk).
 
     Raises:
-      SettingError: the missing shards need more than is free.
+      SettingError: the missing shards do not fit.
     """
     folder = self.folder.absolute()
     while not folder.exists():
@@ -91,16 +93,16 @@ class LatentSet:
     missing, free = self.bytes_missing(), shutil.disk_usage(folder).free
     if missing > free:
       raise self.error(
-        f"needs {missing / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
+        f"needs {missing / 1e9:.1f} GB more; {free / 1e9:.1f} GB are free on this disk"
       )
     return missing, free
 
   def begin(self) -> None:
-    """Prepares the folder to write shards.
+    """Prepares the folder for writing shards.
 
     Raises:
-      SettingError: the folder cannot be created, holds a set with another card, or
-        holds something else.
+      SettingError: the folder cannot be created, or holds anything but a set with this
+        card.
     """
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,11 +115,14 @@ class LatentSet:
     elif not names:
       write_json(self.folder / BEGUN, self.card)
     elif BEGUN not in names:
-      raise self.error("must be empty, or hold a set begun with these settings")
+      raise self.error("must be empty or hold a latent set with the same settings")
     self._check_card(self._read_json(BEGUN))
 
   def finish(self) -> bool:
-    """Writes the card if all shards are finished; the last process to finish does.
+    """Writes card.json if all shards are finished.
+
+    Each process calls this method after its last shard, so the last process writes the
+    card.
 
     Returns:
       Whether the set is finished.
@@ -126,7 +131,7 @@ class LatentSet:
     card_path = self.folder / latents.CARD
     try:
       entries = [json.loads(entry_path(path).read_text()) for path in paths]
-    except FileNotFoundError:  # A shard is missing, or another process has finished.
+    except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
     images = sum(entry["images"] for entry in entries)
     write_json(card_path, {**self.card, "images": images, "shards": entries})
@@ -135,11 +140,11 @@ class LatentSet:
     return True
 
   def error(self, text: str) -> SettingError:
-    """Returns an error about the folder."""
+    """Returns a SettingError of the setting --output."""
     return SettingError("--output", str(self.folder), text)
 
   def _reopen(self) -> None:
-    """Makes an unfinished set of a finished one that has lost shards."""
+    """Turns a finished set with missing shards into an unfinished set."""
     entries = self._read_json(latents.CARD)["shards"]
     write_json(self.folder / BEGUN, self.card)
     for entry in entries:
@@ -148,11 +153,12 @@ class LatentSet:
     (self.folder / latents.CARD).unlink(missing_ok=True)
 
   def _has_size(self, entry: dict[str, Any]) -> bool:
-    """Whether the shard of an entry exists and has the size that the entry says."""
+    """Returns whether a shard exists and has the size in its entry of the card."""
     path = self.folder / entry["file"]
     return path.is_file() and path.stat().st_size == entry["bytes"]
 
   def _read_json(self, name: str) -> dict[str, Any]:
+    """Reads a JSON dict in the folder; raises SettingError if that fails."""
     try:
       found = json.loads((self.folder / name).read_text())
     except (OSError, ValueError) as error:
@@ -162,20 +168,21 @@ class LatentSet:
     return found
 
   def _check_card(self, found: dict[str, Any]) -> None:
-    """Raises if `found` differs from the card of this set."""
+    """Raises SettingError if `found` differs from the card of this set."""
     for name, value in self.card.items():
       if found.get(name) != json.loads(json.dumps(value)):
         raise self.error(
-          f"holds a set with {name} = {_short(found.get(name))}, not {_short(value)}: "
-          "use another folder, or those settings"
+          f"holds a latent set with {name} = {_short(found.get(name))}, not "
+          f"{_short(value)}; use another folder or the settings of that set"
         )
 
 
 def entry_path(path: Path) -> Path:
-  """Path of the card's entry of a finished shard, until the card is written."""
+  """Returns the path of a shard's entry while the set is unfinished."""
   return path.with_suffix(".json")
 
 
 def _short(value: Any) -> str:
+  """Returns repr(value), cut off after 80 characters."""
   text = repr(value)
   return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,8 +1,8 @@
-"""Writes the shards of a set of latents.
+"""Writes the shards of a latent set.
 
-A shard depends on its own images alone. The writer writes it under a temporary name and
-renames it when it is complete. So a stopped run goes on with the next shard, processes
-share the shards without messages, and the set is the same however often the run stops.
+A shard depends only on its own images. A shard is written under a temporary name and
+renamed when complete. So a stopped run resumes at the first unfinished shard, processes
+need no communication, and interruptions do not change the set.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from mdt_jax.logs import logger
 if TYPE_CHECKING:
   from mdt_jax.types import Array
 
-# Images -> moments of images and mirror images, in the dtype of the set.
+# Images -> moments of the images and of their mirror images, in the dtype of the set.
 EncodeFn: TypeAlias = Callable[
   [UInt8[np.ndarray, "B H W 3"]],
   "Float[np.ndarray, 'B 2 2 h w C'] | Float[Array, 'B 2 2 h w C']",
 ]
-# Image, label and name; or the name alone of an image that is left out.
+# (image, label, name), or only the name for an unreadable image.
 Loaded: TypeAlias = tuple[np.ndarray, int, str] | str
 
 IMAGES_PER_SHARD = 10_000
-# For random access, one record in each chunk; compression gains nothing on noise.
+# One record per chunk makes random access fast. Latents do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class NamedImages(Protocol):
-  """Images with names, such as `images.ImageSource`."""
+  """Interface of labelled images with names, such as `images.ImageSource`."""
 
   def __len__(self) -> int: ...
 
   @property
   def files(self) -> Any:
-    """`files.name(index)` is the name that the record stores."""
+    """An object with name(index), the name to store in the record."""
     ...
 
   def load(self, index: int, /) -> Example:
-    """Reads an image; raises any exception if it is unreadable."""
+    """Reads an image; raises if the image is unreadable."""
     ...
 
   def leave_out(self, index: int, error: Exception, /) -> None:
-    """Counts an unreadable image; raises if there are too many."""
+    """Counts an unreadable image; raises SettingError if there are too many."""
     ...
 
 
@@ -72,26 +72,29 @@ def write_latents(
   process_count: int = 1,
   progress: Progress = lambda count: None,
 ) -> bool:
-  """Writes this process's shards; the last process to finish also writes the card.
+  """Writes this process's shards of a latent set.
+
+  The process that finishes last also writes the card. After an error, finished shards
+  remain, and the same call resumes after them.
 
   Args:
     latent_set: the set, equal in every process.
-    source: of the images.
-    encode_fn: encodes `batch_size` images.
-    batch_size: images in a batch.
-    num_threads: threads that read and crop images.
-    process_index: this process writes the shards process_index,
+    source: the images.
+    encode_fn: function that encodes `batch_size` images.
+    batch_size: number of images per batch.
+    num_threads: number of threads that read and crop images.
+    process_index: index of this process. It writes the shards process_index,
       process_index + process_count, ….
-    process_count: processes that write the set.
-    progress: called with the number of further images done.
+    process_count: number of processes that write the set.
+    progress: called with the number of images done since the last call.
 
   Returns:
     Whether the set is finished.
 
   Raises:
-    SettingError: the folder holds another set; another process writes the same shard;
-      too many images are unreadable; latents are not finite; the disk is full or fails.
-      Finished shards stay, and the same call goes on after them.
+    SettingError: the folder holds another set, another process writes the same shard,
+      too many images are unreadable, latents are not finite, or writing fails, for
+      example on a full disk.
   """
   if latent_set.is_finished():
     return True
@@ -110,7 +113,7 @@ def write_latents(
 def _batches(
   source: NamedImages, indices: range, batch_size: int, num_threads: int
 ) -> Iterator[list[Loaded]]:
-  """Yields the images of a shard in batches, reading ahead in threads."""
+  """Yields the images of a shard in batches; threads read ahead."""
 
   def load(index: int) -> Loaded:
     name = source.files.name(index)
@@ -140,14 +143,14 @@ def _records(
   batch_size: int,
   progress: Progress,
 ) -> Iterator[bytes | str]:
-  """Yields the records of a shard, and the names of images that are left out."""
+  """Yields the records (bytes) of a shard, and the names (str) of unreadable images."""
 
   def finish(pending: tuple[Any, list, int]) -> Iterator[bytes]:
     views, read, count = pending
     for moments, (_, label, name) in zip(np.asarray(views), read, strict=False):
-      if not np.isfinite(moments).all():  # One NaN would end a training run.
+      if not np.isfinite(moments).all():  # one NaN would end a training run
         raise SettingError(
-          "--dtype", layout.dtype, f"the latents of {name} are not finite in it"
+          "--dtype", layout.dtype, f"the latents of {name} are not finite in this dtype"
         )
       yield layout.pack(moments, label, name)
     progress(count)
@@ -160,9 +163,9 @@ def _records(
       progress(len(batch))
       continue
     images = np.stack([image for image, _, _ in read])
-    # Repeats images up to the full batch: one shape compiles once.
+    # Pad to the full batch by repeating images, so that only one shape is compiled.
     images = np.resize(images, (batch_size, *images.shape[1:]))
-    views = encode_fn(images)  # JAX computes while the previous batch is written.
+    views = encode_fn(images)  # asynchronous: the previous batch is written meanwhile
     if pending is not None:
       yield from finish(pending)
     pending = views, read, len(batch)
@@ -173,7 +176,7 @@ def _records(
 def _write_shard(
   latent_set: LatentSet, path: Path, records: Iterator[bytes | str]
 ) -> None:
-  """Writes a shard, then its entry of the card, and then renames the shard."""
+  """Writes a shard and its entry of the card, then renames the shard to `path`."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   partial = path.with_name(f".{path.name}.partial")
@@ -210,19 +213,19 @@ def _write_shard(
 
 @contextlib.contextmanager
 def _disk_errors(latent_set: LatentSet, path: Path) -> Iterator[None]:
-  """Reports errors of the file system; ArrayRecord raises them as RuntimeError."""
+  """Turns errors of the file system and of ArrayRecord into a SettingError."""
   try:
     yield
   except (OSError, RuntimeError) as error:
     raise latent_set.error(
-      f"{path.name} cannot be written ({error}); finished shards stay, and the same "
-      "command goes on after them"
+      f"{path.name} cannot be written ({error}); finished shards remain, and the same "
+      "command resumes after them"
     ) from None
 
 
 @contextlib.contextmanager
 def _lock(latent_set: LatentSet, partial: Path, path: Path) -> Iterator[None]:
-  """Locks a shard against other processes; the lock ends with the process."""
+  """Locks a shard against other processes; the lock is released with the process."""
   with contextlib.ExitStack() as stack:
     with _disk_errors(latent_set, path):
       file = stack.enter_context(open(partial, "ab"))
@@ -230,7 +233,8 @@ def _lock(latent_set: LatentSet, partial: Path, path: Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise latent_set.error(
-        f"another process is at work on {path.name}; each needs its own --process_index"
+        f"another process writes {path.name}; each process needs its own "
+        "--process_index"
       ) from None
     except OSError as error:  # a file system without locks
       logger.warning("%s cannot be locked (%s)", path.name, error)

@@ -1,17 +1,16 @@
-"""Sets of latents on disk: their format, and how to read them.
+"""The format of latent sets, and reading them; `latent_writer` writes them.
 
-A set is a folder of ArrayRecord shards, latents-00000-of-00064.array_record, …, and a
-card.json that describes them. A record holds the moments of the latents of an image and
-of its mirror image, already shifted and scaled for the diffusion, with label and name.
-`latent_writer` writes sets.
+A latent set is a folder of ArrayRecord shards, latents-00000-of-00064.array_record, …,
+and a card.json that describes the set. A record holds the moments (mean and standard
+deviation) of the latents of an image and of its mirror image, shifted and scaled to
+about unit variance, with label and name.
 
-What guards a set against damage:
-- ArrayRecord hashes every record, every header of a record or of a 64 KiB block, and
-  the index of the shard, and raises RuntimeError if a hash differs. The rest of a shard
-  is padding and a 64-byte file signature, which no reader uses.
-- The card holds the size and the number of records of each shard, which `LatentSource`
-  compares when it opens the set.
-- `verify` reads every record, and finds a shard that is a copy of another one.
+Damage is detected in three ways:
+- ArrayRecord stores a hash of each record, of each header and of the index of a shard,
+  and raises RuntimeError if a hash differs. Only padding and a 64-byte file signature
+  have no hash; no reader uses them.
+- `LatentSource` compares size and record count of each shard with the card.
+- `verify` reads all records, and finds a shard that is a copy of another shard.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ CARD = "card.json"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LABEL_BYTES = 4
 
-Progress = Callable[[int], Any]  # called with the number of further images done
+Progress = Callable[[int], Any]  # called with the number of newly done images
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The layout of a record: moments, label, name.
+  """The binary layout of a record: moments, label (int32), name (UTF-8).
 
   Attributes:
     latent_shape: (H, W, C).
-    dtype: "float16" or "bfloat16", little-endian.
+    dtype: dtype of the moments, "float16" or "bfloat16"; little-endian.
   """
 
   latent_shape: tuple[int, int, int]
@@ -62,35 +61,40 @@ class Layout:
 
   @functools.cached_property
   def shape(self) -> tuple[int, ...]:
-    """(2, 2, H, W, C): image or mirror image; mean or std; the latent."""
+    """(2, 2, H, W, C); axis 0: image, mirror image; axis 1: mean, std."""
     return (2, 2, *self.latent_shape)
 
   @functools.cached_property
   def moment_bytes(self) -> int:
+    """Size of the moments in bytes."""
     return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
   def pack(self, views: Float[np.ndarray, "2 2 H W C"], label: int, name: str) -> bytes:
-    """Packs a record; `views` must have this layout's shape and dtype."""
+    """Packs a record; `views` must have the shape and dtype of this layout."""
     label_bytes = int(label).to_bytes(LABEL_BYTES, "little")
     return views.tobytes() + label_bytes + name.encode()
 
   def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
-    """Returns views, label and name; raises ValueError for a truncated record."""
+    """Returns (views, label, name); raises ValueError if the record is truncated."""
     end = self.moment_bytes + LABEL_BYTES
     if len(record) < end:
-      raise ValueError(f"record of {len(record)} bytes, where {end} are expected")
+      raise ValueError(f"record has {len(record)} bytes, must have at least {end}")
     views = np.frombuffer(record, DTYPES[self.dtype], math.prod(self.shape))
     label = int.from_bytes(record[self.moment_bytes : end], "little")
     return views.reshape(self.shape), label, record[end:].decode()
 
 
 def shard_name(index: int, count: int) -> str:
-  """File name of shard `index`, from 0, of `count` shards."""
+  """Returns the file name of shard `index` in [0, count)."""
   return f"latents-{index:05d}-of-{count:05d}.array_record"
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads the card of a finished set; raises SettingError if there is none."""
+  """Reads the card of the finished set in the folder `path`.
+
+  Raises:
+    SettingError: there is no card, it cannot be read, or it has another format.
+  """
   card = Path(path).expanduser() / CARD
   try:
     found = json.loads(card.read_text())
@@ -105,26 +109,29 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
       "config.data.path", str(path), f"{CARD} cannot be read: {error}"
     ) from None
   if not isinstance(found, dict) or found.get("format") != FORMAT:
-    raise SettingError("config.data.path", str(path), f"{CARD} is not of {FORMAT!r}")
+    raise SettingError(
+      "config.data.path", str(path), f"{CARD} must have the format {FORMAT!r}"
+    )
   return found
 
 
 class LatentSource(TolerantSource):
-  """A set of latents.
+  """A source that reads a finished latent set.
 
-  An example holds "views", float16 or bfloat16 (2, 2, H, W, C): mean and std of the
-  latents of the image and of its mirror image. `transforms.random_flip` chooses image
-  or mirror image; the training step draws the latent on the device.
+  The entry "views" of an example is float16 or bfloat16 (2, 2, H, W, C). Axis 0 is the
+  image or its mirror image; axis 1 is mean or standard deviation of its latents.
+  `transforms.random_flip` chooses between image and mirror image. The training step
+  draws the latents from the moments on the device.
 
   Args:
     path: output folder of `mdt_jax.encode`.
     input_size: height and width of the latents.
-    channels: of the latents.
-    max_unreadable: how many records may be unreadable.
+    channels: number of channels of the latents.
+    max_unreadable: largest accepted number of unreadable records.
 
   Raises:
-    SettingError: `path` holds no finished set; the latents have another shape; a shard
-      is missing, damaged, or differs from the card in size or number of records.
+    SettingError: `path` holds no finished set, the latents have another shape, or a
+      shard is missing, damaged, or differs from the card in size or record count.
   """
 
   def __init__(
@@ -154,16 +161,16 @@ class LatentSource(TolerantSource):
     return f"record {record} of {os.path.join(self._path, shard)}"
 
   def locate(self, index: int) -> tuple[str, int]:
-    """Returns the shard's file name, and the number of the record in the shard."""
+    """Returns (file name of the shard, index of the record in the shard)."""
     shard = int(np.searchsorted(self._ends, index, side="right"))
     start = int(self._ends[shard - 1]) if shard else 0
     return self.card["shards"][shard]["file"], index - start
 
   def read(self, index: int) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
-    """Reads views, label and name; raises any exception if the record is damaged."""
+    """Returns (views, label, name) of a record; raises if the record is damaged."""
     views, label, name = self.layout.unpack(self._records[index])
     if not 0 <= label < self.num_classes:
-      raise ValueError(f"label {label}, where there are {self.num_classes} classes")
+      raise ValueError(f"label {label} must lie in [0, {self.num_classes})")
     return views, label, name
 
   def load(self, index: int) -> Example:
@@ -172,14 +179,14 @@ class LatentSource(TolerantSource):
 
 
 def open_latents(arguments: SourceArguments) -> LatentSource:
-  """Opens a set; `image_size` and `channels` are those of the latents."""
+  """Opens a latent set; `image_size` and `channels` refer to the latents."""
   return LatentSource(
     arguments.path, arguments.image_size, arguments.channels, arguments.max_unreadable
   )
 
 
 def open_set(path: str | os.PathLike[str], max_unreadable: int = 0) -> LatentSource:
-  """Opens a set of latents of any shape."""
+  """Opens a latent set of any shape; arguments as for `LatentSource`."""
   height, _, channels = read_card(path)["latent_shape"]
   return LatentSource(path, height, channels, max_unreadable)
 
@@ -187,24 +194,24 @@ def open_set(path: str | os.PathLike[str], max_unreadable: int = 0) -> LatentSou
 def verify(
   path: str | os.PathLike[str], progress: Progress = lambda count: None
 ) -> int:
-  """Reads every record of a finished set.
+  """Reads and checks all records of a finished set.
 
-  ArrayRecord compares the hash of each record that it reads. This function also checks
-  the sizes and record counts of the shards, the labels, that all moments are finite,
-  and that no shard is a copy of another one.
+  The checks: ArrayRecord's hash of each record, sizes and record counts of the shards,
+  labels, finite moments, and that no shard is a copy of another shard.
 
   Args:
     path: folder of the set.
-    progress: called with the number of further records read.
+    progress: called with the number of records read since the last call.
 
   Returns:
     The number of images.
 
   Raises:
-    SettingError: names the first shard or record that is missing or damaged.
+    SettingError: a shard or a record is missing or damaged; the message names the first
+      one.
   """
   source = open_set(path)
-  first_names: dict[str, str] = {}  # of the first image of each shard -> shard
+  first_names: dict[str, str] = {}  # name of the first image of a shard -> shard
   for index in range(len(source)):
     shard, record = source.locate(index)
     try:
@@ -217,15 +224,15 @@ def verify(
       raise SettingError(
         "config.data.path",
         str(path),
-        f"record {record} of {shard} is damaged ({error}); delete {shard}, and run "
-        "the command that made the set to write it again",
+        f"record {record} of {shard} is damaged ({error}); delete {shard} and run the "
+        "same mdt_jax.encode command again to rewrite it",
       ) from None
     progress(1)
   return len(source)
 
 
 class ChannelStatistics(NamedTuple):
-  """Mean and std by channel."""
+  """Mean and standard deviation of latents, per channel."""
 
   mean: Float64[np.ndarray, " C"]
   std: Float64[np.ndarray, " C"]
@@ -234,14 +241,14 @@ class ChannelStatistics(NamedTuple):
 def channel_statistics(
   source: LatentSource, progress: Progress = lambda count: None
 ) -> ChannelStatistics:
-  """Returns mean and std of the latents of a set by channel, mirror images included.
+  """Computes the channel statistics of a latent set, including mirror images.
 
-  The std is that of draws from the posteriors:
+  The standard deviation is that of latents z drawn from the posteriors:
   Var[z] = E[mean^2 + std^2] - E[mean]^2.
 
   Args:
     source: the set.
-    progress: called with the number of further records read.
+    progress: called with the number of records read since the last call.
   """
   channels = source.image_shape[-1]
   totals = np.zeros((2, channels))
@@ -257,7 +264,7 @@ def channel_statistics(
 
 
 def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataSource:
-  """Opens all records for random access; raises if a shard differs from the card."""
+  """Opens all shards; raises SettingError if a shard differs from the card."""
   import grain
   from array_record.python.array_record_module import ArrayRecordReader
 
@@ -267,10 +274,10 @@ def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataS
   for shard in shards:
     path = folder / shard["file"]
     if not path.is_file():
-      raise refuse(f"misses {path.name}")
+      raise refuse(f"{path.name} is missing")
     size = path.stat().st_size
     if size != shard["bytes"]:
-      raise refuse(f"{path.name} has {size} bytes, where {CARD} says {shard['bytes']}")
+      raise refuse(f"{path.name} must have {shard['bytes']} bytes ({CARD}), has {size}")
     try:
       reader = ArrayRecordReader(str(path))
       count = reader.num_records()
@@ -279,6 +286,6 @@ def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataS
       raise refuse(f"{path.name} is damaged ({error})") from None
     if count != shard["images"]:
       raise refuse(
-        f"{path.name} holds {count} records, where {CARD} says {shard['images']}"
+        f"{path.name} must hold {shard['images']} records ({CARD}), holds {count}"
       )
   return grain.sources.ArrayRecordDataSource([str(folder / s["file"]) for s in shards])

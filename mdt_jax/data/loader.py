@@ -1,4 +1,4 @@
-"""Endless batches; a step number is the only state of the loader."""
+"""The data loader: endless batches that depend only on a seed and a step number."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ def create_loader(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this process's rows of the global batches start_step, start_step + 1, …
 
-  The stream of examples is the source, repeated for ever, in a new random order in each
-  epoch. A batch may cross the end of an epoch. Row j of the global batch of step s is
-  element s * batch_size + j of the stream, flip included. So a batch depends on `seed`
-  and s alone, not on the number of processes, workers or threads, nor on `start_step`.
+  The examples form an endless stream with a new random order in each epoch. A batch may
+  cross the end of an epoch. Row j of the global batch of step s is element
+  s * batch_size + j of the stream, after the random flip. So a batch depends only on
+  `seed` and s, not on `start_step` or the number of processes, workers or threads.
 
   Args:
-    source: labelled examples. The loader scales uint8 images to [-1, 1]; it neither
-      scales nor flips float images; of a `LatentSource` it yields moments.
-    seed: seed of the order and of the flips, >= 0.
-    batch_size: examples in the global batch, over all processes.
-    flip: whether to mirror images left to right at random, with a new draw each epoch.
-    start_step: the step of the first batch; the loader does not read earlier batches.
+    source: labelled examples. uint8 images are scaled to [-1, 1]. Float images are
+      neither scaled nor flipped. A `LatentSource` yields moments.
+    seed: seed of the order and of the flips, at least 0.
+    batch_size: number of examples in the global batch, over all processes.
+    flip: whether to mirror images left to right at random; each epoch draws anew.
+    start_step: step of the first batch. Earlier batches are not read.
     rows: the R rows of the global batch that this process reads, see
       `sharding.local_rows`; None for all rows.
-    num_workers: processes that read; 0 reads in this process.
-    num_threads: batches read at the same time; 0 reads in the caller's thread.
-    prefetch: batches held ready in memory, >= num_threads.
+    num_workers: number of reading processes; 0 reads in this process.
+    num_threads: number of batches read in parallel; 0 reads in the caller's thread.
+    prefetch: number of batches held in memory, at least num_threads.
 
   Yields:
-    "image" float32 (R, H, W, C), or "moments" (R, 2, H, W, C) in the dtype of the set;
-    and "label" int32 (R,).
+    A dict with "label" int32 (R,), and either "image" float32 (R, H, W, C), or
+    "moments" (R, 2, H, W, C) in the dtype of the latent set.
 
   Raises:
-    SettingError: the batch size or the seed is out of range. The iterator raises what
-      the source raises.
+    SettingError: `batch_size` or `seed` is out of range. Errors of the source are
+      raised by the iterator.
   """
   if batch_size < 1:
     raise SettingError("config.batch_size", batch_size, "must be at least 1")
   if seed < 0:
-    raise SettingError("config.seed", seed, "accepted is a whole number from 0")
+    raise SettingError("config.seed", seed, "must be at least 0")
   stream = _shuffled(grain.MapDataset.source(source), seed)
   if flip:
-    # After `repeat`: the draw depends on the place in the stream, so on the epoch too.
+    # The map comes after `repeat`, so that each epoch draws other flips.
     stream = stream.random_map(transforms.random_flip)
   else:
     stream = stream.map(transforms.without_draws)
@@ -75,7 +75,7 @@ def create_loader(
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)
   if num_workers:
-    if not flags.FLAGS.is_parsed():  # In a notebook; Grain's workers read absl flags.
+    if not flags.FLAGS.is_parsed():  # as in a notebook; Grain's workers need absl flags
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers), _handle_signals
@@ -86,18 +86,24 @@ def create_loader(
 def batch_indices(
   num_examples: int, seed: int, batch_size: int, step: int
 ) -> list[int]:
-  """Returns the indices, into a source of `num_examples`, of a step's global batch."""
+  """Returns the source indices of the global batch of a step, without reading it.
+
+  Args:
+    num_examples: length of the source.
+    seed, batch_size: as in `create_loader`.
+    step: step of the batch.
+  """
   stream = _shuffled(grain.MapDataset.range(num_examples), seed)
   places = range(step * batch_size, (step + 1) * batch_size)
   return [int(cast(int, stream[place])) for place in places]
 
 
 def _handle_signals(worker: int, num_workers: int) -> None:
-  """Sets up a worker process, which ends when the training process does.
+  """Makes a worker process ignore SIGINT and SIGTERM, and end with its parent.
 
-  A terminal or srun sends a signal to the workers too, while the training process still
-  needs batches until it has saved. So a worker ignores signals: Grain stops it by an
-  event, and then by SIGKILL.
+  A terminal and srun send signals to all processes. The training process still needs
+  batches until it has saved, so the workers must continue. Grain stops workers by an
+  event, then by SIGKILL.
   """
   del worker, num_workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -106,20 +112,22 @@ def _handle_signals(worker: int, num_workers: int) -> None:
 
 
 def _exit_with_parent() -> None:
+  """Waits for the parent process to end, then ends this process."""
   parent = multiprocessing.parent_process()
   if parent is not None:
     parent.join()
-  os._exit(1)  # Grain itself would wait for a free place in its queue.
+  os._exit(1)  # a normal exit would wait for space in Grain's queue
 
 
 def _shuffled(examples: grain.MapDataset, seed: int) -> grain.MapDataset:
+  """Shuffles examples, in a new order each epoch, and repeats them endlessly."""
   # `MapDataset.seed` derives a seed for each later transformation. With
-  # `shuffle(seed)`, seed 1 would give the epochs of seed 0, one epoch ahead.
+  # `shuffle(seed)`, epoch n of seed 1 would equal epoch n + 1 of seed 0.
   return examples.seed(seed).shuffle().repeat()
 
 
 class _Rows(grain.MapDataset):
-  """Keeps the elements `rows` of every `batch_size` consecutive elements."""
+  """Keeps the elements `rows` of each group of `batch_size` consecutive elements."""
 
   def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
     super().__init__(stream)

@@ -1,4 +1,4 @@
-"""Arrays in memory as a source of examples."""
+"""A source of examples from arrays in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from mdt_jax.errors import SettingError
 
 
 class MemorySource:
-  """Images and labels that are arrays in memory.
+  """A source of images and labels in memory.
 
-  "image" is uint8 (H, W, C) for pixels, which the loader scales to [-1, 1] and may
-  flip. For images of floats it is float32 (H, W, C), used as it is.
+  The entry "image" of an example is uint8 (H, W, C) if the images are uint8; the loader
+  scales these to [-1, 1] and may flip them. Otherwise "image" is float32 (H, W, C); the
+  loader neither scales nor flips floats.
 
   Attributes:
     num_classes: labels lie in [0, num_classes).
@@ -23,22 +24,22 @@ class MemorySource:
     pixels: whether the images are uint8.
 
   Args:
-    images: (N, H, W, C), uint8 or floats; floats must be finite.
-    labels: (N,) whole numbers from 0; all zero unless given.
-    num_classes: the largest label plus one unless given.
+    images: (N, H, W, C), uint8 or floats; floats must be finite in float32.
+    labels: (N,) integers of at least 0; None for zeros.
+    num_classes: number of classes; None for the largest label plus one.
 
   Raises:
-    SettingError: an argument has another shape, dtype or range.
+    SettingError: an argument has the wrong shape, dtype or range.
   """
 
   def __init__(self, images: Any, labels: Any = None, num_classes: int | None = None):
     self._images = check_images(images)
     if self.pixels is False:
-      with np.errstate(over="ignore"):  # What overflows is refused below.
+      with np.errstate(over="ignore"):  # the check below finds overflow
         self._images = self._images.astype(np.float32, copy=False)
       if not np.isfinite(self._images).all():
         raise SettingError(
-          "images", str(np.asarray(images).dtype), "must be finite numbers of float32"
+          "images", str(np.asarray(images).dtype), "must be finite in float32"
         )
     count, height, width, channels = self._images.shape
     self.image_shape: tuple[int, int, int] = (height, width, channels)
@@ -62,40 +63,39 @@ class MemorySource:
 
 
 def check_images(images: Any) -> np.ndarray:
-  """Returns images as an array of shape (N, H, W, C), N > 0, of uint8 or floats.
+  """Returns images as an array (N, H, W, C) of uint8 or floats, with N > 0.
 
   Raises:
-    SettingError: named "images", for another shape or dtype.
+    SettingError: setting "images": the shape or dtype is wrong.
   """
   images = np.asanyarray(images)
   if images.dtype != np.uint8 and images.dtype.kind != "f":
-    raise SettingError(
-      "images", str(images.dtype), "must be uint8 for pixels, or floats"
-    )
+    raise SettingError("images", str(images.dtype), "must be uint8 (pixels) or floats")
   if images.ndim != 4 or not images.size:
     raise SettingError(
-      "images", images.shape, "must be of shape (N, H, W, C), with at least one image"
+      "images", images.shape, "must have shape (N, H, W, C) with at least one image"
     )
   return images
 
 
 def check_labels(labels: Any, count: int) -> Int32[np.ndarray, " N"]:
-  """Returns the labels of `count` images; zeros for labels of None.
+  """Returns the labels of `count` images as int32; zeros if `labels` is None.
 
   Raises:
-    SettingError: named "labels", for another length or dtype, or numbers out of range.
+    SettingError: setting "labels": the length or dtype is wrong, or a label is outside
+      [0, 2**31).
   """
   if labels is None:
     return np.zeros(count, np.int32)
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise SettingError(
-      "labels", labels.shape, f"must be of shape ({count},), one for each image"
+      "labels", labels.shape, f"must have shape ({count},): one label per image"
     )
   if labels.dtype.kind not in "iu":
-    raise SettingError("labels", str(labels.dtype), "must be whole numbers")
+    raise SettingError("labels", str(labels.dtype), "must be integers")
   if labels.min() < 0:
-    raise SettingError("labels", int(labels.min()), "must be 0 or more")
+    raise SettingError("labels", int(labels.min()), "must be at least 0")
   if labels.max() >= 2**31:
     raise SettingError("labels", int(labels.max()), "must be below 2**31")
   return labels.astype(np.int32)

@@ -1,4 +1,4 @@
-"""A whole set in one file: images and labels in an .npz file, or in .npy files."""
+"""A source of images and labels in one .npz file, or in .npy files."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 
 EXTENSIONS = (".npz", ".npy")
-# Names of images and labels in an .npz file; np.savez gives the first ones.
+# Accepted names of images and labels in an .npz file; np.savez uses arr_0 and arr_1.
 NAMES = (("arr_0", "arr_1"), ("images", "labels"), ("x", "y"))
-# ADM's reference batches hold these beside the images.
+# ADM's reference batches hold these arrays in addition to the images.
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}
 
 
 class NpzSource(TolerantSource):
-  """Images and labels of one file.
+  """A source of images and labels from one file, or from a pair of files.
 
-  "image" is uint8 (H, W, C) for pixels. Otherwise it is float32, finite, and neither
-  scaled nor flipped. An image that is not finite counts as unreadable.
+  The entry "image" of an example is uint8 (H, W, C) if `pixels` is set. Otherwise
+  "image" is float32 (H, W, C), finite, and neither scaled nor flipped. A float image
+  that is not finite counts as unreadable.
 
   Args:
-    path: IMAGES.npz; IMAGES.npy; or "IMAGES.npy,LABELS.npy". See `read_arrays`.
+    path: IMAGES.npz, IMAGES.npy, or "IMAGES.npy,LABELS.npy"; see `read_arrays`.
     image_shape: (H, W, C) of the images.
-    pixels: whether the images must be uint8; otherwise they must be floats.
-    max_unreadable: how many images may be unreadable.
+    pixels: True: the images must be uint8. False: they must be floats.
+    max_unreadable: largest accepted number of unreadable images.
 
   Raises:
-    SettingError: the file cannot be read, or its arrays have another shape or dtype.
+    SettingError: the file cannot be read, or its arrays have the wrong shape or dtype.
   """
 
   def __init__(
@@ -65,8 +66,8 @@ class NpzSource(TolerantSource):
       other = "arrays" if pixels else "npz"
       raise _error(
         path,
-        f"holds images of {images.dtype}, where {accepted} are expected; "
-        f"config.data.source={other} reads this file",
+        f"must hold {accepted}, holds {images.dtype}; use config.data.source={other} "
+        "for this file",
       )
     if images.shape[1:] != image_shape:
       raise shape_error(path, images.shape[1:], image_shape)
@@ -79,16 +80,16 @@ class NpzSource(TolerantSource):
     return f"{self._path}[{index}]"
 
   def load(self, index: int) -> Example:
-    image = np.array(self._images[index])  # a copy, read from the disk here
+    image = np.array(self._images[index])  # copies; reads from disk if memory-mapped
     if image.dtype != np.uint8:
       with np.errstate(over="ignore"):
         image = image.astype(np.float32)
       if not np.isfinite(image).all():
-        raise ValueError("expected finite numbers")
+        raise ValueError("must be finite")
     return {"image": image, "label": self._labels[index]}
 
   def __getstate__(self) -> dict[str, Any]:
-    """Leaves out the images: a worker process opens the file itself."""
+    """Drops the images; a worker process opens the file again."""
     state = super().__getstate__()
     del state["_images"]
     return state
@@ -99,19 +100,19 @@ class NpzSource(TolerantSource):
 
 
 def is_array_file(path: str) -> bool:
-  """Whether a path names one file (or a pair of files) for a whole set."""
+  """Returns whether `path` is one of `read_arrays`: an .npz or .npy file, or a pair."""
   return path.lower().endswith(EXTENSIONS) and not os.path.isdir(
     os.path.expanduser(path)
   )
 
 
 def open_npz(arguments: SourceArguments) -> NpzSource:
-  """Opens a file of uint8 pixels."""
+  """Opens a file of uint8 images; see `NpzSource`."""
   return open_array_file(arguments, pixels=True)
 
 
 def open_array_file(arguments: SourceArguments, pixels: bool) -> NpzSource:
-  """Opens a file of uint8 pixels, or of floats that are used as they are."""
+  """Opens a file of uint8 images (`pixels`) or of floats; see `NpzSource`."""
   size = arguments.image_size
   return NpzSource(
     arguments.path, (size, size, arguments.channels), pixels, arguments.max_unreadable
@@ -123,28 +124,28 @@ def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
   Args:
     path: one of
-      IMAGES.npz, which holds arrays of the names in NAMES; all of it is read;
-      IMAGES.npy, with labels in IMAGES_labels.npy or labels.npy beside it;
+      IMAGES.npz with arrays named as in NAMES; the arrays are read into memory;
+      IMAGES.npy with labels in IMAGES_labels.npy or labels.npy in the same folder;
       "IMAGES.npy,LABELS.npy".
 
   Returns:
-    Images, mapped into memory from an .npy file; and labels, or None without labels,
-    after a warning.
+    (images, labels). Arrays of .npy files are memory-mapped. labels is None, after a
+    warning, if there are no labels.
 
   Raises:
-    SettingError: named "config.data.path"; there is no such file or array, or a file
+    SettingError: setting "config.data.path": a file or an array is missing, or a file
       cannot be read.
   """
   first, comma, second = os.path.expanduser(path).rpartition(",")
   if comma and not os.path.exists(os.path.expanduser(path)):
     if not (first.lower().endswith(".npy") and second.lower().endswith(".npy")):
-      raise _error(path, "expected IMAGES.npy,LABELS.npy")
+      raise _error(path, "must be of the form IMAGES.npy,LABELS.npy")
     return _read_npy(path, first), _read_npy(path, os.path.expanduser(second))
   name = os.path.expanduser(path)
   if name.lower().endswith(".npz"):
     return _read_npz(path, name)
   if not name.lower().endswith(".npy"):
-    raise _error(path, "expected an .npz or .npy file")
+    raise _error(path, "must be an .npz or .npy file")
   images = _read_npy(path, name)
   beside = [Path(name).with_name(f"{Path(name).stem}_labels.npy")]
   beside.append(Path(name).with_name("labels.npy"))
@@ -156,18 +157,20 @@ def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _read_npy(path: str, name: str) -> np.ndarray:
+  """Memory-maps the .npy file `name`; errors show `path`, as the user typed it."""
   with _reading(path, name):
     array = np.load(name, mmap_mode="r", allow_pickle=False)
   if not isinstance(array, np.ndarray):
-    raise _error(path, f"expected an .npy file; {name} is an .npz file")
+    raise _error(path, f"must be an .npy file; {name} is an .npz file")
   return array
 
 
 def _read_npz(path: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+  """Reads the .npz file `name`; errors show `path`, as the user typed it."""
   with _reading(path, name):
     file = np.load(name, allow_pickle=False)
   if isinstance(file, np.ndarray):
-    raise _error(path, "expected an .npz file, this is an .npy file")
+    raise _error(path, "must be an .npz file, but is an .npy file")
   with file:
     held = ", ".join(file.files) or "none"
     for images, labels in NAMES:
@@ -178,20 +181,20 @@ def _read_npz(path: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
           return file[images], file[labels]
         only_images = not set(file.files) - STATISTICS - {images}
         if only_images:
-          _warn(path, f"it holds no array {labels}")
+          _warn(path, f"the file holds no array {labels}")
           return file[images], None
-      raise _error(path, f"holds no array {labels} of labels, only {held}")
+      raise _error(path, f"must hold an array {labels} of labels; holds only {held}")
   accepted = ", or ".join(f"{images} and {labels}" for images, labels in NAMES)
-  raise _error(path, f"holds no images; expected arrays {accepted}; found {held}")
+  raise _error(path, f"must hold arrays {accepted}; holds only {held}")
 
 
 @contextmanager
 def _reading(path: str, name: str) -> Iterator[None]:
-  """Turns the errors of numpy into one line."""
+  """Turns errors in reading the file `name` into a SettingError of one line."""
   if not os.path.exists(name):
-    raise _error(path, f"there is no file {name}")
+    raise _error(path, f"must be a file; {name} does not exist")
   if os.path.isdir(name):
-    raise _error(path, f"expected a file; {name} is a folder")
+    raise _error(path, f"must be a file; {name} is a folder")
   try:
     yield
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Reference batches for the evaluation of samples, in ADM's form."""
+"""Writes reference batches of real images, in ADM's format, for evaluation."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def write_reference_batch(
   num_images: int,
   progress: Progress = lambda count: None,
 ) -> int:
-  """Writes images of a source, evenly spaced, to an .npz file.
+  """Writes evenly spaced images of a source to an .npz file.
 
-  The file holds arr_0, uint8 (N, H, W, C), and arr_1, int32 labels (N,). Unreadable
-  images are left out.
+  The file holds arr_0, images uint8 (N, H, W, C), and arr_1, labels int32 (N,).
+  Unreadable images are skipped.
 
   Args:
-    path: of the file; must end in .npz.
-    source: of the images.
-    num_images: images to take, or all if the source has fewer.
-    progress: called with the number of further images done.
+    path: path of the file; must end in .npz.
+    source: the images.
+    num_images: number of images to select; all images if the source has fewer.
+    progress: called with the number of images done since the last call.
 
   Returns:
     The number of images written.
 
   Raises:
-    SettingError: `path` ends in something else; too many images are unreadable.
+    SettingError: `path` does not end in .npz, or too many images are unreadable.
   """
   path = Path(path)
   if path.suffix != ".npz":

@@ -1,7 +1,7 @@
-"""The registry of data sources: what `config.data.source` accepts.
+"""The registry of data sources, the values of `config.data.source`.
 
-To add a source, write a file with a class that follows `examples.Source` and a function
-that opens it from `SourceArguments`, and add one line to `SOURCES`.
+To add a source, write a class that implements `examples.Source` and a function that
+opens it from `SourceArguments`, and add an entry to SOURCES.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ __all__ = [
 
 
 class SourceEntry(NamedTuple):
-  """A kind of source.
+  """An entry of SOURCES.
 
   Attributes:
-    open: opens it; raises SettingError if it cannot.
-    pixels: whether its examples are pixels; otherwise they are latents.
-    path: what `config.data.path` must be; None for a source without a path.
+    open: function that opens the source; raises SettingError if that fails.
+    pixels: whether the examples are pixels; False for latents.
+    path: description of the required `config.data.path`, for messages; None for a
+      source without a path.
   """
 
   open: Callable[[SourceArguments], Source]
@@ -51,8 +52,8 @@ SOURCES: dict[str, SourceEntry] = {
     open_images, True, "a folder of images, .tar files or tfds:NAME"
   ),
   "latents": SourceEntry(open_latents, False, "an output of python -m mdt_jax.encode"),
-  # The name of the source says whether a file holds pixels, and not the file: sampling
-  # from a checkpoint needs to know that where the data is not there.
+  # "npz" (pixels) and "arrays" (floats) have separate names, because sampling must know
+  # whether a run used pixels even if the data file is not available.
   "npz": SourceEntry(open_npz, True, "an .npz or .npy file of uint8 images"),
   "arrays": SourceEntry(
     open_arrays, False, "a folder of .npy files, or an .npz or .npy file of floats"
@@ -69,19 +70,19 @@ def create_source(
   channels: int,
   max_unreadable: int,
 ) -> Source:
-  """Opens a source by the name that `config.data.source` gives it.
+  """Opens a source by name.
 
   Args:
-    name: a key of SOURCES.
-    path: of the images (see `files.open_files`) or of a latent set; ignored for digits.
-    split: of a TFDS data set.
-    image_size: height and width of the examples; 8 for digits.
-    channels: of the examples; 1 for digits.
-    max_unreadable: how many examples may be unreadable.
+    name: a key of SOURCES, as in `config.data.source`.
+    path: path of the data; see the entry in SOURCES. Ignored for "digits".
+    split: split of a TFDS data set; other sources ignore it.
+    image_size: height and width of the examples; 8 for "digits".
+    channels: number of channels of the examples; 1 for "digits".
+    max_unreadable: largest accepted number of unreadable examples.
 
   Raises:
-    SettingError: unknown name; no path for a source that needs one; a size or number
-      of channels that the source does not have; what the source itself refuses.
+    SettingError: the name is unknown, a required path is missing, the source does not
+      have this size or number of channels, or the source cannot be opened.
   """
   check_choice("config.data.source", name, SOURCES)
   entry = SOURCES[name]

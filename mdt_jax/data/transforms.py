@@ -1,4 +1,4 @@
-"""The crop of images, and the random flip and scaling of examples."""
+"""Transforms of examples: centre crop, random flip, and scaling to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from mdt_jax.data.examples import Example
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-  """Scales the smaller side to `size` and crops the middle square, as ADM does.
+  """Scales the smaller side to `size` and crops the central square, as ADM does.
 
-  The steps and their rounding equal those of ADM's data loader, because the reference
-  statistics of ADM's evaluation suite come from images cropped that way.
+  Steps and rounding equal those of ADM's data loader, because the reference statistics
+  of ADM's evaluation suite were computed on images cropped in this way.
 
   Args:
     image: an image of any size and mode.
-    size: the side of the result in pixels.
+    size: side of the result in pixels.
 
   Returns:
     An image of size x size pixels in the mode of `image`.
   """
-  # Averaging 2x2 blocks first keeps fine detail from aliasing in the bicubic resize.
+  # Averaging 2x2 blocks first avoids aliasing in the bicubic resize.
   while min(image.size) >= 2 * size:
     width, height = image.size
     image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
@@ -34,38 +34,30 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_float(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-  """Scales pixels from [0, 255] to the range of the diffusion, [-1, 1].
-
-  x / 127.5 - 1.
-
-  Args:
-    image: pixels in [0, 255].
-
-  Returns:
-    The same pixels in [-1, 1].
-  """
+  """Scales uint8 pixels in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1."""
   return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def pixels_to_float(batch: Example) -> Example:
-  """Returns an example or a batch with uint8 images scaled to [-1, 1]."""
+  """Scales the "image" of an example or a batch to [-1, 1] if its dtype is uint8."""
   if "image" not in batch or batch["image"].dtype != np.uint8:
     return batch
   return {**batch, "image": to_float(batch["image"])}
 
 
 def random_flip(example: Example, rng: np.random.Generator) -> Example:
-  """Mirrors an image left to right with probability 1/2; a `grain` random map.
+  """Mirrors an image left to right with probability 1/2; for grain's random_map.
+
+  A float "image" is never mirrored: it may be a latent, and a mirrored latent is not
+  the latent of the mirrored image.
 
   Args:
-    example: "image" (H, W, C), or "views" (2, 2, H, W, C), the moments of the latents
-      of an image and of its mirror image; other entries are kept. A uint8 image is
-      mirrored. A float image is not: it may be a latent, and the mirror image of a
-      latent is not the latent of the mirror image.
-    rng: draws one number.
+    example: holds "image" (H, W, C), or "views" (2, 2, H, W, C), the moments of the
+      latents of an image and of its mirror image. Other entries are kept.
+    rng: random generator, from which one number is drawn.
 
   Returns:
-    A new example, with "moments" (2, H, W, C) in place of "views".
+    A new example; "moments" (2, H, W, C) replaces "views".
   """
   flip = rng.random() < 0.5
   if "views" in example:
@@ -77,10 +69,11 @@ def random_flip(example: Example, rng: np.random.Generator) -> Example:
 
 
 def without_draws(example: Example) -> Example:
-  """Returns the example without a flip, in the form that `random_flip` returns."""
+  """Returns the example in the form of `random_flip`, without a flip."""
   return _choose_view(example, 0) if "views" in example else example
 
 
 def _choose_view(example: Example, view: int) -> Example:
+  """Replaces "views" by "moments" of the image (0) or of its mirror image (1)."""
   rest = {name: value for name, value in example.items() if name != "views"}
   return {**rest, "moments": example["views"][view]}

@@ -115,7 +115,7 @@ def test_a_tar_file_cut_short_afterwards_is_told(tmp_path):
   path = write_tar(tmp_path / "x.tar", {"a.png": image_bytes(1)})
   files = open_files(path)
   path.write_bytes(path.read_bytes()[:520])
-  with pytest.raises(OSError, match=r"x\.tar ends within a\.png"):
+  with pytest.raises(OSError, match=r"x\.tar .* a\.png"):
     files.read(0)
 
 
@@ -246,7 +246,7 @@ def test_file_in_place_of_a_folder_is_refused(three):
 def test_folder_without_images_is_refused(tmp_path):
   (tmp_path / "notes.txt").write_text("nothing here")
   with pytest.raises(
-    SettingError, match=r"^config.data.path = .*expected .*\.png.* files, found none"
+    SettingError, match=r"^config.data.path = .*\.png.* files, found none"
   ):
     open_folder(tmp_path)
 
@@ -254,7 +254,7 @@ def test_folder_without_images_is_refused(tmp_path):
 def test_images_both_at_the_top_and_in_subfolders_are_refused(three):
   write_image(three / "a" / "x.png")
   with pytest.raises(
-    SettingError, match=r"^config.data.path = .*subfolder for each class or a flat"
+    SettingError, match=r"^config.data.path = .*3 files at the top and 1 in subfolders"
   ):
     open_folder(three)
 

@@ -45,7 +45,7 @@ def test_a_record_comes_back(dtype):
 def test_a_record_cut_short_is_an_error():
   layout = latents.Layout((3, 3, 2), "float16")
   record = layout.pack(np.zeros(layout.shape, np.float16), 1, "")
-  with pytest.raises(ValueError, match="record of 147 bytes, where 148 are expected"):
+  with pytest.raises(ValueError, match=r"147 bytes.* 148"):
     layout.unpack(record[:-1])
 
 
@@ -63,20 +63,20 @@ def test_examples_are_those_encoded(original):
 def test_latents_of_another_shape_than_the_model_s_are_refused(
   original, size, channels
 ):
-  with pytest.raises(SettingError, match=r"holds arrays of shape \(4, 4, 3\), where"):
+  with pytest.raises(SettingError, match=r"\(4, 4, 3\)"):
     latents.LatentSource(original, size, channels, 0)
 
 
 def test_a_missing_shard_is_named(folder):
   (folder / latents.shard_name(1, sets.NUM_SHARDS)).unlink()
-  with pytest.raises(SettingError, match="misses latents-00001-of-00003"):
+  with pytest.raises(SettingError, match=r"latents-00001-of-00003.* is missing"):
     open_set(folder)
 
 
 def test_a_shard_cut_short_is_named(folder):
   path = folder / latents.shard_name(2, sets.NUM_SHARDS)
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(SettingError, match=r"latents-00002-of-00003\S+ has \d+ bytes"):
+  with pytest.raises(SettingError, match=r"latents-00002-of-00003\S+ .* bytes"):
     open_set(folder)
 
 
@@ -84,13 +84,13 @@ def test_a_card_that_disagrees_with_its_shards_is_refused(folder):
   card = latents.read_card(folder)
   card["shards"][0]["images"] += 1
   (folder / latents.CARD).write_text(json.dumps(card))
-  with pytest.raises(SettingError, match=r"latents-00000\S+ holds 8 records.*says 9"):
+  with pytest.raises(SettingError, match=r"latents-00000\S+ .* 9 records.* 8$"):
     open_set(folder)
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
-  [(None, "holds no card.json"), ("{", "cannot be read"), ("{}", "is not of 'mdt_jax")],
+  [(None, "holds no card.json"), ("{", "cannot be read"), ("{}", "format 'mdt_jax")],
 )
 def test_a_folder_without_a_card_is_refused(folder, text, message):
   (folder / latents.CARD).unlink()
@@ -184,7 +184,7 @@ def test_verifying_finds_a_shard_that_is_a_copy_of_another(folder):
 
 @pytest.mark.parametrize(
   ("label", "value", "message"),
-  [(99, 1, "label 99, where there are 5"), (0, np.inf, "moments are not finite")],
+  [(99, 1, r"label 99 .*5\)"), (0, np.inf, "moments are not finite")],
 )
 def test_verifying_finds_a_record_that_was_written_wrong(
   folder, monkeypatch, label, value, message

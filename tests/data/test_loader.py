@@ -230,7 +230,7 @@ def test_batch_without_examples_is_refused():
 
 
 def test_negative_seed_is_refused():
-  with pytest.raises(SettingError, match=r"^config.seed = -1: accepted is .* from 0$"):
+  with pytest.raises(SettingError, match=r"^config.seed = -1: must be at least 0$"):
     take(1, seed=-1)
 
 
