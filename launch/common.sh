@@ -1,12 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: a virtual environment with the package in it.
-#   PYTHON  the interpreter to make it with (python3)
-#   VENV    its folder (.venv)
+# Other scripts source this file. It changes to the repository root and defines `install`.
+# Environment variables:
+#   PYTHON  interpreter that creates the virtual environment (default: python3)
+#   VENV    folder of the virtual environment (default: .venv)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV="${VENV:-.venv}"
 
-# install [EXTRA]: makes the environment where it is missing, and installs into it.
+# install [EXTRA]: creates the virtual environment if it is missing, and installs the
+# package and the optional dependencies EXTRA.
 install() {
   if [ ! -x "$VENV/bin/python" ]; then
     "${PYTHON:-python3}" -m venv "$VENV"

@@ -1,10 +1,11 @@
-"""Runs a command in N processes with M simulated devices each, as one run of JAX.
+"""Runs a command as one JAX run of N processes with M simulated devices each.
 
   python launch/local_processes.py --processes=2 --devices=4 -- \
     python -m mdt_jax.main --config=configs/digits.py --workdir=runs/two_processes
 
-For trying what several machines do, on one. When a process fails, the others are
-ended and its exit code is returned. Ctrl-C and SIGTERM are passed on to every process.
+Use this script to test runs of several machines on one machine. If a process fails, the
+script ends the other processes and exits with the code of the failed process. It
+forwards Ctrl-C and SIGTERM to all processes.
 """
 
 from __future__ import annotations
@@ -33,31 +34,36 @@ def main(argv: Sequence[str]) -> int:
     description=__doc__.splitlines()[0],
     allow_abbrev=False,
   )
-  parser.add_argument("--processes", type=_positive, default=2, help="how many (2)")
-  parser.add_argument("--devices", type=_positive, default=4, help="of each (4)")
+  parser.add_argument(
+    "--processes", type=_positive, default=2, help="number of processes (2)"
+  )
+  parser.add_argument(
+    "--devices", type=_positive, default=4, help="simulated devices per process (4)"
+  )
   parser.add_argument(
     "--grace",
     type=_positive,
     default=10,
-    help="seconds from the first failure until the others are killed (10)",
+    help="seconds from the first failure until the other processes are killed (10)",
   )
   flags = parser.parse_args(arguments)
   if not command:
-    parser.error("no command: it follows after --")
+    parser.error("no command: give the command after --")
   return run(command, flags.processes, flags.devices, flags.grace)
 
 
 def run(command: Sequence[str], processes: int, devices: int, grace: float) -> int:
-  """Runs `command` in several processes that know of each other.
+  """Runs `command` in several processes that jax.distributed can connect.
 
   Args:
     command: program and arguments.
-    processes: how many.
-    devices: simulated CPU devices of each.
-    grace: seconds from the first failure until SIGKILL.
+    processes: number of processes.
+    devices: number of simulated CPU devices of each process.
+    grace: seconds from the first failure until the other processes are killed.
 
   Returns:
-    0, or the exit code of the first process that failed; 128 + n after signal n.
+    0, or the exit code of the first process that failed; 128 + n if signal n ended the
+    process.
   """
   address = f"127.0.0.1:{_free_port()}"
   children: list[subprocess.Popen[str]] = []
@@ -96,7 +102,8 @@ def run(command: Sequence[str], processes: int, devices: int, grace: float) -> i
       break
     if code and deadline is None:
       deadline = time.monotonic() + grace
-      if not forwarded:  # else they are stopping; a second signal would cut that short
+      # A forwarded signal stops all processes already; a second signal would kill them.
+      if not forwarded:
         _signal(children, signal.SIGTERM)
     if deadline is not None and time.monotonic() > deadline:
       _signal(children, signal.SIGKILL)
@@ -107,6 +114,8 @@ def run(command: Sequence[str], processes: int, devices: int, grace: float) -> i
 
 
 class _Parser(argparse.ArgumentParser):
+  """A parser that prints errors on one line, like the commands of mdt_jax."""
+
   def error(self, message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_BAD_SETTING)
@@ -151,7 +160,7 @@ def _start(
     stderr=subprocess.STDOUT,
     text=True,
     errors="replace",
-    # A group of its own: Ctrl-C in a terminal reaches it once, through `forward`.
+    # In its own process group, a child receives Ctrl-C once, from `forward`.
     start_new_session=True,
   )
 

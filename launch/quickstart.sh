@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains a small MDTv2 on handwritten digits, draws some and scores them: minutes on
-# two cores.
-# A rerun goes on from the last checkpoint.  WORKDIR: where to (runs/digits)
+# Trains a small MDTv2 on handwritten digits, draws digits and scores them. This takes
+# minutes on two cores. Run the script again to resume from the last checkpoint.
+# WORKDIR: folder of the results (default: runs/digits)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 WORKDIR="${WORKDIR:-runs/digits}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A training run on a Cloud TPU slice, from queued resource to logs; see docs/launch.md.
+# Trains on a Cloud TPU slice, from the request for the slice to the logs; see
+# docs/launch.md.
 set -euo pipefail
 
 usage() {
@@ -7,26 +8,29 @@ usage() {
 usage: launch/tpu_pod.sh STEP [FLAGS] [-- COMMAND...]
 
 steps
-  create   ask for the slice (a queued resource); returns at once
-  wait     wait until the slice is there
-  install  send the committed files to all workers and install them
-  run      start COMMAND on all workers and follow it; again: follow the one that runs
-  logs     fetch every worker's log
-  stop     have the run save and end; the slice stays, and is billed
-  delete   give the slice back
-  all      all of them in order; again from the start when the slice is preempted
+  create   request the slice (a queued resource); returns at once
+  wait     wait until the slice is ready
+  install  copy the committed files to all workers and install the package
+  run      start COMMAND on all workers and show its log; if COMMAND is already running,
+           only show its log
+  logs     download the logs of all workers
+  stop     make the run save and end; the slice remains, and is billed
+  delete   delete the slice
+  all      create, wait, install, run, logs and delete; requests a new slice after a
+           preemption
 
 flags
-  --name=NAME        of the slice and its queued resource (mdt-jax)
-  --type=TYPE        v4-N, v5p-N (N cores, 2 a chip), v5e-N, v6e-N (N chips)
-  --zone=ZONE        a zone that has this type
-  --project=PROJECT  (gcloud's own setting)
-  --spot             cheaper; can be taken away at any time
-  --runtime=VERSION  the workers' image (by type)
+  --name=NAME        name of the slice and its queued resource (default: mdt-jax)
+  --type=TYPE        v4-N, v5p-N (N cores, 2 per chip), v5e-N, v6e-N (N chips)
+  --zone=ZONE        a zone that offers this type
+  --project=PROJECT  Google Cloud project (default: the project that gcloud uses)
+  --spot             cheaper, but Google can preempt the slice at any time
+  --runtime=VERSION  software version of the workers (default: depends on the type)
   --bucket=BUCKET    Cloud Storage bucket, mounted at /mnt/bucket on all workers
-  --restarts=N       of `all`, after failures other than preemption and bad input (3)
-  --output=DIR       where logs go to (runs/NAME)
-  --dry-run          print the commands and run none
+  --restarts=N       for `all`: restarts after failures other than preemption and exit
+                     code 2, bad settings (default: 3)
+  --output=DIR       folder of the logs (default: runs/NAME)
+  --dry-run          print the commands without running them
 EOF
 }
 
@@ -42,19 +46,19 @@ main() {
   if [ -n "$project" ]; then place+=("--project=$project"); fi
   output="${output:-runs/$name}"
   if ! $dry_run && ! command -v gcloud >/dev/null; then
-    refuse "gcloud is missing: https://cloud.google.com/sdk/docs/install"
+    refuse "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
   fi
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   "step_$step"
 }
 
-# Sets step, command and the flags.
+# Reads the arguments into the variables step, command and those of the flags.
 parse() {
   step="${1:-}"
   case "$step" in
     create | wait | install | run | logs | stop | delete | all) shift ;;
     -h | --help | help) usage && exit 0 ;;
-    *) refuse "'$step' is no step: create, wait, install, run, logs, stop, delete or all" ;;
+    *) refuse "'$step' is not a step: create, wait, install, run, logs, stop, delete or all" ;;
   esac
   name=mdt-jax type="" zone="" project="" runtime="" bucket="" output=""
   restarts=3 spot=false dry_run=false command=() flags=()
@@ -71,7 +75,7 @@ parse() {
       --spot) spot=true ;;
       --dry-run) dry_run=true ;;
       --) shift && command=("$@") && break ;;
-      *) refuse "'$1' is no flag, or has no value; launch/tpu_pod.sh --help lists them" ;;
+      *) refuse "'$1' is unknown or has no value; launch/tpu_pod.sh --help lists the flags" ;;
     esac
     flags+=("$1")
     shift
@@ -80,15 +84,15 @@ parse() {
   [[ "$name" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
     refuse "--name = '$name': must be lower case letters, digits and hyphens"
   [[ "$restarts" =~ ^[0-9]+$ ]] || refuse "--restarts = '$restarts': must be a number"
-  [ -n "$zone" ] || refuse "--zone is missing: a zone that has this type of TPU"
+  [ -n "$zone" ] || refuse "--zone is missing: name a zone that offers this type of TPU"
   case "$step" in create | all) choose_type ;; esac
   case "$step" in
-    run | all) [ ${#command[@]} -gt 0 ] || refuse "no command: it follows after --" ;;
+    run | all) [ ${#command[@]} -gt 0 ] || refuse "no command: give the command after --" ;;
     *) [ ${#command[@]} -eq 0 ] || refuse "'${command[0]}': $step takes no command" ;;
   esac
 }
 
-# The names by which Cloud TPU knows a type, and the image for its generation
+# Sets type to Cloud TPU's name, and runtime to the software version of the generation
 # (https://cloud.google.com/tpu/docs/runtimes).
 choose_type() {
   local generation="${type%%-*}" size="${type#*-}" image
@@ -114,7 +118,7 @@ step_create() {
 step_wait() {
   local state="" last=""
   if $dry_run; then
-    show "${describe[@]}" "$name" "${place[@]}" && echo "# until that says ACTIVE"
+    show "${describe[@]}" "$name" "${place[@]}" && echo "# repeated until the state is ACTIVE"
     return
   fi
   while true; do
@@ -124,7 +128,7 @@ step_wait() {
     case "$state" in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING)
-        echo "error: $name is $state; \`delete\` clears it" >&2
+        echo "error: $name is $state; delete it with: launch/tpu_pod.sh delete" >&2
         return 1
         ;;
     esac
@@ -140,7 +144,7 @@ step_install() {
   call mkdir -p "$output"
   call git archive --format=tar.gz "--output=$archive" HEAD
   if ! $dry_run && ! git diff --quiet HEAD; then
-    echo "note: uncommitted changes are not sent" >&2
+    echo "note: uncommitted changes are not copied to the workers" >&2
   fi
   call "${tpus[@]}" tpu-vm scp "$archive" "$name:mdt_jax.tar.gz" --worker=all \
     "${place[@]}" --quiet
@@ -163,7 +167,7 @@ step_logs() {
     call "${tpus[@]}" tpu-vm scp "$name:mdt_jax_run/log" "$output/worker_$i.log" \
       "--worker=$i" "${place[@]}" --quiet
   done
-  if $dry_run; then echo "# and so for each further worker"; fi
+  if $dry_run; then echo "# repeated for each other worker"; fi
 }
 
 step_stop() { on_worker all "bash mdt_jax/launch/tpu_worker.sh stop"; }
@@ -172,7 +176,7 @@ step_delete() {
   call "${tpus[@]}" queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
-# Every step is a process of its own, so that `set -e` holds within it.
+# Each step runs in its own process, because bash ignores `set -e` to the left of `||`.
 step_all() {
   local code failures=0
   trap 'interrupted' INT TERM
@@ -181,24 +185,24 @@ step_all() {
     one create && one wait && one install || code=$?
     while [ "$code" -eq 0 ]; do
       one run || code=$?
-      # 2 is bad input: the next try would end in the same way.
+      # Exit code 2 means a bad setting: a restart would fail again.
       if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then break 2; fi
-      sleep 30 # until the state tells of a preemption
+      sleep 30 # the state shows a preemption only after some time
       case "$(slice_state)" in
         SUSPENDING | SUSPENDED)
-          echo "note: $name was preempted; asking for it again" >&2
+          echo "note: $name was preempted; requesting it again" >&2
           one delete
           continue 2
           ;;
       esac
       failures=$((failures + 1))
       if [ "$failures" -gt "$restarts" ]; then break 2; fi
-      echo "note: exit code $code; try $failures of $restarts" >&2
+      echo "note: exit code $code; restart $failures of $restarts" >&2
       code=0
     done
     break
   done
-  one logs || echo "note: no logs could be fetched" >&2
+  one logs || echo "note: the logs could not be downloaded" >&2
   one delete
   return "$code"
 }
@@ -210,8 +214,8 @@ one() {
 }
 
 interrupted() {
-  echo "error: interrupted; $name may be there still, and be billed: \`run\` follows" \
-    "the run, \`stop\` ends it, \`delete\` gives the slice back" >&2
+  echo "error: interrupted; the slice $name may still exist and be billed: \`run\` shows" \
+    "the log of the run, \`stop\` ends the run, \`delete\` deletes the slice" >&2
   exit 130
 }
 
@@ -224,7 +228,7 @@ call() { if $dry_run; then show "$@"; else "$@"; fi; }
 
 show() { quote "$@" && echo; }
 
-# The words as a shell reads them back.
+# Prints the arguments, quoted for a shell.
 quote() {
   local word separator=""
   for word in "$@"; do

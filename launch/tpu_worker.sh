@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# On each worker of a TPU slice, where launch/tpu_pod.sh calls it:
-#   install [BUCKET]  Python and the package; BUCKET, if any, is mounted at /mnt/bucket
-#   start COMMAND...  starts COMMAND so that it outlives the connection, unless one runs
-#   follow            prints its log to the end; exits with its code, 0 if it was stopped
-#   stop              sends SIGTERM and waits until it has saved and ended
-# RUN: folder of the run's log, process id and exit code (~/mdt_jax_run)
+# launch/tpu_pod.sh calls this script on each worker of a TPU slice:
+#   install [BUCKET]  installs Python and the package, and mounts BUCKET at /mnt/bucket
+#   start COMMAND...  starts COMMAND in the background, unless a command is running
+#   follow            prints the log until the command ends; exits with the command's exit
+#                     code, or with 0 if `stop` ended the command
+#   stop              sends SIGTERM to the command and waits until it has ended
+# RUN: folder of the command's log, process id and exit code (default: ~/mdt_jax_run)
+# STOP_SECONDS: how long `stop` waits (default: 600)
 set -euo pipefail
 RUN="${RUN:-$HOME/mdt_jax_run}"
 STOP_SECONDS="${STOP_SECONDS:-600}"
 
 step_install() {
-  # The image's Python is 3.10 on some generations; the package needs 3.11.
+  # Some TPU images have Python 3.10, but the package needs 3.11.
   python3 -m pip install --quiet --user uv
   local uv="$HOME/.local/bin/uv"
   "$uv" python install --quiet 3.12
@@ -33,14 +35,14 @@ mount_bucket() {
   fi
   sudo mkdir -p /mnt/bucket
   sudo chown "$USER" /mnt/bucket
-  # A checkpoint is written under another name and renamed: a folder of many files.
+  # Orbax renames the folder of a finished checkpoint, which holds many files.
   gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" /mnt/bucket
 }
 
 step_start() {
   mkdir -p "$RUN"
   if running; then
-    echo "runs already: process $(cat "$RUN/pid")"
+    echo "already running: process $(cat "$RUN/pid")"
     return
   fi
   rm -f "$RUN"/{pid,code,stopped}
@@ -51,7 +53,7 @@ step_start() {
   echo "started: process $(cat "$RUN/pid")"
 }
 
-# Internal: runs the command and keeps its exit code.
+# For `start` only: runs the command and writes its process id and exit code.
 step_supervise() {
   local code=0 child
   "$@" &
@@ -63,7 +65,7 @@ step_supervise() {
 
 step_follow() {
   if [ ! -f "$RUN/pid" ]; then
-    echo "error: nothing was started here" >&2
+    echo "error: no command was started on this worker" >&2
     return 1
   fi
   tail -n 100 --pid="$(cat "$RUN/pid")" -f "$RUN/log"
@@ -72,18 +74,18 @@ step_follow() {
     sleep 0.1
   done
   if [ -f "$RUN/stopped" ]; then return; fi
-  return "$(cat "$RUN/code" 2>/dev/null || echo 1)" # 1: the worker was restarted
+  return "$(cat "$RUN/code" 2>/dev/null || echo 1)" # no exit code: the worker restarted
 }
 
 step_stop() {
   if ! running; then return; fi
-  touch "$RUN/stopped" # before the signal: `follow` asks for it once the run has ended
+  touch "$RUN/stopped" # before the signal, because `follow` reads it after the run ends
   kill -TERM "$(cat "$RUN/pid")"
   for ((i = 0; i < STOP_SECONDS * 10; i++)); do
     if ! running; then return; fi
     sleep 0.1
   done
-  echo "error: still running after $STOP_SECONDS s" >&2
+  echo "error: the command still runs after $STOP_SECONDS s" >&2
   return 1
 }
 

@@ -141,15 +141,15 @@ def test_the_image_follows_the_generation(fakes, kind, accelerator, image):
 @pytest.mark.parametrize(
   ("arguments", "text"),
   [
-    ("", "'' is no step: create, wait"),
-    ("launch --zone=z", "'launch' is no step"),
+    ("", "'' is not a step: create, wait"),
+    ("launch --zone=z", "'launch' is not a step"),
     ("create --type=v5e-8", "--zone is missing"),
     ("create --zone=z --type=v9-8", "--type = 'v9-8': accepted are v4-N"),
     ("create --zone=z --type=v5e", "--type = 'v5e'"),
     ("create --zone=z", "--type = ''"),
     ("create --zone= --type=v5e-8", "'--zone='"),
     ("wait --zone=z --name=Big_One", "--name = 'Big_One'"),
-    ("wait --zone=z --spto", "'--spto' is no flag"),
+    ("wait --zone=z --spto", "'--spto' is unknown"),
     ("wait --zone=z -- true", "'true': wait takes no command"),
     ("run --zone=z", "no command"),
     ("all --zone=z --type=v5e-8 --restarts=many -- true", "--restarts = 'many'"),
@@ -256,7 +256,7 @@ def test_the_worker_follows_a_run_to_its_exit_code(worker):
   code, _, err = worker("start", "bash", "-c", 'echo "$0"; sleep 1; exit 75', "a b")
   assert code == 0, err
   code, out, err = worker("start", "true")
-  assert "runs already" in out
+  assert "already running" in out
   assert worker("follow")[:2] == (75, "a b\n")
   worker("start", "true")
   assert worker("follow")[0] == 0
@@ -276,7 +276,7 @@ def test_a_stopped_run_may_save_and_counts_as_done(worker, fakes):
 def test_a_worker_without_a_run_says_so(worker):
   code, _, err = worker("follow")
   assert code == 1
-  assert "nothing was started here" in err
+  assert "no command was started" in err
 
 
 # --- slurm.sbatch ---
