@@ -46,16 +46,19 @@ Array = jax.Array
 
 
 def products(q: Array, k: Array, v: Array, bias: Array) -> Array:
+  """Attention by jax.nn.dot_product_attention."""
   return jax.nn.dot_product_attention(q, k, v, bias=bias)
 
 
 def cudnn(q: Array, k: Array, v: Array, bias: Array) -> Array:
+  """Attention by the fused kernel of cuDNN."""
   return jax.nn.dot_product_attention(
     q, k, v, bias=bias.astype(q.dtype), implementation="cudnn"
   )
 
 
 def merged(q: Array, k: Array, v: Array, bias: Array) -> Array:
+  """Attention by einsum products of (B, H, L, d) arrays."""
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + bias).astype(v.dtype)
@@ -63,17 +66,20 @@ def merged(q: Array, k: Array, v: Array, bias: Array) -> Array:
 
 
 def by_table(table: Array, index: Array, ids: Array) -> Array:
+  """The bias (B, H, K, K) of kept tokens: gathers rows of the table."""
   pairs = index[ids[:, :, None], ids[:, None, :]]
   return table[pairs].transpose(0, 3, 1, 2)
 
 
 def by_pairs(table: Array, index: Array, ids: Array) -> Array:
+  """The bias (B, H, K, K) of kept tokens: gathers rows and columns of all tokens."""
   bias = table[index].transpose(2, 0, 1)
   take = jax.vmap(lambda rows: bias[:, rows][:, :, rows])
   return take(ids)
 
 
 def by_one_hot(table: Array, index: Array, ids: Array) -> Array:
+  """The bias (B, H, K, K) of kept tokens: products with one-hot matrices."""
   bias = table[index].transpose(2, 0, 1)
   chosen = jax.nn.one_hot(ids, len(index), dtype=bias.dtype)
   rows = jnp.einsum("bkl,hlm->bhkm", chosen, bias)
@@ -137,6 +143,7 @@ def _masked(
 
 
 def _wait(function: Callable[[], tuple[Array, ...]]) -> None:
+  """Calls a function and waits for its result."""
   jax.block_until_ready(function())
 
 

@@ -41,18 +41,21 @@ flags.mark_flag_as_required("what")
 
 
 def frechet() -> dict[str, Any]:
+  """Times the Frechet distance of two sets of features."""
   rng = np.random.default_rng(0)
   first, second = (_features(rng, NUM_IMAGES.value) for _ in range(2))
   return _timed(lambda: metrics.frechet_distance(first, second))
 
 
 def precision_recall() -> dict[str, Any]:
+  """Times precision and recall of two sets of features."""
   rng = np.random.default_rng(0)
   real, generated = _features(rng, NUM_REAL.value), _features(rng, NUM_IMAGES.value)
   return _timed(lambda: metrics.precision_recall(real, generated))
 
 
 def evaluate() -> dict[str, Any]:
+  """Times the five scores of ADM on image files."""
   sizes = {"pool3": NUM_FEATURES, "spatial": NUM_SPATIAL, "logits": NUM_CLASSES}
   rng = np.random.default_rng(0)
   pixels = 16 * 16 * 3
@@ -106,6 +109,7 @@ def _write_noise(path: Path, count: int) -> None:
 
 
 def _timed(run: Callable[[], Any]) -> dict[str, Any]:
+  """Runs a function; returns seconds, peak memory of the process, and the result."""
   before = time.monotonic()
   value = run()
   seconds = time.monotonic() - before

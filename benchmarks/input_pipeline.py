@@ -90,10 +90,12 @@ class _Blank:
     return self._length
 
   def name(self, index: int) -> str:
+    """The file name of an image, as in ImageNet."""
     label = index % NUM_CLASSES
     return f"n{label:08d}/n{label:08d}_{index}.JPEG"
 
   def load(self, index: int) -> dict[str, Any]:
+    """A blank image with its label."""
     return {"image": np.zeros((1, 1, 3), np.uint8), "label": index % NUM_CLASSES}
 
 

@@ -135,8 +135,10 @@ class Reference:
     return None
 
   def _precision(self) -> torch.autocast:
+    """The context of the compute type."""
     return torch.autocast(self._device, self._dtype, enabled=self._autocast)
 
   def _wait(self) -> None:
+    """Waits for the GPU."""
     if self._device == "cuda":
       torch.cuda.synchronize()

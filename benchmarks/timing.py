@@ -20,6 +20,7 @@ class Times:
 
   @property
   def median(self) -> float:
+    """Median of the seconds."""
     return statistics.median(self.seconds)
 
   @property

@@ -117,11 +117,13 @@ class _Parser(argparse.ArgumentParser):
   """A parser that prints errors on one line, like the commands of mdt_jax."""
 
   def error(self, message: str) -> NoReturn:
+    """Prints a one-line error and exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_BAD_SETTING)
 
 
 def _positive(text: str) -> int:
+  """Parses a whole number of at least 1."""
   value = int(text) if text.isdigit() else 0
   if value < 1:
     raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
@@ -129,6 +131,7 @@ def _positive(text: str) -> int:
 
 
 def _free_port() -> int:
+  """A free TCP port on this machine."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
@@ -137,6 +140,7 @@ def _free_port() -> int:
 def _environment(
   address: str, processes: int, process_id: int, devices: int
 ) -> dict[str, str]:
+  """The environment variables of one process."""
   simulated = f"--xla_force_host_platform_device_count={devices}"
   return {
     **os.environ,
@@ -152,6 +156,7 @@ def _environment(
 def _start(
   command: Sequence[str], environment: dict[str, str]
 ) -> subprocess.Popen[str]:
+  """Starts a child process."""
   return subprocess.Popen(
     command,
     env=environment,
@@ -166,6 +171,7 @@ def _start(
 
 
 def _signal(children: Sequence[subprocess.Popen[str]], number: int) -> None:
+  """Sends a signal to the process groups of all running children."""
   for child in children:
     if child.poll() is None:
       os.killpg(child.pid, number)
@@ -174,6 +180,7 @@ def _signal(children: Sequence[subprocess.Popen[str]], number: int) -> None:
 def _print_lines(
   process_id: int, child: subprocess.Popen[str], printing: threading.Lock
 ) -> None:
+  """Prints the output of a child, with the process number before each line."""
   for line in child.stdout:
     with printing:
       print(f"[{process_id}] {line.rstrip()}", flush=True)

@@ -9,7 +9,8 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 
-# Attributes of a network that do not change the shapes of its parameters.
+# Attributes of a network that `_attributes` leaves out: they do not change the
+# parameters, except `condition`, which `_identity` compares.
 _NOT_OF_THE_PARAMS = (
   "dtype",
   "remat",

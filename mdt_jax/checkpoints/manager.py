@@ -39,7 +39,7 @@ class Checkpoints:
   A checkpoint holds the state, the parameter averages, the config and the versions of
   packages. Saves are asynchronous and atomic. A complete checkpoint gets checksums.
   `restore` moves damaged checkpoints to WORKDIR/damaged. All processes of a run must
-  call the methods together.
+  call `save`, `finish`, `put_aside_after` and `restore` together.
 
   Args:
     workdir: folder of the run.

@@ -246,6 +246,7 @@ class _UntilStopped:
     return len(self._images)
 
   def batches(self, batch_size: int) -> Iterator[LabelledImages]:
+    """Yields batches; raises `Stopped` once the run is asked to stop."""
     for batch in self._images.batches(batch_size):
       if self._stops():
         raise Stopped

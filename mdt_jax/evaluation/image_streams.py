@@ -79,6 +79,7 @@ class NpzImages:
 
   @contextlib.contextmanager
   def _open(self) -> Iterator[IO[bytes]]:
+    """Opens arr_0; raises SettingError if the file cannot be read."""
     try:
       with (
         zipfile.ZipFile(self._path) as archive,
@@ -95,6 +96,7 @@ class NpzImages:
       raise self._error(f"is not a readable .npz file: {error}") from None
 
   def _read_header(self, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads and checks the shape and the dtype of arr_0."""
     version = np.lib.format.read_magic(member)
     readers = {
       (1, 0): np.lib.format.read_array_header_1_0,
@@ -116,6 +118,7 @@ class NpzImages:
     return shape, dtype
 
   def _read(self, member: IO[bytes], start: int, stop: int) -> np.ndarray:
+    """Reads the images from number `start` up to `stop`."""
     image_bytes = int(np.prod(self.shape[1:])) * self._dtype.itemsize
     data = member.read((stop - start) * image_bytes)
     whole = start + len(data) // image_bytes
@@ -151,6 +154,7 @@ class NpzImages:
     return images
 
   def _read_labels(self) -> np.ndarray | None:
+    """Reads and checks arr_1; None if the file has no labels."""
     try:
       with np.load(self._path, allow_pickle=False) as file:
         if LABELS not in file.files:
@@ -166,6 +170,7 @@ class NpzImages:
     return labels
 
   def _error(self, accepted: str) -> SettingError:
+    """A SettingError about the file."""
     return SettingError(self._setting, str(self._path), accepted)
 
 

@@ -104,11 +104,13 @@ def labelled_metric(
 
 
 def _inception_score(real: Summary, generated: Summary) -> float:
+  """Inception score of the generated images."""
   del real
   return metrics.inception_score(generated.features["logits"])
 
 
 def _precision_recall(real: Summary, generated: Summary) -> dict[str, float]:
+  """Precision and recall by name."""
   precision, recall = metrics.precision_recall(
     real.features["pool3"], generated.features["pool3"]
   )

@@ -34,8 +34,8 @@ class Request:
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     block_size: number of images in a block. The last block is filled up with the first
       images of the request.
-    image: image to inpaint or edit, (H, W, C) float32 for all images, or (N, H, W, C);
-      None to sample from noise alone.
+    image: image to inpaint or edit, as input of the network: (H, W, C) float32 for all
+      images, or (N, H, W, C); None to sample from noise alone.
     hidden: (H, W) bool, True where the image is painted; None without inpainting.
     hidden_tokens: (L,) bool, True for tokens without a visible part; None without
       inpainting.

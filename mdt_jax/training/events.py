@@ -88,7 +88,7 @@ class Events:
     if self._folder is None or time.monotonic() < self._not_before:
       yield None
       return
-    with tolerate(f"events in {self._folder}"):
+    with tolerate(f"TensorBoard events in {self._folder}"):
       if self._writer is None:
         self._writer = _open(self._folder)
       try:
@@ -114,6 +114,7 @@ def tolerate(what: str) -> Iterator[None]:
 
 
 def _open(folder: Path) -> MetricWriter:
+  """Opens a new event file with clu's writer."""
   from clu import metric_writers  # imports TensorFlow, which takes seconds
 
   return metric_writers.SummaryWriter(str(folder))

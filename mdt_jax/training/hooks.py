@@ -33,9 +33,9 @@ Evaluate = Callable[[int, Mapping[str, Params], Callable[[], bool]], dict[str, f
 class Hook(abc.ABC):
   """Computes and writes a result from the averaged parameters.
 
-  A hook runs after every `every` steps and after the last step. A failed hook is logged
-  and does not stop the run. All processes of a run compute the result together; process
-  0 writes the result.
+  A hook runs every `every` steps and after the last step. All processes of a run
+  compute the result together, and process 0 writes it. Training continues after a hook
+  that fails; with several processes, only if the failure is a SettingError.
 
   Attributes:
     what: name of the result, for messages.
@@ -143,6 +143,7 @@ class Hook(abc.ABC):
     return is_missing
 
   def _path(self, done: int) -> Path:
+    """The file of the result after `done` steps."""
     return self._folder / f"step_{done:07d}.{self._suffix}"
 
   def _tried(self, done: int) -> Path:

@@ -116,7 +116,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
   write_json(path, found)
   logger.info(
     "step %d, batch %d: loss %s; not finite: %d parameters, %d gradients, and the "
-    "losses of %d of %d examples; more in %s",
+    "losses of %d of %d examples; details in %s",
     step,
     found["batch"],
     found["loss"],

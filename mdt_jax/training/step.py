@@ -62,7 +62,7 @@ def make_train_step(
     `objective.static_choices`. The metrics are losses, losses by quartile of the times
     ("loss_q0" to "loss_q3"), "gradient_norm", "learning_rate" and "skipped". If the
     loss or the gradient norm is not finite, the step is skipped: only the step number
-    of the state changes, "skipped" counts the step, and all other metrics are zero.
+    of the state changes, "skipped" counts the step, and the other metrics omit it.
   """
 
   def gradients_of(
