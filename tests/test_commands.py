@@ -481,7 +481,7 @@ def test_a_reference_batch_has_adm_s_form(photographs, tmp_path):
     (
       ["--vae=./nowhere"],
       [
-        "--vae = './nowhere': there is no such folder",
+        "--vae = './nowhere': must be an existing folder",
         "config.json and diffusion_pytorch_model.safetensors of https://",
       ],
     ),
@@ -489,7 +489,7 @@ def test_a_reference_batch_has_adm_s_form(photographs, tmp_path):
     (["--compute_dtype=half"], ["--compute_dtype = 'half'", "float32, bfloat16"]),
     (["--image_size=17"], ["--image_size = 17: must be divisible by 8"]),
     (["--max_unreadable=0"], ["--max_unreadable = 0: 1 files cannot be read", "cut"]),
-    (["--process_index=1"], ["--process_count = None: goes with --process_index"]),
+    (["--process_index=1"], ["--process_count = None: must be given"]),
     (
       ["--process_index=2", "--process_count=2"],
       ["--process_index = 2: must lie in [0, 2)"],

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch code, to our parameters and back."""
+"""Pretrained models, and conversion of PyTorch checkpoints to and from flax."""
 
 from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
 

@@ -1,4 +1,4 @@
-"""A pretrained autoencoder: images to moments of latents, latents to images."""
+"""A pretrained autoencoder: encodes images to moments, decodes latents to images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from mdt_jax.types import Array, Dtype, Params
 class Autoencoder:
   """An autoencoder network with its parameters.
 
-  Its latents are those of the diffusion: shifted and scaled to about unit variance.
+  All latents of this class are shifted and scaled to about unit variance, as the
+  diffusion model needs them.
   """
 
   model: AutoencoderKL
@@ -39,22 +40,28 @@ class Autoencoder:
     dtype: Dtype = jnp.float32,
     sharding: jax.sharding.Sharding | None = None,
   ) -> Autoencoder:
-    """Loads a folder, or a model of the Hugging Face hub; see `torch_vae.load_vae`.
+    """Loads an autoencoder from a folder or from the Hugging Face hub.
 
     Args:
-      name: folder or hub id.
-      dtype: type that the network computes in.
-      sharding: of the parameters; None for the first device.
+      name: folder or hub id; see `torch_vae.load_vae`.
+      dtype: compute dtype.
+      sharding: sharding of the parameters; None for the first device.
+
+    Raises:
+      SettingError: setting "vae": see `torch_vae.load_vae`.
     """
     model, params = load_vae(name, dtype)
     return cls(model, jax.device_put(params, sharding))
 
   def check_scale(self, name: str | None, card: Mapping[str, Any]) -> None:
-    """Raises SettingError where latents are stored at another scale than this one.
+    """Checks that a latent set was scaled like the latents of this autoencoder.
 
     Args:
-      name: of this autoencoder, as the user gave it.
-      card: of the latents, see `data.latents.read_card`.
+      name: name of this autoencoder, as the user typed it; for the message.
+      card: card of the latent set, see `data.latents.read_card`.
+
+    Raises:
+      SettingError: scaling_factor or shift_factor differ.
     """
     for factor in ("scaling_factor", "shift_factor"):
       own, stored = getattr(self.model, factor), card[factor]
@@ -62,33 +69,42 @@ class Autoencoder:
         raise SettingError(
           "config.data.vae",
           name,
-          f"has {factor} = {own}, where the latents were made with {stored} "
-          f"(by {card['vae']})",
+          f"must have {factor} = {stored}, with which {card['vae']} encoded the "
+          f"latents; has {own}",
         )
 
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-    """Returns (h, w, C) of the latents of square images."""
+    """Returns the shape (h, w, C) of the latents of a square image."""
     side = image_size // self.model.downsampling
     return (side, side, self.model.latent_channels)
 
   def moments(
     self, images: Shaped[Array | np.ndarray, "B H W 3"]
   ) -> Float32[Array, "B 2 h w C"]:
-    """Returns mean and std of the latents of images.
+    """Encodes images to mean and standard deviation of their latents.
 
     Args:
-      images: uint8, or floats in [-1, 1].
+      images: (B, H, W, 3), uint8 in [0, 255] or floats in [-1, 1].
+
+    Returns:
+      (B, 2, h, w, C) float32, scaled; axis 1 is mean, standard deviation.
     """
     return _moments(self.model, self.params, images)
 
   def decode(
     self, latents: Float[Array | np.ndarray, "B h w C"]
   ) -> Float32[Array, "B H W 3"]:
-    """Decodes latents to images, about in [-1, 1].
+    """Decodes latents to images.
 
-    Inside `sharding.use_mesh`, the devices of the mesh share the latents if B is a
-    multiple of the number of devices that share a batch. With several processes, all
-    of them must call this function.
+    Inside `sharding.use_mesh`, the batch is sharded over the mesh if B is divisible by
+    the number of devices that share a batch. With several processes, all processes must
+    then call this method.
+
+    Args:
+      latents: (B, h, w, C), scaled.
+
+    Returns:
+      Images, about in [-1, 1], not clipped.
     """
     axes = spmd.logical_to_mesh_axes(("batch",)) or (None,)
     return _decode(self.model, self.params, latents, axes[0])
@@ -100,16 +116,17 @@ def load_autoencoder(
   channels: int,
   placement: jax.sharding.Sharding | None = None,
 ) -> Autoencoder:
-  """The autoencoder of a run.
+  """Loads the autoencoder of a run and checks its number of latent channels.
 
   Args:
-    vae: folder or hub id, as `config.data.vae`.
-    dtype: compute type.
-    channels: of the latents that the network takes.
-    placement: where the parameters lie; None for the first device.
+    vae: folder or hub id, the value of `config.data.vae`.
+    dtype: compute dtype.
+    channels: number of channels of the diffusion network's input.
+    placement: sharding of the parameters; None for the first device.
 
   Raises:
-    SettingError: there is none of that name, or its latents have other channels.
+    SettingError: the autoencoder does not exist or cannot be loaded, or its latents
+      have another number of channels.
   """
   with renamed_in_errors({"vae": "config.data.vae"}):
     autoencoder = Autoencoder.load(vae, dtype, sharding=placement)
@@ -127,7 +144,7 @@ def load_autoencoder(
 def _decode(
   model: AutoencoderKL, params: Params, latents: Array, axes: tuple[str, ...] | None
 ) -> Array:
-  """Decodes latents; `axes` of the mesh share the images, None for no sharing."""
+  """Decodes latents; shards the batch over the mesh `axes` unless `axes` is None."""
 
   def decode(params: Params, latents: Array) -> Array:
     return decode_in_slices(model, params, model.unscale(latents))
@@ -135,7 +152,7 @@ def _decode(
   mesh = jax.sharding.get_abstract_mesh()
   if not axes or len(latents) % math.prod(mesh.shape[axis] for axis in axes):
     return decode(params, latents)
-  # Sharded by hand: JAX would run the loop over slices on the whole batch.
+  # With automatic sharding, each device would loop over slices of the whole batch.
   replicated, over_batch = PartitionSpec(), PartitionSpec(axes)
   return jax.shard_map(
     decode,
@@ -147,6 +164,7 @@ def _decode(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(model: AutoencoderKL, params: Params, images: Array) -> Array:
+  """Implements `Autoencoder.moments`."""
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 127.5 - 1
   output: Any = model.apply({"params": params}, images, method="encode")

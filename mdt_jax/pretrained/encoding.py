@@ -1,4 +1,4 @@
-"""Encodes the images of a data set once, with a pretrained autoencoder."""
+"""Encodes the images of a data set to a latent set, with a pretrained autoencoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mdt_jax.types import Array
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STATISTICS = "statistics.json"
-# Errors below name settings; these functions name their arguments.
+# Setting in an error of an inner function -> argument of the functions below.
 _ARGUMENTS = {
   "config.data.max_unreadable": "max_unreadable",
   "--dtype": "dtype",
@@ -54,32 +54,34 @@ def encode_images(
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> bool:
-  """Encodes images and their mirror images into a set of latents.
+  """Encodes images and their mirror images into a latent set.
 
-  A stopped call goes on with the next shard when it is repeated. Several processes
-  write one set together if each calls this function with its `process_index`.
+  If a call is interrupted, the same call resumes at the first unfinished shard. Several
+  processes write one set together if each calls this function with its
+  `process_index`.
 
   Args:
-    source: folder of images, .tar file or folder of them, or tfds:NAME.
-    output: folder of the set.
-    vae: autoencoder, as a folder in the form of diffusers or a hub id.
-    split: of a TFDS data set.
-    image_size: height and width of the crops in pixels.
-    dtype: of the stored latents, float16 or bfloat16.
-    compute_dtype: of the autoencoder, float32 or bfloat16.
-    num_shards: shards of the set; None for one per 10,000 images.
-    batch_size: images in a batch, over all devices of this process.
-    num_threads: threads that read and crop images.
-    max_unreadable: images that may be left out.
-    process_index: of this process, from 0; None for JAX's.
-    process_count: processes that write the set; None for JAX's.
+    source: folder of images, .tar file, folder of .tar files, or "tfds:NAME".
+    output: folder of the latent set; see `data.latents`.
+    vae: autoencoder, as a folder in diffusers' format or a Hugging Face hub id.
+    split: split of a TFDS data set.
+    image_size: height and width of the centre crops in pixels.
+    dtype: dtype of the stored latents, "float16" or "bfloat16".
+    compute_dtype: compute dtype of the autoencoder, "float32" or "bfloat16".
+    num_shards: number of shards of the set; None for one per 10,000 images.
+    batch_size: number of images per batch, over all devices of this process.
+    num_threads: number of threads that read and crop images.
+    max_unreadable: largest accepted number of unreadable images, which are left out.
+    process_index: index of this process, from 0; None for jax.process_index().
+    process_count: number of processes that write the set; None for jax.process_count().
 
   Returns:
     Whether the set is finished; False if other processes still write shards.
 
   Raises:
-    SettingError: an argument is out of range; no images or no autoencoder are found;
-      what `latent_writer.write_latents` refuses; the devices have too little memory.
+    SettingError: an argument is out of range, no images or no autoencoder are found,
+      the devices have too little memory, or writing fails; see
+      `latent_writer.write_latents`.
   """
   check_choice("dtype", dtype, latents.DTYPES)
   check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
@@ -147,7 +149,7 @@ def encode_images(
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       raise SettingError(
-        "batch_size", batch_size, "takes more memory than the devices have"
+        "batch_size", batch_size, "needs more memory than the devices have"
       ) from None
   if finished:
     entries = latents.read_card(latent_set.folder)["shards"]
@@ -156,23 +158,24 @@ def encode_images(
     logger.info("%d images in %s, %d left out", written, latent_set.folder, left_out)
   else:
     logger.info(
-      "this process is done; others are still at work on %s", latent_set.folder
+      "this process is done; other processes still write %s", latent_set.folder
     )
   return finished
 
 
 @renamed_in_errors({**_ARGUMENTS, "config.data.path": "output"})
 def verify(output: str | os.PathLike[str]) -> int:
-  """Reads and checks every record of a set, see `latents.verify`.
+  """Reads and checks all records of a latent set; see `latents.verify`.
 
   Args:
-    output: folder of the set.
+    output: folder of the latent set.
 
   Returns:
     The number of images.
 
   Raises:
-    SettingError: names the first shard or record that is missing or damaged.
+    SettingError: a shard or a record is missing or damaged; the message names the first
+      one.
   """
   output = Path(output).expanduser()
   with tqdm.tqdm(total=latents.read_card(output)["images"], unit="image") as bar:
@@ -185,20 +188,23 @@ def verify(output: str | os.PathLike[str]) -> int:
 def write_statistics(
   output: str | os.PathLike[str], max_unreadable: int = 100
 ) -> latents.ChannelStatistics:
-  """Writes mean and std of a set by channel to its statistics.json, and returns them.
+  """Writes the channel statistics of a latent set to statistics.json in its folder.
 
   Args:
-    output: folder of the set.
-    max_unreadable: records that may be unreadable.
+    output: folder of the latent set.
+    max_unreadable: largest accepted number of unreadable records.
+
+  Returns:
+    Mean and standard deviation per channel.
 
   Raises:
-    SettingError: the folder holds no set; too many records are unreadable.
+    SettingError: the folder holds no latent set, or too many records are unreadable.
   """
   output = Path(output).expanduser()
   source = latents.open_set(output, max_unreadable)
   with tqdm.tqdm(total=len(source), unit="image") as bar:
     found = latents.channel_statistics(source, bar.update)
-  # The file's name for the std is "deviation".
+  # statistics.json calls the standard deviation "deviation".
   values = {"mean": found.mean.tolist(), "deviation": found.std.tolist()}
   write_json(output / STATISTICS, values)
   for name, numbers in found._asdict().items():
@@ -217,21 +223,22 @@ def write_reference_batch(
   num_images: int = 10_000,
   max_unreadable: int = 100,
 ) -> int:
-  """Writes crops, evenly spaced over a source, see `data.reference_batches`.
+  """Writes evenly spaced images of a source to an .npz file for evaluation.
 
   Args:
-    reference_batch: the .npz file.
-    source: folder of images, .tar file or folder of them, or tfds:NAME.
-    split: of a TFDS data set.
-    image_size: height and width of the crops in pixels.
-    num_images: images to take, or all if the source has fewer.
-    max_unreadable: images that may be left out.
+    reference_batch: path of the .npz file; see `data.reference_batches`.
+    source: folder of images, .tar file, folder of .tar files, or "tfds:NAME".
+    split: split of a TFDS data set.
+    image_size: height and width of the centre crops in pixels.
+    num_images: number of images to select; all images if the source has fewer.
+    max_unreadable: largest accepted number of unreadable images, which are left out.
 
   Returns:
     The number of images written.
 
   Raises:
-    SettingError: an argument is out of range; no images are found.
+    SettingError: an argument is out of range, no images are found, or too many images
+      are unreadable.
   """
   _check_minimum(1, image_size=image_size, num_images=num_images)
   path = Path(reference_batch).expanduser()
@@ -247,7 +254,7 @@ def write_reference_batch(
 def _make_encode_fn(
   autoencoder: Autoencoder, mesh: jax.sharding.Mesh, dtype: str
 ) -> Callable[[UInt8[np.ndarray, "B H W 3"]], Float[Array, "B 2 2 h w C"]]:
-  """Returns a function that encodes images and their mirror images on all devices."""
+  """Builds the function that encodes images and mirror images on all devices."""
   over_batch = sharding.over_batch(mesh)
   store = jax.jit(lambda *views: jnp.stack(views, axis=1).astype(dtype))
 
@@ -260,7 +267,7 @@ def _make_encode_fn(
 
 
 def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
-  """Logs the sizes of the set; raises if it does not fit on the disk."""
+  """Logs the size of the set; raises SettingError if it does not fit on the disk."""
   missing, free = latent_set.check_disk()
   logger.info(
     "%d images of %d classes to %d shards: %.2f GB, %.2f GB still to be written, "
@@ -277,18 +284,19 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
 def _open_images(
   source: str, split: str, image_size: int, max_unreadable: int
 ) -> ImageSource:
+  """Opens RGB images; raises SettingError if an argument is out of range."""
   _check_minimum(0, max_unreadable=max_unreadable)
   return ImageSource(open_files(source, split), image_size, 3, max_unreadable)
 
 
 def _process(index: int | None, count: int | None) -> tuple[int, int]:
-  """Returns index and count of the processes that share the work."""
+  """Returns (index, count) of the processes; None means JAX's values for both."""
   if index is None and count is None:
     return jax.process_index(), jax.process_count()
   if count is None:
-    raise SettingError("process_count", None, "goes with --process_index")
+    raise SettingError("process_count", None, "must be given with --process_index")
   if index is None:
-    raise SettingError("process_index", None, "goes with --process_count")
+    raise SettingError("process_index", None, "must be given with --process_count")
   _check_minimum(1, process_count=count)
   if not 0 <= index < count:
     raise SettingError("process_index", index, f"must lie in [0, {count})")
@@ -296,6 +304,7 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 
 
 def _check_minimum(minimum: int, **values: Any) -> None:
+  """Raises SettingError for the first argument below `minimum`; None is accepted."""
   for name, value in values.items():
     if value is not None and value < minimum:
       raise SettingError(name, value, f"must be at least {minimum}")

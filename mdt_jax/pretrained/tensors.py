@@ -1,4 +1,4 @@
-"""Named tensors: reading and writing files, checking names and shapes, flat trees."""
+"""Reads, writes and checks named tensors, and flattens trees of parameters."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from mdt_jax.types import Array, Params
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 
-MAX_NAMES = 5  # tensors named in an error
+MAX_NAMES = 5  # largest number of tensors named in an error
 
 
 def read_tensors(path: str | Path) -> Tensors:
-  """Reads named arrays from a file. Code in the file is not run.
+  """Reads named tensors from a file, without running code in the file.
 
   Args:
-    path: a .pt, .pth, .bin (these need torch) or .safetensors file.
+    path: a .safetensors file, or a .pt, .pth or .bin file (needs torch). If a torch
+      file holds a dict with the entry "ema", that entry is read.
 
   Returns:
-    name -> array; floats of torch's files are float32.
+    name -> array. Floats of torch files are converted to float32.
 
   Raises:
-    SettingError: `path` is no file, cannot be read safely, or holds other things than
-      named tensors.
+    SettingError: setting "path": the file does not exist, has another extension, cannot
+      be read safely, or holds anything but named tensors.
   """
   path = Path(path)
   if not path.is_file():
@@ -42,18 +43,20 @@ def read_tensors(path: str | Path) -> Tensors:
     try:
       return load_file(path)
     except (SafetensorError, OSError) as error:
-      raise SettingError("path", str(path), f"no safetensors file: {error}") from None
-  if path.suffix != ".bin":  # as diffusers names what torch.save writes
+      raise SettingError(
+        "path", str(path), f"must be a safetensors file: {error}"
+      ) from None
+  if path.suffix != ".bin":  # diffusers' extension for files of torch.save
     check_suffix("path", path)
   torch = _import_torch("path", path)
   try:
-    # Checkpoints of DiT's training hold their command line, as a plain Namespace.
+    # Checkpoints of DiT's training code hold an argparse.Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
       loaded = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many kinds for a file that is none
+  except Exception as error:  # torch raises many types for broken files
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise SettingError(
-      "path", str(path), f"no checkpoint that is safe to load: {reason}"
+      "path", str(path), f"must be a checkpoint that is safe to load: {reason}"
     ) from None
   if isinstance(loaded, Mapping) and isinstance(loaded.get("ema"), Mapping):
     loaded = loaded["ema"]
@@ -62,7 +65,7 @@ def read_tensors(path: str | Path) -> Tensors:
     for name, value in loaded.items()
   ):
     raise SettingError("path", str(path), "must hold a dict of named tensors")
-  # NumPy has no bfloat16; parameters are float32 here in any case.
+  # NumPy has no bfloat16, and parameters are float32 in this package.
   return {
     name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
     for name, tensor in loaded.items()
@@ -70,16 +73,21 @@ def read_tensors(path: str | Path) -> Tensors:
 
 
 def check_suffix(setting: str, path: Path) -> None:
-  """Raises SettingError unless the file is of a kind that can be read and written."""
+  """Raises SettingError unless `path` ends in .pt, .pth or .safetensors."""
   if path.suffix not in (".pt", ".pth", ".safetensors"):
     raise SettingError(setting, str(path), "must end in .pt, .pth or .safetensors")
 
 
 def write_tensors(path: str | Path, tensors: Tensors) -> None:
-  """Writes named arrays to a .pt, .pth or .safetensors file, whole or not at all.
+  """Writes named tensors atomically to a .pt, .pth or .safetensors file.
+
+  Args:
+    path: path of the file.
+    tensors: name -> array.
 
   Raises:
-    SettingError: the file's name ends otherwise, or torch is needed and not installed.
+    SettingError: setting "path": the file has another extension, or torch is needed and
+      not installed.
   """
   path = Path(path)
   check_suffix("path", path)
@@ -97,16 +105,19 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
 def misfits(
   tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-  """Describes the tensors that are missing, left over or of another shape.
+  """Describes tensors that are missing, unexpected or of the wrong shape.
 
   Args:
     tensors: name -> array.
-    shapes: name -> shape, of all tensors of a network.
+    shapes: name -> shape, for all tensors of a network.
+
+  Returns:
+    One phrase per tensor, such as "pos_embed is missing"; empty if all tensors fit.
   """
   problems = [f"{name} is missing" for name in shapes if name not in tensors]
-  problems += [f"{name} is not part of it" for name in tensors if name not in shapes]
+  problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
   problems += [
-    f"{name} has shape {tuple(tensors[name].shape)} where {shape} is expected"
+    f"{name} must have shape {shape}, has {tuple(tensors[name].shape)}"
     for name, shape in shapes.items()
     if name in tensors and tuple(tensors[name].shape) != shape
   ]
@@ -114,7 +125,14 @@ def misfits(
 
 
 def refuse(setting: str, source: Any, taken_for: str, problems: Sequence[str]) -> None:
-  """Raises SettingError with the first few of `problems`, if there are any."""
+  """Raises SettingError with the first MAX_NAMES of `problems`, if there are any.
+
+  Args:
+    setting: setting named in the error.
+    source: value of the setting.
+    taken_for: what the tensors were read as; starts the message.
+    problems: phrases of `misfits`.
+  """
   if problems:
     more = len(problems) - MAX_NAMES
     named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
@@ -122,23 +140,24 @@ def refuse(setting: str, source: Any, taken_for: str, problems: Sequence[str]) -
 
 
 def flatten(tree: Params, separator: str = "/") -> dict[str, Array]:
-  """Returns path -> leaf of nested dicts, such as "final_layer/linear/kernel".
+  """Flattens nested dicts to path -> leaf.
 
   Args:
-    tree: arrays, or their shapes and types, in nested dicts.
-    separator: between the keys of a path.
+    tree: nested dicts of arrays, or of their shapes and dtypes.
+    separator: separator of the keys in a path, as in "final_layer/linear/kernel".
   """
-  # The type that flax gives the leaves is that of an empty dict.
+  # flax declares too narrow a return type.
   leaves: Any = traverse_util.flatten_dict(tree, sep=separator)
   return leaves
 
 
 def unflatten(leaves: Mapping[str, Any], separator: str = "/") -> Params:
-  """The inverse of `flatten`."""
+  """Inverts `flatten`."""
   return traverse_util.unflatten_dict(dict(leaves), sep=separator)
 
 
 def _import_torch(setting: str, path: Path) -> Any:
+  """Imports torch; raises SettingError if torch is not installed."""
   try:
     import torch
   except ImportError:

@@ -1,10 +1,12 @@
-"""Weights of the Inception of 2015: from its files to our parameters.
+"""Reads and converts the weights of FID's Inception v3 (2015).
 
-Three files can be read: the state dicts of pytorch-fid
-(pt_inception-2015-12-05-6726825d.pth) and of torch-fidelity
-(weights-inception-2015-12-05-6726825d.pth), and the frozen graph that both come from
-(classify_image_graph_def.pb of inception-2015-12-05.tgz). `convert_inception` writes
-the tensors under the names of pytorch-fid.
+Three released files can be read:
+- pytorch-fid's state dict, pt_inception-2015-12-05-6726825d.pth;
+- torch-fidelity's state dict, weights-inception-2015-12-05-6726825d.pth;
+- the frozen graph that both are derived from, classify_image_graph_def.pb of
+  inception-2015-12-05.tgz.
+
+`convert_inception` writes a .safetensors file with pytorch-fid's tensor names.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ GRAPH_SUFFIX = ".pb"
 _BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
-# Modules in the order of the frozen graph, which numbers its scopes conv, conv_1, ….
+# Modules in the order of the frozen graph, whose scopes are conv, conv_1, conv_2, ….
 _STEM = (
   "Conv2d_1a_3x3",
   "Conv2d_2a_3x3",
@@ -43,7 +45,7 @@ _STEM = (
 )
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _FINAL = {"softmax/weights": "fc.weight", "softmax/biases": "fc.bias"}
-# Scope in a block of the frozen graph -> modules here, in the order of the numbers.
+# Scope inside a block of the frozen graph -> modules, in the order of scope numbers.
 _A = {
   "conv": ["branch1x1"],
   "tower/conv": ["branch5x5_1", "branch5x5_2"],
@@ -76,15 +78,18 @@ _LAYOUTS = (_A, _A, _A, _B, _C, _C, _C, _C, _D, _E, _E)
 
 
 def load_inception(path: str | Path, setting: str = "path") -> Params:
-  """Reads parameters of `Inception`, float32 NumPy arrays.
+  """Reads the parameters of `models.inception.Inception`.
 
   Args:
-    path: .safetensors as `convert_inception` writes it, or a file that it reads.
-    setting: what errors call the path.
+    path: an output of `convert_inception`, or one of the released files.
+    setting: name of the path in errors.
+
+  Returns:
+    Parameters, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is not there, or cannot be read safely, or is of another
-      network.
+    SettingError: the file does not exist, cannot be read safely, or holds the weights
+      of another network.
   """
   with renamed_in_errors({"path": setting}):
     return to_params(_read(path))
@@ -93,24 +98,24 @@ def load_inception(path: str | Path, setting: str = "path") -> Params:
 def convert_inception(
   source: str | Path, target: str | Path, *, overwrite: bool = False
 ) -> None:
-  """Converts a file to .safetensors, which needs neither torch nor TensorFlow.
+  """Converts weights to .safetensors, which can be read without torch or TensorFlow.
 
   Args:
-    source: .pth or .pt (opened with weights_only=True, needs torch), .pb, or
-      .safetensors.
-    target: must end in .safetensors.
-    overwrite: replace that file.
+    source: a .pth or .pt file (opened with weights_only=True; needs torch), a .pb file
+      (needs TensorFlow), or a .safetensors file.
+    target: output path; must end in .safetensors.
+    overwrite: whether to replace an existing target.
 
   Raises:
-    SettingError: as `load_inception` raises it; or `target` ends otherwise, or exists
-      and `overwrite` is not set. Nothing is written then.
+    SettingError: `source` cannot be read, see `load_inception`; `target` does not end
+      in .safetensors, or exists and `overwrite` is False. Nothing is written.
   """
   target = Path(target)
   if target.suffix != ".safetensors":
     raise SettingError("target", str(target), "must end in .safetensors")
   if target.exists() and not overwrite:
     raise SettingError(
-      "target", str(target), "exists already, and overwrite is not set"
+      "target", str(target), "exists already; set overwrite to replace it"
     )
   with renamed_in_errors({"path": "source"}):
     tensors = _read(source)
@@ -118,13 +123,13 @@ def convert_inception(
 
 
 def to_params(tensors: Tensors) -> Params:
-  """Folds the batch normalisation into the convolutions.
+  """Converts tensors to parameters and folds batch normalisation into convolutions.
 
   Args:
-    tensors: by the names and in the shapes of `tensor_shapes`.
+    tensors: name -> array, with names and shapes of `tensor_shapes`.
 
   Returns:
-    Parameters of `Inception`, float32 NumPy arrays.
+    Parameters of `models.inception.Inception`, float32 NumPy arrays.
   """
   params = {"fc.kernel": tensors["fc.weight"].T}
   for module in _modules():
@@ -141,7 +146,7 @@ def to_params(tensors: Tensors) -> Params:
 
 @functools.cache
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
-  """Names and shapes of the tensors of pytorch-fid's state dict."""
+  """Returns name -> shape for the tensors of pytorch-fid's state dict."""
   images = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
   variables = jax.eval_shape(lambda: Inception().init(jax.random.key(0), images))
   flat = flatten(variables["params"], ".")
@@ -154,7 +159,7 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def graph_names() -> dict[str, str]:
-  """Constants of the frozen graph -> names of `tensor_shapes`."""
+  """Returns name of a constant in the frozen graph -> name in `tensor_shapes`."""
   names = dict(_FINAL)
   leaves = dict(
     zip(("gamma", "beta", "moving_mean", "moving_variance"), _BATCH_NORM, strict=True)
@@ -167,7 +172,7 @@ def graph_names() -> dict[str, str]:
 
 
 def _modules() -> Iterator[str]:
-  """Names of the modules of all convolutions, such as Mixed_5b.branch1x1."""
+  """Yields the modules of all convolutions, such as "Mixed_5b.branch1x1"."""
   yield from _STEM
   for block, layout in zip(_BLOCKS, _LAYOUTS, strict=True):
     for branches in layout.values():
@@ -175,7 +180,7 @@ def _modules() -> Iterator[str]:
 
 
 def _scopes() -> Iterator[str]:
-  """Names of the scopes of all convolutions, in the order of `_modules`."""
+  """Yields the graph scopes of all convolutions, in the order of `_modules`."""
 
   def numbered(name: str, count: int) -> Iterator[str]:
     return (f"{name}_{i}" if i else name for i in range(count))
@@ -187,30 +192,32 @@ def _scopes() -> Iterator[str]:
 
 
 def _read(path: str | Path) -> Tensors:
-  """Reads and checks the tensors of a file: pytorch-fid's names, float32."""
+  """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
   path = Path(path)
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
     name: tensor
     for name, tensor in tensors.items()
-    if not name.endswith("num_batches_tracked")  # a counter of training
+    if not name.endswith("num_batches_tracked")  # only used in training
   }
   _check(tensors, path)
   return {name: np.asarray(t, np.float32, order="C") for name, t in tensors.items()}
 
 
 def _read_graph(path: Path) -> Tensors:
-  """Reads the constants of a frozen graph. The graph itself is not run."""
+  """Reads the constants of a frozen graph, without running the graph."""
   if not path.is_file():
     raise SettingError("path", str(path), "must be a file")
-  import tensorflow as tf  # takes seconds
+  import tensorflow as tf  # slow to import
   from google.protobuf.message import DecodeError
 
   graph = tf.compat.v1.GraphDef()
   try:
     graph.ParseFromString(path.read_bytes())
   except DecodeError:
-    raise SettingError("path", str(path), "no frozen graph of TensorFlow") from None
+    raise SettingError(
+      "path", str(path), "must be a frozen graph of TensorFlow"
+    ) from None
   constants = {
     node.name: tf.make_ndarray(node.attr["value"].tensor)
     for node in graph.node
@@ -230,11 +237,11 @@ def _read_graph(path: Path) -> Tensors:
 
 
 def _check(tensors: Tensors, path: Path) -> None:
-  """Raises SettingError that names the tensors that do not fit."""
+  """Raises SettingError if tensors do not fit the network or are not finite."""
   problems = misfits(tensors, tensor_shapes())
   problems += [
-    f"{name} holds numbers that are not finite"
+    f"{name} must be finite"
     for name, tensor in tensors.items()
     if not np.isfinite(tensor).all()
   ]
-  refuse("path", path, "not the Inception of 2015 that FID is defined on", problems)
+  refuse("path", path, "must hold FID's Inception v3 of 2015", problems)

@@ -1,6 +1,6 @@
-"""Released PyTorch checkpoints of MDT, MDTv2 and DiT, to our parameters and back.
+"""Converts PyTorch checkpoints of MDT, MDTv2 and DiT to and from flax parameters.
 
-`torch_mdt_layout` holds the released names and layouts.
+`torch_mdt_layout` defines the names and layouts of the released tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mdt_jax.pretrained.tensors import (
 )
 from mdt_jax.types import Array, Params
 
-# Blocks after the side-interpolater of the released MDT v1. Its tensors do not show it.
+# decode_depth of the released MDT v1, which cannot be inferred from the tensors.
 MDT_DECODE_DEPTH = 2
 
 
@@ -42,26 +42,27 @@ def from_torch(
   decode_depth: int | None = None,
   num_heads: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a released checkpoint.
+  """Reads a PyTorch checkpoint of MDT, MDTv2 or DiT.
 
   Args:
-    path: a .pt or .pth file (opened with weights_only=True, needs torch) or a
-      .safetensors file. Of a dict with the entry "ema", as DiT's training saves it,
-      the averages are read.
-    network: key of `models.registry.NETWORKS`: "DiT", "MDT" or "MDTv2". None: inferred
-      from the tensors.
-    decode_depth: of an MDT v1, whose tensors do not show it. None: 2, as released.
-    num_heads: of a DiT, whose tensors do not show it. None: that of the published size
-      of its width.
+    path: a .pt or .pth file (opened with weights_only=True; needs torch) or a
+      .safetensors file. If the file holds a dict with the entry "ema", as DiT's
+      training code saves it, that entry (averaged parameters) is read.
+    network: expected network, "DiT", "MDT" or "MDTv2"; None to infer the network from
+      the tensors.
+    decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
+      for 2, as released. Must be None for other networks.
+    num_heads: number of heads of a DiT, which the tensors do not determine; None for
+      that of the published size of the same width.
 
   Returns:
     (attributes, params): attributes for `create_model(**attributes)`, and the
-    parameters of that model, float32 NumPy arrays.
+    parameters of that network, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is no such checkpoint; tensors are missing, left over or of
-      another shape; `network` is unknown, or is not the network of the tensors;
-      `num_heads` is None for a DiT of unpublished width.
+    SettingError: the file is not such a checkpoint; tensors are missing, unexpected or
+      of the wrong shape; `network` is unknown or differs from the network of the
+      tensors; `num_heads` is None for a DiT of unpublished width.
   """
   if network is not None:
     check_choice("network", network, NETWORKS)
@@ -83,11 +84,11 @@ def from_tensors(
   decode_depth: int | None = None,
   num_heads: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """As `from_torch`, from named arrays.
+  """Same as `from_torch`, for tensors in memory.
 
   Args:
     tensors: released name -> array.
-    source: what errors call the tensors.
+    source: name of the tensors in errors.
     network, decode_depth, num_heads: see `from_torch`.
   """
   attributes = infer_attributes(tensors, source)
@@ -95,7 +96,7 @@ def from_tensors(
   if network is not None:
     check_choice("network", network, NETWORKS)
     if network != variant:
-      raise SettingError("network", network, f"must be {variant}: {source} holds one")
+      raise SettingError("network", network, f"must be {variant}, as in {source}")
   if decode_depth is not None:
     if variant != "MDT":
       raise SettingError(
@@ -106,7 +107,7 @@ def from_tensors(
     attributes["num_heads"] = num_heads
   if attributes["num_heads"] is None:
     raise SettingError(
-      "num_heads", None, "must be given: the tensors of a DiT do not show it"
+      "num_heads", None, "must be given for a DiT of unpublished width"
     )
   taken_for = _describe(attributes)
   try:
@@ -122,24 +123,24 @@ def from_tensors(
 
 
 def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
-  """Our parameters under the released names and in the released shapes.
+  """Converts parameters to tensors with the released names and shapes.
 
   Args:
-    attributes: of the network, as `from_torch` returns them.
+    attributes: attributes of the network, as `from_torch` returns them.
     params: parameters of `create_model(**attributes)`.
 
   Returns:
-    name -> array, buffers included; int64 for `relative_position_index`, else of the
-    type that it has in `params`.
+    name -> array, including buffers. `relative_position_index` is int64; all other
+    arrays keep their dtype of `params`.
 
   Raises:
-    SettingError: attributes that cannot make a network, or a network that is
-      conditioned on something else than labels.
+    SettingError: an attribute is invalid, or the network has a condition other than
+      labels.
   """
   model = create_model(**attributes)
   if model.condition is not None:
     raise SettingError(
-      "condition", model.condition, "must be None: the released networks take labels"
+      "condition", model.condition, "must be None: released networks use labels"
     )
   tensors = {}
   for path, param in flatten(params).items():
@@ -156,18 +157,19 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 def infer_attributes(
   tensors: Mapping[str, np.ndarray], source: str = "tensors"
 ) -> dict[str, Any]:
-  """Attributes of a network, inferred from the names and shapes of its tensors.
+  """Infers the attributes of a network from the names and shapes of its tensors.
 
   Args:
     tensors: released name -> array.
-    source: what errors call the tensors.
+    source: name of the tensors in errors.
 
   Returns:
     Attributes for `create_model`. `num_heads` is None for a DiT of unpublished width;
-    `decode_depth` of an MDT v1 is the released one.
+    `decode_depth` of an MDT v1 is MDT_DECODE_DEPTH.
 
   Raises:
-    SettingError: tensors that show the sizes are missing, or have too few axes.
+    SettingError: a tensor that determines an attribute is missing or has the wrong
+      number of axes.
   """
   try:
     if any(name.startswith("en_inblocks.") for name in tensors):
@@ -200,7 +202,7 @@ def infer_attributes(
     raise SettingError(
       "tensors",
       source,
-      f"holds no MDT, MDTv2 or DiT: {error!r} while reading its sizes",
+      f"must hold an MDT, MDTv2 or DiT; its sizes cannot be read: {error!r}",
     ) from None
   if variant == "MDTv2":
     attributes["decode_depth"] = _count(tensors, "de_blocks")
@@ -214,7 +216,7 @@ def infer_attributes(
 
 
 def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:
-  """The ratio of which int(hidden_size * ratio) is mlp_size, whatever the rounding."""
+  """Returns a ratio with int(hidden_size * ratio) == mlp_size despite rounding."""
   ratio = mlp_size / hidden_size
   return (
     ratio if int(hidden_size * ratio) == mlp_size else math.nextafter(ratio, 2 * ratio)
@@ -222,25 +224,26 @@ def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:
 
 
 def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
-  """Blocks of a stack, such as "de_blocks"."""
+  """Returns the number of blocks in a stack, such as "de_blocks"."""
   return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
 
 
 def _describe(attributes: Mapping[str, Any]) -> str:
+  """Describes, for errors, which network the tensors were read as."""
   sizes = (attributes[key] for key in ("depth", "hidden_size", "patch_size"))
   size = "x".join(map(str, sizes))
-  return f"taken for {attributes['variant']} (depth x width x patch = {size})"
+  return f"read as {attributes['variant']} (depth x width x patch = {size})"
 
 
 def _misfits(
   tensors: Mapping[str, np.ndarray], model: Model, params: Mapping[str, Array]
 ) -> list[str]:
-  """What keeps tensors from being those of the model."""
+  """Describes the tensors that do not fit the model; empty if all tensors fit."""
   if problems := misfits(tensors, layout.released_shapes(model, params)):
     return problems
   index = layout.position_index(model)
   return [
-    f"{name} orders the pairs of tokens in another way"
+    f"{name} must be the position index of the released code"
     for name, tensor in tensors.items()
     if name.endswith(layout.BIAS_INDEX) and not np.array_equal(tensor, index)
   ]
@@ -249,7 +252,7 @@ def _misfits(
 def _read_param(
   tensors: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...], model: Model
 ) -> np.ndarray:
-  """The parameter at `path`, of `shape`, made of its released tensors."""
+  """Builds the parameter at `path`, of `shape`, from its released tensors."""
   stacked = layout.is_stacked(path)
   layers = [
     layout.from_released(tensors[name], path, shape[1:] if stacked else shape)

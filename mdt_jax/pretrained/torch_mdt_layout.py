@@ -1,10 +1,11 @@
 """Names, shapes and layouts of the released tensors of MDT, MDTv2 and DiT.
 
-They are those of sail-sg/MDT (branches mdtv1 and main) and facebookresearch/DiT. Blocks
-are numbered modules there. Here a stack of blocks is one parameter with a leading axis
-of layers.
+The sources are sail-sg/MDT (branches mdtv1 and main) and facebookresearch/DiT. In the
+released code each block has its own tensors. In this package the parameters of a stack
+of blocks have a leading axis of layers.
 
-A path is that of a parameter here, such as "decode_blocks/attention/qkv/kernel".
+In this module, `path` is the path of a parameter of this package, such as
+"decode_blocks/attention/qkv/kernel".
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from mdt_jax.models.registry import Model
 from mdt_jax.types import Array
 
 BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
-BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer
+BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer, not a parameter
 
-# Path inside a block -> released name.
+# Path inside a block -> released name inside a block.
 _BLOCK_NAMES = {
   "attention/qkv": "attn.qkv",
   "attention/proj": "attn.proj",
@@ -34,7 +35,7 @@ _BLOCK_NAMES = {
   "modulation/linear": "adaLN_modulation.1",
   "skip": "skip_linear",
 }
-# Path outside the blocks -> released name.
+# Path outside of blocks -> released name.
 _OTHER_NAMES = {
   "patch_embed/linear": "x_embedder.proj",
   "timestep_embed/fc1": "t_embedder.mlp.0",
@@ -49,12 +50,12 @@ _OTHER_NAMES = {
 
 
 def is_stacked(path: str) -> bool:
-  """Whether a parameter has a leading axis of layers."""
+  """Returns whether a parameter has a leading axis of layers."""
   return "blocks/" in path
 
 
 def released_names(path: str, model: Model) -> Iterator[str]:
-  """The released tensors that make up a parameter, layer by layer."""
+  """Yields the names of the released tensors of a parameter, one per layer."""
   if not is_stacked(path) and not path.startswith("side_block/"):
     yield _leaf_name(path, _OTHER_NAMES)
     return
@@ -75,23 +76,23 @@ def released_names(path: str, model: Model) -> Iterator[str]:
 
 
 def index_name(name: str) -> str | None:
-  """The buffer of the position index beside a bias table; None for other tensors."""
+  """Returns the index buffer that belongs to a bias table; None for other tensors."""
   return name.replace(BIAS_TABLE, BIAS_INDEX) if name.endswith(BIAS_TABLE) else None
 
 
 def position_index(model: Model) -> Int[np.ndarray, "L L"]:
-  """The position index of each block, int64: row of the bias table for two tokens."""
+  """Returns the index buffer of a block: `relative_position_index` in int64."""
   return relative_position_index(model.grid_size).astype(np.int64)
 
 
 def released_shapes(
   model: Model, params: Mapping[str, Array]
 ) -> dict[str, tuple[int, ...]]:
-  """Names and shapes of all released tensors of a network, buffers included.
+  """Returns name -> shape for all released tensors of a network, including buffers.
 
   Args:
     model: the network.
-    params: path -> parameter, or its shape and type.
+    params: path -> parameter, or its shape and dtype.
   """
   shapes = {}
   for path, param in params.items():
@@ -108,7 +109,13 @@ def released_shapes(
 
 
 def to_released(array: Any, path: str, model: Model) -> Any:
-  """One layer of a parameter in the released layout; also of traced arrays."""
+  """Converts one layer of a parameter to the released layout.
+
+  Args:
+    array: one layer of the parameter; may be traced.
+    path: path of the parameter.
+    model: the network.
+  """
   if path == "patch_embed/linear/kernel":  # (p p C, D)
     p = model.patch_size
     return array.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
@@ -126,16 +133,23 @@ def to_released(array: Any, path: str, model: Model) -> Any:
 
 
 def from_released(tensor: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The inverse of `to_released`, float32; `shape` is that of one layer here."""
+  """Inverts `to_released`, in float32.
+
+  Args:
+    tensor: a released tensor.
+    path: path of the parameter.
+    shape: shape of one layer of the parameter.
+  """
   if path == "patch_embed/linear/kernel":
     tensor = tensor.transpose(2, 3, 1, 0)
   elif path.endswith("kernel"):
     tensor = tensor.T
-  # A copy: safetensors and torch may give views of memory that is not ours.
+  # A copy, because safetensors and torch may return views of shared memory.
   return np.array(tensor, np.float32, order="C").reshape(shape)
 
 
 def _leaf_name(path: str, names: Mapping[str, str]) -> str:
+  """Looks up the released name of a path; "kernel" becomes "weight"."""
   if path in names:
     return names[path]
   module, leaf = path.rsplit("/", 1)

@@ -1,7 +1,7 @@
-"""The autoencoder in diffusers' form (config.json and weights), to ours and back.
+"""Reads and writes autoencoders in diffusers' format: config.json and weights.
 
-Names and settings are those of diffusers' `AutoencoderKL`; our module names are
-theirs, with `_0` for `.0`.
+The format is that of diffusers' `AutoencoderKL`. Module names of this package equal
+those of diffusers, with `_0` in place of `.0`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mdt_jax.pretrained.tensors import (
 )
 from mdt_jax.types import Dtype, Params
 
-SETTING = "vae"  # in errors
+SETTING = "vae"  # the setting that errors name
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = (
   "diffusion_pytorch_model.safetensors",
   "diffusion_pytorch_model.bin",
 )
-DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # what hints and errors suggest
-SUBFOLDER = "vae"  # of a whole pipeline
+DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # the autoencoder that errors suggest
+SUBFOLDER = "vae"  # folder of the autoencoder in a diffusers pipeline
 
-# diffusers' settings -> our attributes; other settings have no effect here.
+# diffusers' setting -> attribute of `AutoencoderKL`; other settings have no effect.
 _ATTRIBUTES = {
   name: name
   for name in (
@@ -54,9 +54,9 @@ _ATTRIBUTES = {
     "use_post_quant_conv",
   )
 } | {"mid_block_add_attention": "mid_block_attention"}
-# diffusers' defaults that differ from ours.
+# Defaults of diffusers that differ from those of `AutoencoderKL` in this package.
 _DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
-# Settings with one supported value.
+# Settings of diffusers for which only one value is supported.
 _FIXED = {
   "_class_name": "AutoencoderKL",
   "act_fn": "silu",
@@ -67,7 +67,7 @@ _BLOCK_TYPES = {
   "down_block_types": "DownEncoderBlock2D",
   "up_block_types": "UpDecoderBlock2D",
 }
-# Linear layers of attention: name in older files -> name in newer ones.
+# Linear layers of attention: name in older files -> name in newer files.
 _OLD_ATTENTION = {
   "query": "to_q",
   "key": "to_k",
@@ -79,22 +79,23 @@ _OLD_ATTENTION = {
 def load_vae(
   name_or_folder: str | Path, dtype: Dtype = jnp.float32
 ) -> tuple[AutoencoderKL, Params]:
-  """Reads an autoencoder that diffusers has saved.
+  """Reads an autoencoder in diffusers' format.
 
   Args:
-    name_or_folder: a folder with config.json and
-      diffusion_pytorch_model.safetensors (or .bin, opened with weights_only=True,
-      needs torch), or with a folder `vae` of them; or the id of such a model on the
-      Hugging Face hub, like "stabilityai/sd-vae-ft-ema" (needs huggingface_hub).
-    dtype: compute type, float32 or bfloat16.
+    name_or_folder: a folder or a Hugging Face hub id. The folder must hold config.json
+      and diffusion_pytorch_model.safetensors (or .bin, which is opened with
+      weights_only=True and needs torch), or a subfolder `vae` with these files. A hub
+      id, such as "stabilityai/sd-vae-ft-ema", needs huggingface_hub.
+    dtype: compute dtype, float32 or bfloat16.
 
   Returns:
-    (model, params): the module and its parameters, float32 NumPy arrays. Move them to
-    the devices once, by `jax.device_put`, before many calls.
+    (model, params): the module and its parameters, float32 NumPy arrays. Copy the
+    parameters to the devices with jax.device_put before repeated calls.
 
   Raises:
-    SettingError: there is no such model, files are broken, a setting of the config is
-      not supported, or tensors are missing, left over or of another shape.
+    SettingError: setting "vae", or a setting of config.json: the model does not exist,
+      a file is broken, a setting is not supported, or tensors are missing, unexpected
+      or of the wrong shape.
   """
   folder = Path(name_or_folder).expanduser()
   if not folder.is_dir():
@@ -114,10 +115,10 @@ def load_vae(
 
 
 def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
-  """Writes config.json and weights in the form of diffusers.
+  """Writes an autoencoder in diffusers' format: config.json and weights.
 
   Args:
-    folder: created if needed.
+    folder: output folder; created if needed.
     model: the autoencoder.
     params: its parameters.
   """
@@ -131,7 +132,7 @@ def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
 
 
 def vae_to_torch(params: Params) -> Tensors:
-  """Our parameters under diffusers' names, in its shapes and with unchanged types."""
+  """Converts parameters to tensors with diffusers' names and shapes; keeps dtypes."""
   return {
     _torch_name(path): np.array(_to_torch(np.asarray(value)), order="C")
     for path, value in flatten(params).items()
@@ -139,7 +140,7 @@ def vae_to_torch(params: Params) -> Tensors:
 
 
 def abstract_vae_params(model: AutoencoderKL) -> Params:
-  """Shapes and types of the parameters, without computing any."""
+  """Returns shapes and dtypes of the parameters, without computing values."""
 
   def init() -> Params:
     side = model.downsampling
@@ -150,18 +151,18 @@ def abstract_vae_params(model: AutoencoderKL) -> Params:
 
 
 def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
-  """Parameters of the model from diffusers' tensors; `path` is their file."""
+  """Converts diffusers' tensors to parameters; `path` is their file, for errors."""
   tensors = _modern(tensors)
   params = flatten(abstract_vae_params(model))
   shapes = {
     _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
     for ours, leaf in params.items()
   }
-  taken_for = f"taken for the network of its {CONFIG_FILE}"
+  taken_for = f"read as the network of its {CONFIG_FILE}"
   refuse(SETTING, path, taken_for, misfits(tensors, shapes))
   return unflatten(
     {
-      # A copy: safetensors and torch may give views of memory that is not ours.
+      # A copy, because safetensors and torch may return views of shared memory.
       ours: np.array(_to_ours(tensors[_torch_name(ours)]), np.float32, order="C")
       for ours in params
     }
@@ -169,7 +170,7 @@ def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-  """Attributes of AutoencoderKL from diffusers' config.json."""
+  """Reads the attributes of `AutoencoderKL` from diffusers' config.json."""
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -179,7 +180,7 @@ def _read_config(path: Path) -> dict[str, Any]:
       f"holds no {CONFIG_FILE}; {_by_hand(DEFAULT_ID, 'it')}",
     ) from None
   except (OSError, ValueError) as error:
-    raise SettingError(SETTING, str(path), f"no JSON file: {error}") from None
+    raise SettingError(SETTING, str(path), f"must be a JSON file: {error}") from None
   if not isinstance(config, dict):
     raise SettingError(SETTING, str(path), "must hold a dict of settings")
   config = _DEFAULTS | config
@@ -206,7 +207,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> Tensors:
-  """Named arrays of a .safetensors or .bin file; no code in it is run."""
+  """Reads tensors by `read_tensors`; errors name the setting "vae"."""
   try:
     return read_tensors(path)
   except SettingError as error:
@@ -214,14 +215,14 @@ def _read_weights(path: Path) -> Tensors:
 
 
 def _modern(tensors: Tensors) -> Tensors:
-  """Renames and reshapes attention of older files to the form of newer ones."""
+  """Converts the attention tensors of older files to the names of newer files."""
   modern = {}
   for name, tensor in tensors.items():
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     if parent.endswith("mid_block.attentions.0") and last in _OLD_ATTENTION:
       new = f"{parent}.{_OLD_ATTENTION[last]}.{leaf}"
-      name = name if new in tensors else new  # a file with both is refused later
+      name = name if new in tensors else new  # `refuse` rejects a file with both
     if ".attentions.0." in name and tensor.shape[2:] == (1, 1):
       tensor = tensor[:, :, 0, 0]  # a 1x1 convolution
     modern[name] = tensor
@@ -241,28 +242,32 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 
 def _to_ours(tensor: np.ndarray) -> np.ndarray:
+  """Inverts `_to_torch`."""
   return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
 def _by_hand(name: str, where: str) -> str:
+  """Returns a hint, for errors, how to download a model by hand."""
   return (
-    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} of https://huggingface.co/{name} "
+    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} from https://huggingface.co/{name} "
     f"into {where}"
   )
 
 
 def _download(name: str) -> Path:
-  """Downloads a model of the Hugging Face hub and returns its folder."""
+  """Downloads a model from the Hugging Face hub and returns its folder."""
   if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
     raise SettingError(
-      SETTING, name, f"there is no such folder; {_by_hand(DEFAULT_ID, 'it')}"
+      SETTING, name, f"must be an existing folder; {_by_hand(DEFAULT_ID, 'it')}"
     )
-  by_hand = f"there is no such folder; {_by_hand(name, 'one, and name that')}"
+  by_hand = (
+    f"must be an existing folder; {_by_hand(name, 'a folder and pass its path')}"
+  )
   try:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise SettingError(
-      SETTING, name, f"{by_hand} (the hub needs: pip install huggingface_hub)"
+      SETTING, name, f"{by_hand} (or: pip install huggingface_hub)"
     ) from None
 
   def download(weights: str) -> Path:
@@ -275,6 +280,6 @@ def _download(name: str) -> Path:
   try:
     folder = download(safetensors)
     return folder if any(folder.rglob(safetensors)) else download(pickled)
-  except Exception as error:  # of the network, of access rights, of names
+  except Exception as error:  # network, access rights, or unknown name
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise SettingError(SETTING, name, f"{by_hand} (the hub says: {reason})") from None
+    raise SettingError(SETTING, name, f"{by_hand} (hub error: {reason})") from None
