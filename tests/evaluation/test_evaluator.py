@@ -134,8 +134,8 @@ def references(tmp_path_factory):
     ("diversity", 20, "three", r"num_images = 20: diversity needs "),
     ("accuracy", 10, "unlabelled", r"reference = .*: accuracy needs labels"),
     ("accuracy", 10, "sevens", r"reference = .*: accuracy needs .* at least 2 classes"),
-    ("accuracy", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
-    ("frechet", 10, "colour", r"has 192 pixels of an image, where .* have 64: their"),
+    ("accuracy", 10, "colour", r"reference = .* 192 .* 64: "),
+    ("frechet", 10, "colour", r"reference = .* 192 .* 64: "),
   ],
 )
 def test_scores_that_cannot_be_had_are_refused_before_training(
