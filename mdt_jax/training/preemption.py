@@ -46,7 +46,7 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
 
   def end() -> None:
     logger.error(
-      "config.grace_seconds = %g are over and the state is not saved: exiting",
+      "config.grace_seconds = %g have passed, the state is not saved: exiting",
       grace_seconds,
     )
     os._exit(distributed.EXIT_TRY_AGAIN)
