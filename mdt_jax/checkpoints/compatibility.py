@@ -24,10 +24,10 @@ _NOT_OF_THE_PARAMS = (
 
 
 def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:
-  """Raises SettingError if a checkpoint has other arrays than the run.
+  """Raises SettingError if a checkpoint belongs to another run.
 
-  The check compares only settings that the arrays of a checkpoint depend on. Other
-  settings, such as the learning rate, may change when a run is resumed.
+  The check compares the network, diffusion process, optimizer, averages and timestep
+  sampler. Other settings, such as the learning rate, may change when a run is resumed.
 
   Args:
     saved: settings of the checkpoint.
@@ -65,7 +65,7 @@ def _attributes(experiment: Experiment) -> dict[str, Any]:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-  """The settings beside the network's that the arrays of a checkpoint depend on."""
+  """The settings that must not change when a run is resumed, without the network."""
   diffusion = settings.diffusion
   names = (
     "process",
