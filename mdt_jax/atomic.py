@@ -1,4 +1,4 @@
-"""Writes files atomically: a reader sees the old file or the new one, never a part."""
+"""Atomic writing of files: a reader sees the old or the new file, never a part."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
-  """Yields a temporary path beside `path`, and renames it to `path` on success.
+  """Yields a temporary path, and renames the file there to `path` on success.
 
-  An exception in the body removes the temporary file and leaves `path` as it was.
+  If the body raises an exception, the temporary file is deleted and `path` remains
+  unchanged.
 
   Args:
-    path: of the file; its folder is created if needed.
-    writer: a suffix of the temporary name, for writers of `path` that may run at the
-      same time.
+    path: path of the file; its folder is created if needed.
+    writer: suffix of the temporary name; must be unique if several writers of `path`
+      can run at the same time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}{writer}.partial")
@@ -32,7 +33,7 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON atomically; several processes may write `path` at the same time."""
-  unique = f".{secrets.token_hex(4)}"  # process ids repeat across hosts
+  """Writes `value` as JSON atomically, even if several processes write `path`."""
+  unique = f".{secrets.token_hex(4)}"  # process ids are not unique across hosts
   with atomic_write(path, unique) as partial:
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""From settings to the objects of a run, each of which is built once.
+"""Builds the objects of a run, such as network, process and data, from the settings.
 
   config (ConfigDict) -> settings.Settings -> build -> Experiment
 
-Everything else takes the objects that it uses, and never a config.
+Only this module turns settings into objects. Other modules receive these objects.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ def build(
   optimizer: optax.GradientTransformation | None = None,
   source: Source | None = None,
 ) -> Experiment:
-  """Builds the objects of a run and checks its settings, also against each other.
+  """Checks the settings of a run and builds its objects.
 
-  The data and the autoencoder are opened when they are first asked for. Training checks
-  `config.eval`, see `evaluation.evaluator.check_eval`.
+  Data and autoencoder are opened on first use, or by `Experiment.open`. `config.eval`
+  is checked at the start of training; see `evaluation.evaluator.check_eval`.
 
   Args:
-    config: see `mdt_jax.config.default_config`.
-    devices: of the run; all of all processes unless given.
-    model, objective, optimizer, source: parts of your own, instead of those of the
-      config; see `OwnParts`.
+    config: settings, see `mdt_jax.config.default_config`.
+    devices: devices of the run; None for all devices of all processes.
+    model, objective, optimizer, source: user-defined objects that replace those of the
+      config; see `OwnParts`. None: as in the config.
 
   Raises:
-    SettingError: for the first setting that cannot be used, or a part of your own that
-      does not fit.
+    SettingError: a setting is invalid, settings do not fit together, or a user-defined
+      object does not fit. The error names the first problem.
   """
   if isinstance(config, ConfigDict):
     config = Settings.from_config(config)
@@ -81,12 +81,14 @@ def build(
 
 
 class Experiment:
-  """The objects of a run; each is built once, when it is first asked for.
+  """The objects of a run; each is built once, on first use.
+
+  Properties that build an object raise SettingError if a setting is invalid.
 
   Args:
-    settings: of the run.
-    devices: of the run; all of all processes unless given.
-    own: parts of your own.
+    settings: settings of the run.
+    devices: devices of the run; None for all devices of all processes.
+    own: user-defined objects that replace those of the settings.
   """
 
   def __init__(
@@ -99,7 +101,7 @@ class Experiment:
     self._devices = devices
     self.settings = settings
     if (source := self._own.source) is not None:
-      # The checkpoint tells whoever samples from it whether the run had pixels.
+      # Sampling reads from the checkpoint's settings whether the run used pixels.
       kind = "images" if _has_pixels(source) else "arrays"
       self.settings = settings.with_data(source=kind, path=f"<{type(source).__name__}>")
 
@@ -107,17 +109,23 @@ class Experiment:
     return f"Experiment({self.model_name})"
 
   def check(self) -> None:
-    """Raises SettingError for settings that do not fit together."""
+    """Builds network, process, objective and optimizer, and checks the mesh.
+
+    Raises:
+      SettingError: a setting is invalid, or settings do not fit together.
+    """
     own = self._own.optimizer
     if own is not None and not (hasattr(own, "init") and hasattr(own, "update")):
       raise SettingError(
-        "optimizer", own, "must be an optax.GradientTransformation: (init, update)"
+        "optimizer", own, "must be an optax.GradientTransformation (init, update)"
       )
     _ = self.model, self.process, self.objective, self.optimizer
     scale = self.settings.sampling.cfg_scale
     if scale != 1 and self.model.conditioning.dropout == 0:
       raise SettingError(
-        "config.sampling.cfg_scale", scale, "must be 1: the network drops no condition"
+        "config.sampling.cfg_scale",
+        scale,
+        "must be 1 if the network is trained with label_dropout = 0",
       )
     num_devices = jax.device_count() if self._devices is None else len(self._devices)
     sharding.check_mesh(
@@ -129,10 +137,11 @@ class Experiment:
     )
 
   def open(self) -> None:
-    """Opens the data, the autoencoder and the mesh now.
+    """Builds the mesh and opens the autoencoder and the data now.
 
     Raises:
-      SettingError: as `source` and `autoencoder`.
+      SettingError: the mesh does not fit the devices, or the autoencoder or the data
+        cannot be opened.
     """
     _ = self.mesh, self.autoencoder, self.source
 
@@ -150,7 +159,7 @@ class Experiment:
 
   @functools.cached_property
   def process(self) -> Process:
-    """The process that is trained, on all of its times."""
+    """The diffusion process used in training, with all of its times."""
     chosen = self.settings.diffusion
     with named_in_errors("config.diffusion"):
       arguments = chosen.process_arguments()
@@ -161,7 +170,7 @@ class Experiment:
 
   @functools.cached_property
   def objective(self) -> Objective:
-    """The draws and the loss of a training step."""
+    """The objective: random draws and loss of a training step."""
     if isinstance(self._own.objective, Objective):
       return self._own.objective
     chosen, masking = self.settings.objective, self.settings.masking
@@ -179,7 +188,7 @@ class Experiment:
       raise SettingError(
         "config.objective.arguments",
         chosen.arguments,
-        "are of an objective of one's own; those of mdt are config.masking",
+        "must be empty for mdt; its settings are in config.masking",
       )
     arguments = dataclasses.asdict(masking) if is_mdt else chosen.arguments
     with (
@@ -196,7 +205,7 @@ class Experiment:
 
   @functools.cached_property
   def learning_rate(self) -> Schedule | None:
-    """Learning rate by step; None for an optimizer of your own."""
+    """The learning-rate schedule; None for a user-defined optimizer."""
     if self._own.optimizer is not None:
       return None
     chosen = self.settings.optimizer
@@ -210,7 +219,7 @@ class Experiment:
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
-    """Gradients to updates of the parameters."""
+    """The optimizer; frozen parameters are not updated."""
     if self._own.optimizer is not None:
       return without_frozen(self._own.optimizer, self.model.frozen)
     assert self.learning_rate is not None
@@ -231,14 +240,14 @@ class Experiment:
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    """The devices of the run."""
+    """The device mesh of the run."""
     return sharding.make_mesh(
       **dataclasses.asdict(self.settings.mesh), devices=self._devices
     )
 
   @functools.cached_property
   def sampler(self) -> Sampler:
-    """How the run draws latents: `config.sampling`."""
+    """The sampler of `config.sampling`."""
     chosen = self.settings.sampling
     with named_in_errors("config.sampling"):
       return Sampler.create(
@@ -259,43 +268,43 @@ class Experiment:
 
   @functools.cached_property
   def autoencoder(self) -> Autoencoder | None:
-    """Images to latents and back, on every device of the mesh; None without one."""
+    """The autoencoder, replicated over the mesh; None if `config.data.vae` is None."""
     if self.settings.data.vae is None:
       return None
     return self.load_autoencoder(sharding.replicated(self.mesh))
 
   @functools.cached_property
   def source(self) -> Source:
-    """The labelled examples of training."""
+    """The labelled training examples."""
     return self._part_of_examples(0)
 
   @functools.cached_property
   def held_out(self) -> Source:
-    """The labelled examples that are held out; needs `config.data.validation`."""
+    """The labelled validation examples; needs `config.data.validation` above 0."""
     return self._part_of_examples(1)
 
   @property
   def model_name(self) -> str:
-    """Name of the network, for people."""
+    """Name of the network for logs: its preset, or the class of a user's network."""
     if self._own.model is not None:
       return type(self._own.model).__name__
     return self.settings.model.name
 
   @property
   def encodes_images(self) -> bool:
-    """Whether images are encoded on the devices, at each visit."""
+    """Whether training encodes images to latents on the devices, in each step."""
     data = self.settings.data
     return data.source in ("images", "npz") and data.vae is not None
 
   @property
   def holds_pixels(self) -> bool:
-    """Whether the network works on pixels, and not on latents."""
+    """Whether the network generates pixels; False for latents."""
     data = self.settings.data
     check_choice("config.data.source", data.source, SOURCES)
     return SOURCES[data.source].pixels and data.vae is None
 
   def encode(self, batch: Batch) -> Batch:
-    """A batch with the moments of its images, where the run encodes images."""
+    """Replaces "image" by "moments" if `encodes_images`; else returns the batch."""
     if not self.encodes_images or self.autoencoder is None:
       return batch
     encoded = dict(batch)
@@ -303,21 +312,29 @@ class Experiment:
     return encoded
 
   def with_sampling(self, changes: Mapping[str, Any]) -> Experiment:
-    """The same objects, with another sampler; see `Settings.with_sampling`."""
+    """Returns an experiment with changed `config.sampling`; shares other objects.
+
+    Args:
+      changes: see `Settings.with_sampling`.
+    """
     return self._sharing(self.settings.with_sampling(changes))
 
   def with_data(self, **changes: Any) -> Experiment:
-    """The same network and process, with other data; see `Settings.with_data`."""
+    """Returns an experiment with changed `config.data`; shares network and process.
+
+    Args:
+      **changes: see `Settings.with_data`.
+    """
     return self._sharing(self.settings.with_data(**changes))
 
   def with_vae(self, vae: str | None) -> Experiment:
-    """The same network and process, with another autoencoder.
+    """Returns an experiment with another autoencoder; shares network and process.
 
     Args:
-      vae: folder or hub id; None keeps the autoencoder of the run.
+      vae: folder or hub id; None keeps the autoencoder of this experiment.
 
     Raises:
-      SettingError: the network draws pixels, which need no autoencoder.
+      SettingError: `vae` is given, but the network generates pixels.
     """
     if vae is not None and self.holds_pixels:
       raise SettingError("vae", vae, "must be left out: this model draws pixels")
@@ -326,10 +343,14 @@ class Experiment:
   def load_autoencoder(
     self, placement: jax.sharding.Sharding | None = None
   ) -> Autoencoder | None:
-    """The autoencoder of the settings, with its parameters laid out as asked.
+    """Loads the autoencoder of `config.data.vae` anew; None if the setting is None.
+
+    Args:
+      placement: sharding of the parameters; None for the first device.
 
     Raises:
-      SettingError: there is none of that name, or its latents have other channels.
+      SettingError: the autoencoder cannot be loaded, or its latents have another number
+        of channels than the network.
     """
     vae = self.settings.data.vae
     if vae is None:
@@ -338,7 +359,7 @@ class Experiment:
     return load_autoencoder(vae, dtype, self.model.in_channels, placement)
 
   def _sharing(self, settings: Settings) -> Experiment:
-    """An experiment of other settings that shares what they do not change."""
+    """Returns an experiment with other settings that shares unaffected objects."""
     keeps_data = settings.data == self.settings.data
     own = self._own if keeps_data else dataclasses.replace(self._own, source=None)
     other = Experiment(settings, self._devices, own)
@@ -349,18 +370,20 @@ class Experiment:
     return other
 
   def _part_of_examples(self, part: int) -> Source:
-    """The examples for training (0) or those that are held out of it (1)."""
+    """Returns the training examples (part 0) or the validation examples (part 1)."""
     share, examples = self.settings.data.validation, self._examples
     if not 0 <= share <= 0.5:
       raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
     indices = split_indices(len(examples), share)[part]
     if not len(indices):
-      raise SettingError("config.data.validation", share, "holds no example out")
+      raise SettingError(
+        "config.data.validation", share, "must be larger: no example is held out"
+      )
     return Subset(examples, indices) if share else examples
 
   @functools.cached_property
   def _examples(self) -> Source:
-    """All labelled examples of the data."""
+    """All labelled examples: training and validation."""
     data, model = self.settings.data, self.model
     source, image_shape = self._own.source, self._image_shape()
     if source is not None:
@@ -380,13 +403,13 @@ class Experiment:
       raise SettingError(
         "config.model.num_classes",
         model.num_classes,
-        f"the data has labels 0 … {source.num_classes - 1}: "
-        f"must be at least {source.num_classes}",
+        f"must be at least {source.num_classes}: the data has labels "
+        f"0 … {source.num_classes - 1}",
       )
     return source
 
   def _image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the images that the data has to hold."""
+    """Returns the required shape (H, W, C) of the images or latents in the data."""
     side, channels = self.model.input_size, self.model.in_channels
     if self.encodes_images and self.autoencoder is not None:
       side, channels = side * self.autoencoder.model.downsampling, 3
@@ -394,6 +417,6 @@ class Experiment:
 
 
 def _has_pixels(source: Source) -> bool:
-  """Whether the examples of a source hold uint8 images."""
+  """Returns whether the examples of a source hold uint8 images."""
   example = source[0] if len(source) else {}
   return getattr(example.get("image"), "dtype", None) == np.uint8

@@ -1,4 +1,4 @@
-"""Adan as released, AdamW, other optimizers of optax, and learning-rate schedules."""
+"""Optimizers (Adan, AdamW and others of optax) and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from mdt_jax.errors import (
 )
 from mdt_jax.types import Array, Params
 
-# Steps taken -> learning rate.
+# Number of finished steps -> learning rate.
 Schedule: TypeAlias = optax.Schedule
 
 SCHEDULES = ("constant", "cosine", "linear")
-# Settings of an optimizer that have fields of their own in the config.
+# Arguments of optimizers that are fields of `config.optimizer`.
 SHARED = ("b1", "b2", "b3", "eps", "weight_decay")
 
 
 def learning_rate_schedule(
   name: str, learning_rate: float, num_steps: int, warmup_steps: int = 0
 ) -> Schedule:
-  """Learning rate by step.
+  """Builds a learning-rate schedule.
 
   Args:
-    name: "constant"; "linear" or "cosine": annealed to zero at `num_steps`.
-    learning_rate: the peak.
-    num_steps: length of the run.
-    warmup_steps: steps of a linear rise from zero, before the rest.
+    name: "constant", or "linear" or "cosine" decay to zero at `num_steps`.
+    learning_rate: peak learning rate.
+    num_steps: number of steps of the run.
+    warmup_steps: number of first steps in which the learning rate rises linearly from
+      zero to the peak; in [0, num_steps).
+
+  Raises:
+    SettingError: the name is unknown, or `warmup_steps` is out of range.
   """
   check_choice("schedule", name, SCHEDULES)
   if not 0 <= warmup_steps < num_steps:
@@ -55,9 +59,9 @@ def learning_rate_schedule(
 
 
 class AdanState(NamedTuple):
-  """Moments of Adan; each tree is shaped as the parameters, float32."""
+  """State of Adan; each tree has the structure and shapes of the parameters."""
 
-  count: Array  # () int32, steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
+  count: Array  # () int32, finished steps  # pyright: ignore[reportIncompatibleMethodOverride]
   mean: Params  # m, of the gradient
   difference: Params  # v, of the change of the gradient
   square: Params  # n, of the squared look-ahead gradient
@@ -72,14 +76,23 @@ def adan(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-  """Adan (arXiv 2208.06677) with the steps of the code that MDTv2 is trained with.
+  """Adan (arXiv 2208.06677) as in the released training code of MDTv2.
 
-  It differs from `optax.adan`: the difference of the first gradient is zero and
-  enters its average; `eps` is added outside the root; weight decay is proximal,
-  p <- (p + update) / (1 + lr weight_decay). The b's are shares kept, as in Adam.
+  Differences to `optax.adan`: the first gradient difference is zero and counts in its
+  average; `eps` is added outside the square root; weight decay is proximal,
+  p <- (p + update) / (1 + learning_rate * weight_decay).
+
+  Args:
+    learning_rate: a number or a schedule.
+    b1: decay of the average of gradients.
+    b2: decay of the average of gradient differences.
+    b3: decay of the average of squared look-ahead gradients.
+    eps: added to the denominator.
+    weight_decay: factor of the proximal weight decay.
 
   Returns:
-    A transformation whose `update` needs the parameters.
+    A gradient transformation. Its `update` raises ValueError if called without the
+    parameters.
   """
 
   def init(params: Params) -> AdanState:
@@ -120,8 +133,8 @@ def adan(
 def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
   """Scales gradients by min(1, max_norm / (norm + eps)), as the released Adan does.
 
-  optax.clip_by_global_norm divides each number, and chooses it or the quotient: more
-  to read and write on CPUs, where a factor is part of the loops that follow.
+  On CPUs this is faster than optax.clip_by_global_norm, which selects between each
+  gradient and its quotient: XLA fuses one factor into the loops of the optimizer.
   """
 
   def clip(gradients: Params, params: Params | None) -> Params:
@@ -145,26 +158,27 @@ def create_optimizer(
   frozen: Iterable[str] = (),
   arguments: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer of a run.
+  """Builds the optimizer of a run.
 
   Args:
-    name: "adamw" (v1 and DiT), "adan" (v2), or an optimizer of optax, such as "lion".
+    name: "adamw" (MDT v1 and DiT), "adan" (MDTv2), or an optimizer of optax, such as
+      "lion".
     learning_rate: a number or a schedule.
-    b1, b2, b3: moment decays; None keeps those of the optimizer (0.9, 0.999 for AdamW;
-      0.98, 0.92, 0.99 for Adan, as in the papers' runs).
-    eps: added to the denominator, and to the norm that is clipped. None keeps that of
-      the optimizer (1e-8 for AdamW and Adan), and adds 1e-8 to the norm.
-    weight_decay: decoupled. The optimizer gets this number, also 0, if it has weight
-      decay.
-    clip_norm: largest norm of the gradient of all trained parameters; None for no
-      limit.
-    frozen: top-level parameters that stay as they are.
+    b1, b2, b3: decays of the averages, in [0, 1). None for the optimizer's defaults:
+      (0.9, 0.999) for AdamW and (0.98, 0.92, 0.99) for Adan, as in the papers.
+    eps: added to the denominator, and to the gradient norm in clipping. None for the
+      optimizer's default (1e-8 for AdamW and Adan) and for 1e-8 in clipping.
+    weight_decay: factor of the weight decay. It is passed to each optimizer with weight
+      decay, even if 0.
+    clip_norm: largest global norm of the gradients of trained parameters; None for no
+      clipping.
+    frozen: names of top-level parameters that are not updated.
     arguments: further arguments of the optimizer's function, such as {"momentum": 0.9}
-      of "sgd".
+      for "sgd".
 
   Raises:
-    SettingError: unknown name; a setting that the optimizer does not have or that is
-      out of range.
+    SettingError: the name is unknown, the optimizer does not have a setting, or a value
+      is invalid.
   """
   function = _function(name)
   for setting, decay in dict(b1=b1, b2=b2, b3=b3).items():
@@ -172,8 +186,7 @@ def create_optimizer(
       raise SettingError(setting, decay, "must lie in [0, 1)")
   named = dict(b1=b1, b2=b2, b3=b3, eps=eps)
   given = {k: value for k, value in named.items() if value is not None}
-  # optax.adamw and optax.lion have a weight decay of their own, which a run with
-  # weight_decay = 0 must not get.
+  # Pass 0 too: optax.adamw and optax.lion have a nonzero default.
   if weight_decay or _takes(function, "weight_decay"):
     given["weight_decay"] = weight_decay
   check_arguments(function, {"learning_rate": learning_rate, **given}, name)
@@ -185,8 +198,8 @@ def create_optimizer(
   return without_frozen(optimizer, tuple(frozen))
 
 
-# Name -> function of (learning rate, and settings by name). Other names are those of
-# optax, see `_function`.
+# Name -> function (learning_rate, **settings) -> optimizer. `_function` looks up other
+# names in optax.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": optax.adamw,
   "adan": adan,
@@ -194,7 +207,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def _function(name: str) -> Callable[..., optax.GradientTransformation]:
-  """The function that makes an optimizer; it takes the learning rate first."""
+  """Returns the function of an optimizer: an entry of OPTIMIZERS, or one of optax.
+
+  Raises:
+    SettingError: optax has no such function whose first argument is learning_rate.
+  """
   if name in OPTIMIZERS:
     return OPTIMIZERS[name]
   function: Any = getattr(optax, name, None)
@@ -214,11 +231,16 @@ def _call(
   given: Mapping[str, Any],
   arguments: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-  """Calls the function of an optimizer with its own arguments."""
+  """Calls an optimizer's function with settings (`given`) and further arguments.
+
+  Raises:
+    SettingError: an argument is unknown or is a setting, or the optimizer cannot train
+      from gradients with this learning rate.
+  """
   for argument, value in arguments.items():
     if argument in (*SHARED, "learning_rate"):
       raise SettingError(
-        f"arguments.{argument}", value, f"is a setting of its own: {argument}"
+        f"arguments.{argument}", value, f"must be given as the setting {argument}"
       )
     with named_in_errors("arguments"):
       check_arguments(function, {"learning_rate": learning_rate, argument: value}, name)
@@ -226,19 +248,19 @@ def _call(
     return function(learning_rate, **given)
   try:
     optimizer = function(learning_rate, **given, **arguments)
-    # A mask is made for the parameters of the network, and not for this one.
+    # Masks fit the parameters of the network, not the single one of `_try_a_step`.
     probed = {k: value for k, value in arguments.items() if "mask" not in k}
     _try_a_step(function(learning_rate, **given, **probed))
   except (TypeError, ValueError) as error:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    # Some, such as lbfgs, take no schedule, or need more than gradients.
+    # Some optimizers accept no schedule, and some, such as lbfgs, need the loss.
     setting, value = ("arguments", dict(arguments)) if arguments else ("name", name)
     raise SettingError(setting, value, f"{name} cannot train: {reason}") from None
   return optimizer
 
 
 def _try_a_step(optimizer: optax.GradientTransformation) -> None:
-  """Traces a step, without computing it; raises what the optimizer raises."""
+  """Traces one step on a small parameter; raises the optimizer's errors."""
 
   def step(params: Params) -> Any:
     return optimizer.update(params, optimizer.init(params), params)
@@ -247,6 +269,7 @@ def _try_a_step(optimizer: optax.GradientTransformation) -> None:
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
+  """Returns whether a function accepts the keyword argument `name`."""
   parameters = _parameters(function)
   return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -258,7 +281,7 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 def without_frozen(
   optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> optax.GradientTransformation:
-  """The optimizer, which leaves these top-level parameters as they are."""
+  """Wraps an optimizer so that the top-level parameters `frozen` are not updated."""
   if not frozen:
     return optimizer
 

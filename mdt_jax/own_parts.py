@@ -1,4 +1,4 @@
-"""Parts of a run that a researcher brings, instead of those that settings describe."""
+"""User-defined objects that replace objects of the settings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from mdt_jax.objectives import Objective
 
 @dataclasses.dataclass(frozen=True)
 class OwnParts:
-  """Parts that are used instead of those of the settings; None for the settings'.
+  """User-defined objects of a run. None: the object that the settings describe.
 
   Attributes:
-    model: a network; the group `settings.model` is not used then.
-    objective: an objective, or its class, which is called with (model, process,
-      timestep sampler).
-    optimizer: an optimizer of optax; the group `settings.optimizer` is not used then.
-    source: examples, see `data.examples.Source`.
+    model: a network; replaces `config.model`.
+    objective: an objective, or a class that is called with (model, process,
+      timestep_sampler); replaces `config.objective`.
+    optimizer: an optax optimizer; replaces `config.optimizer`.
+    source: labelled examples, see `data.examples.Source`; replaces the data of
+      `config.data`.
   """
 
   model: Model | None = None

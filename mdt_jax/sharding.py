@@ -1,9 +1,9 @@
-"""How arrays lie on the devices of a mesh with axes data, fsdp and tensor.
+"""Sharding of arrays over a device mesh with axes data, fsdp and tensor.
 
-A batch is sharded over data x fsdp. Parameters, their averages and the optimizer's
-moments are sharded over fsdp by their width, and over tensor by their heads or by the
-hidden units of the MLP; data holds copies. `models.partitioning` names the axes;
-`RULES` say which axis of the mesh each name means.
+A batch is sharded over data and fsdp. Parameters, their averages and the optimizer's
+state are sharded over fsdp (along the width of the network) and over tensor (along
+heads or hidden units of the MLP), and are replicated over data. `models.partitioning`
+names the axes of parameters; RULES maps these names to axes of the mesh.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """A mesh of devices; neighbours on a TPU's torus are neighbours on it.
+  """Builds a device mesh that keeps neighbours on a TPU's torus adjacent.
+
+  One size may be -1, which means the number of remaining devices.
 
   Args:
-    data: devices that share a batch and each hold copies; -1 for what is left.
-    fsdp: devices that share a batch and the state.
-    tensor: devices that share heads and hidden units, for the same images.
-    devices: all of all processes unless given.
+    data: size of the axis data: the batch is sharded, parameters are replicated.
+    fsdp: size of the axis fsdp: the batch and the parameters are sharded.
+    tensor: size of the axis tensor: heads and hidden units are sharded.
+    devices: the devices; None for all devices of all processes.
 
   Raises:
-    SettingError: the product of the axes is not the number of devices.
+    SettingError: a size is invalid, or the product of the sizes is not the number of
+      devices.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape((data, fsdp, tensor), len(devices))
@@ -59,14 +62,18 @@ def make_mesh(
 
 
 def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
-  """Sizes of the axes, with -1 replaced by the rest of the devices.
+  """Replaces a size of -1 by the number of remaining devices.
 
   Args:
-    sizes: of data, fsdp and tensor; one of them may be -1.
-    num_devices: product of the sizes.
+    sizes: sizes of data, fsdp and tensor; at most one may be -1.
+    num_devices: number of devices.
+
+  Returns:
+    Sizes whose product is num_devices.
 
   Raises:
-    SettingError: another size below 1, or another product.
+    SettingError: a size is below 1 and not -1, two sizes are -1, or the product is not
+      num_devices.
   """
   for axis, size in zip(AXES, sizes, strict=True):
     if size < 1 and size != -1:
@@ -74,7 +81,7 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
   sizes = tuple(sizes)
   known = int(np.prod([size for size in sizes if size != -1]))
   if sizes.count(-1) > 1:
-    raise SettingError("config.mesh", sizes, "one axis at most may be -1")
+    raise SettingError("config.mesh", sizes, "at most one axis may be -1")
   shape = tuple(num_devices // known if size == -1 else size for size in sizes)
   if int(np.prod(shape)) != num_devices:
     raise SettingError(
@@ -93,14 +100,18 @@ def check_mesh(
   batch_size: int,
   accumulation_steps: int,
 ) -> None:
-  """Raises SettingError where devices cannot share a batch or a network.
+  """Checks that a batch and a network can be sharded over a mesh.
 
   Args:
-    sizes: of data, fsdp and tensor, see `mesh_shape`.
-    num_devices: of the run.
+    sizes: sizes of data, fsdp and tensor, see `mesh_shape`.
+    num_devices: number of devices of the run.
     model: the network.
-    batch_size: images a step, over all devices.
-    accumulation_steps: parts that a batch is split into.
+    batch_size: number of images per step, over all devices.
+    accumulation_steps: number of parts that a batch is split into.
+
+  Raises:
+    SettingError: the mesh does not fit the devices, or an axis does not divide the
+      batch size, the width, the heads or the hidden units.
   """
   data, fsdp, tensor = mesh_shape(sizes, num_devices)
   parts = data * fsdp * accumulation_steps
@@ -108,54 +119,55 @@ def check_mesh(
     raise SettingError(
       "config.batch_size",
       batch_size,
-      f"must be divisible by {data * fsdp} devices that share a batch x "
-      f"config.accumulation_steps = {accumulation_steps}, so by {parts}",
+      f"must be divisible by {parts} = {data * fsdp} devices (mesh axes data x fsdp) x "
+      f"config.accumulation_steps = {accumulation_steps}",
     )
   width = getattr(model, "hidden_size", fsdp)
   if width % fsdp:
-    raise SettingError("config.mesh.fsdp", fsdp, f"must divide the width of {width}")
+    raise SettingError("config.mesh.fsdp", fsdp, f"must divide hidden_size = {width}")
   heads = getattr(model, "num_heads", tensor)
   hidden = int(width * getattr(model, "mlp_ratio", tensor))
   if heads % tensor or hidden % tensor:
     raise SettingError(
       "config.mesh.tensor",
       tensor,
-      f"must divide the {heads} heads and the {hidden} hidden units",
+      f"must divide the {heads} heads and the {hidden} hidden units of the MLP",
     )
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-  """Inside, a network that is traced shards its activations over `mesh`."""
+  """Context in which traced networks shard their activations over `mesh`."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on each device."""
+  """Returns the sharding that copies an array to each device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-  """The first axis sharded over data x fsdp."""
+  """Returns the sharding of a batch: its first axis over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Parts that a batch is sharded into."""
+  """Returns the number of parts that a batch is sharded into: data x fsdp."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def of_state(mesh: Mesh, state: Any) -> Any:
-  """How each array of a state, of parameters or of a part of them lies on `mesh`.
+  """Returns the sharding of each array in a training state or in parameters.
 
   Args:
-    mesh: of `make_mesh`.
-    state: tree of arrays or of their shapes; parameters are found by the end of
-      their path, so also in averages and in the moments of an optimizer.
+    mesh: output of `make_mesh`.
+    state: tree of arrays, or of their shapes and dtypes. Arrays are recognised by the
+      end of their path, so that averages and optimizer moments are sharded like their
+      parameters. All other arrays are replicated.
 
   Returns:
-    A tree of NamedSharding.
+    A tree of NamedSharding with the structure of `state`.
   """
 
   def name_of(path: Any) -> str:
@@ -166,7 +178,8 @@ def of_state(mesh: Mesh, state: Any) -> Any:
 
   def of_leaf(path: Any, leaf: Any) -> NamedSharding:
     name = name_of(path)
-    # Some optimizers, such as adafactor, keep statistics of other shapes.
+    # Some optimizers, such as adafactor, have statistics of another shape than the
+    # parameter; these are replicated.
     shape = next((s for end, s in shapes.items() if name.endswith(end)), leaf.shape)
     axes = parameter_axes(name) if leaf.shape == shape else ()
     stacked = (None,) * (len(leaf.shape) - len(axes))
@@ -177,9 +190,13 @@ def of_state(mesh: Mesh, state: Any) -> Any:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-  """Rows of a global batch that this process's devices need, increasing.
+  """Returns the rows of a global batch that the devices of this process need, sorted.
 
-  Several processes may need the same rows: those that a tensor axis spans.
+  Processes along the same tensor axis need the same rows.
+
+  Args:
+    mesh: the mesh of the run.
+    batch_size: number of rows of the global batch.
   """
   places = over_batch(mesh).addressable_devices_indices_map((batch_size,))
   parts = [index[0] for index in places.values() if index is not None]
@@ -190,7 +207,13 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 def put_batch(
   batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int
 ) -> dict[str, jax.Array]:
-  """Rows `local_rows` of a batch, as this process's parts of global arrays."""
+  """Builds global arrays, sharded by `over_batch`, from the rows of each process.
+
+  Args:
+    batch: name -> array with the rows `local_rows(mesh, batch_size)` of the batch.
+    mesh: the mesh of the run.
+    batch_size: number of rows of the global batch.
+  """
   return {
     name: jax.make_array_from_process_local_data(
       over_batch(mesh), array, (batch_size, *array.shape[1:])
@@ -200,7 +223,10 @@ def put_batch(
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-  """The whole of an array on this host; each process that holds a part has to call."""
+  """Copies a whole array to this host.
+
+  If processes hold different parts, all of these processes must call this function.
+  """
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return multihost_utils.process_allgather(array, tiled=True)

@@ -1,4 +1,4 @@
-"""What a training step carries over to the next."""
+"""The state of training, which a training step updates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class TrainState(flax.struct.PyTreeNode):
   """State of a run after `step` steps.
 
   Attributes:
-    step: () int32.
-    params: parameters, float32.
-    opt_state: of the optax transformation.
-    ema: decay as text -> average of the parameters.
-    loss_history: of the loss-second-moment timestep sampler, else None.
-    batch_offset: () int32; step n takes batch n + batch_offset of the data. It grows
-      where a run goes back and leaves batches out.
+    step: () int32, number of finished steps.
+    params: parameters of the network, float32.
+    opt_state: state of the optax optimizer.
+    ema: decay as a string, such as "0.9999" -> exponential moving average of the
+      parameters.
+    loss_history: state of the timestep sampler "loss-second-moment"; None for
+      "uniform".
+    batch_offset: () int32. Step n trains on batch n + batch_offset of the data. The
+      offset grows when a run returns to a checkpoint and skips batches.
   """
 
   step: Array
@@ -42,14 +44,14 @@ def init_state(
   ema_decays: Iterable[float],
   timestep_sampler: TimestepSampler,
 ) -> TrainState:
-  """The state before the first step; every average starts at the parameters.
+  """Initialises the state; each average starts as a copy of the parameters.
 
   Args:
-    key: random key of the parameters.
+    key: random key for the parameters.
     model: the network.
-    optimizer: whose state is initialised.
+    optimizer: the optimizer.
     ema_decays: decay of each average.
-    timestep_sampler: whose loss history is initialised.
+    timestep_sampler: the timestep sampler.
   """
   params = init_params(model, key)
   return TrainState(

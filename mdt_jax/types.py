@@ -1,4 +1,4 @@
-"""Names of types that many modules share."""
+"""Type aliases that many modules share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any, TypeAlias
 import jax
 
 Array: TypeAlias = jax.Array
-Dtype: TypeAlias = Any  # what jnp.dtype takes
+Dtype: TypeAlias = Any  # anything that jnp.dtype accepts
 Params: TypeAlias = Any  # a tree of arrays: parameters, or a part of them
-Batch: TypeAlias = dict[str, jax.Array]  # examples of a step by name, leading axis B
+Batch: TypeAlias = dict[str, jax.Array]  # name -> array with leading axis B

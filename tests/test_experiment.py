@@ -54,7 +54,7 @@ def test_a_share_that_cannot_be_held_out_is_refused(share):
 
 
 def test_nothing_held_out_cannot_be_validated_on():
-  with pytest.raises(SettingError, match="holds no example out"):
+  with pytest.raises(SettingError, match=r"^config\.data\.validation = "):
     _ = build(tiny_config()).held_out
 
 

@@ -236,7 +236,7 @@ def test_parameters_beside_frozen_ones_train_as_they_would_alone(name, clip_norm
     ),
     (
       lambda: create_optimizer("lion", 0.1, arguments={"b1": 0.8}),
-      "arguments.b1 = 0.8: is a setting of its own: b1",
+      "arguments.b1 = 0.8: must be given as the setting b1",
     ),
     (lambda: create_optimizer("adamw", 0.1, b1=1.5), "b1 = 1.5: must lie in [0, 1)"),
     (

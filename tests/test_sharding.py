@@ -36,7 +36,7 @@ def test_an_axis_takes_what_is_left(sizes, shape):
     ((2, 2, 1), r"^config.mesh = 'data 2 x fsdp 2 x tensor 1': the product .* 8$"),
     ((-1, 3, 1), r"^config.mesh = 'data -1 x fsdp 3 x tensor 1': the product .* 8$"),
     ((-1, 16, 1), r"^config.mesh = .*: the product must be the number of devices, 8$"),
-    ((-1, -1, 1), r"^config.mesh = \(-1, -1, 1\): one axis at most may be -1$"),
+    ((-1, -1, 1), r"^config.mesh = \(-1, -1, 1\): at most one axis may be -1$"),
     ((0, 1, 1), r"^config.mesh.data = 0: must be -1 or at least 1$"),
     ((1, 1, -2), r"^config.mesh.tensor = -2: must be -1 or at least 1$"),
   ],
