@@ -275,6 +275,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+  """Returns the parameters of a function's signature by name."""
   return inspect.signature(function).parameters
 
 

@@ -78,6 +78,7 @@ class FileSource(TolerantSource):
     return os.path.join(self._path, self.files.name(index))
 
   def load(self, index: int) -> Example:
+    """Reads and decodes file `index`."""
     data, label = self.files.read(index)
     return {"image": self.decode(data), "label": np.int32(label)}
 
@@ -131,6 +132,7 @@ class FolderFiles:
     return self._names[index]
 
   def read(self, index: int) -> tuple[bytes, int]:
+    """Returns (bytes, label) of a file."""
     data = Path(self.path, self._names[index]).read_bytes()
     return data, int(self._labels[index])
 
@@ -171,6 +173,7 @@ class TarFiles:
     return self._entries[index].name
 
   def read(self, index: int) -> tuple[bytes, int]:
+    """Returns (bytes, label) of a file; raises OSError if the tar file is truncated."""
     entry = self._entries[index]
     with open(entry.tar, "rb") as file:
       file.seek(entry.offset)
@@ -215,6 +218,7 @@ class TfdsFiles:
     return f"{self._name}/{index}"
 
   def read(self, index: int) -> tuple[bytes, int]:
+    """Returns (encoded image, label) of an example."""
     example = self._source[index]
     return example["image"], int(example["label"])
 

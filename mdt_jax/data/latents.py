@@ -174,6 +174,7 @@ class LatentSource(TolerantSource):
     return views, label, name
 
   def load(self, index: int) -> Example:
+    """Returns "views" and "label" of a record; raises if the record is damaged."""
     views, label, _ = self.read(index)
     return {"views": views, "label": np.int32(label)}
 

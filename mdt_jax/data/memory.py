@@ -53,6 +53,7 @@ class MemorySource:
 
   @property
   def pixels(self) -> bool:
+    """Whether the images are uint8."""
     return self._images.dtype == np.uint8
 
   def __len__(self) -> int:

@@ -80,6 +80,7 @@ class NpzSource(TolerantSource):
     return f"{self._path}[{index}]"
 
   def load(self, index: int) -> Example:
+    """Reads image and label; raises ValueError if a float image is not finite."""
     image = np.array(self._images[index])  # copies; reads from disk if memory-mapped
     if image.dtype != np.uint8:
       with np.errstate(over="ignore"):
@@ -152,7 +153,7 @@ def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
   for labels in beside:
     if labels.exists():
       return images, _read_npy(path, str(labels))
-  _warn(path, f"there is no {beside[0].name} or {beside[1].name} beside it")
+  _warn(path, f"its folder holds no {beside[0].name} or {beside[1].name}")
   return images, None
 
 
@@ -205,8 +206,10 @@ def _reading(path: str, name: str) -> Iterator[None]:
 
 
 def _warn(path: str, reason: str) -> None:
+  """Warns that all images of a file get the label 0."""
   logger.warning("All images of %s get the label 0: %s", path, reason)
 
 
 def _error(path: str, accepted: str) -> SettingError:
+  """Returns a SettingError of the setting "config.data.path"."""
   return SettingError("config.data.path", path, accepted)

@@ -43,4 +43,5 @@ def discretized_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array
 
 
 def _approximate_normal_cdf(x: Array) -> Array:
+  """Computes the tanh approximation of the standard normal CDF."""
   return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

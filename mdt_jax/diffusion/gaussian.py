@@ -151,14 +151,17 @@ class GaussianDiffusion(Process):
 
   @property
   def end_time(self) -> int:
+    """S: steps t lie in [0, S)."""
     return self.num_timesteps
 
   @property
   def end_network_time(self) -> int:
+    """T: original timesteps lie in [0, T)."""
     return self.num_original_timesteps
 
   @property
   def learns_variance(self) -> bool:
+    """Whether the network predicts the variance."""
     return self.variance == "learned_range"
 
   @functools.cached_property
@@ -210,15 +213,19 @@ class GaussianDiffusion(Process):
     return np.concatenate([self.posterior_log_variance[:1], np.log(self.betas[1:])])
 
   def alpha(self, t: Array) -> Float[Array, " B"]:
+    """Returns sqrt(alphas_cumprod[t]), the factor of the data."""
     return jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)[t]
 
   def sigma(self, t: Array) -> Float[Array, " B"]:
+    """Returns sqrt(1 - alphas_cumprod[t]), the factor of the noise."""
     return jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)[t]
 
   def weight(self, t: Array) -> Float[Array, " B"]:
+    """Returns mse_weights[t], the weight of the squared error."""
     return jnp.asarray(self.mse_weights, jnp.float32)[t]
 
   def sample_t(self, key: Array, batch: int) -> Int[Array, " batch"]:
+    """Draws steps uniformly from [0, S)."""
     return jax.random.randint(key, (batch,), 0, self.num_timesteps)
 
   def levels(self) -> Levels:
@@ -265,6 +272,7 @@ class GaussianDiffusion(Process):
     return self.predict_x0(output[..., : x_t.shape[-1]], x_t, t)
 
   def noise_from_x0(self, x0: Array, x_t: Array, t: Array) -> Array:
+    """Computes the noise that leads from x0 to x_t; inverts `q_sample`."""
     scale = _at(np.sqrt(1 / self.alphas_cumprod), t, x_t)
     return (scale * x_t - x0) / _at(np.sqrt(1 / self.alphas_cumprod - 1), t, x_t)
 
@@ -377,6 +385,7 @@ class GaussianDiffusion(Process):
     return weights if self.prediction == "x0" else weights / self.snr
 
   def target(self, x0: Array, noise: Array, t: Array) -> Array:
+    """Returns the training target: x0, the noise, or v = alpha noise - sigma x0."""
     if self.prediction == "x0":
       return x0
     if self.prediction == "epsilon":
@@ -385,6 +394,7 @@ class GaussianDiffusion(Process):
     return signal * noise - _at(np.sqrt(1 - self.alphas_cumprod), t, x0) * x0
 
   def _check_output(self, model_output: Array, x: Array) -> None:
+    """Raises ValueError if the network's output has the wrong shape."""
     channels = x.shape[-1] * (2 if self.learns_variance else 1)
     if model_output.shape != (*x.shape[:-1], channels):
       raise ValueError(

@@ -98,6 +98,7 @@ def spaced_timesteps(num_timesteps: int, spacing: str) -> np.ndarray:
 
 
 def _ddim_timesteps(num_timesteps: int, spacing: str, counts: list[str]) -> np.ndarray:
+  """Chooses the timesteps of a spacing "ddimN"; see `spaced_timesteps`."""
   if len(counts) == 1:
     for stride in range(1, num_timesteps + 1):
       timesteps = np.arange(0, num_timesteps, stride)

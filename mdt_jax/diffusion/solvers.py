@@ -103,6 +103,7 @@ def _heun(alpha: np.ndarray, sigma: np.ndarray) -> Rows:
 
 
 def _rows(step: np.ndarray, corrects: np.ndarray, **weights: np.ndarray) -> Rows:
+  """Casts the columns of a table to int32 and float32."""
   return Rows(
     step=step.astype(np.int32),
     corrects=corrects,

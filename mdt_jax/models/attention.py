@@ -68,6 +68,7 @@ def _logits(q: Array, k: Array, bias: Array | None) -> Array:
 def _forward(
   query: Array, key: Array, value: Array, bias: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
+  """Returns the output of `attention` and the values that `_backward` needs."""
   # (B, K, H, d) -> (B, H, K, d): one transpose here saves one in each product.
   q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
   logits = _logits(q, k, bias)
@@ -84,6 +85,7 @@ def _forward(
 def _backward(
   kept: tuple[Any, ...], gradient: Array
 ) -> tuple[Array, Array, Array, Array | None]:
+  """Computes the gradients of `attention` by query, key, value and bias."""
   q, k, v, bias, weights, total, out = kept
   d_out = gradient.swapaxes(1, 2)
   # `weights` are not divided by `total`. Dividing d_out instead divides d_value and

@@ -310,11 +310,13 @@ class Upsample(nn.Module):
 
 
 def _conv(features: int, dtype: Dtype, name: str, **options: Any) -> nn.Conv:
+  """Builds a 3x3 convolution with padding 1."""
   options = {"padding": 1, **options}
   return nn.Conv(features, (3, 3), dtype=dtype, name=name, **options)
 
 
 def _norm(groups: int, dtype: Dtype, name: str) -> nn.GroupNorm:
+  """Builds a GroupNorm with eps 1e-6, as in diffusers."""
   return nn.GroupNorm(
     groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name
   )

@@ -97,23 +97,28 @@ class LabelCondition(Condition):
   dropout: float
 
   def of_batch(self, batch: Mapping[str, Array]) -> Int[Array, "B"]:
+    """Returns batch["label"]; raises ValueError if the labels are not integers."""
     return _check_integers(batch["label"])
 
   def embedder(self, hidden_size: int, dtype: Dtype) -> LabelEmbed:
+    """Returns a `LabelEmbed` module."""
     return LabelEmbed(
       self.num_classes, hidden_size, self.dropout, dtype, name="label_embed"
     )
 
   def drop(self, key: Array, y: Int[Array, "B"], count: int) -> Int[Array, "B count"]:
+    """Copies labels and replaces each by the null label with probability `dropout`."""
     copies = jnp.stack([_check_integers(y)] * count, axis=1)
     return drop_labels(key, copies, self.num_classes, self.dropout)
 
   def null_like(self, y: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Returns null labels (B,); raises ValueError if `dropout` is 0."""
     if self.dropout == 0:
       raise ValueError("label_dropout = 0: must be above 0 to use the null label")
     return jnp.full_like(y, self.num_classes)
 
   def dummy(self, batch: int) -> Int[Array, "B"]:
+    """Returns labels 0 (batch,)."""
     return jnp.zeros((batch,), jnp.int32)
 
   def choose(self, count: int) -> Int[np.ndarray, "count"]:

@@ -184,6 +184,7 @@ class InceptionE(nn.Module):
 
 
 def _halve(x: Array) -> Array:
+  """3x3 max pooling with stride 2, without padding."""
   return nn.max_pool(x, (3, 3), strides=(2, 2))
 
 
@@ -193,4 +194,5 @@ def _average(x: Array) -> Array:
 
 
 def _maximum(x: Array) -> Array:
+  """3x3 max pooling with stride 1."""
   return nn.max_pool(x, (3, 3), padding="SAME")

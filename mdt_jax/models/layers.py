@@ -92,12 +92,14 @@ def product(x: Array, kernel: Array, count: int) -> Array:
 def _product_forward(
   x: Array, kernel: Array, count: int
 ) -> tuple[Array, tuple[Array, Array]]:
+  """Returns the product and the values that `_product_backward` needs."""
   return product(x, kernel, count), (x, kernel)
 
 
 def _product_backward(
   count: int, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
+  """Computes the gradients of `product` by x and kernel."""
   x, kernel = kept
   outputs = tuple(range(count - kernel.ndim, 0))
   d_x = jnp.tensordot(gradient, kernel, (outputs, outputs))

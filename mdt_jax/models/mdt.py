@@ -374,6 +374,7 @@ class MDT(Network, kw_only=True):
     )
 
   def _block_attributes(self) -> dict[str, Any]:
+    """Returns the attributes that all blocks share."""
     offsets = (2 * self.grid_size - 1) ** 2  # possible (dy, dx) of two tokens
     return dict(
       num_heads=self.num_heads,

@@ -124,6 +124,7 @@ class Network(nn.Module, kw_only=True):
     self._require("unroll", holds, "must be -1 (all) or at least 1")
 
   def _require(self, name: str, holds: bool, accepted: str) -> None:
+    """Raises SettingError for the attribute `name` unless `holds`."""
     if not holds:
       raise SettingError(name, getattr(self, name), accepted)
 

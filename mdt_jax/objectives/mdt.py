@@ -67,19 +67,23 @@ class MDTObjective(Objective):
     return self.kept_lengths.lengths
 
   def choose_static(self, seed: int, step: int) -> int:
+    """Draws the number of tokens kept at a step; see `KeptLengths.draw`."""
     return self.kept_lengths.draw(seed, step)
 
   def flops(self, static: Hashable) -> float:
+    """Counts the operations of a step that keeps `static` tokens."""
     assert isinstance(static, int)
     return train_flops(self.model, static)
 
   @property
   def summary(self) -> str:
+    """Lists the possible numbers of kept tokens, for the log."""
     return "kept tokens " + ", ".join(map(str, self.static_choices))
 
   def loss(
     self, apply: Apply, params: Params, draws: Draws, static: Hashable
   ) -> tuple[Array, Losses]:
+    """Computes the sum of both losses; `static` is the number of kept tokens."""
     assert isinstance(static, int)
     losses = self.pass_losses(apply, params, draws, 0)
     mask = token_mask_from_noise(draws.mask_noise, static)

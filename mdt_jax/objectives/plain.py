@@ -14,6 +14,7 @@ class PlainObjective(Objective):
   def loss(
     self, apply: Apply, params: Params, draws: Draws, static: Hashable
   ) -> tuple[Array, Losses]:
+    """Computes the loss of the unmasked pass; `static` is ignored."""
     del static
     losses = self.pass_losses(apply, params, draws, 0)
     total = losses["loss"]
