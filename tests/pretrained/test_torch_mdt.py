@@ -448,7 +448,7 @@ def test_truncated_file_is_refused(suffix, reason, share, tmp_path):
 def test_file_of_something_else_is_refused(suffix, content, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes(content)
-  assert f"path = {str(path)!r}: no " in expect_error(path)
+  assert f"path = {str(path)!r}: must be a " in expect_error(path)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
