@@ -249,7 +249,7 @@ def _to_ours(tensor: np.ndarray) -> np.ndarray:
 def _by_hand(name: str, where: str) -> str:
   """Returns a hint, for errors, how to download a model by hand."""
   return (
-    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} from https://huggingface.co/{name} "
+    f"put {CONFIG_FILE} and {WEIGHT_FILES[0]} of https://huggingface.co/{name} "
     f"into {where}"
   )
 
