@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ from PIL import Image
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
-from tests import reference
+from tests import forked, reference
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -38,22 +35,9 @@ SETTINGS = {
 }
 
 
-def start(*arguments):
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-  return subprocess.Popen(
-    [sys.executable, "-m", *map(str, arguments)],
-    cwd=ROOT,
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def run(*arguments):
-  process = start(*arguments)
-  out, err = process.communicate(timeout=300)
-  return process.returncode, out, err
+def run(module, *flags):
+  process = forked.command(module, *flags)
+  return process.end(), process.out, process.err
 
 
 def train(workdir, **overrides):
@@ -138,15 +122,13 @@ def test_a_rerun_says_that_it_goes_on(trained):
 
 
 def test_interrupted_training_goes_on_without_losing_a_step(tmp_path):
-  process = start(*train(tmp_path, num_steps=5000, log_every=1, checkpoint_every=5000))
-  for line in process.stdout:
-    if line.startswith("step 3/"):
-      break
-  process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 130, err
+  settings = {"num_steps": 5000, "log_every": 1, "checkpoint_every": 5000}
+  process = forked.command(*train(tmp_path, **settings))
+  process.wait_for("^step 3/")
+  process.signal(signal.SIGINT)
+  assert process.end() == 130, process.err
   (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-  assert f"stopped after step {saved};" in out
+  assert f"stopped after step {saved};" in process.out
   code, out, err = run(*train(tmp_path, num_steps=saved + 2, log_every=1))
   assert code == 0, err
   steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
@@ -433,7 +415,7 @@ def encoded(photographs, tmp_path_factory):
     output, f"--source={photographs}", f"--vae={VAE}", "--image_size=16"
   )
   assert code == 0, err
-  assert "cut.png" in err
+  assert "cut.png" in out
   assert f"4 images in {output}, 1 left out" in out
   return output
 

@@ -1,16 +1,9 @@
-"""Training commands that are started by the dozen, to be killed.
-
-They are forked from a server that has imported everything and computed nothing, which
-spares each of them the seconds that imports take.
-"""
+"""Training commands that are killed, stopped and started again."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests import forked
+
 CONFIG = Path(__file__).with_name("run_config.py")
-TIMEOUT = 300  # seconds, of a run of seconds
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([__name__, "mdt_jax.main", "clu.metric_writers"])
 
 
-class Run:
-  """A command "python -m mdt_jax.main" under way.
+class Run(forked.Forked):
+  """A running "python -m mdt_jax.main".
 
   Args:
     workdir: of the run.
@@ -47,40 +38,12 @@ class Run:
     logs = logs or workdir.parent / f"{workdir.name}_logs"
     logs.mkdir(exist_ok=True)
     self.log = logs / f"{time.time_ns()}.txt"
-    self.log.touch()
-    command = ["mdt_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    self.process = _FORKS.Process(
-      target=_main, args=(command, self.log, before), daemon=True
-    )
-    self.process.start()
-
-  def wait_for(self, pattern: str) -> re.Match[str]:
-    """Waits for a line in the log."""
-    return self._wait(lambda: re.search(pattern, self.log.read_text(), re.MULTILINE))
-
-  def end(self) -> int:
-    """Waits for the end; the exit code, negative for a signal."""
-    self.process.join(TIMEOUT)
-    assert self.process.exitcode is not None, self.log.read_text()
-    return self.process.exitcode
-
-  def kill(self) -> None:
-    self.process.kill()
-    self.process.join()
-
-  def signal(self, number: int) -> None:
-    os.kill(self.process.pid, number)
+    flags = (f"--config={config}", f"--workdir={workdir}", *flags)
+    super().__init__(_train, before, flags, out=self.log, err=self.log)
 
   def steps(self) -> list[int]:
     """The steps that were logged."""
     return [int(n) for n in re.findall(r"^step (\d+)/", self.log.read_text(), re.M)]
-
-  def _wait(self, condition: Callable[[], re.Match[str] | None]) -> re.Match[str]:
-    end = time.monotonic() + TIMEOUT
-    while (found := condition()) is None:
-      assert self.process.is_alive() and time.monotonic() < end, self.log.read_text()
-      time.sleep(0.005)
-    return found
 
 
 def finish(workdir: Path, *flags: str, logs: Path | None = None) -> Run:
@@ -140,15 +103,7 @@ def _leaves(tree: object, path: str = ""):
     yield path, tree
 
 
-def _main(command: list[str], log: Path, before: Callable[[], None] | None) -> None:
-  """In the forked process: the command, with its output in a file."""
-  output = os.open(log, os.O_WRONLY | os.O_APPEND)
-  os.dup2(output, 1)
-  os.dup2(output, 2)
-  sys.stdout.reconfigure(line_buffering=True)
-  from mdt_jax import cli, main
-
+def _train(before: Callable[[], None] | None, flags: tuple[str, ...]) -> None:
   if before is not None:
     before()
-  sys.argv = command
-  cli.run(main.main)
+  forked.run_module("mdt_jax.main", *flags)
