@@ -30,7 +30,7 @@ __all__ = [
   "to_torch",
 ]
 
-# Imported when first used, so that those who want the networks alone do not wait.
+# Name -> module, imported when first used, so that `import mdt_jax` stays fast.
 _LAZY = {
   "Experiment": "mdt_jax.experiment",
   "Pipeline": "mdt_jax.sampling.pipeline",

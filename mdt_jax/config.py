@@ -1,7 +1,7 @@
-"""The ConfigDict of a run, as config files make it and the command line changes it.
+"""The ConfigDict of a run: made by a config file, changed by the command line.
 
-`mdt_jax.settings` documents each setting; files in configs/ change what their run
-needs, and `--config.name=value` on the command line has the last word.
+`mdt_jax/settings.py` describes each setting and its default. The files in
+mdt_jax/configs/ change the settings of their run. --config.NAME=VALUE overrides both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from mdt_jax.settings import Settings
 
 
 def default_config() -> ConfigDict:
-  """The settings of MDTv2-S/2 on ImageNet 256x256, locked: no field can be added."""
+  """Returns the default settings: MDTv2-S/2 on ImageNet 256x256.
+
+  The ConfigDict is locked: a misspelt name raises AttributeError.
+  """
   return Settings().to_config()
 
 
 def write_config(settings: Settings, workdir: Path) -> None:
-  """Writes config.json for people to read; checkpoints hold the config that counts."""
+  """Writes config.json for people; a resumed run reads the config in its checkpoint."""
   write_json(workdir / "config.json", settings.to_dict())

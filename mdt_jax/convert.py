@@ -4,10 +4,10 @@ python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
 python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
 python -m mdt_jax.convert --inception --input=FILE.pth --output=inception.safetensors
 
-The first command writes a workdir for mdt_jax.sample, whose --vae decodes the samples.
---to_torch writes averaged parameters under the released names and shapes, to a .pt,
-.pth or .safetensors file. --inception converts the weights of FID's network (a file of
-pytorch-fid or torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
+The first command writes a run's folder, from which mdt_jax.sample draws images.
+--to_torch writes averaged parameters of a run under the released names and shapes.
+--inception converts the weights of FID's network (a file of pytorch-fid or
+torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
 """
 
 from __future__ import annotations
@@ -18,35 +18,58 @@ from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints import converted
-from mdt_jax.errors import renamed_in_errors
+from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.pretrained import torch_inception, torch_vae
 
 INPUT = flags.DEFINE_string(
-  "input", None, "File; with --to_torch a workdir.", required=True
+  "input",
+  None,
+  "File to convert; with --to_torch, the folder of a run.",
+  required=True,
 )
 OUTPUT = flags.DEFINE_string(
-  "output", None, "Workdir; with --to_torch a file.", required=True
+  "output",
+  None,
+  "Folder to write, for --checkpoint of mdt_jax.sample; with --to_torch or "
+  "--inception, a file.",
+  required=True,
 )
-TO_TORCH = flags.DEFINE_bool("to_torch", False, "From a workdir to a PyTorch file.")
-INCEPTION = flags.DEFINE_bool("inception", False, "Weights of FID's network.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is in --output.")
+TO_TORCH = flags.DEFINE_bool(
+  "to_torch", False, "Convert a run to a .pt, .pth or .safetensors file."
+)
+INCEPTION = flags.DEFINE_bool(
+  "inception", False, "Convert the weights of FID's Inception network."
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
 NETWORK = flags.DEFINE_string(
-  "network", None, "DiT, MDT or MDTv2; inferred from the tensors by default."
+  "network",
+  None,
+  "Network in the PyTorch file: DiT, MDT or MDTv2. Default: found from the tensors.",
 )
 DECODE_DEPTH = flags.DEFINE_integer(
-  "decode_depth", None, "Decode blocks of an MDT v1; 2, as released, by default."
+  "decode_depth",
+  None,
+  "Number of decoder blocks of an MDT v1. Default: 2, as released.",
 )
 NUM_HEADS = flags.DEFINE_integer(
-  "num_heads", None, "Heads of a DiT; those of the published size by default."
+  "num_heads",
+  None,
+  "Number of attention heads of a DiT. Default: that of the published size.",
 )
-STEP = flags.DEFINE_integer("step", None, "Step to convert back; default: the latest.")
+STEP = flags.DEFINE_integer(
+  "step", None, "With --to_torch: step of the checkpoint. Default: the latest."
+)
 EMA_DECAY = flags.DEFINE_float(
-  "ema_decay", None, "Decay of the average to convert back."
+  "ema_decay",
+  None,
+  "With --to_torch: decay of the averaged parameters to convert, one of "
+  "config.ema_decays. Default: config.sampling.ema_decay of the run, else the first.",
 )
+cli.require(input="mdt_xl2_v2_ckpt.pt", output="runs/mdt_xl2")
 
 
-# Argument in an error -> flag, where their names differ.
+# Name of an argument in an error -> name of its flag.
 _FROM_TORCH = {"path": "input", "workdir": "output"}
 _TO_TORCH = {"workdir": "input", "path": "output"}
 _INCEPTION = {"source": "input", "target": "output"}
@@ -55,6 +78,7 @@ _INCEPTION = {"source": "input", "target": "output"}
 def main(argv: list[str]) -> None:
   del argv
   output = Path(OUTPUT.value)
+  _check_direction()
   if INCEPTION.value:
     with renamed_in_errors(_INCEPTION):
       torch_inception.convert_inception(INPUT.value, output, overwrite=OVERWRITE.value)
@@ -84,6 +108,28 @@ def main(argv: list[str]) -> None:
       settings.model.name,
       output,
       torch_vae.DEFAULT_ID,
+    )
+
+
+def _check_direction() -> None:
+  """Refuses an input of the other direction than that of the flags."""
+  path = Path(INPUT.value).expanduser()
+  if TO_TORCH.value and INCEPTION.value:
+    raise SettingError("--inception", True, "cannot be combined with --to_torch")
+  if TO_TORCH.value and path.is_file():
+    raise SettingError(
+      "--input",
+      INPUT.value,
+      "is a file, and --to_torch takes the folder of a run; leave --to_torch out to "
+      "convert a PyTorch file",
+    )
+  if not INCEPTION.value:
+    cli.check_run_folder("input", INPUT.value, "step", accepts_parent=TO_TORCH.value)
+  if not TO_TORCH.value and cli.is_run(path):
+    raise SettingError(
+      "--input",
+      INPUT.value,
+      "is the folder of a run; did you mean --to_torch, with a file as --output?",
     )
 
 

@@ -1,13 +1,14 @@
-"""Encodes images once: python -m mdt_jax.encode --source=… --vae=… --output=DIR
+"""Encodes images to latents, once for all runs that train on them.
 
-Writes ArrayRecord shards of latents and a card to DIR, for config.data.source=latents.
-Repeat the command to go on after a stop. To share the work among machines, run the same
-command on each, with an output folder that all of them see, and either --process_index
-and --process_count, or --distributed.
-
-python -m mdt_jax.encode --statistics --output=DIR     mean and std by channel
+python -m mdt_jax.encode --source=IMAGES --vae=VAE --output=DIR
+python -m mdt_jax.encode --statistics --output=DIR     mean and std of each channel
 python -m mdt_jax.encode --verify --output=DIR         reads and checks every record
-python -m mdt_jax.encode --reference_batch=FILE.npz --source=…    images for evaluation
+python -m mdt_jax.encode --reference_batch=FILE.npz --source=IMAGES    for evaluation
+
+The first command writes ArrayRecord shards of latents and a card (card.json) to DIR.
+Train on them with --config.data.path=DIR. The same command resumes after a stop. To
+divide the work among machines, run the same command on each, with an output folder that
+all of them see, and with either --process_index and --process_count, or --distributed.
 """
 
 from __future__ import annotations
@@ -17,18 +18,26 @@ from collections.abc import Sequence
 from absl import flags
 
 from mdt_jax import cli
-from mdt_jax.errors import SettingError
 
 SOURCE = flags.DEFINE_string(
-  "source", None, "Folder of images, .tar file or folder of them, or tfds:NAME."
+  "source",
+  None,
+  "Images: a folder with one folder for each class, a .tar file, a folder of .tar "
+  "files, or tfds:NAME for a data set of TensorFlow Datasets. Needed to encode and for "
+  "--reference_batch.",
 )
-SPLIT = flags.DEFINE_string("split", "train", "Split of a TFDS data set.")
+SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds: data set.")
 VAE = flags.DEFINE_string(
-  "vae", None, "Autoencoder: folder in the form of diffusers, or hub id."
+  "vae",
+  None,
+  "Autoencoder: a folder in the layout of diffusers, or the id of one on the Hugging "
+  "Face hub. Needed to encode.",
 )
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the set of latents.")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "Folder of the set of latents. Needed except for --reference_batch."
+)
 IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size", 256, "Height and width of the crops, in pixels."
+  "image_size", 256, "Height and width of the cropped images, in pixels."
 )
 DTYPE = flags.DEFINE_string(
   "dtype", "float16", "Type of the stored latents: float16 or bfloat16."
@@ -36,41 +45,55 @@ DTYPE = flags.DEFINE_string(
 COMPUTE_DTYPE = flags.DEFINE_string(
   "compute_dtype",
   "float32",
-  "Type of the autoencoder's computation: float32, bfloat16.",
+  "Type in which the autoencoder computes: float32 or bfloat16.",
 )
 NUM_SHARDS = flags.DEFINE_integer(
-  "num_shards", None, "Shards of the set. None: one per 10,000 images."
+  "num_shards", None, "Number of shard files. Default: one for every 10,000 images."
 )
 BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 32, "Images in a batch, over all devices of this process."
+  "batch_size", 32, "Images encoded at once, over all devices of this process."
 )
 NUM_THREADS = flags.DEFINE_integer(
   "num_threads", 8, "Threads that read and crop images."
 )
 MAX_UNREADABLE = flags.DEFINE_integer(
-  "max_unreadable", 100, "Unreadable images or records to leave out before stopping."
+  "max_unreadable",
+  100,
+  "Number of unreadable images or records to skip; one more stops the command.",
 )
 PROCESS_INDEX = flags.DEFINE_integer(
-  "process_index", None, "This process, from 0. None: as --distributed says, or 0."
+  "process_index",
+  None,
+  "Number of this process, from 0. Default: from --distributed, or 0.",
 )
 PROCESS_COUNT = flags.DEFINE_integer(
-  "process_count", None, "Processes at work. None: as --distributed says, or 1."
+  "process_count",
+  None,
+  "Number of processes that encode. Default: from --distributed, or 1.",
 )
 STATISTICS = flags.DEFINE_bool(
-  "statistics", False, "Write mean and std of the set in --output, and encode nothing."
+  "statistics",
+  False,
+  "Write the mean and std of the set in --output to statistics.json. Encode nothing.",
 )
 VERIFY = flags.DEFINE_bool(
-  "verify", False, "Check every record of the set in --output, and encode nothing."
+  "verify", False, "Read and check every record of the set in --output. Encode nothing."
 )
 REFERENCE_BATCH = flags.DEFINE_string(
-  "reference_batch", None, "Write crops to this .npz (arr_0, arr_1), encode nothing."
+  "reference_batch",
+  None,
+  "Write cropped images (arr_0) and labels (arr_1) to this .npz, as the reference of "
+  "mdt_jax.evaluate. Encode nothing. Default: encode.",
 )
-NUM_IMAGES = flags.DEFINE_integer("num_images", 10_000, "Images of a reference batch.")
+NUM_IMAGES = flags.DEFINE_integer(
+  "num_images", 10_000, "Images in the file of --reference_batch."
+)
+_EXAMPLES = {"source": "IMAGES", "vae": "VAE_FOLDER", "output": "latents/imagenet256"}
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  from mdt_jax.pretrained import encoding  # imports JAX, not needed for --help
+  from mdt_jax.pretrained import encoding  # slow to import, not needed for --help
 
   if REFERENCE_BATCH.value:
     encoding.write_reference_batch(
@@ -106,9 +129,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _required(flag: flags.FlagHolder[str | None]) -> str:
-  if not flag.value:
-    raise SettingError(f"--{flag.name}", flag.value, "must be given")
-  return flag.value
+  return cli.required_value(flag, _EXAMPLES[flag.name])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The error that a user can mend: one line, exit code 2."""
+"""Errors that a user can fix. Commands print them in one line and exit with code 2."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 
 
 class SettingError(ValueError):
-  """A setting has a value that cannot be used.
+  """A setting or an argument has a value that cannot be used.
 
   Args:
-    setting: the setting's name as the user writes it, such as
-      `config.batch_size`, `--labels` or a path.
-    value: the value it has.
-    accepted: what would be accepted, as the end of the sentence
-      "<setting> = <value>: …".
+    setting: its name as the user writes it, such as `config.batch_size`, `--labels` or
+      `path`.
+    value: its value.
+    accepted: what is accepted; ends the sentence "<setting> = <value>: …".
   """
 
   def __init__(self, setting: str, value: Any, accepted: str):
     self.setting = setting
     self.value = value
     self.accepted = accepted
-    super().__init__(setting, value, accepted)  # as it is unpickled, from a worker
+    super().__init__(setting, value, accepted)  # pickled by workers, with these args
 
   def __str__(self) -> str:
     return f"{self.setting} = {self.value!r}: {self.accepted}"
 
 
 def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
-  """Raises SettingError where `value` is none of `choices`."""
+  """Raises SettingError if `value` is not one of `choices`."""
   choices = list(choices)
   if value not in choices:
     names = ", ".join(str(choice) for choice in choices)
@@ -40,12 +39,12 @@ def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
 def check_arguments(
   function: Callable[..., Any], given: Mapping[str, Any], what: str
 ) -> None:
-  """Raises SettingError for an argument that a function does not take, or lacks.
+  """Raises SettingError for a keyword argument that is unknown or missing.
 
   Args:
-    function: that is to be called.
+    function: the function to be called.
     given: its keyword arguments.
-    what: the function makes, for the error.
+    what: what the function makes, for the error.
   """
   parameters = inspect.signature(function).parameters
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -60,7 +59,7 @@ def check_arguments(
 
 @contextlib.contextmanager
 def named_in_errors(prefix: str) -> Iterator[None]:
-  """Puts `prefix` and a dot before the name of a setting in errors."""
+  """Puts `prefix` and a dot before the setting's name in a SettingError."""
   try:
     yield
   except SettingError as error:
@@ -73,10 +72,10 @@ def named_in_errors(prefix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
-  """Rewrites the name of a setting in errors, as the flag of a command.
+  """Renames settings in a SettingError, for example to the flags of a command.
 
   Args:
-    names: setting -> name in the error; others keep theirs.
+    names: name of a setting -> its name in the error. Other settings keep their names.
   """
   try:
     yield

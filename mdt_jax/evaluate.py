@@ -1,15 +1,16 @@
-"""Scores samples against real images, or a checkpoint.
+"""Scores images against real images, or draws images from a checkpoint and scores them.
 
 python -m mdt_jax.evaluate --reference=VIRTUAL_imagenet256_labeled.npz \\
   --samples=samples.npz --inception=inception.safetensors
-python -m mdt_jax.evaluate --checkpoint=WORKDIR --reference=… --inception=…
-python -m mdt_jax.evaluate --checkpoint=WORKDIR --metrics=frechet,accuracy,diversity
-python -m mdt_jax.evaluate --checkpoint=WORKDIR --metrics=bpd
+python -m mdt_jax.evaluate --checkpoint=RUN --reference=REAL --inception=WEIGHTS
+python -m mdt_jax.evaluate --checkpoint=RUN --metrics=frechet,accuracy,diversity
+python -m mdt_jax.evaluate --checkpoint=RUN --metrics=bpd
 
 fid, sfid, is, precision and recall are the scores of ADM's evaluator. frechet, accuracy
-and diversity need no network and suit small images. bpd is the variational bound of the
-run's data, in bits per dimension. Without --samples the checkpoint draws the samples.
-The command writes scores.json, and bpd.json for bpd. File formats: docs/evaluation.md.
+and diversity need no network and suit small images. bpd is the variational bound on the
+negative log-likelihood of the run's data, in bits per dimension. Without --samples, the
+checkpoint draws the images. The command writes scores.json, and bpd.json for bpd.
+docs/evaluation.md describes the files.
 """
 
 from __future__ import annotations
@@ -32,55 +33,102 @@ from mdt_jax.evaluation import bits_per_dimension, job
 from mdt_jax.logs import logger
 from mdt_jax.settings import SamplingSettings
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.")
+CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "Folder of a run of mdt_jax.main or of mdt_jax.convert. Default: none; then "
+  "--samples must be given.",
+)
 SAMPLES = flags.DEFINE_string(
-  "samples", None, ".npz of images (arr_0) and labels (arr_1) to score; default: draw."
+  "samples",
+  None,
+  ".npz to score, with images (arr_0) and labels (arr_1). Default: draw images from "
+  "the checkpoint.",
 )
 REFERENCE = flags.DEFINE_string(
-  "reference", None, ".npz of real images or of their statistics; default: run's data."
+  "reference",
+  None,
+  ".npz of real images (arr_0) or of their statistics. Default: the data of the run.",
 )
 INCEPTION = flags.DEFINE_string(
-  "inception", None, "Weights: .safetensors of mdt_jax.convert, .pth or .pb."
+  "inception",
+  None,
+  "Weights of FID's Inception network: .safetensors of mdt_jax.convert, .pth or .pb. "
+  "Default: none.",
 )
 METRICS = flags.DEFINE_list(
   "metrics",
   None,
-  "Scores: fid, sfid, is, precision, recall (these need --inception), frechet, "
-  "accuracy, diversity, bpd (needs --checkpoint).",
+  "Scores: fid, sfid, is, precision, recall (these five need --inception), frechet, "
+  "accuracy, diversity, bpd (needs --checkpoint). Default: the first five with "
+  "--inception; else frechet, accuracy and diversity with --samples or --reference; "
+  "else bpd.",
 )
 SAVE_STATISTICS = flags.DEFINE_string(
-  "save_statistics", None, "Write what the scores need of the reference to this .npz."
+  "save_statistics",
+  None,
+  "Write the statistics of the reference to this .npz, for a later --reference. "
+  "Default: none.",
 )
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: latest.")
-EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Decay of the parameters' average.")
+STEP = flags.DEFINE_integer(
+  "step", None, "Training step of the checkpoint. Default: the latest checkpoint."
+)
+EMA_DECAY = flags.DEFINE_float(
+  "ema_decay",
+  None,
+  "Decay of the averaged parameters to use, one of config.ema_decays. Default: "
+  "config.sampling.ema_decay of the run, else the first.",
+)
 SAMPLING = flags.DEFINE_string(
   "sampling",
   "",
-  "Settings to draw samples with, such as num_steps=50,cfg_interval=0.2,0.8; default: "
-  "those of the run.",
+  "Settings of config.sampling for the drawn images, such as "
+  "num_steps=50,cfg_interval=0.2,0.8. Default: those of the run.",
 )
-DATA_SOURCE = flags.DEFINE_string("data_source", None, "Replaces that of the run.")
-DATA_PATH = flags.DEFINE_string("data_path", None, "Replaces that of the run.")
-VAE = flags.DEFINE_string("vae", None, "Autoencoder; replaces that of the run.")
+DATA_SOURCE = flags.DEFINE_string(
+  "data_source", None, "Replaces config.data.source of the run. Default: the run's."
+)
+DATA_PATH = flags.DEFINE_string(
+  "data_path", None, "Replaces config.data.path of the run. Default: the run's."
+)
+VAE = flags.DEFINE_string(
+  "vae", None, "Autoencoder: a folder or a Hugging Face id. Default: the run's."
+)
 NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
   None,
-  f"Images to draw, {job.NUM_IMAGES:,} by default; for bpd, images spread over the "
-  f"data, {bits_per_dimension.NUM_IMAGES:,} by default.",
+  f"Number of images to draw, or, for bpd, number of images of the data. Default: "
+  f"{job.NUM_IMAGES:,} drawn images, {bits_per_dimension.NUM_IMAGES:,} images for bpd.",
 )
 NUM_STEPS = flags.DEFINE_integer(
-  "num_steps", None, "For bpd: steps of a respaced process; default: all."
+  "num_steps",
+  None,
+  "For bpd: steps of the process, from 1 to config.diffusion.num_timesteps. Default: "
+  "all. Sampling steps are --sampling=num_steps=N.",
 )
-flags.DEFINE_alias("steps", "num_steps")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.")
-SEED = flags.DEFINE_integer("seed", 0, "Image i derives its noise from (seed, i).")
+cli.define_alias("steps", "num_steps")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images computed at once.")
+SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed, from 0 to 2**32 - 1; the noise of image i derives from (seed, i)."
+)
 OUTPUT = flags.DEFINE_string(
-  "output", None, "Folder; default: WORKDIR/evaluation, or the folder of --samples."
+  "output",
+  None,
+  "Folder for scores.json and bpd.json. Default: CHECKPOINT/evaluation, or the folder "
+  "of --samples.",
+)
+cli.suggest(
+  {
+    field.name: f"--sampling={field.name}"
+    for field in dataclasses.fields(SamplingSettings)
+  }
 )
 
 
 def main(argv: list[str]) -> None:
   del argv
+  if CHECKPOINT.value:
+    cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   metrics = job.choose_metrics(
     METRICS.value,
     has_checkpoint=bool(CHECKPOINT.value),
@@ -152,7 +200,7 @@ def _check_flags(metrics: list[str]) -> None:
 
 
 def _names_of_flags() -> dict[str, str]:
-  """Settings and arguments -> flags as the user typed them."""
+  """Name of a setting or an argument -> its flag, as the user typed it."""
   is_alias = flags.FLAGS["steps"].present
   return {
     "path": "--checkpoint",
@@ -176,7 +224,7 @@ def _sampling() -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-  """A value in JSON (true) or in Python (0.2,0.8); otherwise the text."""
+  """Parses a value in JSON (true) or in Python (0.2,0.8); other texts stay texts."""
   for parse in (json.loads, ast.literal_eval):
     with contextlib.suppress(ValueError, SyntaxError):
       return parse(text)

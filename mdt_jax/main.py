@@ -1,7 +1,10 @@
-"""Trains from a config: python -m mdt_jax.main --config=configs/digits.py --workdir=DIR
+"""Trains a network: python -m mdt_jax.main --config=digits --workdir=runs/digits
 
-A rerun of the same command goes on from the last checkpoint. Any setting is
-overridden on the command line: --config.batch_size=64.
+The same command resumes a stopped run from its last checkpoint. --config.NAME=VALUE
+changes a setting, for example --config.batch_size=64.
+
+Exit codes: 0 the run is finished, 2 a flag or a setting cannot be used, 75 preempted or
+a process did not join (repeat the command), 130 interrupted by Ctrl-C, 1 other errors.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints.retries import SaveError
@@ -20,29 +22,30 @@ from mdt_jax.logs import logger
 from mdt_jax.training import distributed, loop, replay
 from mdt_jax.training.preemption import Interrupted
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Python file with get_config().", lock_config=True
-)
+CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder for checkpoints, TensorBoard events and pictures.",
+  "Folder of the run. It receives checkpoints, TensorBoard events and pictures. A "
+  "folder with checkpoints resumes their run.",
   required=True,
 )
 REPLAY_STEP = flags.DEFINE_integer(
   "replay_step",
   None,
-  "Train nothing; look into this step, counted from 0, once more: which examples, "
-  "parameters and gradients are not finite. Writes WORKDIR/replay_STEP.json.",
+  "Do not train, but repeat this step of a run, counted from 0, and report which "
+  "examples, parameters and gradients are not finite. Writes "
+  "WORKDIR/replay_STEP.json. Default: train.",
 )
-flags.mark_flag_as_required("config")
+cli.require(config="digits", workdir="runs/digits")
 
 
 def main(argv: list[str]) -> None:
   del argv
+  cli.check_run_folder("workdir", WORKDIR.value)
   cache_dir = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
   if cache_dir is None:
-    # The next start of this run compiles nothing.
+    # The next start of this run then loads its programs instead of compiling them.
     cache = Path(WORKDIR.value).expanduser().absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if REPLAY_STEP.value is not None:
@@ -53,8 +56,8 @@ def main(argv: list[str]) -> None:
   except SaveError as error:
     sys.exit(f"error: {error}")
   except Interrupted as stop:
-    logger.info("%s; the same command goes on from there", stop)
-    # Launchers restart a run that was preempted, but not one that was interrupted.
+    logger.info("%s; repeat the command to resume", stop)
+    # Launchers restart a preempted run, but not one that a person interrupted.
     by_hand = signal.SIGINT in stop.signals
     sys.exit(cli.EXIT_INTERRUPTED if by_hand else distributed.EXIT_TRY_AGAIN)
 

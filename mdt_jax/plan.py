@@ -1,8 +1,9 @@
-"""Plans a run: python -m mdt_jax.plan --config=configs/mdt_b2.py --topology=v5e:16x16
+"""Plans a run: python -m mdt_jax.plan --config=mdt_b2 --topology=v5e:16x16
 
-Compiles the training step (--what=sample: the sampler) for devices that are not there,
-and says whether it fits, what it sends, and how fast it may be at best. TPU topologies
-need pip install -e '.[tpu]'; cpu:8 needs nothing.
+Compiles the training step (--what=sample: the sampler) for devices that this machine
+does not have. Prints whether the step fits in their memory, which collectives it runs,
+and an upper bound of its speed. TPU topologies need libtpu:
+pip install -e '.[tpu]' in a clone. cpu:N needs no other package.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from mdt_jax import cli
 from mdt_jax.atomic import write_json
@@ -22,20 +22,33 @@ from mdt_jax.planning.plan import WHATS, plan_run
 from mdt_jax.planning.report import describe
 from mdt_jax.settings import Settings
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Python file with get_config().", lock_config=True
-)
+CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "v5e:16x16, v4:4x4x4, v5e-256 or the like; cpu:8.", required=True
+  "topology",
+  None,
+  "Devices of the run: a TPU slice by its shape, such as v5e:16x16 or v4:4x4x4, or by "
+  "its name, such as v5e-256; or cpu:N for N CPU devices.",
+  required=True,
 )
-WHAT = flags.DEFINE_string("what", "train", "train or sample.")
+WHAT = flags.DEFINE_string("what", "train", "What to compile: train or sample.")
 BATCH_PER_DEVICE = flags.DEFINE_integer(
-  "batch_per_device", None, "Images; by config.batch_size unless given."
+  "batch_per_device",
+  None,
+  "Images on each device, at least 1. Default: config.batch_size over the devices.",
 )
-FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest one that fits.")
-CHIP = flags.DEFINE_string("chip", None, "With cpu:N: whose memory and speed count.")
-JSON = flags.DEFINE_string("json", None, "File that the plan is written to as well.")
-flags.mark_flag_as_required("config")
+FIND_BATCH = flags.DEFINE_bool(
+  "find_batch", False, "Search for the largest batch that fits in memory."
+)
+CHIP = flags.DEFINE_string(
+  "chip",
+  None,
+  "With cpu:N: chip whose memory and speed the plan assumes, one of "
+  f"{', '.join(CHIPS)}. Default: none.",
+)
+JSON = flags.DEFINE_string(
+  "json", None, "Also write the plan to this file. Default: none."
+)
+cli.require(config="mdt_b2", topology="v5e:16x16")
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The papers' runs on ImageNet 256x256: what files in configs/ share."""
+"""The papers' runs on ImageNet 256x256, which the files in configs/ return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mdt_jax.settings import (
 
 
 def mdtv2(size: str) -> ConfigDict:
-  """MDTv2-S/2, B/2, L/2 or XL/2 as released: the defaults, with its learning rate."""
+  """MDTv2-S/2, B/2, L/2 or XL/2 as released: the defaults with their learning rate."""
   return _mdtv2(size).to_config()
 
 
@@ -35,15 +35,15 @@ def dit(size: str) -> ConfigDict:
 
 
 def of_network(attributes: Mapping[str, Any]) -> Settings:
-  """The run that a released network comes from, whatever its size.
+  """Returns the settings of the run that a released network comes from.
 
   Args:
-    attributes: of MDT, as `pretrained.torch_mdt.from_torch` returns them.
+    attributes: attributes of MDT, as `pretrained.torch_mdt.from_torch` returns them.
   """
   attributes = dict(attributes)
   variant, learn_sigma = attributes.pop("variant"), attributes.pop("learn_sigma")
   width = attributes["hidden_size"]
-  # A network of no published size takes the recipe, and the name, of the smallest.
+  # A network of an unpublished size gets the recipe and the name of size S.
   size = next((s for s, known in SIZES.items() if known["hidden_size"] == width), "S")
   recipes: dict[str, Callable[[str], Settings]] = {
     "DiT": _dit,

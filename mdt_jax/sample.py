@@ -1,13 +1,13 @@
-"""Draws images from a checkpoint: python -m mdt_jax.sample --checkpoint=WORKDIR
+"""Draws images from a checkpoint: python -m mdt_jax.sample --checkpoint=runs/digits
 
-All devices of all processes draw. The images go to OUTPUT/samples.npz (arr_0 uint8
-NHWC, arr_1 labels), and the first of them to samples.png, a grid with labels. The same
-command resumes a stopped run. Settings that are left out are those of the training run.
-A model of latents without an autoencoder writes latents.npz (arr_0 float32) and a
-preview.
+Writes OUTPUT/samples.npz (arr_0: uint8 NHWC images, arr_1: labels) and samples.png, a
+grid of the first images with their labels. All devices of all processes draw. Flags
+that are left out have the values of the training run. The same command resumes after a
+stop. A network of latents without an autoencoder writes latents.npz (arr_0: float32)
+and a preview.
 
 --inpaint=IMAGE --mask=MASK paints the white part of the mask. --edit=IMAGE turns an
-image into an image of another class.
+image into images of other classes.
 """
 
 from __future__ import annotations
@@ -23,70 +23,129 @@ from mdt_jax.logs import logger
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: latest.")
+CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "Folder of a run of mdt_jax.main or of mdt_jax.convert.",
+  required=True,
+)
+STEP = flags.DEFINE_integer(
+  "step", None, "Training step of the checkpoint. Default: the latest checkpoint."
+)
 EMA_DECAY = flags.DEFINE_float(
-  "ema_decay", None, "Decay of the averaged parameters; default: the run's."
+  "ema_decay",
+  None,
+  "Decay of the averaged parameters to use, one of config.ema_decays. Default: "
+  "config.sampling.ema_decay of the run, else the first.",
 )
 LABELS = flags.DEFINE_list(
   "labels",
   BALANCED,
-  f"Classes to draw in turn, by number or by ImageNet's name; {NONE}: no class; "
-  f"{BALANCED}: all classes in turn; {RANDOM}: random classes.",
+  "Classes to draw, in turn: numbers, or names of ImageNet classes; "
+  f"{BALANCED}: all classes in turn; {RANDOM}: random classes; {NONE}: no class.",
 )
 NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
   None,
-  "Number of images; default: one for each label, at most 100 for all classes.",
+  "Number of images, at least 1. Default: one for each label; at most 100 for all "
+  "classes.",
 )
 METHOD = flags.DEFINE_string(
-  "method", None, "Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde."
+  "method",
+  None,
+  "Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde. Default: the run's.",
 )
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
+NUM_STEPS = flags.DEFINE_integer(
+  "num_steps",
+  None,
+  "Sampling steps, from 1 to config.diffusion.num_timesteps. Default: the run's.",
+)
 ALIASES = {"method": "sampler", "num_steps": "steps"}
 for _name, _alias in ALIASES.items():
-  flags.DEFINE_alias(_alias, _name)
-SPACING = flags.DEFINE_string("spacing", None, "uniform, log_snr or karras.")
-ETA = flags.DEFINE_float("eta", None, "Noise of ddim, from 0 to 1.")
-CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale; 1: no guidance.")
+  cli.define_alias(_alias, _name)
+SPACING = flags.DEFINE_string(
+  "spacing",
+  None,
+  "How the times of the steps are spaced: uniform, log_snr or karras. Default: the "
+  "run's, else the sampler's.",
+)
+ETA = flags.DEFINE_float(
+  "eta",
+  None,
+  "Noise that ddim adds at each step, from 0 (none) to 1 (as ddpm). Default: the "
+  "run's.",
+)
+CFG_SCALE = flags.DEFINE_float(
+  "cfg_scale",
+  None,
+  "Scale of classifier-free guidance, at least 0; 1: no guidance. Default: the run's.",
+)
 CFG_POWER = flags.DEFINE_float(
-  "cfg_power", None, "Power of the power-cosine scale; 0: a constant scale."
+  "cfg_power",
+  None,
+  "Power of the power-cosine schedule of the guidance scale, at least 0; 0: a constant "
+  "scale. Default: the run's.",
 )
 CFG_CHANNELS = flags.DEFINE_integer(
-  "cfg_channels", None, "Number of leading channels to guide; 0: all."
+  "cfg_channels",
+  None,
+  "Number of leading channels to guide; 0: all. Default: the run's.",
 )
 CFG_INTERVAL = flags.DEFINE_list(
-  "cfg_interval", None, "LOW,HIGH: guide where t / T lies in this interval."
+  "cfg_interval",
+  None,
+  "LOW,HIGH: guide only where t / T lies in this interval, 0 <= LOW <= HIGH <= 1. "
+  "Default: the run's.",
 )
-INPAINT = flags.DEFINE_string("inpaint", None, "Image to paint in.")
-MASK = flags.DEFINE_string("mask", None, "Image that is white where to paint.")
+INPAINT = flags.DEFINE_string(
+  "inpaint", None, "Image file to inpaint; needs --mask. Default: none."
+)
+MASK = flags.DEFINE_string(
+  "mask", None, "Image file that is white where --inpaint paints. Default: none."
+)
 INTERPOLATION = flags.DEFINE_float(
   "interpolation",
   None,
   "Share of the process, counted from full noise, in which the side-interpolater "
-  "predicts the hidden part; default: 0.25.",
+  "predicts the hidden part, from 0 to 1. Default: 0.25.",
 )
 REPEATS = flags.DEFINE_integer(
-  "repeats", None, "How often each step of inpainting is taken (RePaint); default: 1."
+  "repeats",
+  None,
+  "How often inpainting takes each step (RePaint), at least 1. Default: 1.",
 )
-EDIT = flags.DEFINE_string("edit", None, "Image to turn into other classes.")
+EDIT = flags.DEFINE_string(
+  "edit",
+  None,
+  "Image file to turn into images of the classes of --labels. Default: none.",
+)
 STRENGTH = flags.DEFINE_float(
-  "strength", None, "How much the edit changes, above 0 and up to 1; default: 0.6."
+  "strength",
+  None,
+  "How much --edit changes the image, above 0 and at most 1. Default: 0.6.",
 )
 VAE = flags.DEFINE_string(
   "vae",
   None,
-  "Folder or hub id of the autoencoder that decodes latents; none: do not decode; "
-  "default: the run's.",
+  "Autoencoder that decodes latents to images: a folder or a Hugging Face id; none: "
+  "do not decode. Default: the run's.",
 )
-SEED = flags.DEFINE_integer("seed", 0, "Image i derives from (seed, i).")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images drawn at once on a device.")
-PNG = flags.DEFINE_bool("png", False, "Also write a folder of PNGs.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder; default: WORKDIR/samples.")
+SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed; the noise of image i derives from (seed, i)."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 64, "Images that a device draws at once."
+)
+PNG = flags.DEFINE_bool("png", False, "Also write each image to OUTPUT/png.")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "Folder for the images. Default: CHECKPOINT/samples."
+)
+cli.require(checkpoint="runs/digits")
 
 
 def main(argv: list[str]) -> None:
   del argv
+  cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   if NUM_IMAGES.value is not None and NUM_IMAGES.value < 1:
     raise SettingError("num_images", NUM_IMAGES.value, "must be at least 1")
   with renamed_in_errors(_flag_names()):
@@ -119,7 +178,7 @@ def main(argv: list[str]) -> None:
 
 
 def _sampling() -> dict[str, Any]:
-  """The settings of config.sampling that the flags change."""
+  """Settings of config.sampling that flags change."""
   flag_values = {
     "method": METHOD.value,
     "num_steps": NUM_STEPS.value,
@@ -144,7 +203,7 @@ def _interval() -> tuple[float, ...] | None:
 
 
 def _flag_names() -> dict[str, str]:
-  """Names of arguments in errors -> names of flags, as the user typed them."""
+  """Name of an argument in an error -> name of its flag, as the user typed it."""
   used = {name: alias for name, alias in ALIASES.items() if flags.FLAGS[alias].present}
   return {"path": "checkpoint", "folder": "output", **used}
 

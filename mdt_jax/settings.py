@@ -1,8 +1,13 @@
-"""Every setting of a run with its default: one frozen dataclass for each group.
+"""Every setting of a run, with its default and what it does.
 
-`Settings.from_config` turns a ConfigDict into settings and checks each by itself;
-`mdt_jax.experiment.build` makes the objects of a run, which checks how they fit
-together. An error names the setting as `config.group.name`.
+One frozen dataclass holds the settings of a group. In a config file a setting is
+`config.GROUP.NAME = VALUE`, on the command line --config.GROUP.NAME=VALUE. The settings
+of `Settings`, at the end, have no group: --config.batch_size=64.
+
+The comment above a setting says what it does, its unit and its range. The defaults are
+those of MDTv2-S/2 on ImageNet 256x256. `Settings.from_config` turns a ConfigDict into
+settings and checks each one; `mdt_jax.build` builds the objects of a run and checks
+that the settings fit together. An error names the setting as `config.GROUP.NAME`.
 """
 
 from __future__ import annotations
@@ -25,57 +30,96 @@ from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-  """The network. None: as the preset of that name has it."""
+  """The network. A setting of None has the value of the preset that `name` chooses."""
 
-  name: str = "MDTv2-S/2"  # a key of mdt_jax.MODELS
-  input_size: int = 32  # height and width of the input: 32 for latents of 256x256
-  in_channels: int = 4  # 4 for latents
-  num_classes: int = 1000  # 1: unconditional
+  # Preset, a key of mdt_jax.MODELS: DiT-S/2, MDT-B/4, MDTv2-XL/2, ….
+  name: str = "MDTv2-S/2"
+  # Height and width of the network's input, in pixels or latents; divisible by
+  # patch_size. Latents of 256x256 images have 32.
+  input_size: int = 32
+  # Channels of the input: 4 for latents, 3 for RGB, 1 for grey images.
+  in_channels: int = 4
+  # Number of classes, at least 1. Labels lie in [0, num_classes); 1: unconditional.
+  num_classes: int = 1000
+  # Height and width of a patch, in pixels or latents; a patch is one token.
   patch_size: int | None = None
+  # Width of the transformer; divisible by num_heads and by 4.
   hidden_size: int | None = None
-  depth: int | None = None  # blocks, without the side block
+  # Number of transformer blocks, without the side-interpolater; even for MDTv2.
+  depth: int | None = None
+  # Number of attention heads.
   num_heads: int | None = None
-  decode_depth: int | None = None  # blocks after the side-interpolater
+  # Number of blocks after the side-interpolater, in [1, depth]; DiT ignores it.
+  decode_depth: int | None = None
+  # Hidden width of the MLPs, as a multiple of hidden_size; above 0.
   mlp_ratio: float = 4.0
-  condition: str = "label"  # what the network is conditioned on
-  label_dropout: float = 0.1  # share of conditions dropped; needed for guidance
-  dtype: str = "float32"  # compute type: float32 or bfloat16
-  remat: str = "none"  # recompute in the backward pass: none, full or dots
-  unroll: int = 1  # blocks compiled in a row; -1: all, faster on CPUs
-  forward_mode: bool = False  # for jax.jvp: plain products, slower gradients
+  # What the network is conditioned on: label, or a condition of your own (a key of
+  # mdt_jax.models.conditions.CONDITIONS).
+  condition: str = "label"
+  # Probability, in [0, 1), of training on an example without its condition. Guidance
+  # (sampling.cfg_scale other than 1) needs a value above 0.
+  label_dropout: float = 0.1
+  # Type of the computation: float32 or bfloat16. Parameters are float32 in either case.
+  dtype: str = "float32"
+  # What the backward pass recomputes, to save memory: none, full (all but the inputs of
+  # the blocks) or dots (all but the matrix products).
+  remat: str = "none"
+  # Blocks in each iteration of the compiled loop over blocks, at least 1; -1: all
+  # blocks, which compiles longer and runs faster on CPUs.
+  unroll: int = 1
+  # Whether jax.jvp can differentiate the network. Gradients are slower then.
+  forward_mode: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSettings:
-  """What a training step descends."""
+  """The random draws and the loss of a training step."""
 
-  name: str | None = None  # plain or mdt; None: mdt where a share of tokens is masked
-  # Arguments of an objective of one's own.
+  # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
+  # keeps), or an objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None:
+  # mdt if the network takes a mask and masking.ratio is above 0, otherwise plain.
+  name: str | None = None
+  # Arguments of an objective of your own: '{"margin": 0.5}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskingSettings:
-  """The masked pass of the objective "mdt"."""
+  """The masked pass of the objective mdt."""
 
-  ratio: float = 0.3  # smallest share of tokens masked; 0: no masked pass
-  width: float = 0.2  # the share is uniform in [ratio, ratio + width]; v1: 0
-  num_lengths: int = 4  # numbers of kept tokens, each compiled once
-  multiple: int = 8  # they are multiples of this where the sequence allows
+  # Smallest share of tokens that a mask removes, in [0, 0.8]; 0: no masked pass.
+  ratio: float = 0.3
+  # The share is uniform in [ratio, ratio + width]; ratio + width is at most 0.8. MDT
+  # v1: 0.
+  width: float = 0.2
+  # The masked pass keeps one of so many numbers of tokens, at least 1. Each number
+  # compiles its own program.
+  num_lengths: int = 4
+  # The numbers of kept tokens are multiples of this, where the sequence is long enough.
+  multiple: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSettings:
-  """The process; all but the first two are of the process "gaussian"."""
+  """The process. Settings after `arguments` belong to the process gaussian."""
 
+  # gaussian (discrete DDPM), or a process of your own (a key of
+  # mdt_jax.diffusion.PROCESSES).
   process: str = "gaussian"
-  # Arguments of a process of one's own.
+  # Arguments of a process of your own: '{"scale": 2.0}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-  schedule: str = "linear"  # linear or cosine
+  # Noise schedule: linear or cosine.
+  schedule: str = "linear"
+  # Number T of timesteps, at least 1.
   num_timesteps: int = 1000
-  prediction: str = "epsilon"  # epsilon, x0 or v
-  variance: str = "learned_range"  # learned_range, fixed_small or fixed_large
-  loss_weight: str = "min_snr"  # of the squared error: none (v1) or min_snr (v2)
+  # What the network predicts: epsilon (the noise), x0 (the clean image) or v.
+  prediction: str = "epsilon"
+  # Variance of the reverse steps: learned_range (the network has twice as many output
+  # channels), fixed_small or fixed_large.
+  variance: str = "learned_range"
+  # Weight of the squared error by timestep: none (DiT, MDT v1) or min_snr (MDTv2).
+  loss_weight: str = "min_snr"
+  # Largest signal-to-noise ratio that min_snr counts (gamma in arXiv 2303.09556).
   min_snr_gamma: float = 5.0
 
   def process_arguments(self) -> dict[str, Any]:
@@ -84,7 +128,7 @@ class DiffusionSettings:
       return dict(self.arguments)
     if self.arguments:
       raise SettingError(
-        "arguments", self.arguments, "are of a process of one's own, not of gaussian"
+        "arguments", self.arguments, "are of a process of your own, not of gaussian"
       )
     named = dataclasses.asdict(self)
     return {name: named[name] for name in named if name not in ("process", "arguments")}
@@ -92,22 +136,34 @@ class DiffusionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-  """The optimizer; b1, b2, b3 and eps of None are the optimizer's own.
+  """The optimizer and its learning rate.
 
-  Those of adan and adamw are those of the papers' runs.
+  b1, b2, b3 and eps of None have the optimizer's own values: 0.98, 0.92, 0.99 and 1e-8
+  for adan, 0.9, 0.999 and 1e-8 for adamw.
   """
 
-  name: str = "adan"  # adan (v2), adamw (v1, DiT), or one of optax, such as lion
+  # adan (MDTv2), adamw (MDT v1 and DiT), or an optimizer of optax, such as lion.
+  name: str = "adan"
+  # Largest learning rate; above 0.
   learning_rate: float = 3e-4
-  schedule: str = "constant"  # constant, cosine or linear, to zero at num_steps
+  # Learning rate after the warmup: constant, or cosine or linear to 0 at num_steps.
+  schedule: str = "constant"
+  # Steps in which the learning rate rises linearly from 0, in [0, num_steps).
   warmup_steps: int = 0
+  # Decay of the average of gradients, in [0, 1).
   b1: float | None = None
+  # Decay of the second average, in [0, 1): of squared gradients (adamw), of
+  # differences of gradients (adan).
   b2: float | None = None
-  b3: float | None = None  # adan alone
-  eps: float | None = None  # 1e-8 for adan and adamw
+  # Decay of the average of squared gradients of adan, in [0, 1).
+  b3: float | None = None
+  # Number that is added to the denominator; above 0.
+  eps: float | None = None
+  # Strength of the weight decay, at least 0.
   weight_decay: float = 0.0
-  clip_norm: float = 1.0  # largest global norm of the gradient; 0: no limit
-  # Further arguments of the optimizer, such as {"momentum": 0.9} of sgd.
+  # Gradients of a larger global norm are scaled down to this norm; 0: no limit.
+  clip_norm: float = 1.0
+  # More arguments of an optimizer of optax, such as '{"momentum": 0.9}' for sgd.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def check(self) -> None:
@@ -122,17 +178,32 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """Examples to train on, and the autoencoder between images and latents."""
+  """The training data, and the autoencoder between images and latents."""
 
-  source: str = "latents"  # latents (of mdt_jax.encode), images, npz, arrays, digits
-  path: str | None = None  # folder; images: also tar files, or tfds:NAME; npz: a file
-  split: str = "train"  # of a data set of TFDS
-  validation: float = 0.0  # share of the examples that are held out of training
-  vae: str | None = None  # folder or hub id: encodes images, decodes samples
-  flip: bool = True  # mirror images at random; arrays are used as they are
-  max_unreadable: int = 100  # examples that each worker leaves out before it stops
-  num_workers: int = 0  # processes that read; 0: threads of this one
-  num_threads: int = 8  # batches read at a time; 0: in the main thread
+  # latents (written by mdt_jax.encode), images (decoded while training), npz (uint8
+  # images in one file), arrays (float arrays) or digits (8x8 pixels, bundled).
+  source: str = "latents"
+  # Where the data is. latents: folder of the set; images: a folder of images or .tar
+  # files, a .tar file or tfds:NAME; npz: an .npz or .npy file; arrays: a folder of .npy
+  # files, an .npz or .npy file; digits: None.
+  path: str | None = None
+  # Split of a tfds: data set.
+  split: str = "train"
+  # Share of the examples that is held out of training, in [0, 0.5].
+  validation: float = 0.0
+  # Autoencoder, a folder or the id of one on the Hugging Face hub. It encodes the
+  # images of the sources images and npz, and decodes sampled latents. None: no
+  # autoencoder; the network works on pixels, or samples stay latents.
+  vae: str | None = None
+  # Whether to mirror each image left to right with probability 1/2. The source arrays
+  # is never mirrored.
+  flip: bool = True
+  # Unreadable examples that each reading process skips; one more stops the run.
+  max_unreadable: int = 100
+  # Processes that read examples, at least 0; 0: threads of the training process.
+  num_workers: int = 0
+  # Batches read at the same time, at least 0; 0: reads in the thread that trains.
+  num_threads: int = 8
 
   def check(self) -> None:
     for name in ("max_unreadable", "num_threads", "num_workers"):
@@ -141,27 +212,46 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-  """Devices along each axis of the mesh; one axis may be -1: the rest of them."""
+  """Number of devices along each axis of the mesh.
 
-  data: int = -1  # share the batch, hold copies of the state
-  fsdp: int = 1  # share the batch and the state
-  tensor: int = 1  # share heads and hidden units, of the same images
+  The product is the number of devices. One axis may be -1: all devices that remain.
+  """
+
+  # Devices that divide the batch and hold copies of the state (data parallelism).
+  data: int = -1
+  # Devices that divide the batch and the state (fully sharded data parallelism).
+  fsdp: int = 1
+  # Devices that divide attention heads and hidden units of the same images.
+  tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-  """How the pictures of a run are drawn, and the defaults of mdt_jax.sample."""
+  """How images are drawn in training; also the defaults of mdt_jax.sample."""
 
-  method: str = "ddpm"  # ddpm, ddim, euler, heun, dpm++ or dpm++sde
-  num_steps: int = 250  # 10 to 30 for the last four; heun calls twice a step
-  spacing: str | None = None  # uniform, log_snr, karras; None: the method's
-  eta: float = 0.0  # noise of ddim: 0 none, 1 as ddpm
-  cfg_scale: float = 3.8  # guidance; 1: none
-  cfg_power: float = 4.0  # of the power-cosine scale; 0: constant
-  cfg_channels: int = 3  # leading channels guided, as released; 0: all
-  cfg_interval: tuple[float, float] = WHOLE  # guide where t / T lies in it
-  clip_denoised: bool = False  # clip x0 to [-1, 1] at each step; for pixels
-  ema_decay: float | None = None  # which average; None: the first
+  # Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde.
+  method: str = "ddpm"
+  # Sampling steps, in [1, diffusion.num_timesteps]. euler, heun, dpm++ and dpm++sde
+  # need 10 to 30 steps; heun calls the network twice a step.
+  num_steps: int = 250
+  # How the times of the steps are spaced: uniform, log_snr or karras. None: the
+  # sampler's own spacing.
+  spacing: str | None = None
+  # Noise that ddim adds at each step, in [0, 1]: 0 none, 1 as much as ddpm.
+  eta: float = 0.0
+  # Scale of classifier-free guidance, at least 0; 1: no guidance.
+  cfg_scale: float = 3.8
+  # Power of the power-cosine schedule of the scale (MDT, section 4.1), at least 0: the
+  # scale grows from 1 at full noise to cfg_scale; 0: a constant scale.
+  cfg_power: float = 4.0
+  # Number of leading channels to guide, as released; 0: all channels.
+  cfg_channels: int = 3
+  # (low, high): guide only where t / T lies in it; 0 <= low <= high <= 1.
+  cfg_interval: tuple[float, float] = WHOLE
+  # Whether to clip the predicted x0 to [-1, 1] at each step; only for pixels.
+  clip_denoised: bool = False
+  # Decay of the averaged parameters to sample with, one of ema_decays. None: the first.
+  ema_decay: float | None = None
 
   def check(self) -> None:
     check_choice("method", self.method, METHODS)
@@ -182,15 +272,22 @@ class SamplingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-  """Scores of sampled images during training: docs/evaluation.md."""
+  """Scores of sampled images during training; docs/evaluation.md explains them."""
 
-  every: int = 0  # steps between them; 0: none
-  metrics: str = "fid"  # by commas; fid, sfid, is, precision and recall need the
-  # weights of Inception, frechet, accuracy and diversity are for small data
-  num_images: int = 10_000  # sampled as config.sampling says; papers take 50,000
-  batch_size: int = 64  # images at a time, over all devices
-  reference: str | None = None  # .npz of images or statistics; None: the data
-  inception: str | None = None  # file of weights
+  # Steps between evaluations, at least 0; 0: none.
+  every: int = 0
+  # Scores with commas between them: fid, sfid, is, precision, recall (these five need
+  # `inception`), frechet, accuracy, diversity (for small images).
+  metrics: str = "fid"
+  # Images to sample as config.sampling says, at least 2. Papers sample 50,000.
+  num_images: int = 10_000
+  # Images at once, over all devices; at least 1.
+  batch_size: int = 64
+  # .npz of real images or of their statistics. None: the training data.
+  reference: str | None = None
+  # File with the weights of FID's Inception network: .safetensors of mdt_jax.convert,
+  # .pth or .pb.
+  inception: str | None = None
 
   @property
   def metric_names(self) -> list[str]:
@@ -203,39 +300,59 @@ class EvalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """All settings of a run; the defaults are MDTv2-S/2 on ImageNet 256x256."""
+  """All settings of a run: those of each group, and those without a group."""
 
-  seed: int = 0  # of every random draw, together with the step
+  # Seed of every random draw, in [0, 2**32). A draw depends on the seed and the step.
+  seed: int = 0
+  # Training steps of the whole run, at least 1.
   num_steps: int = 400_000
-  batch_size: int = 256  # images a step, over all devices
-  accumulation_steps: int = 1  # parts a batch is split into, one after another
+  # Images in a step, over all devices; divisible by the devices that divide the batch.
+  batch_size: int = 256
+  # Parts of a batch that are computed one after another, to save memory; at least 1.
+  accumulation_steps: int = 1
   model: ModelSettings = ModelSettings()
   objective: ObjectiveSettings = ObjectiveSettings()
   masking: MaskingSettings = MaskingSettings()
   diffusion: DiffusionSettings = DiffusionSettings()
-  timestep_sampler: str = "uniform"  # uniform or loss-second-moment
+  # How training draws timesteps: uniform, or loss-second-moment (importance sampling
+  # by the recent losses).
+  timestep_sampler: str = "uniform"
   optimizer: OptimizerSettings = OptimizerSettings()
-  ema_decays: tuple[float, ...] = (0.9999,)  # averages of the parameters; the first
-  # is sampled
+  # Decays of the averages of the parameters, each in [0, 1). Every decay adds a copy of
+  # the parameters. The first average is sampled.
+  ema_decays: tuple[float, ...] = (0.9999,)
   data: DataSettings = DataSettings()
   mesh: MeshSettings = MeshSettings()
   sampling: SamplingSettings = SamplingSettings()
   eval: EvalSettings = EvalSettings()
-  log_every: int = 100  # steps between log lines and TensorBoard points
-  checkpoint_every: int = 10_000  # steps
-  checkpoint_minutes: float = 0.0  # save as well after so many; 0: by steps alone
-  checkpoints_to_keep: int = 2  # the last ones; at least 2
-  checkpoint_keep_every: int = 0  # keep those of multiples of so many steps; 0: none
-  save_failures: int = 5  # saves in a row that may fail before the run stops
-  grace_seconds: float = 60.0  # from SIGTERM or SIGINT until the process ends
-  max_skipped: int = 10  # steps of a loss or gradient not finite before the run stops
-  max_rollbacks: int = 0  # or goes back to a checkpoint, without the batches since
-  sample_every: int = 10_000  # steps between pictures; 0: none
-  num_samples: int = 16  # images in a picture
+  # Steps between log lines and TensorBoard points, at least 1.
+  log_every: int = 100
+  # Steps between checkpoints, at least 1. The last step is always saved.
+  checkpoint_every: int = 10_000
+  # Minutes after which a checkpoint is saved in any case; 0: by steps alone.
+  checkpoint_minutes: float = 0.0
+  # Number of latest checkpoints to keep, at least 2.
+  checkpoints_to_keep: int = 2
+  # Also keep the checkpoints of multiples of this number of steps; 0: none.
+  checkpoint_keep_every: int = 0
+  # Saves that may fail in a row before the run stops, at least 1.
+  save_failures: int = 5
+  # Seconds from SIGTERM or Ctrl-C until the process ends, saved or not; at least 1.
+  grace_seconds: float = 60.0
+  # Steps that may be skipped because their loss or gradient is not finite, at least 0.
+  # One more stops the run, or rolls it back.
+  max_skipped: int = 10
+  # How often the run may go back to its last checkpoint and leave out the batches
+  # since, instead of stopping; at least 0.
+  max_rollbacks: int = 0
+  # Steps between pictures of samples, at least 0; 0: no pictures.
+  sample_every: int = 10_000
+  # Images in a picture, at least 0; 0: no pictures.
+  num_samples: int = 16
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> Settings:
-    """Settings of a config that has all of them; each is checked by itself.
+    """Returns the settings of a config that has all of them, and checks each one.
 
     Raises:
       SettingError: a setting is missing, unknown, of another type or out of range.
@@ -246,11 +363,11 @@ class Settings:
 
   @classmethod
   def from_dict(cls, saved: Mapping[str, Any]) -> Settings:
-    """Settings of a checkpoint's JSON; settings that it lacks have their defaults."""
+    """Returns the settings in a checkpoint's JSON; missing ones have their defaults."""
     return cls.from_config(config_from_dict(saved))
 
   def to_config(self) -> ConfigDict:
-    """A locked ConfigDict of these settings; their open dicts take any name."""
+    """Returns a locked ConfigDict; only the groups `arguments` take new names."""
     config = to_config(self).lock()
     for name in ("objective", "diffusion", "optimizer"):
       group: Any = config[name]
@@ -258,16 +375,16 @@ class Settings:
     return config
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested dicts of these settings, as checkpoints hold them."""
+    """Returns nested dicts, as checkpoints hold them."""
     return self.to_config().to_dict()
 
   def check(self) -> None:
-    """Raises SettingError for the first setting that cannot be used by itself."""
+    """Raises SettingError for the first setting that is out of its range."""
     with named_in_errors("config"):
       for name in ("num_steps", "batch_size", "accumulation_steps", "log_every"):
         _at_least(self, name, 1)
       _at_least(self, "checkpoint_every", 1)
-      # With one alone, the next would replace it before the next is known to be whole.
+      # A single checkpoint would be removed before the next one is complete.
       _at_least(self, "checkpoints_to_keep", 2)
       for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
         _at_least(self, name, 0)
@@ -291,19 +408,19 @@ class Settings:
 
   @property
   def sampled_decay(self) -> float:
-    """The decay of the averaged parameters that are sampled."""
+    """Decay of the averaged parameters that are sampled."""
     chosen = self.sampling.ema_decay
     return self.ema_decays[0] if chosen is None else chosen
 
   def with_sampling(self, changes: Mapping[str, Any]) -> Settings:
-    """These settings with others of sampling.
+    """Returns these settings with changed settings of sampling.
 
     Args:
       changes: settings of config.sampling, such as {"num_steps": 50}; not ema_decay,
         which belongs to the parameters.
 
     Raises:
-      SettingError: a name or a value that cannot be used.
+      SettingError: a name is unknown, or a value cannot be used.
     """
     known = {field.name for field in dataclasses.fields(SamplingSettings)}
     for name, value in changes.items():
@@ -329,11 +446,11 @@ class Settings:
     return changed
 
   def with_data(self, **changes: Any) -> Settings:
-    """These settings with others of data, such as path or vae."""
+    """Returns these settings with changed settings of data, such as path or vae."""
     return dataclasses.replace(self, data=dataclasses.replace(self.data, **changes))
 
   def with_ema_decay(self, ema_decay: float) -> Settings:
-    """These settings with another average to sample."""
+    """Returns these settings with another average to sample."""
     sampling = dataclasses.replace(self.sampling, ema_decay=ema_decay)
     return dataclasses.replace(self, sampling=sampling)
 
@@ -350,25 +467,27 @@ class Settings:
           sampling.num_steps,
           accepted if is_gaussian else "must be at least 1",
         )
-      if sampling.cfg_scale != 1 and self.model.label_dropout == 0:
+      # A condition of your own may ignore label_dropout; the network's check sees it.
+      is_label = self.model.condition == "label"
+      if is_label and sampling.cfg_scale != 1 and self.model.label_dropout == 0:
         raise SettingError(
           "cfg_scale",
           sampling.cfg_scale,
-          "must be 1: config.model.label_dropout = 0 trains no unconditional model",
+          "must be 1: config.model.label_dropout = 0 trains no null label",
         )
       if sampling.ema_decay is not None:
         check_choice("ema_decay", sampling.ema_decay, self.ema_decays)
 
 
 def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
-  """A config from a checkpoint's JSON.
+  """Returns the config in a checkpoint's JSON.
 
-  Settings that the JSON lacks have their defaults; settings that this version does not
-  know, of a later version, are left out with a warning.
+  Settings that the JSON lacks have their defaults. Settings that this version does not
+  know are left out with a warning.
   """
   saved, unknown = known_settings(saved, Settings(), "config")
   if unknown:
-    logger.warning("settings of another version are ignored: %s", ", ".join(unknown))
+    logger.warning("ignored settings of another version: %s", ", ".join(unknown))
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
   sampling = dict(saved.get("sampling", {}))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from ConfigDicts, and back; knows no setting."""
+"""Turns ConfigDicts into frozen dataclasses, and back. Knows no particular setting."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mdt_jax.errors import SettingError
 
 
 def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
-  """Settings of a group from its ConfigDict.
+  """Returns the settings of a group from its ConfigDict.
 
   Args:
-    cls: frozen dataclass; a field is a number, a text, a tuple, a dict, a group, or one
-      of them or None.
-    config: has every field.
+    cls: frozen dataclass. A field is a number, a string, a tuple, a dict, a group, or
+      one of these or None.
+    config: ConfigDict with all fields of `cls`.
     prefix: name of the group in errors, such as "config.model".
 
   Raises:
@@ -33,12 +33,12 @@ def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
     if name not in types_of:
       near = difflib.get_close_matches(name, types_of, 1)
       hint = f"; did you mean {near[0]}?" if near else ""
-      raise SettingError(f"{prefix}.{name}", config[name], f"is no setting{hint}")
+      raise SettingError(f"{prefix}.{name}", config[name], f"no such setting{hint}")
   values = {}
   for name, accepted in types_of.items():
     setting = f"{prefix}.{name}"
     if name not in config:
-      raise SettingError(setting, None, "is missing, the file takes it away")
+      raise SettingError(setting, None, "is missing: the config file has deleted it")
     if dataclasses.is_dataclass(accepted):
       if not isinstance(config[name], ConfigDict):
         raise SettingError(setting, config[name], "must be a group of settings")
@@ -52,17 +52,17 @@ def parse_value(value: Any, accepted: Any, setting: str) -> Any:
   """Checks the type of a setting.
 
   Args:
-    value: of the setting.
+    value: value of the setting.
     accepted: annotation of the field, such as `int | None`.
-    setting: name for errors.
+    setting: name of the setting in errors.
 
   Returns:
-    The value; whole numbers of a float setting become floats.
+    The value; a whole number becomes a float if the setting is a float.
 
   Raises:
     SettingError: the value has another type, or is not finite.
   """
-  kind, is_optional = _kind(accepted)
+  kind, is_optional = kind_of(accepted)
   if value is None and is_optional:
     return None
   if kind is dict and isinstance(value, ConfigDict):
@@ -78,12 +78,12 @@ def parse_value(value: Any, accepted: Any, setting: str) -> Any:
     raise SettingError(setting, value, f"must be of type {kind.__name__}")
   if not math.isfinite(value):
     raise SettingError(setting, value, "must be finite")
-  # x**4 and x**4.0 are different operations of XLA: a float stays a float.
+  # A float setting must be a float: XLA compiles x**4 and x**4.0 differently.
   return kind(value)
 
 
 def _with_tuples(value: Any) -> Any:
-  """The value with tuples for lists, which JSON makes of tuples."""
+  """Returns the value with tuples in the place of lists; JSON has no tuples."""
   if isinstance(value, dict):
     return {name: _with_tuples(entry) for name, entry in value.items()}
   if isinstance(value, (list, tuple)):
@@ -91,8 +91,8 @@ def _with_tuples(value: Any) -> Any:
   return value
 
 
-def _kind(accepted: Any) -> tuple[type[Any], bool]:
-  """The class of an annotation such as `int | None`, and whether None is accepted."""
+def kind_of(accepted: Any) -> tuple[type[Any], bool]:
+  """Returns the class of an annotation such as `int | None`, and if it has None."""
   options: Iterable[Any] = (accepted,)
   if isinstance(accepted, types.UnionType):
     options = typing.get_args(accepted)
@@ -100,8 +100,27 @@ def _kind(accepted: Any) -> tuple[type[Any], bool]:
   return kinds[0], len(kinds) < len(tuple(options))
 
 
+def setting_types(cls: type[Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the annotation of each setting and group, by dotted name.
+
+  Args:
+    cls: frozen dataclass, such as Settings.
+    prefix: start of the names, such as "model.".
+  """
+  types_of = {}
+  for name, accepted in typing.get_type_hints(cls).items():
+    types_of[prefix + name] = accepted
+    if dataclasses.is_dataclass(accepted):
+      group: Any = accepted
+      types_of.update(setting_types(group, f"{prefix}{name}."))
+  return types_of
+
+
 def to_config(settings: Any) -> ConfigDict:
-  """A ConfigDict with the fields of a group; a field that may be None is typed."""
+  """Returns a ConfigDict with the fields of a group.
+
+  A field that may be None keeps its type: assigning another type raises TypeError.
+  """
   config = ConfigDict()
   types_of = typing.get_type_hints(type(settings))
   for name, accepted in types_of.items():
@@ -109,7 +128,7 @@ def to_config(settings: Any) -> ConfigDict:
     if dataclasses.is_dataclass(value):
       config[name] = to_config(value)
       continue
-    kind, is_optional = _kind(accepted)
+    kind, is_optional = kind_of(accepted)
     if is_optional:
       config[name] = placeholder(kind)
       if value is not None:
@@ -122,7 +141,7 @@ def to_config(settings: Any) -> ConfigDict:
 def known_settings(
   saved: Mapping[str, Any], settings: Any, prefix: str
 ) -> tuple[dict[str, Any], list[str]]:
-  """The saved settings that this version has, and the names of the others."""
+  """Splits saved settings into those of this version and the names of the others."""
   known, unknown = {}, []
   for name, value in saved.items():
     if not hasattr(settings, name):

@@ -14,7 +14,7 @@ from mdt_jax.objectives import PlainObjective
 from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "mdt_jax" / "configs"
 
 
 def load(name):

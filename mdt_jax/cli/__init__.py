@@ -1,0 +1,229 @@
+"""What all commands share: flags, one-line errors, log lines and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from mdt_jax.cli import usage
+from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag
+from mdt_jax.cli.config_files import define_config, load_config, place_of_error
+from mdt_jax.cli.run_folders import check_run_folder, is_run
+from mdt_jax.errors import SettingError
+from mdt_jax.logs import logger
+
+__all__ = [
+  "EXIT_BAD_SETTING",
+  "EXIT_INTERRUPTED",
+  "check_run_folder",
+  "define_alias",
+  "define_config",
+  "is_run",
+  "load_config",
+  "require",
+  "required_value",
+  "run",
+  "suggest",
+]
+
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0. Default: $JAX_COORDINATOR_ADDRESS.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes. Default: $JAX_NUM_PROCESSES, or 1."
+)
+PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Number of this process, from 0. Default: $JAX_PROCESS_ID, or 0."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Get the three values above from the TPU pod, Slurm, GKE or Open MPI.",
+)
+JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout",
+  300,
+  "Seconds to wait for the other processes, at least 1. After that the command exits "
+  "with code 75.",
+)
+
+EXIT_BAD_SETTING = 2
+EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
+
+_HELP = {"help", "helpshort", "h", "?"}
+# Name of a required flag -> an example of its value.
+_required: dict[str, str] = {}
+# Other name of a flag -> name.
+_aliases: dict[str, str] = {}
+# Name of an unknown flag -> what to write in its place.
+_suggestions: dict[str, str] = {}
+
+# TensorFlow only writes event files here, so its notices are noise.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def require(**examples: str) -> None:
+  """Makes flags required.
+
+  Args:
+    **examples: name of a flag -> an example of its value, for the error.
+  """
+  _required.update(examples)
+
+
+def required_value(flag: flags.FlagHolder[str | None], example: str) -> str:
+  """Returns the value of a flag that only some uses of a command need.
+
+  Raises:
+    UsageError: the flag is not given.
+    SettingError: its value is empty.
+  """
+  if not flag.value:
+    raise missing_flag(flags.FLAGS[flag.name], flag.value, example)
+  return flag.value
+
+
+def define_alias(alias: str, name: str) -> None:
+  """Defines a second name of a flag."""
+  flags.DEFINE_alias(alias, name)
+  _aliases[alias] = name
+
+
+def suggest(replacements: Mapping[str, str]) -> None:
+  """Sets what errors suggest for flags that the command does not have.
+
+  Args:
+    replacements: name of such a flag -> what to write instead, without the value.
+  """
+  _suggestions.update(replacements)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a command. A bad flag or setting ends in one line and exit code 2."""
+
+  def guarded(argv: list[str]) -> None:
+    _plain_log_lines()
+    try:
+      _join()
+      main(argv)
+    except UsageError as error:
+      _refuse(str(error))
+    except SettingError as error:
+      _refuse(f"--{error}" if error.setting in flags.FLAGS else str(error))
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.exit(EXIT_INTERRUPTED)
+
+  app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
+
+
+def _join() -> None:
+  """Connects the processes of the run, if there are several; only process 0 logs."""
+  from mdt_jax.training import distributed  # imports JAX
+
+  if JOIN_TIMEOUT.value < 1:
+    raise SettingError("--join_timeout", JOIN_TIMEOUT.value, "must be at least 1")
+  distributed.start(
+    COORDINATOR_ADDRESS.value,
+    NUM_PROCESSES.value,
+    PROCESS_ID.value,
+    detect=DISTRIBUTED.value,
+    timeout=JOIN_TIMEOUT.value,
+  )
+  if distributed.process_index() > 0:
+    logger.setLevel(logging.WARNING)
+
+
+def _plain_log_lines() -> None:
+  """Prints the package's log lines as they are, and only warnings of libraries."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  logger.handlers = [handler]
+
+
+def _parse_flags(argv: list[str], main: Callable[..., Any]) -> list[str]:
+  """Parses the command line; refuses what the command does not accept."""
+  absl_logging.set_verbosity(absl_logging.ERROR)  # the errors are printed below
+  own, shared = _flags_of(main), _flags_of(_join)
+  arguments = argv[1:]
+  try:
+    arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
+    if any(a.startswith("-") and a.lstrip("-") in _HELP for a in arguments):
+      groups = {"Flags": own, "Flags for several processes": shared}
+      summary = main.__globals__["__doc__"] or ""
+      print(usage.describe(summary, groups, _required, _aliases), end="")
+      sys.exit(0)
+    names = [flag.name for flag in (*own, *shared)]
+    checks = Arguments(_name_of(main), names, _required, _aliases, _suggestions)
+    arguments = checks.check(arguments)
+    return flags.FLAGS([argv[0], *arguments])
+  except (flags.Error, SettingError, UsageError) as error:
+    if "--config=None" in str(error):
+      _refuse("--config: get_config() of the file returns nothing")
+    _refuse(str(error))
+  except OSError as error:  # the config cannot be read
+    _refuse(f"--config = {error.filename!r}: {error.strerror}")
+  except (Exception, SystemExit) as error:
+    _refuse_config(error, arguments)
+
+
+def _refuse_config(error: BaseException, arguments: list[str]) -> NoReturn:
+  """Refuses a config file that raised an error, or that lacks a setting."""
+  if place := place_of_error(error, arguments):
+    _refuse(f"--config: {place}: {type(error).__name__}: {error}")
+  if isinstance(error, SystemExit):  # absl exits with 1 after --helpfull
+    sys.exit(0)
+  if not isinstance(error, (AttributeError, KeyError)):
+    raise error
+  # ml_collections: the config file lacks get_config, or a setting that a flag changes.
+  text = str(error)
+  if "get_config" in text:
+    _refuse("--config: the file has no function get_config()")
+  unknown = re.search(r'Key "(\w+)" does not exist', text) or re.match(
+    r"[\\'\"]*(\w+)[\\'\"]*($|\\n|\n)", text
+  )
+  if not unknown:
+    raise error
+  hint = re.search(r'Did you mean "(\w+)"', text)
+  accepted = f"; did you mean {hint[1]}?" if hint else ""
+  name = unknown[1]
+  typed = [a.partition("=")[0] for a in arguments if a.startswith("--config.")]
+  typed = next((flag for flag in typed if name in flag.split(".")), f"setting {name!r}")
+  _refuse(f"{typed}: the config file has no {name!r}{accepted}")
+
+
+def _flags_of(function: Callable[..., Any]) -> list[flags.Flag[Any]]:
+  """The flags that the module of a function defines, in their order."""
+  module = function.__module__
+  # absl files the flags of the main module under the path of the program.
+  keys = [sys.argv[0], module] if module == "__main__" else [module]
+  by_module = flags.FLAGS.flags_by_module_dict()
+  found = [flag for key in keys for flag in by_module.get(key, [])]
+  names = {flag.name for flag in found}
+  if "config" in flags.FLAGS and function is not _join and "config" not in names:
+    found.insert(0, flags.FLAGS["config"])
+  return found
+
+
+def _name_of(main: Callable[..., Any]) -> str:
+  """The name of a command, as python -m takes it."""
+  spec = main.__globals__.get("__spec__")
+  return spec.name if spec else main.__module__
+
+
+def _refuse(message: str) -> NoReturn:
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(EXIT_BAD_SETTING)

@@ -1,0 +1,144 @@
+"""Arguments that a command refuses: the line says what was meant."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from mdt_jax.cli.arguments import Arguments, UsageError
+from mdt_jax.errors import SettingError
+
+
+def check(text, *, has_config=True):
+  """What a small command makes of its arguments."""
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "Folder of the run. More.", values)
+  flags.DEFINE_integer("num_images", None, "Number of images.", flag_values=values)
+  flags.DEFINE_float("eta", None, "Noise.", flag_values=values)
+  flags.DEFINE_bool("png", False, "Write files.", flag_values=values)
+  flags.DEFINE_alias("count", "num_images", flag_values=values)
+  if has_config:
+    config_flags.DEFINE_config_file("config", None, "Config.", flag_values=values)
+  arguments = Arguments(
+    "mdt_jax.small",
+    list(values),
+    {"config": "digits", "workdir": "runs/x"} if has_config else {},
+    {"count": "num_images"},
+    {"cfg_scale": "--sampling=cfg_scale"},
+    values,
+  )
+  return arguments.check(shlex.split(text))
+
+
+RUN = "--config=digits --workdir=x "
+
+
+def refusal(text, **kwargs):
+  with pytest.raises((UsageError, SettingError)) as error:
+    check(text, **kwargs)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("typed", "meant"),
+  [
+    ("--batch_size=64", "--config.batch_size=64?"),
+    ("--batch_size 64", "--config.batch_size?"),
+    ("--batch-size=64", "--config.batch_size=64?"),
+    ("--learning_rate=0.1", "--config.optimizer.learning_rate=0.1?"),
+    ("--lr=0.1", "--config.optimizer.learning_rate=0.1?"),
+    ("--data.path=a", "--config.data.path=a?"),
+    ("--num_step=5", "--config.num_steps=5 or --config.sampling.num_steps=5?"),
+    ("--num_image=5", "--num_images=5 or --config.eval.num_images=5?"),
+    ("--ckpt=a", "--workdir=a?"),
+    ("--wkdr='a b'", "--workdir='a b'?"),
+    ("--cfg_scale=2", "--sampling=cfg_scale=2?"),
+    ("--nothing_like_it=2", "python -m mdt_jax.small --help"),
+    ("--config.model.hiden_size=5", "--config.model.hidden_size=5?"),
+    ("--config.modle.hidden_size=5", "--config.model.hidden_size=5?"),
+    ("--config.hidden_size=5", "--config.model.hidden_size=5?"),
+    ("--config.sampling.steps=5", "--config.sampling.num_steps=5?"),
+    ("--config.optimizer=lion", "--config.optimizer.name=lion?"),
+    ("--config.mesh=8", "--config.mesh.data, --config.mesh.fsdp"),
+    ("batch_size=3", "--config.batch_size=3?"),
+    ("--png yes", "--png=yes?"),
+  ],
+)
+def test_an_unknown_flag_names_the_flag_that_is_meant(typed, meant):
+  message = refusal(RUN + typed)
+  assert meant in message
+  assert shlex.split(typed)[0].partition("=")[0] in message
+
+
+@pytest.mark.parametrize(
+  ("typed", "accepted"),
+  [
+    ("--config.batch_size=abc", "whole number"),
+    ("--config.num_steps=4e5", "whole number, such as 400000"),
+    ("--config.data.flip=maybe", "true or false"),
+    ("--config.sampling.eta=two", "a number"),
+    ("--config.ema_decays=high", "numbers with commas"),
+    ("--config.optimizer.arguments=x", "a dict"),
+    ("--config.model.depth=none", "a config file can set None"),
+    ("--eta=two", "a number"),
+    ("--num_images=5.5", "whole number"),
+    ("--png=maybe", "true or false"),
+  ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_its_flag(typed, accepted):
+  flag, _, value = typed.partition("=")
+  message = refusal(RUN + typed)
+  assert message.startswith(f"{flag} = {value!r}: ")
+  assert accepted in message
+
+
+@pytest.mark.parametrize(
+  ("typed", "meant"),
+  [
+    ("configs/digits.py", "--config=configs/digits.py?"),
+    ("digits --workdir=x", "--config=digits?"),
+    ("--config=digits runs/a", "--workdir=runs/a?"),
+  ],
+)
+def test_a_positional_argument_gets_the_flag_that_is_missing(typed, meant):
+  assert meant in refusal(typed)
+
+
+def test_a_missing_flag_is_named_with_its_purpose_and_an_example():
+  for typed in ("--config=digits", "--config=digits --workdir="):
+    message = refusal(typed)
+    assert "--workdir=runs/x" in message
+    assert "Folder of the run" in message
+  assert "--config=digits" in refusal("--workdir=x")
+
+
+def test_two_names_of_one_flag_are_refused_together():
+  message = refusal(RUN + "--count=3 --num_images=3")
+  assert "--count" in message and "--num_images" in message
+  assert check(RUN + "--count=3 --count=4")[-1] == "--count=4"
+
+
+def test_a_flag_without_its_value_is_refused():
+  assert "--eta needs a value" in refusal(RUN + "--eta --png")
+  assert "--eta needs a value" in refusal(RUN + "--eta")
+
+
+def test_a_setting_comes_after_the_config_that_it_changes():
+  message = refusal("--config.seed=1 " + RUN)
+  assert "--config.seed must come after --config=digits" in message
+
+
+def test_a_command_without_a_config_says_so():
+  message = refusal("--config.sampling.eta=1", has_config=False)
+  assert "mdt_jax.small reads no config" in message
+  assert "--eta=1?" in message
+
+
+def test_accepted_arguments_are_passed_on():
+  typed = "--num_images 3 --png --nopng -eta=1 --config.seed -1 --noconfig.data.flip"
+  expected = ["--num_images=3", "--png", "--nopng", "-eta=1", "--config.seed=-1"]
+  assert check(RUN + typed)[1:] == ["--workdir=x", *expected, "--noconfig.data.flip"]

@@ -1,0 +1,131 @@
+"""Flags of the six commands: help, missing flags, packaged configs, run folders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdt_jax.checkpoints.loading import save_model
+from mdt_jax.experiment import Experiment
+from mdt_jax.settings import Settings
+from tests import reference
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(command, *flags, folder=ROOT):
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  return subprocess.run(
+    [sys.executable, "-m", f"mdt_jax.{command}", *map(str, flags)],
+    cwd=folder,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def assert_refused(result, *texts):
+  assert result.returncode == 2, result.stderr
+  (line,) = result.stderr.splitlines()
+  assert line.startswith("error: ")
+  for text in texts:
+    assert text in line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained")
+  experiment = Experiment(Settings.from_config(tiny_config()))
+  params = reference.random_params(experiment.model)
+  save_model(workdir, experiment.settings, params, step=2)
+  return workdir
+
+
+@pytest.mark.parametrize(
+  ("command", "flag"),
+  [
+    ("main", "--replay_step=INTEGER"),
+    ("sample", "--num_steps=INTEGER  (or --steps)"),
+    ("evaluate", "--metrics=A,B,..."),
+    ("encode", "--batch_size=INTEGER"),
+    ("convert", "--decode_depth=INTEGER"),
+    ("plan", "--config=TEXT"),
+  ],
+)
+def test_help_describes_the_flags_of_the_command_alone(command, flag):
+  result = run(command, "--help")
+  assert result.returncode == 0
+  assert flag in result.stdout
+  assert "verbosity" not in result.stdout
+  _, _, flags = result.stdout.partition("\nFlags:")
+  own = flags.partition("Flags for several processes:")[0].split("\n  --")[1:]
+  assert own
+  for text in own:
+    assert any(word in text for word in ("Default:", "Required.", "Needed")), text
+
+
+@pytest.mark.parametrize(
+  ("command", "flags", "texts"),
+  [
+    ("main", ["--workdir=x"], ["--config must be given", "--config=digits"]),
+    ("main", ["configs/digits.py"], ["--config=configs/digits.py"]),
+    ("sample", [], ["--checkpoint must be given", "--checkpoint=runs/digits"]),
+    ("encode", ["--source=x"], ["--output must be given", "Folder of the set"]),
+    ("plan", ["--config=digits"], ["--topology must be given", "v5e:16x16"]),
+  ],
+)
+def test_a_missing_flag_is_refused(command, flags, texts):
+  assert_refused(run(command, *flags), *texts)
+
+
+@pytest.mark.parametrize(
+  ("command", "flag", "texts"),
+  [
+    ("main", "--batch_size=64", ["--batch_size", "--config.batch_size=64?"]),
+    ("main", "--config.optimizer=lion", ["'lion'", "--config.optimizer.name=lion?"]),
+    ("sample", "--num_step=3", ["--num_step", "--num_steps=3?"]),
+    ("sample", "--cfg_scale=two", ["--cfg_scale = 'two'", "a number"]),
+    ("sample", "--steps=3 --num_steps=3", ["--steps", "--num_steps"]),
+    ("evaluate", "--cfg_scale=2", ["--cfg_scale", "--sampling=cfg_scale=2?"]),
+  ],
+)
+def test_a_bad_flag_is_one_line_and_exit_code_2(command, flag, texts, tmp_path):
+  given = ["--config=digits", "--workdir=run"] if command == "main" else []
+  given = ["--checkpoint=run"] if command == "sample" else given
+  assert_refused(run(command, *given, *flag.split(), folder=tmp_path), *texts)
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_packaged_config_is_found_from_any_folder(tmp_path):
+  flags = ["--config=digits", "--workdir=run", "--config.num_steps=0"]
+  assert_refused(run("main", *flags, folder=tmp_path), "config.num_steps = 0")
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "convert"])
+def test_the_folder_of_a_checkpoint_is_refused_with_its_run_and_step(
+  trained, tmp_path, command
+):
+  name = "input" if command == "convert" else "checkpoint"
+  flags = ["--to_torch", f"--output={tmp_path / 'x.pt'}"] if name == "input" else []
+  result = run(command, f"--{name}={trained}/checkpoints/2", *flags)
+  assert_refused(result, f"--{name}={trained} --step=2?")
+
+
+def test_training_into_the_folder_of_checkpoints_is_refused(trained):
+  before = sorted(trained.rglob("*"))
+  result = run("main", "--config=digits", f"--workdir={trained}/checkpoints")
+  assert_refused(result, f"--workdir={trained}?")
+  assert sorted(trained.rglob("*")) == before
+
+
+def test_converting_a_run_needs_the_direction(trained, tmp_path):
+  result = run("convert", f"--input={trained}", f"--output={tmp_path / 'out'}")
+  assert_refused(result, f"--input = {str(trained)!r}", "--to_torch")
+  assert not (tmp_path / "out").exists()

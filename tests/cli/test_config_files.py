@@ -1,0 +1,70 @@
+"""--config finds files on disk first, and the packaged configs from anywhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from mdt_jax.cli.config_files import PACKAGED, find_config, packaged_configs
+from mdt_jax.errors import SettingError
+
+DIGITS = str(PACKAGED / "digits.py")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("digits", "digits.py", "configs/digits", "configs/digits.py"),
+    *("./configs/digits.py", "mdt_jax/configs/digits.py"),
+  ],
+)
+def test_packaged_configs_are_found_from_any_folder(name):
+  assert find_config(name) == DIGITS
+  assert find_config(f"{name}:text:more") == f"{DIGITS}:text:more"
+
+
+def test_every_packaged_config_has_its_name():
+  assert packaged_configs() == sorted(path.stem for path in PACKAGED.glob("*.py"))
+  assert "mdtv2_xl2" in packaged_configs()
+
+
+def test_a_file_on_disk_comes_first(elsewhere):
+  (elsewhere / "configs").mkdir()
+  (elsewhere / "configs" / "digits.py").touch()
+  (elsewhere / "digits").touch()
+  for name in ("configs/digits.py", "digits", "digits:text"):
+    assert find_config(name) == name
+
+
+def test_a_link_that_was_unpacked_as_a_file_does_not_hide_the_packaged_config(
+  elsewhere,
+):
+  (elsewhere / "configs").write_text("mdt_jax/configs")
+  assert find_config("configs/digits.py") == DIGITS
+
+
+def test_a_folder_does_not_hide_the_packaged_config(elsewhere):
+  (elsewhere / "digits").mkdir()
+  assert find_config("digits") == DIGITS
+
+
+@pytest.mark.parametrize(
+  ("name", "texts"),
+  [
+    ("configs/digitz.py", ["no such file", "mdtv2_b2", "did you mean digits?"]),
+    ("/nowhere/digits.py", ["no such file", "did you mean digits?"]),
+    ("none.py", ["no such file", "dit_b2, dit_l2"]),
+    (".", ["is a folder"]),
+    ("", ["no such file"]),
+  ],
+)
+def test_a_missing_config_is_named_with_those_that_exist(name, texts):
+  with pytest.raises(SettingError) as error:
+    find_config(name)
+  assert (error.value.setting, error.value.value) == ("--config", name)
+  assert all(text in error.value.accepted for text in texts)
