@@ -204,7 +204,7 @@ def test_each_step_is_taken_so_often():
 
 @pytest.mark.parametrize("method", ["dpm++", "heun"])
 def test_solvers_take_each_step_once(method):
-  with pytest.raises(SettingError, match="repeats = 2: must be 1"):
+  with pytest.raises(SettingError, match="repeats = 2: must be at least 1"):
     sample(
       toy.network,
       GaussianDiffusion.create(),

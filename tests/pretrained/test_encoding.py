@@ -88,5 +88,5 @@ def test_too_little_memory_on_the_devices_is_an_error_of_the_batch_size(
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
   monkeypatch.setattr(Autoencoder, "moments", moments)
-  with pytest.raises(SettingError, match=r"^batch_size = 8: takes more memory"):
+  with pytest.raises(SettingError, match=r"^batch_size = 8: needs more memory"):
     encode(images, tmp_path)
