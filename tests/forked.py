@@ -91,11 +91,14 @@ class Forked:
     assert self._process.exitcode is not None, self.out + self.err
     return self._process.exitcode
 
+  def is_alive(self) -> bool:
+    return self._process.is_alive()
+
   def wait_for(self, pattern: str) -> re.Match[str]:
     """Waits until the output holds a regular expression."""
     end = time.monotonic() + TIMEOUT
     while (found := re.search(pattern, self.out, re.MULTILINE)) is None:
-      alive = self._process.is_alive() and time.monotonic() < end
+      alive = self.is_alive() and time.monotonic() < end
       assert alive, self.out + self.err
       time.sleep(0.005)
     return found

@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,9 +9,8 @@ from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program
+from tests import forked
 from tests.training.tiny import tiny_config
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -72,19 +68,14 @@ def plan_of_mdtv2_b(tmp_path_factory):
   """The compiled step of MDTv2-B/2 on eight devices that share the state."""
   path = tmp_path_factory.mktemp("plan") / "plan.json"
   settings = ("mesh.data=1", "mesh.fsdp=8", "batch_size=16", "masking.num_lengths=1")
-  subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "mdt_jax.plan",
-      "--config=configs/mdtv2_b2.py",
-      "--topology=cpu:8",
-      f"--json={path}",
-      *(f"--config.{setting}" for setting in settings),
-    ],
-    cwd=ROOT,
-    check=True,
+  process = forked.command(
+    "mdt_jax.plan",
+    "--config=configs/mdtv2_b2.py",
+    "--topology=cpu:8",
+    f"--json={path}",
+    *(f"--config.{setting}" for setting in settings),
   )
+  assert process.end() == 0, process.err
   return json.loads(path.read_text())
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +14,8 @@ from mdt_jax.data import latents
 from mdt_jax.data.latent_set import BEGUN
 from mdt_jax.data.latent_writer import write_latents
 from mdt_jax.errors import SettingError
+from tests import forked
 from tests.data import sets
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +115,11 @@ def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
   rng = np.random.default_rng(0)
   kills = 0
   for delay in rng.uniform(0, 0.25, 40):
-    process = subprocess.Popen(
-      [sys.executable, "-m", "tests.data.sets", tmp_path],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    process.stdout.readline()  # begun
+    process = forked.command("tests.data.sets", tmp_path)
+    process.wait_for("begun")
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() == -signal.SIGKILL:
+    process.kill()
+    if process.end() == -signal.SIGKILL:
       kills += 1
     else:
       break
@@ -143,17 +135,10 @@ def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
 def test_processes_that_begin_together_agree(whole, tmp_path):
   """One may find the other's beginning where it has just seen an empty folder."""
   processes = [
-    subprocess.Popen(
-      [sys.executable, "-m", "tests.data.sets", tmp_path, str(index), "2"],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(2)
+    forked.command("tests.data.sets", tmp_path, index, 2) for index in range(2)
   ]
   for process in processes:
-    assert process.wait(60) == 0, process.stderr.read()
+    assert process.end() == 0, process.err
   assert contents(tmp_path) == contents(whole)
 
 
@@ -205,27 +190,26 @@ def test_a_failure_of_the_devices_is_not_taken_for_one_of_the_disk(tmp_path):
     sets.write(tmp_path, encode=encode)
 
 
-def test_a_full_disk_is_told_and_loses_no_finished_shard(whole, tmp_path):
-  """Played by a limit on the size of a file, between those of two shards."""
-  code = (
-    "import resource, sys\n"
-    "from tests.data import sets\n"
-    "from mdt_jax import SettingError\n"
-    "calls = []\n"
-    "def encode(images):\n"
-    "  calls.append(1)\n"
-    "  if len(calls) > 3:\n"
-    "    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-    "  return sets.encode_fn(images)\n"
-    "try:\n"
-    f"  sets.write({str(tmp_path)!r}, encode=encode)\n"
-    "except SettingError as error:\n"
-    "  print(error)\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-  )
-  assert "latents-00001-of-00003.array_record cannot be written" in done.stdout
+def write_to_a_full_disk(folder):
+  """Prints the error. A limit on the size of a file, set after one shard, acts it."""
+  calls = []
+
+  def encode(images):
+    calls.append(1)
+    if len(calls) > 3:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    return sets.encode_fn(images)
+
+  try:
+    sets.write(folder, encode=encode)
+  except SettingError as error:
+    print(error)
+
+
+def test_a_full_disk_is_reported_and_loses_no_finished_shard(whole, tmp_path):
+  process = forked.Forked(write_to_a_full_disk, tmp_path)
+  process.end()
+  assert "latents-00001-of-00003.array_record cannot be written" in process.out
   first = latents.shard_name(0, sets.NUM_SHARDS)
   assert (tmp_path / first).read_bytes() == (whole / first).read_bytes()
   sets.write(tmp_path)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +14,7 @@ from mdt_jax.evaluation.features import (
   pixel_features,
   tf1_resize,
 )
-from tests import reference
+from tests import forked, reference
 
 SIZES = ("16x16_to_29x29", "32x24_to_40x50", "48x48_to_17x17")
 
@@ -79,27 +75,18 @@ def test_batches_of_nothing_are_refused():
     FeatureExtractor(pixel_features, batch_size=0)
 
 
-EIGHT_DEVICES = """
-import jax, numpy as np
-from mdt_jax.evaluation.features import FeatureExtractor, pixel_features
-extract = FeatureExtractor(pixel_features, batch_size=12)
-assert extract.batch_size == 16
-images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
-full = extract(images)["pixels"]
-assert len(full.sharding.device_set) == jax.device_count() == 8
-np.save("features.npy", [full[:13], extract(images[:13])["pixels"]])
-"""
+def extract_on_eight_devices(images, path):
+  extract = FeatureExtractor(pixel_features, batch_size=12)
+  assert extract.batch_size == 16
+  full = extract(images)["pixels"]
+  assert len(full.sharding.device_set) == jax.device_count() == 8
+  np.save(path, [full[:13], extract(images[:13])["pixels"]])
 
 
 def test_features_on_eight_devices_are_those_on_one(tmp_path):
-  environment = {
-    **os.environ,
-    "JAX_NUM_CPU_DEVICES": "8",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
-  }
-  subprocess.run(
-    [sys.executable, "-c", EIGHT_DEVICES], cwd=tmp_path, env=environment, check=True
-  )
-  one = FeatureExtractor(pixel_features)(noise(16, 16, 16, 3)[:13])["pixels"]
-  for found in np.load(tmp_path / "features.npy"):
+  images, path = noise(16, 16, 16, 3), tmp_path / "features.npy"
+  process = forked.Forked(extract_on_eight_devices, images, path, num_devices=8)
+  assert process.end() == 0, process.err
+  one = FeatureExtractor(pixel_features)(images[:13])["pixels"]
+  for found in np.load(path):
     np.testing.assert_allclose(found, one, rtol=1e-5)

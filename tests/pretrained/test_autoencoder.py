@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mdt_jax import sharding
 from mdt_jax.pretrained.autoencoder import Autoencoder
-from tests import reference
+from tests import forked, reference
 
 FOLDER = reference.FIXTURES / "vae"
 RECORDED = {k: reference.to_nhwc(reference.load("vae")[k]) for k in ("x", "z")}
@@ -65,31 +62,21 @@ def test_parameters_from_a_checkpoint_of_ours_match_reference(tmp_path):
   )
 
 
-FOUR_DEVICES = """
-import sys
-import numpy as np
-from mdt_jax.pretrained.autoencoder import Autoencoder
-from mdt_jax import sharding
-autoencoder = Autoencoder.load(sys.argv[1])
-latents = np.load("latents.npy")
-with sharding.use_mesh(sharding.make_mesh(data=2, tensor=2)):
-  shared, odd = autoencoder.decode(latents), autoencoder.decode(latents[:3])
-assert shared.sharding.shard_shape(shared.shape)[0] == 2
-np.savez("decoded.npz", shared, odd)
-"""
+def decode_on_four_devices(latents, path):
+  autoencoder = Autoencoder.load(FOLDER)
+  with sharding.use_mesh(sharding.make_mesh(data=2, tensor=2)):
+    shared, odd = autoencoder.decode(latents), autoencoder.decode(latents[:3])
+  assert shared.sharding.shard_shape(shared.shape)[0] == 2
+  np.savez(path, shared, odd)
 
 
 def test_devices_share_what_is_decoded(tmp_path):
   latents = np.random.default_rng(0).normal(size=(4, *RECORDED["z"].shape[1:]))
-  np.save(tmp_path / "latents.npy", latents.astype(np.float32))
-  environment = {
-    **os.environ,
-    "JAX_NUM_CPU_DEVICES": "4",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
-  }
-  command = [sys.executable, "-c", FOUR_DEVICES, str(FOLDER)]
-  subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-  expected = load().decode(latents.astype(np.float32))
+  latents = latents.astype(np.float32)
+  path = tmp_path / "decoded.npz"
+  process = forked.Forked(decode_on_four_devices, latents, path, num_devices=4)
+  assert process.end() == 0, process.err
+  expected = load().decode(latents)
   with np.load(tmp_path / "decoded.npz") as decoded:
     np.testing.assert_allclose(decoded["arr_0"], expected, atol=1e-5)
     np.testing.assert_allclose(decoded["arr_1"], expected[:3], atol=1e-5)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +18,7 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.settings import Settings
-from tests import reference
+from tests import forked, reference
 from tests.training.tiny import tiny_config
 
 
@@ -110,14 +106,6 @@ def test_a_pipeline_and_a_job_are_shown_in_one_line(pipeline):
 
 # A mesh that the caller has set.
 
-MESH_CODE = """
-import jax
-from tests.sampling.test_pipeline import assert_meshes_change_nothing
-
-assert len(jax.devices()) == 4
-assert_meshes_change_nothing(jax.make_mesh((2, 2), ("x", "y")))
-"""
-
 
 def assert_meshes_change_nothing(mesh):
   experiment = build(tiny_config())
@@ -141,12 +129,14 @@ def test_a_mesh_of_the_caller_changes_nothing():
   assert_meshes_change_nothing(jax.make_mesh((1,), ("x",)))
 
 
+def on_a_mesh_of_four_devices():
+  assert len(jax.devices()) == 4
+  assert_meshes_change_nothing(jax.make_mesh((2, 2), ("x", "y")))
+
+
 def test_a_mesh_of_four_devices_changes_nothing():
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-  root = Path(__file__).parents[2]
-  subprocess.run(
-    [sys.executable, "-c", MESH_CODE], check=True, cwd=root, env=environment
-  )
+  process = forked.Forked(on_a_mesh_of_four_devices, num_devices=4)
+  assert process.end() == 0, process.err
 
 
 # A network of one's own.

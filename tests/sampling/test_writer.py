@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +16,9 @@ from mdt_jax.experiment import build
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
 from mdt_jax.sampling.writer import ShardedImages
-from tests import reference
+from tests import forked, reference
 from tests.training.tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 REQUEST = Request(np.arange(10) % 3, seed=0, block_size=4)  # blocks of 4, 4 and 2
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 
@@ -172,19 +167,13 @@ def checkpoint(tmp_path_factory):
 
 
 def start(checkpoint, output, num_devices):
-  return subprocess.Popen(
-    [
-      *(sys.executable, "-m", "mdt_jax.sample", f"--checkpoint={checkpoint}"),
-      *(f"--output={output}", *FLAGS),
-    ],
-    cwd=ROOT,
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
-    stderr=subprocess.DEVNULL,
-  )
+  flags = [f"--checkpoint={checkpoint}", f"--output={output}", *FLAGS]
+  return forked.command("mdt_jax.sample", *flags, num_devices=num_devices)
 
 
 def run(checkpoint, output, num_devices):
-  assert start(checkpoint, output, num_devices).wait(timeout=300) == 0
+  process = start(checkpoint, output, num_devices)
+  assert process.end() == 0, process.err
   return (output / "samples.npz").read_bytes()
 
 
@@ -206,9 +195,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 ):
   process = start(checkpoint, tmp_path, 1)
   while len(list((tmp_path / "partial").glob("[0-9]*.npy"))) < 3:
-    assert process.poll() is None
+    assert process.is_alive(), process.err
     time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
+  process.kill()
+  assert process.end() == -signal.SIGKILL
   assert not (tmp_path / "samples.npz").exists()
   assert run(checkpoint, tmp_path, 8) == on_one_device

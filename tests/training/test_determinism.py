@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forked
+
 DRAWS = ("x0", "t", "weights", "noise", "y", "mask_noise")
 
 
 def replay(folder, name, num_devices):
   """What tests.training.replay finds on so many simulated devices."""
   path = folder / f"{name}.npz"
-  subprocess.run(
-    [sys.executable, "-m", "tests.training.replay", path],
-    cwd=ROOT,
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
-    check=True,
-  )
+  process = forked.command("tests.training.replay", path, num_devices=num_devices)
+  assert process.end() == 0, process.err
   with np.load(path) as data:
     return {key: data[key] for key in data.files}
 

@@ -1,33 +1,15 @@
-import os
+from __future__ import annotations
+
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mdt_jax.errors import SettingError
 from mdt_jax.training import distributed
+from tests import forked
+from tests.training.tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 3
-
-
-def free_address():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def run_python(code, *args):
-  return subprocess.Popen(
-    [sys.executable, "-c", code, *args],
-    cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    stderr=subprocess.PIPE,
-    text=True,
-  )
 
 
 def test_alone_nothing_is_started(monkeypatch):
@@ -60,70 +42,62 @@ def test_environment_that_is_no_number_is_refused(monkeypatch):
     distributed.start("host:1")
 
 
-START = (
-  "import sys; from mdt_jax.training import distributed;"
-  f"distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout={TIMEOUT})"
-)
+def join(address, index, timeout=120):
+  distributed.start(address, 2, index, timeout=timeout)
 
 
-@pytest.mark.parametrize("index", ["0", "1"])
+@pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_stays_alone_says_where_it_waited(index):
-  address = free_address()
-  process = run_python(START, address, index)
-  _, errors = process.communicate(timeout=60)
-  assert process.returncode == distributed.EXIT_TRY_AGAIN
-  last = errors.splitlines()[-1]
+  address = forked.free_address()
+  process = forked.Forked(join, address, index, TIMEOUT)
+  assert process.end() == distributed.EXIT_TRY_AGAIN
+  last = process.err.splitlines()[-1]
   assert last.startswith(f"error: --coordinator_address = '{address}': ")
   assert f"{TIMEOUT} s" in last
 
 
-COMPARE = """
-import sys
-from mdt_jax.errors import SettingError
-from mdt_jax.training import distributed
-from tests.training.tiny import tiny_config
-index = int(sys.argv[2])
-distributed.start(sys.argv[1], 2, index, timeout=120)
-distributed.check_same_config(tiny_config(seed=3))
-try:
-  distributed.check_same_config(tiny_config(seed=index, num_samples=4 + index))
-except SettingError as error:
-  print(error, file=sys.stderr)
-"""
+def in_two_processes(target):
+  """What `target`, called with its index in each of two processes, prints."""
+  address = forked.free_address()
+  processes = [forked.Forked(joined, address, i, target) for i in range(2)]
+  for process in processes:
+    assert process.end() == 0, process.err
+  return [process.out for process in processes]
+
+
+def joined(address, index, target):
+  join(address, index)
+  target(index)
+
+
+def compare(index):
+  distributed.check_same_config(tiny_config(seed=3))
+  try:
+    distributed.check_same_config(tiny_config(seed=index, num_samples=4 + index))
+  except SettingError as error:
+    print(error)
 
 
 def test_processes_that_disagree_all_name_the_difference():
-  address = free_address()
-  processes = [run_python(COMPARE, address, str(index)) for index in range(2)]
-  errors = [process.communicate(timeout=120)[1] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0]
-  for text in errors:
+  for text in in_two_processes(compare):
     line = text.splitlines()[-1]
     assert "must be the same on every process" in line
     assert "config.num_samples is 4 on process 0 and 5 on 1" in line
     assert "config.seed is 0 on process 0 and 1 on 1" in line
 
 
-FAIL = """
-import sys
-from mdt_jax.errors import SettingError
-from mdt_jax.training import distributed
-index = int(sys.argv[2])
-distributed.start(sys.argv[1], 2, index, timeout=120)
-for failure in (SettingError("config.seed", -1, "too small"), OSError("no answer")):
-  try:
-    with distributed.together():
-      if index == 0:
-        raise failure
-  except Exception as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-"""
+def fail(index):
+  for failure in (SettingError("config.seed", -1, "too small"), OSError("no answer")):
+    try:
+      with distributed.together():
+        if index == 0:
+          raise failure
+    except Exception as error:
+      print(f"{type(error).__name__}: {error}")
 
 
 def test_what_one_process_raises_ends_all_with_the_same_exit_code():
-  address = free_address()
-  processes = [run_python(FAIL, address, str(index)) for index in range(2)]
-  errors = [process.communicate(timeout=120)[1] for process in processes]
+  errors = in_two_processes(fail)
   assert errors[0].splitlines()[-2:] == [
     "SettingError: config.seed = -1: too small",
     "OSError: no answer",

@@ -2,8 +2,7 @@ import errno
 import fcntl
 import os
 import re
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,13 @@ import pytest
 from mdt_jax.errors import SettingError
 from mdt_jax.training import lock
 from mdt_jax.training.lock import locked
+from tests import forked
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from mdt_jax.training.lock import locked
-with locked(Path(sys.argv[1])):
-  print("held", flush=True)
-  time.sleep(60)
-"""
+
+def hold(folder):
+  with locked(folder):
+    print("held")
+    time.sleep(60)
 
 
 def test_a_second_run_is_told_who_is_at_work(tmp_path):
@@ -30,13 +27,12 @@ def test_a_second_run_is_told_who_is_at_work(tmp_path):
 
 
 def test_a_lock_goes_with_its_process_however_that_ends(tmp_path):
-  command = [sys.executable, "-c", HOLD, tmp_path]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-    assert process.stdout.readline() == "held\n"
-    refused = pytest.raises(SettingError, match=f"process {process.pid} on")
-    with refused, locked(tmp_path):
-      pass
-    process.kill()
+  process = forked.Forked(hold, tmp_path)
+  process.wait_for("held")
+  refused = pytest.raises(SettingError, match=f"process {process.pid} on")
+  with refused, locked(tmp_path):
+    pass
+  process.kill()
   with locked(tmp_path):
     pass
 
@@ -58,7 +54,7 @@ def test_a_workdir_that_may_not_be_made_is_refused(tmp_path, monkeypatch, number
 
 def test_a_workdir_below_a_file_is_refused(tmp_path):
   (tmp_path / "file").touch()
-  refused = pytest.raises(SettingError, match="--workdir = .*Not a directory")
+  refused = pytest.raises(SettingError, match=r"--workdir = .*Not a directory")
   with refused, locked(tmp_path / "file" / "run"):
     pass
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from concurrent import futures
 
@@ -20,7 +18,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
 from mdt_jax.training.preemption import Interrupted, stop_signals
-from tests import reference
+from tests import forked, reference
 from tests.training.tiny import tiny_config
 
 # Of kept tokens, so that steps differ in which function they run.
@@ -227,13 +225,16 @@ def photos(tmp_path_factory):
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((40, 36), Image.Resampling.BICUBIC)
     image.save(folder / "images" / "ab"[i % 2] / f"{i}.png")
-  code = (
-    "import sys; from mdt_jax import cli, encode; "
-    f"sys.argv = ['encode', '--source={folder / 'images'}', '--vae={VAE}', "
-    f"'--output={folder / 'latents'}', '--image_size=32', '--batch_size=8', "
-    "'--num_shards=2']; cli.run(encode.main)"
+  process = forked.command(
+    "mdt_jax.encode",
+    f"--source={folder / 'images'}",
+    f"--vae={VAE}",
+    f"--output={folder / 'latents'}",
+    "--image_size=32",
+    "--batch_size=8",
+    "--num_shards=2",
   )
-  subprocess.run([sys.executable, "-c", code], check=True)
+  assert process.end() == 0, process.err
   return folder
 
 

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forked
+
 MESHES = ("8,1,1", "1,8,1")  # 2,4,1 and 2,2,2 are those of the processes below
 
 
 def ten_steps(folder, *meshes, processes=1, devices=8):
   """Runs `tests.training.ten_steps` in so many processes; mesh -> what it found."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(devices),
-  }
+  address = forked.free_address()
   running = []
   for index in range(processes):
-    if processes > 1:
-      environment |= {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_PROCESS_ID": str(index),
-      }
-    command = [sys.executable, "-m", "tests.training.ten_steps", folder, *meshes]
-    running.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-  assert [process.wait(timeout=600) for process in running] == [0] * processes
+    environment = {
+      "JAX_COORDINATOR_ADDRESS": address,
+      "JAX_NUM_PROCESSES": str(processes),
+      "JAX_PROCESS_ID": str(index),
+    }
+    running.append(
+      forked.command(
+        "tests.training.ten_steps",
+        folder,
+        *meshes,
+        environment=environment if processes > 1 else {},
+        num_devices=devices,
+      )
+    )
+  for process in running:
+    assert process.end() == 0, process.err
   return {mesh: dict(np.load(folder / f"{mesh}.npz")) for mesh in meshes}
 
 
