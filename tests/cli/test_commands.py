@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
-from tests import reference
+from tests import forked, reference
 from tests.training.tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(command, *flags, folder=ROOT):
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-  return subprocess.run(
-    [sys.executable, "-m", f"mdt_jax.{command}", *map(str, flags)],
-    cwd=folder,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+def run(command, *flags, **options):
+  process = forked.command(f"mdt_jax.{command}", *flags, **options)
+  return process.end(), process.out, process.err
 
 
 def assert_refused(result, *texts):
-  assert result.returncode == 2, result.stderr
-  (line,) = result.stderr.splitlines()
+  code, _, err = result
+  assert code == 2, err
+  (line,) = err.splitlines()
   assert line.startswith("error: ")
   for text in texts:
     assert text in line
@@ -59,11 +46,11 @@ def trained(tmp_path_factory):
   ],
 )
 def test_help_describes_the_flags_of_the_command_alone(command, flag):
-  result = run(command, "--help")
-  assert result.returncode == 0
-  assert flag in result.stdout
-  assert "verbosity" not in result.stdout
-  _, _, flags = result.stdout.partition("\nFlags:")
+  code, out, _ = run(command, "--help")
+  assert code == 0
+  assert flag in out
+  assert "verbosity" not in out
+  _, _, flags = out.partition("\nFlags:")
   own = flags.partition("Flags for several processes:")[0].split("\n  --")[1:]
   assert own
   for text in own:
