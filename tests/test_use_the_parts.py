@@ -20,7 +20,7 @@ def names(tmp_path_factory):
   """What the blocks define, run as one program."""
   flags = re.DOTALL | re.MULTILINE
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags)
-  assert len(blocks) == 6
+  assert len(blocks) == 7
   path = tmp_path_factory.mktemp("page") / "program.py"
   path.write_text("\n".join(blocks))
   return runpy.run_path(str(path))
@@ -45,6 +45,11 @@ def test_a_network_of_one_s_own_is_trained_and_sampled(names):
   assert drawn.shape == (2, 8, 8, 1) and drawn.dtype == np.uint8
   kernel = names["pipeline"].params["Conv_1"]["kernel"]
   assert kernel.shape == (3, 3, 16, 2)
+
+
+def test_a_network_of_one_s_own_is_scored(names):
+  assert names["scored"]["images"] == 16
+  assert np.isfinite(names["scored"]["scores"]["frechet"])
 
 
 def test_an_objective_of_one_s_own_is_descended(names):

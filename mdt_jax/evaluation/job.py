@@ -22,6 +22,7 @@ from mdt_jax.evaluation.registry import (
   other_metrics,
 )
 from mdt_jax.logs import logger
+from mdt_jax.models.registry import Model
 from mdt_jax.sampling.generator import make_generator
 
 BPD = "bpd"  # a score of the network instead of images; see `bits_per_dimension`
@@ -78,6 +79,7 @@ def load_run(
   data_source: str | None = None,
   data_path: str | None = None,
   sampling: Mapping[str, Any] | None = None,
+  model: Model | None = None,
 ) -> Checkpoint:
   """Loads a checkpoint and replaces some settings of the run; None keeps a setting.
 
@@ -90,11 +92,12 @@ def load_run(
     data_path: replaces config.data.path. With other data, config.data.validation is
       ignored and all of the data is used.
     sampling: replaces settings of config.sampling, by name.
+    model: your own network, if the run was trained with one.
 
   Raises:
     SettingError: the checkpoint cannot be loaded, or a setting is invalid.
   """
-  checkpoint = load_ema(path, step, ema_decay)
+  checkpoint = load_ema(path, step, ema_decay, model)
   experiment = checkpoint.experiment.with_vae(vae)
   data = experiment.settings.data
   if data_source or data_path:
