@@ -1,0 +1,105 @@
+"""Plants one fault at a time in a copy of the package; a test must fail each time.
+
+python -m tests.mutations [NAME …]
+
+Prints the first test that fails for each fault, or MISSED. The exit code is the number
+of faults that were missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """A fault in `file`, where `right` becomes `wrong`, and the tests to run."""
+
+  file: str
+  right: str
+  wrong: str
+  tests: str
+
+
+FAULTS = {
+  "averages swap their shares": Fault(
+    "training/step.py", "str(decay)], 1 - decay)", "str(decay)], decay)", "training"
+  ),
+  "accumulated gradients are a sum": Fault(
+    "training/step.py", "lambda g: g / accumulation_steps", "lambda g: g", "training"
+  ),
+  "every step draws the same": Fault(
+    "training/step.py", "step_key(seed, state.step)", "step_key(seed, 0)", "training"
+  ),
+  "the mask removes the kept tokens": Fault(
+    "models/masking.py", ">= num_keep", "< num_keep", "models"
+  ),
+  "kept tokens return in the encoder's order": Fault(
+    "models/masking.py", "jnp.argsort(order, axis=1)", "order", "models"
+  ),
+  "the variance of ddpm is that of the next step": Fault(
+    "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
+  ),
+  "dpm++ extrapolates in its last step": Fault(
+    "diffusion/solvers.py", "extrapolated[1:-1]", "extrapolated[1:]", "diffusion"
+  ),
+  "guidance moves away from the condition": Fault(
+    "diffusion/guidance.py",
+    "base + step_scale *",
+    "base - step_scale *",
+    "diffusion",
+  ),
+  "damaged bytes pass for whole": Fault(
+    "checkpoints/checksums.py",
+    "checksum = zlib.crc32(chunk, checksum)",
+    "checksum = zlib.crc32(b'', checksum)",
+    "checkpoints faults/test_damage.py",
+  ),
+  "the averages that are saved are the parameters": Fault(
+    "checkpoints/manager.py",
+    "ema=ocp.args.PyTreeSave(state.ema)",
+    "ema=ocp.args.PyTreeSave({k: state.params for k in state.ema})",
+    "checkpoints training/test_loop.py",
+  ),
+}
+
+
+def first_failure(fault: Fault) -> str | None:
+  """The first test that fails with a fault."""
+  with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
+    for name in ("mdt_jax", "tests"):
+      shutil.copytree(ROOT / name, Path(folder, name))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = Path(folder, "mdt_jax", fault.file)
+    text = path.read_text()
+    assert text.count(fault.right) == 1, fault
+    path.write_text(text.replace(fault.right, fault.wrong))
+    tests = [f"tests/{name}" for name in fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+      [*command, *tests], cwd=folder, capture_output=True, text=True
+    )
+  failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+  assert failed or done.returncode == 0, done.stdout + done.stderr
+  return failed[1] if failed else None
+
+
+def main() -> None:
+  missed = 0
+  for name in sys.argv[1:] or FAULTS:
+    failed = first_failure(FAULTS[name])
+    missed += failed is None
+    print(f"{name}: {failed or 'MISSED'}", flush=True)
+  sys.exit(missed)
+
+
+if __name__ == "__main__":
+  main()
