@@ -38,7 +38,9 @@ def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
   for name, accepted in types_of.items():
     setting = f"{prefix}.{name}"
     if name not in config:
-      raise SettingError(setting, None, "is missing: the config file has deleted it")
+      raise SettingError(
+        setting, None, "is missing: the config file or a flag removed it"
+      )
     if dataclasses.is_dataclass(accepted):
       if not isinstance(config[name], ConfigDict):
         raise SettingError(setting, config[name], "must be a group of settings")

@@ -200,9 +200,14 @@ def _refuse_config(error: BaseException, arguments: list[str]) -> NoReturn:
   hint = re.search(r'Did you mean "(\w+)"', text)
   accepted = f"; did you mean {hint[1]}?" if hint else ""
   name = unknown[1]
-  typed = [a.partition("=")[0] for a in arguments if a.startswith("--config.")]
-  typed = next((flag for flag in typed if name in flag.split(".")), f"setting {name!r}")
-  _refuse(f"{typed}: the config file has no {name!r}{accepted}")
+  flag, value = f"setting {name!r}", ""
+  for argument in arguments:
+    if argument.startswith("--config.") and f".{name}=" in argument:
+      flag, _, value = argument.partition("=")
+  group = flag.rpartition(".")[0]
+  if group.endswith(".arguments"):
+    accepted = f"; give all arguments at once: {group}='{{\"{name}\": {value}}}'"
+  _refuse(f"{flag}: the config file has no {name!r}{accepted}")
 
 
 def _flags_of(function: Callable[..., Any]) -> list[flags.Flag[Any]]:

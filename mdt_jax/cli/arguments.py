@@ -10,47 +10,25 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from mdt_jax.cli.config_files import find_config, is_packaged
+from mdt_jax.cli.setting_names import (
+  MAX_HINTS,
+  SYNONYMS,
+  all_settings,
+  describe_group,
+  is_own_argument,
+  listed,
+  near_settings,
+  with_value,
+)
 from mdt_jax.errors import SettingError
-from mdt_jax.typed_config import kind_of, setting_types
+from mdt_jax.typed_config import kind_of
 
-MAX_HINTS = 3
-# Names that other programs use -> names of ours, in order of preference.
-_SYNONYMS = {
-  "batch": ["batch_size", "batch_per_device"],
-  "bs": ["batch_size", "batch_per_device"],
-  "cfg": ["cfg_scale"],
-  "checkpoint": ["checkpoint", "workdir", "input"],
-  "checkpoint_dir": ["checkpoint", "workdir"],
-  "ckpt": ["checkpoint", "workdir", "input"],
-  "classes": ["labels"],
-  "dir": ["workdir", "output"],
-  "guidance": ["cfg_scale"],
-  "guidance_scale": ["cfg_scale"],
-  "logdir": ["workdir"],
-  "lr": ["learning_rate"],
-  "max_steps": ["num_steps"],
-  "model": ["checkpoint", "model.name"],
-  "model_path": ["checkpoint"],
-  "num_samples": ["num_images"],
-  "num_sampling_steps": ["num_steps"],
-  "out": ["output", "workdir"],
-  "output": ["workdir"],
-  "output_dir": ["output", "workdir"],
-  "resolution": ["image_size", "input_size"],
-  "sampler": ["method"],
-  "steps": ["num_steps"],
-  "train_steps": ["num_steps"],
-  "wd": ["weight_decay"],
-  "workdir": ["checkpoint", "input", "output"],
-}
 _ACCEPTED: dict[type[Any], str] = {
   int: "must be a whole number",
   float: "must be a number",
@@ -108,13 +86,14 @@ class Arguments:
       SettingError: a value is empty or of a wrong type, or a config is not found.
     """
     checked = []
-    early = None
+    early = None  # a setting that comes before --config
     for argument, typed, value in self._pairs(arguments):
       name = typed.lstrip("-")
       checked.append(argument)
       if self._is_override(name):
-        self._check_override(typed, value)
-        early = early or ("config" not in self._given and typed) or None
+        _check_override(typed, value)
+        if "config" not in self._given:
+          early = early or typed
         continue
       known = name if name in self._flags else name.removeprefix("no")
       target = self._aliases.get(known, known)
@@ -166,7 +145,7 @@ class Arguments:
       UsageError: there is no such flag.
     """
     if self._is_override(name):
-      accepted = _settings().get(name.partition(".")[2])
+      accepted = all_settings().get(name.partition(".")[2])
       return name.startswith("no") or (
         accepted is not None and kind_of(accepted)[0] is bool
       )
@@ -181,28 +160,23 @@ class Arguments:
 
   def _positional(self, argument: str, before: str) -> UsageError:
     """The error of an argument without a flag before it."""
-    name, equals, _ = argument.partition("=")
+    name, equals, value = argument.partition("=")
     if equals and name.replace(".", "").replace("_", "").isalnum():
       hints = self._hints(name) or [f"--{name}"]
-      near = f"--{argument}" if name in self._own else _with_value(hints[0], argument)
+      near = with_value(hints[0], value)
       return UsageError(f"unknown argument {argument!r}: did you mean {near}?")
     if before:
       return UsageError(
         f"unknown argument {argument!r}: did you mean {before}={argument}?"
       )
-    looks_like_config = argument.partition(":")[0].endswith(".py") or (
-      is_packaged(argument.partition(":")[0])
-    )
+    path = argument.partition(":")[0]
     missing = [name for name in self._examples if name not in self._given]
-    if self._has_config and looks_like_config and "config" not in self._given:
-      hint = f"--config={argument}"
-    elif missing := [name for name in missing if name != "config"]:
-      hint = f"--{missing[0]}={argument}"
-    else:
-      return UsageError(
-        f"unknown argument {argument!r}: flags have the form --name=value"
-      )
-    return UsageError(f"unknown argument {argument!r}: did you mean {hint}?")
+    if "config" in missing and not (path.endswith(".py") or is_packaged(path)):
+      missing.remove("config")
+    end = "flags have the form --name=value"
+    if missing:
+      end = f"did you mean --{missing[0]}={argument}?"
+    return UsageError(f"unknown argument {argument!r}: {end}")
 
   def _unknown(self, name: str, typed: str, value: str | None) -> UsageError:
     """The error of a flag that there is not."""
@@ -215,8 +189,7 @@ class Arguments:
     separator = ";" if note else ":"
     end = f"see python -m {self._command} --help"
     if hints:
-      given = _argument(value)
-      end = f"did you mean {_listed([_with_value(hint, given) for hint in hints])}?"
+      end = f"did you mean {listed([with_value(hint, value) for hint in hints])}?"
     return UsageError(f"unknown flag {typed}{note}{separator} {end}")
 
   def _hints(self, name: str) -> list[str]:
@@ -224,45 +197,18 @@ class Arguments:
     name = name.replace("-", "_").lower()
     if name in self._replacements:
       return [self._replacements[name]]
-    settings = _near_settings(name) if self._has_config else []
     if name in self._own:
       return [f"--{name}"]
-    if self._has_config and name in _settings():
+    settings = near_settings(name) if self._has_config else []
+    if self._has_config and name in all_settings():
       return settings[:1]
-    synonyms = [other for other in _SYNONYMS.get(name, []) if other in self._own]
+    synonyms = [other for other in SYNONYMS.get(name, []) if other in self._own]
     if synonyms:
       return [f"--{synonyms[0]}"]
     near = difflib.get_close_matches(name, self._own, MAX_HINTS, cutoff=0.7)
     if not near and not settings:
       near = [other for other in self._own if _resembles(name, other)]
     return [*[f"--{other}" for other in near], *settings][:MAX_HINTS]
-
-  def _check_override(self, typed: str, value: str | None) -> None:
-    """Checks --config.NAME=VALUE against the settings.
-
-    Raises:
-      SettingError: there is no such setting, or its value is of another type.
-    """
-    path = typed.lstrip("-").partition(".")[2]
-    settings = _settings()
-    if any(path.startswith(f"{name}.") for name in _open_dicts()):
-      return  # its names are those of the config file
-    if path not in settings:
-      hints = [_with_value(hint, _argument(value)) for hint in _near_settings(path)]
-      hint = f"; did you mean {_listed(hints)}?" if hints else ""
-      raise SettingError(typed, value, f"no such setting{hint}")
-    if value is None:
-      return
-    kind, is_optional = kind_of(settings[path])
-    if dataclasses.is_dataclass(kind):
-      if not _is_dict(value):
-        raise SettingError(typed, value, _group_hint(path, value))
-      return
-    if not _parses(kind, value):
-      end = _whole_number_hint(kind, value)
-      if is_optional and value.lower() == "none":
-        end = "; only a config file can set None"
-      raise SettingError(typed, value, f"{_ACCEPTED[kind]}{end}")
 
   def _check_required(self) -> None:
     for name, example in self._examples.items():
@@ -288,19 +234,31 @@ def missing_flag(
   return SettingError(f"--{flag.name}", value, accepted)
 
 
-def _argument(value: str | None) -> str:
-  """The part of an argument from its equals sign on."""
-  return "" if value is None else f"={value}"
+def _check_override(typed: str, value: str | None) -> None:
+  """Checks --config.NAME=VALUE against the settings.
 
-
-def _with_value(hint: str, given: str) -> str:
-  """A suggested flag with the value that was given: --name=value."""
-  _, equals, value = given.partition("=")
-  return f"{hint}={shlex.quote(value)}" if equals else hint
-
-
-def _listed(names: Sequence[str]) -> str:
-  return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+  Raises:
+    SettingError: there is no such setting, or its value is of another type.
+  """
+  path = typed.lstrip("-").partition(".")[2]
+  if is_own_argument(path):
+    return  # the config file knows which arguments it sets
+  settings = all_settings()
+  if path not in settings:
+    hints = [with_value(hint, value) for hint in near_settings(path)]
+    hint = f"; did you mean {listed(hints)}?" if hints else ""
+    raise SettingError(typed, value, f"no such setting{hint}")
+  if value is None:
+    return
+  kind, is_optional = kind_of(settings[path])
+  if dataclasses.is_dataclass(kind):
+    if not _parses(dict, value):
+      raise SettingError(typed, value, describe_group(path, value))
+  elif not _parses(kind, value):
+    end = _whole_number_hint(kind, value)
+    if is_optional and value.lower() == "none":
+      end = "; only a config file can set None"
+    raise SettingError(typed, value, f"{_ACCEPTED[kind]}{end}")
 
 
 def _check_value(typed: str, flag: flags.Flag[Any], value: str) -> None:
@@ -326,7 +284,7 @@ def _parses(kind: type[Any], text: str) -> bool:
       values = value if isinstance(value, tuple | list) else [value]
       return all(isinstance(entry, int | float) for entry in values)
     elif kind is dict:
-      return _is_dict(text)
+      return isinstance(ast.literal_eval(text), dict)
   except (ValueError, TypeError, SyntaxError):
     return False
   return True
@@ -339,79 +297,8 @@ def _whole_number_hint(kind: type[Any], text: str) -> str:
   return ""
 
 
-def _is_dict(text: str) -> bool:
-  try:
-    return isinstance(ast.literal_eval(text), dict)
-  except (ValueError, SyntaxError):
-    return False
-
-
 def _resembles(typed: str, name: str) -> bool:
   """Whether `typed` abbreviates or contains `name`: ckpt or my_labels."""
   letters = iter(name)
   abbreviates = typed[0] == name[0] and all(letter in letters for letter in typed)
   return (abbreviates and len(typed) > 2) or (name in typed and len(name) > 2)
-
-
-@functools.cache
-def _settings() -> dict[str, Any]:
-  """Annotation of every setting and group, by its name below config."""
-  from mdt_jax.settings import Settings  # imports JAX
-
-  return setting_types(Settings)
-
-
-@functools.cache
-def _open_dicts() -> list[str]:
-  return [n for n, accepted in _settings().items() if kind_of(accepted)[0] is dict]
-
-
-def _near_settings(path: str) -> list[str]:
-  """Flags of settings whose names resemble `path`, the best first."""
-  settings = _settings()
-  group, _, leaf = path.rpartition(".")
-  if path in settings:
-    return _as_flags([path])
-  for wanted in (leaf, *_SYNONYMS.get(leaf, [])):
-    if found := [n for n in settings if n == wanted or n.endswith(f".{wanted}")]:
-      # Prefers the group that was typed, then settings outside of a group.
-      found.sort(key=lambda n: (not group or not n.startswith(group), n.count(".")))
-      return _as_flags(found[: 1 if found[0].startswith(f"{group}.") else MAX_HINTS])
-  near = difflib.get_close_matches(path, settings, 1, cutoff=0.75)
-  if near and ("." in path or len(_endings(near[0])) == 1):
-    return _as_flags(near)
-  leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in settings))
-  if near := difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75):
-    return _as_flags(_endings(near[0])[:MAX_HINTS])
-  return []
-
-
-def _endings(leaf: str) -> list[str]:
-  """Settings of this name in any group, those outside of a group first."""
-  leaf = leaf.rpartition(".")[2]
-  found = [n for n in _settings() if n == leaf or n.endswith(f".{leaf}")]
-  return sorted(found, key=lambda name: name.count("."))
-
-
-def _as_flags(names: Sequence[str]) -> list[str]:
-  """--config.NAME; for a group, its first setting."""
-  is_group = [dataclasses.is_dataclass(_settings()[name]) for name in names]
-  return [
-    f"--config.{_first_setting(name) if group else name}"
-    for name, group in zip(names, is_group, strict=True)
-  ]
-
-
-def _first_setting(group: str) -> str:
-  return next(name for name in _settings() if name.startswith(f"{group}."))
-
-
-def _group_hint(group: str, value: str) -> str:
-  """What to write where a group of settings was given one value."""
-  first = _first_setting(group)
-  if kind_of(_settings()[first])[0] is str:
-    hint = _with_value(f"--config.{first}", _argument(value))
-    return f"is a group of settings; did you mean {hint}?"
-  names = [n for n in _settings() if n.startswith(f"{group}.")]
-  listed = _listed([f"--config.{name}" for name in names[:MAX_HINTS]])
-  return f"is a group of settings, such as {listed}"
