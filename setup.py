@@ -1,4 +1,4 @@
-"""For tools that look for this file; the package is described in pyproject.toml."""
+"""For tools that need a setup.py. pyproject.toml describes the package."""
 
 from setuptools import setup
 
