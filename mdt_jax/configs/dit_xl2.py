@@ -3,8 +3,8 @@
 python -m mdt_jax.main --config=configs/dit_xl2.py --workdir=runs/dit_xl2 \\
   --config.data.path=LATENTS
 
-LATENTS: output of python -m mdt_jax.encode, images of 256x256 (docs/data.md).
-Hardware meant: a TPU v4-64 or v5p-32, or 8 GPUs of 80 GB, with
+LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
+Hardware: a TPU v4-64 or v5p-32, or 8 GPUs of 80 GB, with
 --config.model.dtype=bfloat16.
 Paper: FID 19.47 after 400,000 steps and 9.62 after 7 million without guidance; 2.27
 with it (constant scale 1.5), 50,000 samples.

@@ -3,8 +3,8 @@
 python -m mdt_jax.main --config=configs/mdt_b2.py --workdir=runs/mdt_b2 \\
   --config.data.path=LATENTS
 
-LATENTS: output of python -m mdt_jax.encode, images of 256x256 (docs/data.md).
-Hardware meant: a TPU v4-8 or v5e-8, or 8 GPUs, with
+LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
+Hardware: a TPU v4-8 or v5e-8, or 8 GPUs, with
 --config.model.dtype=bfloat16.
 Paper: FID 34.33 after 400,000 steps, 50,000 samples without guidance.
 """

@@ -3,8 +3,8 @@
 python -m mdt_jax.main --config=configs/mdt_s2.py --workdir=runs/mdt_s2 \\
   --config.data.path=LATENTS
 
-LATENTS: output of python -m mdt_jax.encode, images of 256x256 (docs/data.md).
-Hardware meant: one TPU v4-8 or one GPU of 24 GB, with
+LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
+Hardware: one TPU v4-8 or one GPU of 24 GB, with
 --config.model.dtype=bfloat16.
 Paper: FID 53.46 after 400,000 steps, 50,000 samples without guidance.
 """

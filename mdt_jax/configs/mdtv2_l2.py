@@ -3,11 +3,11 @@
 python -m mdt_jax.main --config=configs/mdtv2_l2.py --workdir=runs/mdtv2_l2 \\
   --config.data.path=LATENTS
 
-LATENTS: output of python -m mdt_jax.encode, images of 256x256 (docs/data.md).
-Hardware meant: a TPU v4-32 or 8 GPUs of 80 GB, with
+LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
+Hardware: a TPU v4-32 or 8 GPUs of 80 GB, with
 --config.model.dtype=bfloat16.
-Paper: no figure is published; decode_depth = 4 is that of XL/2, for want of a published
-one.
+Paper: neither an FID nor a decode_depth is published for L/2; decode_depth = 4 is that
+of XL/2.
 """
 
 from ml_collections import ConfigDict
