@@ -1,4 +1,4 @@
-"""Fixtures that several tests of data share."""
+"""Fixtures shared by the tests of data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def three(tmp_path):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  """The lines that the package's logger logs as warnings."""
+  """Warnings logged by mdt_jax during the test."""
   lines = []
   monkeypatch.setattr(logger, "warning", lambda text, *args: lines.append(text % args))
   return lines

@@ -1,4 +1,4 @@
-"""Folders of small images and arrays, and sources of them."""
+"""Helpers that write small images and arrays and open them as sources."""
 
 from __future__ import annotations
 

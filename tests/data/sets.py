@@ -1,4 +1,4 @@
-"""A small set of latents whose values are known, and how to write it."""
+"""A small set of latents with known values, and functions that write it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_SIZE = 3
 
 
 class Images:
-  """Images 4x4x3 filled with their index, with names; some are unreadable."""
+  """Named 4x4x3 images, each filled with its index. Some are unreadable."""
 
   def __init__(self, unreadable=(), max_unreadable=10):
     self.files = self
@@ -46,7 +46,7 @@ class Images:
 
 
 def views(index):
-  """The moments of an image and of its mirror image, float16."""
+  """Moments of image `index` and of its mirror image, float16."""
   rng = np.random.default_rng(index)
   return rng.uniform(0.1, 2, (2, 2, *LATENT_SHAPE)).astype(np.float16)
 
@@ -74,7 +74,10 @@ def write(output, source=None, encode=encode_fn, **settings):
 
 
 def write_slowly(output, process_index=0, process_count=1):
-  """Takes long enough to be killed; python -m tests.data.sets OUTPUT …"""
+  """Writes the set slowly, so that a test can kill the process.
+
+  Runs with `python -m tests.data.sets OUTPUT [PROCESS_INDEX PROCESS_COUNT]`.
+  """
 
   def encode(images):
     time.sleep(0.03)

@@ -1,4 +1,4 @@
-"""Arrays in .npy files."""
+"""ArraySource: one .npy file per example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mdt_jax.errors import SettingError
 from tests.data.folders import open_arrays, values, write_array
 
 
-def test_array_is_taken_unchanged(tmp_path):
+def test_float32_array_is_unchanged(tmp_path):
   latent = np.random.default_rng(0).normal(size=(4, 4, 5)).astype(np.float32) * 30
   write_array(tmp_path / "x.npy", latent)
   np.testing.assert_array_equal(open_arrays(tmp_path, 4, 5)[0]["image"], latent)
@@ -30,13 +30,13 @@ def test_half_precision_array_becomes_float32(tmp_path):
   ],
   ids=["shape", "integers", "not finite", "pickle"],
 )
-def test_wrong_array_is_left_out(tmp_path, array):
+def test_invalid_array_is_skipped(tmp_path, array):
   write_array(tmp_path / "0.npy", np.ones((4, 4, 4), np.float32))
   write_array(tmp_path / "1.npy", array)
   assert values(open_arrays(tmp_path)) == [1, 1]
 
 
-def test_truncated_array_is_left_out(tmp_path):
+def test_truncated_array_file_is_skipped(tmp_path):
   for value in (0, 1):
     write_array(tmp_path / f"{value}.npy", np.full((4, 4, 4), value, np.float32))
   path = tmp_path / "0.npy"
@@ -44,7 +44,7 @@ def test_truncated_array_is_left_out(tmp_path):
   assert values(open_arrays(tmp_path)) == [1, 1]
 
 
-def test_arrays_of_another_shape_than_the_model_s_are_refused(tmp_path):
+def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path):
   write_array(tmp_path / "x.npy", np.zeros((4, 4, 3), np.float32))
   with pytest.raises(
     SettingError,

@@ -1,4 +1,4 @@
-"""The bundled digits."""
+"""DigitsSource: the bundled digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def digits():
   return DigitsSource()
 
 
-def test_digits_are_1797_images(digits):
+def test_digits_hold_1797_images(digits):
   assert len(digits) == 1797
 
 
@@ -38,6 +38,6 @@ def test_digit_label_is_int32(digits):
   assert digits[0]["label"].dtype == np.int32
 
 
-def test_17_grey_levels_are_spread_over_a_byte(digits):
+def test_17_grey_levels_are_scaled_to_0_to_255(digits):
   found = np.unique([example["image"] for example in digits])
   np.testing.assert_array_equal(found, [round(v * 255 / 16) for v in range(17)])

@@ -1,4 +1,4 @@
-"""Unreadable examples, splits and subsets, of any source."""
+"""Behaviour shared by all sources: unreadable examples, splits, subsets."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from mdt_jax.errors import SettingError
 from tests.data.folders import SIZE, labels, open_folder, values, write_image
 
 
-def test_index_beyond_the_end_is_an_index_error(three):
+def test_index_beyond_the_end_raises_index_error(three):
   with pytest.raises(IndexError):
     open_folder(three)[3]
 
 
-def test_sources_go_to_worker_processes(three):
+def test_source_survives_pickling(three):
   source = pickle.loads(pickle.dumps(open_folder(three)))
   assert values(source) == [1, 2, 3]
 
 
-def test_next_readable_image_takes_the_place_of_an_unreadable_one(three):
+def test_next_readable_image_replaces_an_unreadable_one(three):
   (three / "1.png").write_bytes(b"not an image")
   (three / "2.png").write_bytes(b"neither")
   assert values(open_folder(three)) == [3, 3, 3]
 
 
-def test_first_image_takes_the_place_of_an_unreadable_last_one(three):
+def test_first_image_replaces_an_unreadable_last_one(three):
   (three / "3.png").write_bytes(b"not an image")
   assert values(open_folder(three)) == [1, 2, 1]
 
 
-def test_replacement_brings_its_own_label(tmp_path):
+def test_replacement_keeps_its_own_label(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "x.png").write_bytes(b"not an image")
   write_image(tmp_path / "b" / "x.png")
   assert labels(open_folder(tmp_path)) == [1, 1]
 
 
-def test_replacement_does_not_depend_on_the_order_of_reading(three):
+def test_replacement_does_not_depend_on_the_read_order(three):
   (three / "2.png").write_bytes(b"not an image")
   source = open_folder(three)
   backwards = [int(source[i]["image"].flat[0]) for i in (2, 1, 0)]
@@ -57,12 +57,12 @@ def test_unreadable_file_is_logged_once_with_path_and_reason(three, warnings):
   assert str(three / "2.png") in line and "UnidentifiedImageError" in line
 
 
-def test_as_many_unreadable_files_as_allowed_are_accepted(three):
+def test_max_unreadable_files_are_accepted(three):
   (three / "2.png").write_bytes(b"not an image")
   assert values(open_folder(three, max_unreadable=1)) == [1, 3, 3]
 
 
-def test_one_unreadable_file_more_than_allowed_is_refused(three):
+def test_more_than_max_unreadable_files_are_refused(three):
   for name in ("1.png", "2.png"):
     (three / name).write_bytes(b"not an image")
   with pytest.raises(
@@ -71,14 +71,14 @@ def test_one_unreadable_file_more_than_allowed_is_refused(three):
     values(open_folder(three, max_unreadable=1))
 
 
-def test_folder_without_a_readable_file_is_refused(three):
+def test_folder_of_only_unreadable_files_is_refused(three):
   for name in ("1.png", "2.png", "3.png"):
     (three / name).write_bytes(b"not an image")
   with pytest.raises(SettingError, match=r"^config.data.path = .* none .* 3 files"):
     values(open_folder(three))
 
 
-def test_threads_count_an_unreadable_file_once(three, warnings):
+def test_concurrent_reads_count_an_unreadable_file_once(three, warnings):
   (three / "1.png").write_bytes(b"not an image")
   source = open_folder(three, max_unreadable=1)
   start = threading.Barrier(8)
@@ -96,7 +96,7 @@ def test_threads_count_an_unreadable_file_once(three, warnings):
   assert (found, len(warnings)) == ([2] * 8, 1)
 
 
-def test_a_split_shares_out_every_example_once():
+def test_split_assigns_every_example_once():
   training, validation = split_indices(1000, 0.1)
   assert len(validation) == 100
   np.testing.assert_array_equal(
@@ -105,7 +105,7 @@ def test_a_split_shares_out_every_example_once():
   assert np.diff(validation).max() <= 11
 
 
-def test_a_subset_holds_the_examples_asked_for(three):
+def test_subset_holds_the_requested_examples(three):
   subset = Subset(open_folder(three), np.array([2, 0]))
   assert values(subset) == [3, 1]
   assert (subset.num_classes, subset.image_shape) == (1, (SIZE, SIZE, 3))

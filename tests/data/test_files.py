@@ -1,4 +1,4 @@
-"""Files: folders, tar files and TFDS."""
+"""open_files: folders, tar files and TFDS data sets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tar_bytes(members):
 
 
 def contents(files):
-  """name -> (value, label)"""
+  """Maps the name of each file to (pixel value, label)."""
   source = ImageSource(files, 8, 1, 0)
   examples = [source[i] for i in range(len(source))]
   return {
@@ -69,29 +69,29 @@ EXPECTED = {
 }
 
 
-def test_a_tar_file_of_tar_files_has_a_class_each(tmp_path):
-  """As ILSVRC2012_img_train.tar."""
+def test_each_tar_file_in_a_tar_file_is_a_class(tmp_path):
+  """ILSVRC2012_img_train.tar has this layout."""
   members = {name: tar_bytes(files) for name, files in CLASSES.items()}
   files = open_files(write_tar(tmp_path / "train.tar", members))
   assert contents(files) == EXPECTED
   assert files.classes == ["n01", "n02"]
 
 
-def test_a_folder_of_tar_files_has_a_class_each(tmp_path):
+def test_each_tar_file_in_a_folder_is_a_class(tmp_path):
   for name, files in CLASSES.items():
     write_tar(tmp_path / name, files)
   assert contents(open_files(tmp_path)) == EXPECTED
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "train/", "./train/"])
-def test_a_tar_file_of_folders_has_a_class_each(tmp_path, prefix):
+def test_each_folder_in_a_tar_file_is_a_class(tmp_path, prefix):
   members = {f"{prefix}{k}/{v}.png": image_bytes(v) for k, v in (("b", 1), ("a", 2))}
   files = open_files(write_tar(tmp_path / "x.tar", members))
   assert sorted(contents(files).values()) == [(1, 1), (2, 0)]
   assert files.classes == ["a", "b"]
 
 
-def test_a_flat_tar_file_has_its_classes_in_the_names(tmp_path):
+def test_flat_tar_file_takes_classes_from_file_names(tmp_path):
   members = {"dog_1.png": image_bytes(1), "cat_1.png": image_bytes(2)}
   files = open_files(write_tar(tmp_path / "x.tar", members))
   assert contents(files) == {"dog_1.png": (1, 1), "cat_1.png": (2, 0)}
@@ -105,13 +105,13 @@ def test_a_flat_tar_file_has_its_classes_in_the_names(tmp_path):
     (lambda path: write_tar(path, {"notes.txt": b"hello"}), "found none"),
   ],
 )
-def test_a_tar_file_that_cannot_be_read_in_place_is_refused(tmp_path, make, message):
+def test_compressed_invalid_or_imageless_tar_file_is_refused(tmp_path, make, message):
   make(tmp_path / "x.tar")
   with pytest.raises(SettingError, match=message):
     open_files(tmp_path / "x.tar")
 
 
-def test_a_tar_file_cut_short_afterwards_is_told(tmp_path):
+def test_error_names_a_tar_file_truncated_after_opening(tmp_path):
   path = write_tar(tmp_path / "x.tar", {"a.png": image_bytes(1)})
   files = open_files(path)
   path.write_bytes(path.read_bytes()[:520])
@@ -121,7 +121,7 @@ def test_a_tar_file_cut_short_afterwards_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-  """A data set of three images, prepared as TFDS does."""
+  """A TFDS data set of three images."""
   import tensorflow_datasets as tfds
 
   class ThreeImages(tfds.core.GeneratorBasedBuilder):
@@ -147,7 +147,7 @@ def tfds_folder(tmp_path_factory):
   return folder
 
 
-def test_a_set_of_tfds_is_read_by_name(tfds_folder, monkeypatch):
+def test_tfds_data_set_is_opened_by_name(tfds_folder, monkeypatch):
   import tensorflow_datasets as tfds
 
   found = tfds.builder
@@ -158,7 +158,7 @@ def test_a_set_of_tfds_is_read_by_name(tfds_folder, monkeypatch):
   assert files.name(1) == "three_images/train/1"
 
 
-def test_an_unknown_set_of_tfds_is_refused():
+def test_unknown_tfds_data_set_is_refused():
   with pytest.raises(SettingError, match=r"^config.data.path = 'tfds:no_such_set': "):
     open_files("tfds:no_such_set")
 
@@ -166,7 +166,7 @@ def test_an_unknown_set_of_tfds_is_refused():
 # Folders.
 
 
-def test_an_empty_class_folder_keeps_its_label_and_is_named(tmp_path, warnings):
+def test_empty_class_folder_keeps_its_label_and_is_logged(tmp_path, warnings):
   for name in ("ant", "bee", "cat"):
     (tmp_path / name).mkdir()
   write_image(tmp_path / "ant" / "1.png", 1)
@@ -190,26 +190,26 @@ def test_images_are_found_at_any_depth_below_a_class(tmp_path):
   assert labels(open_folder(tmp_path)) == [0, 1]
 
 
-def test_subfolder_without_images_still_is_a_class(tmp_path):
+def test_subfolder_without_images_counts_as_a_class(tmp_path):
   (tmp_path / "a").mkdir()
   write_image(tmp_path / "b" / "x.png")
   source = open_folder(tmp_path)
   assert (labels(source), source.num_classes) == ([1], 2)
 
 
-def test_flat_names_carry_the_class_before_the_first_underscore(tmp_path):
+def test_flat_file_names_start_with_the_class_and_an_underscore(tmp_path):
   for name in ("dog_1_a.jpg", "cat_1.jpg", "dog_2.jpg"):
     write_image(tmp_path / name)
   source = open_folder(tmp_path)
   assert (labels(source), source.num_classes) == ([0, 1, 1], 2)
 
 
-def test_flat_names_without_underscores_are_one_class(three):
+def test_flat_file_names_without_underscores_are_one_class(three):
   source = open_folder(three)
   assert (labels(source), source.num_classes) == ([0, 0, 0], 1)
 
 
-def test_all_extensions_are_read_whatever_their_case(tmp_path):
+def test_image_extensions_are_case_insensitive(tmp_path):
   for name in ("a.jpg", "b.JPEG", "c.Png", "d.webp", "e.GIF", "f.bmp"):
     write_image(tmp_path / name)
   assert len(open_folder(tmp_path)) == 6
@@ -226,7 +226,7 @@ def test_other_files_are_ignored(three):
   assert len(open_folder(three)) == 3
 
 
-def test_linked_class_folder_is_followed(tmp_path):
+def test_symlink_to_a_class_folder_is_followed(tmp_path):
   write_image(tmp_path / "elsewhere" / "x.png", 7)
   (tmp_path / "data").mkdir()
   os.symlink(tmp_path / "elsewhere", tmp_path / "data" / "a")
@@ -251,7 +251,7 @@ def test_folder_without_images_is_refused(tmp_path):
     open_folder(tmp_path)
 
 
-def test_images_both_at_the_top_and_in_subfolders_are_refused(three):
+def test_images_at_the_top_and_in_subfolders_are_refused(three):
   write_image(three / "a" / "x.png")
   with pytest.raises(
     SettingError, match=r"^config.data.path = .*3 files at the top and 1 in subfolders"
@@ -264,7 +264,7 @@ def test_arrays_beside_images_are_ignored(three):
   assert len(open_folder(three)) == 3
 
 
-def test_flat_names_of_which_some_have_underscores_are_refused(three):
+def test_flat_file_names_need_underscores_in_all_or_none(three):
   write_image(three / "cat_1.png")
   with pytest.raises(
     SettingError, match=r"^config.data.path = .*ClassID_ImgID.*3 of 4 .*1\.png"
@@ -277,7 +277,7 @@ def test_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
   write_image(tmp_path / "a" / "x.png")
   listed = os.scandir
 
-  def scandir(path):  # Root may list any folder, so the refusal is played.
+  def scandir(path):  # Root may list any folder, so this function raises the error.
     if os.fspath(path).endswith("a"):
       raise PermissionError(13, "Permission denied", os.fspath(path))
     return listed(path)

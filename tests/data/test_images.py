@@ -1,4 +1,4 @@
-"""Images: what they become, and which are left out."""
+"""ImageSource: how images are decoded and which images are skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.data.folders import SIZE, open_folder, values, write_image
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
-def test_every_mode_becomes_the_declared_shape(tmp_path, mode, channels):
+def test_every_image_mode_gives_the_declared_shape(tmp_path, mode, channels):
   write_image(
     tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), 9, (20, 11), mode=mode
   )
@@ -22,38 +22,38 @@ def test_every_mode_becomes_the_declared_shape(tmp_path, mode, channels):
   assert source.image_shape == image.shape
 
 
-def test_sixteen_bits_become_eight(tmp_path):
+def test_16_bit_images_become_8_bit(tmp_path):
   values = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
   Image.fromarray(values).save(tmp_path / "x.png")
   image = open_folder(tmp_path, image_size=4, channels=1)[0]["image"]
   np.testing.assert_array_equal(image[0, :, 0], [0, 1, 127, 255])
 
 
-def test_a_palette_becomes_its_colours(tmp_path):
+def test_palette_image_is_converted_to_rgb(tmp_path):
   Image.new("RGB", (SIZE, SIZE), (200, 10, 90)).quantize(4).save(tmp_path / "x.png")
   assert open_folder(tmp_path)[0]["image"][3, 4].tolist() == [200, 10, 90]
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+def test_animation_gives_its_first_frame(tmp_path):
   frames = [Image.new("L", (SIZE, SIZE), value) for value in (40, 80, 120)]
   frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
   assert values(open_folder(tmp_path, channels=1)) == [40]
 
 
 @pytest.mark.parametrize("size", [(40, 1), (1, 40), (1, 1)])
-def test_an_image_one_pixel_high_or_wide_is_cropped(tmp_path, size):
+def test_image_one_pixel_high_or_wide_is_accepted(tmp_path, size):
   write_image(tmp_path / "x.png", 5, size)
   assert (open_folder(tmp_path)[0]["image"] == 5).all()
 
 
-def test_an_image_too_narrow_to_be_cropped_is_left_out(three, monkeypatch):
-  """Its smaller side would be scaled to the size, and the other one to a billion."""
+def test_image_with_an_extreme_aspect_ratio_is_skipped(three, monkeypatch):
+  """Resizing its smaller side to `image_size` would make the longer side too large."""
   write_image(three / "2.png", 2, (5000, 1))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
   assert values(open_folder(three)) == [1, 3, 3]
 
 
-def test_image_is_centre_cropped(tmp_path):
+def test_image_is_center_cropped(tmp_path):
   pixels = np.arange(SIZE * 12, dtype=np.uint8).reshape(SIZE, 12)
   Image.fromarray(pixels).save(tmp_path / "x.png")
   image = open_folder(tmp_path, channels=1)[0]["image"]
@@ -61,7 +61,7 @@ def test_image_is_centre_cropped(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "bmp"])
-def test_truncated_image_is_left_out(three, extension):
+def test_truncated_image_is_skipped(three, extension):
   path = three / f"0.{extension}"
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
   Image.fromarray(noise).save(path)
@@ -69,14 +69,14 @@ def test_truncated_image_is_left_out(three, extension):
   assert values(open_folder(three)) == [1, 1, 2, 3]
 
 
-def test_decompression_bomb_is_left_out(three, monkeypatch):
+def test_decompression_bomb_is_skipped(three, monkeypatch):
   write_image(three / "2.png", 2, (100, 100))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   assert values(open_folder(three)) == [1, 3, 3]
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_images_of_other_channels_are_refused(three, channels):
+def test_unsupported_number_of_channels_is_refused(three, channels):
   with pytest.raises(
     SettingError, match=rf"^config.model.in_channels = {channels}: accepted are 1, 3"
   ):

@@ -1,4 +1,4 @@
-"""Encoding: nothing is lost by a stop, and nothing is done twice."""
+"""write_latents: contents of the set, resumption after a stop, errors."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def counting(calls):
   return encode
 
 
-def test_a_finished_set_holds_shards_and_a_card_alone(whole):
+def test_finished_set_holds_only_shards_and_the_card(whole):
   names = {latents.shard_name(i, sets.NUM_SHARDS) for i in range(sets.NUM_SHARDS)}
   assert contents(whole).keys() == names | {latents.CARD}
 
 
-def test_the_card_counts_what_is_there(whole):
+def test_card_counts_match_the_shards(whole):
   card = latents.read_card(whole)
   assert card["images"] == sum(shard["images"] for shard in card["shards"]) == 24
   for shard in card["shards"]:
@@ -48,15 +48,15 @@ def test_the_card_counts_what_is_there(whole):
     assert shard["left_out"] == []
 
 
-def test_encoding_again_gives_the_same_bytes(whole, tmp_path):
+def test_encoding_is_deterministic(whole, tmp_path):
   assert contents(sets.write(tmp_path)) == contents(whole)
 
 
-def test_batches_are_filled_up_so_that_all_have_one_size(tmp_path):
+def test_all_encoded_batches_have_the_same_size(tmp_path):
   calls = []
   sets.write(tmp_path, encode=counting(calls))
   assert set(calls) == {sets.BATCH_SIZE}
-  assert len(calls) == 9  # 8 images a shard in batches of 3
+  assert len(calls) == 9  # 3 shards of 8 images, in batches of 3.
 
 
 @pytest.mark.parametrize("process_count", [2, 3, 5])
@@ -83,11 +83,11 @@ def test_progress_counts_every_image_once(tmp_path):
   assert sum(counts) == sets.NUM_IMAGES
 
 
-# Stops.
+# Interrupted runs.
 
 
 def stop_after(batches):
-  """An encode_fn that fails in the middle of a shard."""
+  """An encode_fn that raises KeyboardInterrupt after `batches` batches."""
   calls = []
 
   def encode(images):
@@ -100,18 +100,18 @@ def stop_after(batches):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 4, 8])
-def test_a_stopped_run_goes_on_with_the_next_shard(whole, tmp_path, batches):
+def test_resumed_run_encodes_only_the_unfinished_shards(whole, tmp_path, batches):
   with pytest.raises(KeyboardInterrupt):
     sets.write(tmp_path, encode=stop_after(batches))
   assert not (tmp_path / latents.CARD).exists()
   calls = []
   sets.write(tmp_path, encode=counting(calls))
-  done = batches // 3  # shards of three batches
+  done = batches // 3  # A shard takes three batches.
   assert len(calls) == 3 * (sets.NUM_SHARDS - done)
   assert contents(tmp_path) == contents(whole)
 
 
-def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
+def test_sigkill_at_ten_random_times_loses_no_data(whole, tmp_path):
   rng = np.random.default_rng(0)
   kills = 0
   for delay in rng.uniform(0, 0.25, 40):
@@ -125,15 +125,15 @@ def test_kill_9_at_ten_moments_changes_nothing(whole, tmp_path):
       break
     if kills == 10:
       break
-  assert kills >= 5  # then the set was finished between kills
+  assert kills >= 5  # The set may be finished before the tenth kill.
   sets.write(tmp_path) if not (tmp_path / latents.CARD).exists() else None
   found = contents(tmp_path)
   leftovers = {name for name in found if name.startswith(".")}
   assert {k: v for k, v in found.items() if k not in leftovers} == contents(whole)
 
 
-def test_processes_that_begin_together_agree(whole, tmp_path):
-  """One may find the other's beginning where it has just seen an empty folder."""
+def test_processes_started_together_write_one_set(whole, tmp_path):
+  """One process may find files of the other in a folder that was just empty."""
   processes = [
     forked.command("tests.data.sets", tmp_path, index, 2) for index in range(2)
   ]
@@ -142,7 +142,7 @@ def test_processes_that_begin_together_agree(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
-def test_a_shard_that_another_process_writes_is_refused_and_left_alone(tmp_path):
+def test_shard_locked_by_another_process_is_refused(tmp_path):
   def encode(images):
     with pytest.raises(SettingError, match="another process writes latents-0"):
       sets.write(tmp_path)
@@ -153,7 +153,7 @@ def test_a_shard_that_another_process_writes_is_refused_and_left_alone(tmp_path)
 
 
 @pytest.mark.parametrize("harm", ["remove", "cut"])
-def test_a_lost_shard_of_a_finished_set_alone_is_made_anew(whole, tmp_path, harm):
+def test_only_the_lost_shard_of_a_finished_set_is_encoded_again(whole, tmp_path, harm):
   sets.write(tmp_path)
   path = tmp_path / latents.shard_name(1, sets.NUM_SHARDS)
   if harm == "remove":
@@ -168,13 +168,13 @@ def test_a_lost_shard_of_a_finished_set_alone_is_made_anew(whole, tmp_path, harm
 
 @pytest.mark.parametrize("name", [latents.CARD, BEGUN])
 @pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_card_is_refused(tmp_path, name, text):
+def test_damaged_card_is_refused(tmp_path, name, text):
   (tmp_path / name).write_text(text)
   with pytest.raises(SettingError, match=rf"^--output = .*: {name} "):
     sets.write(tmp_path)
 
 
-def test_latents_that_are_not_finite_are_refused(tmp_path):
+def test_nonfinite_latents_are_refused(tmp_path):
   def encode(images):
     return np.full((len(images), 2, 2, *sets.LATENT_SHAPE), np.inf, np.float16)
 
@@ -182,7 +182,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
     sets.write(tmp_path, encode=encode)
 
 
-def test_a_failure_of_the_devices_is_not_taken_for_one_of_the_disk(tmp_path):
+def test_device_error_is_not_reported_as_a_disk_error(tmp_path):
   def encode(images):
     raise jax.errors.JaxRuntimeError("INTERNAL: no")
 
@@ -191,7 +191,7 @@ def test_a_failure_of_the_devices_is_not_taken_for_one_of_the_disk(tmp_path):
 
 
 def write_to_a_full_disk(folder):
-  """Prints the error. A limit on the size of a file, set after one shard, acts it."""
+  """Prints the error. A file size limit, set after one shard, simulates a full disk."""
   calls = []
 
   def encode(images):
@@ -206,7 +206,7 @@ def write_to_a_full_disk(folder):
     print(error)
 
 
-def test_a_full_disk_is_reported_and_loses_no_finished_shard(whole, tmp_path):
+def test_full_disk_is_reported_and_finished_shards_are_kept(whole, tmp_path):
   process = forked.Forked(write_to_a_full_disk, tmp_path)
   process.end()
   assert "latents-00001-of-00003.array_record cannot be written" in process.out
@@ -216,10 +216,10 @@ def test_a_full_disk_is_reported_and_loses_no_finished_shard(whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
-# What is left out, and what is refused.
+# Unreadable images and errors.
 
 
-def test_unreadable_images_are_left_out_and_on_the_card(tmp_path):
+def test_unreadable_images_are_skipped_and_listed_on_the_card(tmp_path):
   sets.write(tmp_path, sets.Images(unreadable=(0, 9, 10, 11)))
   card = latents.read_card(tmp_path)
   left_out = [name for shard in card["shards"] for name in shard["left_out"]]
@@ -232,7 +232,7 @@ def test_unreadable_images_are_left_out_and_on_the_card(tmp_path):
   np.testing.assert_array_equal(source[0]["views"], sets.views(1))
 
 
-def test_a_shard_of_unreadable_images_alone_is_empty(tmp_path):
+def test_shard_of_only_unreadable_images_is_empty(tmp_path):
   sets.write(tmp_path, sets.Images(unreadable=range(8)))
   assert latents.read_card(tmp_path)["shards"][0]["images"] == 0
   assert len(latents.LatentSource(tmp_path, 4, 3, 0)) == 16
@@ -246,14 +246,14 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
   assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / "mine.txt").write_text("kept")
   with pytest.raises(SettingError, match=r"--output = .*: must be empty"):
     sets.write(tmp_path)
   assert contents(tmp_path) == {"mine.txt": b"kept"}
 
 
-def test_a_set_begun_with_other_settings_is_refused(tmp_path):
+def test_unfinished_set_with_other_settings_is_refused(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     sets.write(tmp_path, encode=stop_after(1))
   with pytest.raises(SettingError, match="dtype = 'float16', not 'bf"):

@@ -1,4 +1,4 @@
-"""Sets of latents: records, cards, and what is refused of them."""
+"""LatentSource: records, cards, verification, batches, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdt_jax.errors import SettingError
 from tests.data import sets
 
 CHANNELS = sets.LATENT_SHAPE[-1]
-BLOCK = 2**16  # bytes of a block of an ArrayRecord file
+BLOCK = 2**16  # Bytes in a block of an ArrayRecord file.
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-  """A copy to be damaged."""
+  """A copy of the set that a test may damage."""
   return shutil.copytree(original, tmp_path / "set")
 
 
@@ -33,7 +33,7 @@ def open_set(folder, max_unreadable=10):
 
 
 @pytest.mark.parametrize("dtype", latents.DTYPES)
-def test_a_record_comes_back(dtype):
+def test_record_round_trip_is_exact(dtype):
   layout = latents.Layout((3, 3, 2), dtype)
   views = np.random.default_rng(0).standard_normal(layout.shape)
   views = views.astype(latents.DTYPES[dtype])
@@ -42,14 +42,14 @@ def test_a_record_comes_back(dtype):
   assert found.dtype == latents.DTYPES[dtype]
 
 
-def test_a_record_cut_short_is_an_error():
+def test_truncated_record_raises_value_error():
   layout = latents.Layout((3, 3, 2), "float16")
   record = layout.pack(np.zeros(layout.shape, np.float16), 1, "")
   with pytest.raises(ValueError, match=r"147 bytes.* 148"):
     layout.unpack(record[:-1])
 
 
-def test_examples_are_those_encoded(original):
+def test_source_returns_the_encoded_examples(original):
   source = open_set(original)
   assert len(source) == sets.NUM_IMAGES
   assert source.num_classes == sets.NUM_CLASSES
@@ -60,27 +60,25 @@ def test_examples_are_those_encoded(original):
 
 
 @pytest.mark.parametrize(("size", "channels"), [(8, CHANNELS), (4, CHANNELS + 1)])
-def test_latents_of_another_shape_than_the_model_s_are_refused(
-  original, size, channels
-):
+def test_latents_that_do_not_fit_the_model_are_refused(original, size, channels):
   with pytest.raises(SettingError, match=r"\(4, 4, 3\)"):
     latents.LatentSource(original, size, channels, 0)
 
 
-def test_a_missing_shard_is_named(folder):
+def test_error_names_a_missing_shard(folder):
   (folder / latents.shard_name(1, sets.NUM_SHARDS)).unlink()
   with pytest.raises(SettingError, match=r"latents-00001-of-00003.* is missing"):
     open_set(folder)
 
 
-def test_a_shard_cut_short_is_named(folder):
+def test_error_names_a_truncated_shard(folder):
   path = folder / latents.shard_name(2, sets.NUM_SHARDS)
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(SettingError, match=r"latents-00002-of-00003\S+ .* bytes"):
     open_set(folder)
 
 
-def test_a_card_that_disagrees_with_its_shards_is_refused(folder):
+def test_card_with_wrong_image_count_is_refused(folder):
   card = latents.read_card(folder)
   card["shards"][0]["images"] += 1
   (folder / latents.CARD).write_text(json.dumps(card))
@@ -92,7 +90,7 @@ def test_a_card_that_disagrees_with_its_shards_is_refused(folder):
   ("text", "message"),
   [(None, "holds no card.json"), ("{", "cannot be read"), ("{}", "format 'mdt_jax")],
 )
-def test_a_folder_without_a_card_is_refused(folder, text, message):
+def test_folder_without_a_valid_card_is_refused(folder, text, message):
   (folder / latents.CARD).unlink()
   if text is not None:
     (folder / latents.CARD).write_text(text)
@@ -101,7 +99,7 @@ def test_a_folder_without_a_card_is_refused(folder, text, message):
 
 
 def damage(folder, shard=1):
-  """Turns over a byte in the middle of a shard, which keeps its length."""
+  """Inverts one byte of a record in the middle of a shard."""
   path = folder / latents.shard_name(shard, sets.NUM_SHARDS)
   data = bytearray(path.read_bytes())
   start = data.find(sets.views(10).tobytes())
@@ -109,7 +107,7 @@ def damage(folder, shard=1):
   path.write_bytes(data)
 
 
-def test_a_damaged_record_is_left_out_and_named(folder, warnings):
+def test_damaged_record_is_skipped_and_logged(folder, warnings):
   damage(folder)
   source = open_set(folder)
   np.testing.assert_array_equal(source[10]["views"], sets.views(11))
@@ -117,22 +115,22 @@ def test_a_damaged_record_is_left_out_and_named(folder, warnings):
   assert "record 2 of" in line and "latents-00001-of-00003" in line
 
 
-def test_more_damaged_records_than_allowed_stop_the_run(folder):
+def test_more_than_max_unreadable_damaged_records_are_refused(folder):
   damage(folder)
   with pytest.raises(SettingError, match=r"^config.data.max_unreadable = 0: 1 files"):
     open_set(folder, max_unreadable=0)[10]
 
 
-def test_a_shard_with_a_damaged_index_is_named(folder):
+def test_error_names_a_shard_with_a_damaged_index(folder):
   path = folder / latents.shard_name(1, sets.NUM_SHARDS)
   data = bytearray(path.read_bytes())
-  data[-BLOCK + 70] ^= 1  # the last block begins with the place of the index
+  data[-BLOCK + 70] ^= 1  # The last block starts with the position of the index.
   path.write_bytes(data)
   with pytest.raises(SettingError, match=r"latents-00001-of-00003\S+ is damaged"):
     open_set(folder)
 
 
-# Verifying.
+# Verification.
 
 
 def records_of(folder):
@@ -146,7 +144,7 @@ def assert_same_records(found, expected):
     assert rest == expected_rest
 
 
-def test_verifying_finds_a_damaged_record(folder):
+def test_verify_finds_a_damaged_record(folder):
   assert latents.verify(folder) == sets.NUM_IMAGES
   damage(folder)
   with pytest.raises(
@@ -155,8 +153,8 @@ def test_verifying_finds_a_damaged_record(folder):
     latents.verify(folder)
 
 
-def test_every_flip_that_changes_a_record_is_found(folder):
-  """ArrayRecord hashes all of a shard but its padding and its signature."""
+def test_verify_finds_every_bit_flip_that_changes_a_record(folder):
+  """ArrayRecord hashes the whole shard, except for its padding and its signature."""
   path = folder / latents.shard_name(1, sets.NUM_SHARDS)
   data = path.read_bytes()
   expected = records_of(folder)
@@ -175,7 +173,7 @@ def test_every_flip_that_changes_a_record_is_found(folder):
   assert found > 0.9 * len(used[::17])
 
 
-def test_verifying_finds_a_shard_that_is_a_copy_of_another(folder):
+def test_verify_finds_a_shard_that_copies_another_shard(folder):
   paths = [folder / latents.shard_name(i, sets.NUM_SHARDS) for i in range(2)]
   paths[1].write_bytes(paths[0].read_bytes())
   with pytest.raises(SettingError, match=r"latents-00001.* same image as latents-0"):
@@ -186,7 +184,7 @@ def test_verifying_finds_a_shard_that_is_a_copy_of_another(folder):
   ("label", "value", "message"),
   [(99, 1, r"label 99 .*5\)"), (0, np.inf, "moments are not finite")],
 )
-def test_verifying_finds_a_record_that_was_written_wrong(
+def test_verify_finds_invalid_labels_and_nonfinite_moments(
   folder, monkeypatch, label, value, message
 ):
   def unpack(layout, record):
@@ -197,7 +195,7 @@ def test_verifying_finds_a_record_that_was_written_wrong(
     latents.verify(folder)
 
 
-def test_statistics_are_those_of_draws(original):
+def test_channel_statistics_match_those_of_sampled_latents(original):
   found = latents.channel_statistics(open_set(original))
   rng = np.random.default_rng(0)
   views = np.stack([sets.views(i) for i in range(sets.NUM_IMAGES)]).astype(np.float64)
@@ -207,7 +205,7 @@ def test_statistics_are_those_of_draws(original):
   np.testing.assert_allclose(found.std, draws.std((0, 1, 2, 3, 4)), rtol=0.01)
 
 
-# In the loader.
+# Batches.
 
 
 def take(folder, count, **settings):
@@ -224,7 +222,7 @@ def assert_same(found, expected):
     assert a["moments"].tobytes() == b["moments"].tobytes()
 
 
-def test_a_batch_holds_moments_as_they_are_stored(original):
+def test_batch_holds_moments_in_the_stored_dtype(original):
   (batch,) = take(original, 1)
   found = {name: (array.shape, array.dtype) for name, array in batch.items()}
   assert found == {
@@ -234,7 +232,7 @@ def test_a_batch_holds_moments_as_they_are_stored(original):
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_200_batches_are_the_same_from_any_number_of_processes(original, process_count):
+def test_200_batches_do_not_depend_on_the_number_of_processes(original, process_count):
   parts = [
     take(original, 200, rows=rows) for rows in np.split(np.arange(8), process_count)
   ]
@@ -246,10 +244,10 @@ def test_200_batches_are_the_same_from_any_number_of_processes(original, process
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
-def test_200_batches_are_the_same_from_any_number_of_workers(original, num_workers):
+def test_200_batches_do_not_depend_on_the_number_of_workers(original, num_workers):
   assert_same(take(original, 200, num_workers=num_workers), take(original, 200))
 
 
-def test_a_late_start_with_workers_continues_exactly(original):
+def test_start_step_with_workers_continues_the_same_batches(original):
   whole = take(original, 8)
   assert_same(take(original, 3, start_step=5, num_workers=2), whole[5:])

@@ -1,4 +1,4 @@
-"""The loader: a step number is all its state."""
+"""create_loader: batches, order, processes and workers. Its only state is the step."""
 
 import itertools
 import multiprocessing
@@ -19,7 +19,7 @@ BATCHES_AN_EPOCH = LENGTH // BATCH
 
 
 class Numbered:
-  """Images that tell their index by their label and a flip by their pixels."""
+  """A source whose label is the index. The pixels show whether the image is flipped."""
 
   num_classes = LENGTH
   image_shape = (2, 3, 1)
@@ -38,7 +38,7 @@ class Numbered:
 
 
 def take(count, source=None, **settings):
-  """Returns `count` batches."""
+  """Returns the first `count` batches."""
   settings = {"seed": 0, "batch_size": BATCH, "flip": True, **settings}
   settings = {"num_threads": 2, "prefetch": 2, **settings}
   batches = loader.create_loader(source or Numbered(), **settings)
@@ -50,7 +50,7 @@ def order(batches):
 
 
 def flips(batches):
-  """Returns for each example whether its first pixel is the bright one."""
+  """Returns, for each example, whether the image is flipped."""
   return np.concatenate([batch["image"][:, 0, 0, 0] > 0 for batch in batches])
 
 
@@ -60,7 +60,7 @@ def assert_batches_equal(found, expected):
     np.testing.assert_array_equal(a["image"], b["image"])
 
 
-# What a batch holds.
+# Contents of a batch.
 
 
 def test_batch_has_the_documented_shapes_and_types():
@@ -69,13 +69,13 @@ def test_batch_has_the_documented_shapes_and_types():
   assert found == {"image": ((8, 2, 3, 1), np.float32), "label": ((8,), np.int32)}
 
 
-def test_pixels_are_scaled_to_the_range_of_the_diffusion():
+def test_pixels_are_scaled_to_minus_one_to_one():
   (batch,) = take(1, flip=False)
   expected = np.array([0, 100, 200], np.float32) / 127.5 - 1
   np.testing.assert_allclose(batch["image"][5, 1, :, 0], expected, atol=1e-7)
 
 
-def test_latents_are_not_rescaled_nor_flipped():
+def test_float_images_are_not_rescaled_or_flipped():
   batches = take(4, Numbered(dtype=np.float32))
   images = np.concatenate([batch["image"] for batch in batches])
   assert np.all(images[..., 0] == np.array([0, 100, 200]))
@@ -84,7 +84,7 @@ def test_latents_are_not_rescaled_nor_flipped():
 # Order.
 
 
-def test_every_sample_occurs_once_an_epoch():
+def test_every_example_occurs_once_per_epoch():
   labels = order(take(3 * BATCHES_AN_EPOCH)).reshape(3, LENGTH)
   np.testing.assert_array_equal(np.sort(labels), [np.arange(LENGTH)] * 3)
 
@@ -94,7 +94,7 @@ def test_epochs_are_shuffled_differently():
   assert len(np.unique(epochs, axis=0)) == 5
 
 
-def test_batches_run_across_the_ends_of_epochs():
+def test_a_batch_may_span_two_epochs():
   labels = order(take(3, batch_size=16))
   np.testing.assert_array_equal(np.sort(labels[:LENGTH]), np.arange(LENGTH))
 
@@ -112,7 +112,7 @@ def test_another_seed_gives_another_order():
   assert not np.array_equal(order(take(3)), order(take(3, seed=1)))
 
 
-def test_next_seed_does_not_run_through_the_same_epochs_one_ahead():
+def test_epochs_of_the_next_seed_are_not_shifted_epochs():
   ahead = order(take(2 * BATCHES_AN_EPOCH))[LENGTH:]
   assert not np.array_equal(ahead, order(take(BATCHES_AN_EPOCH, seed=1)))
 
@@ -130,13 +130,13 @@ def test_half_of_the_visits_are_flipped():
   assert abs(np.mean(flips(take(150))) - 0.5) < 0.05
 
 
-def test_flips_are_drawn_anew_at_each_visit():
+def test_flips_of_an_image_vary_between_epochs():
   batches = take(8 * BATCHES_AN_EPOCH)
   labels, flipped = order(batches), flips(batches)
   assert {len(set(flipped[labels == i])) for i in range(LENGTH)} == {2}
 
 
-def test_nothing_is_flipped_unasked():
+def test_images_are_not_flipped_when_flip_is_false():
   assert not flips(take(9, flip=False)).any()
 
 
@@ -148,7 +148,7 @@ def test_flipping_does_not_change_the_order():
 
 
 @pytest.mark.parametrize("start_step", [1, 2, 3, 10])
-def test_late_start_continues_exactly(start_step):
+def test_start_step_continues_the_same_batches(start_step):
   whole = take(start_step + 4)
   assert_batches_equal(take(4, start_step=start_step), whole[start_step:])
 
@@ -159,8 +159,8 @@ def test_late_start_continues_exactly(start_step):
   [
     np.split(np.arange(BATCH), 2),
     np.split(np.arange(BATCH), BATCH),
-    [np.arange(0, BATCH, 2), np.arange(1, BATCH, 2)],  # as on a torus
-    [np.arange(BATCH), np.arange(BATCH)],  # processes that share all images
+    [np.arange(0, BATCH, 2), np.arange(1, BATCH, 2)],  # Interleaved, as on a TPU torus.
+    [np.arange(BATCH), np.arange(BATCH)],  # Both processes read all images.
   ],
 )
 def test_each_process_reads_its_rows_of_the_global_batches(parts, start_step):
@@ -170,14 +170,14 @@ def test_each_process_reads_its_rows_of_the_global_batches(parts, start_step):
     assert_batches_equal(take(5, start_step=start_step, rows=rows), expected)
 
 
-def test_distant_start_reads_no_earlier_example():
+def test_large_start_step_reads_no_earlier_example():
   source = Numbered()
   take(1, source, start_step=10**6, prefetch=2)
-  assert source.reads <= BATCH * 3  # One batch, and two held ready.
+  assert source.reads <= BATCH * 3  # One batch and two prefetched ones.
 
 
-def test_distant_start_is_the_step_that_it_says():
-  step = 10**6 // BATCHES_AN_EPOCH * BATCHES_AN_EPOCH  # The first of its epoch.
+def test_large_start_step_begins_a_whole_epoch():
+  step = 10**6 // BATCHES_AN_EPOCH * BATCHES_AN_EPOCH  # The first step of an epoch.
   labels = order(take(BATCHES_AN_EPOCH, start_step=step))
   np.testing.assert_array_equal(np.sort(labels), np.arange(LENGTH))
 
@@ -185,11 +185,11 @@ def test_distant_start_is_the_step_that_it_says():
 # Workers.
 
 
-def test_workers_go_on_when_their_run_is_told_to_stop():
+def test_workers_ignore_sigint_and_sigterm():
   batches = loader.create_loader(
     Numbered(), seed=0, batch_size=BATCH, flip=True, num_workers=1
   )
-  found = [next(batches)]  # the worker is up
+  found = [next(batches)]  # Waits for the worker to start.
   for worker in multiprocessing.active_children():
     os.kill(worker.pid, signal.SIGINT)
     os.kill(worker.pid, signal.SIGTERM)
@@ -211,18 +211,18 @@ time.sleep(60)
 """
 
 
-def test_workers_end_with_their_process_however_that_ends():
+def test_workers_end_when_their_parent_is_killed():
   command = [sys.executable, "-c", READ]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "read\n"
     process.kill()
-    process.communicate(timeout=30)  # until its workers let go of the pipe
+    process.communicate(timeout=30)  # Returns when the workers close the pipe.
 
 
-# Refusals.
+# Errors.
 
 
-def test_batch_without_examples_is_refused():
+def test_batch_size_zero_is_refused():
   with pytest.raises(
     SettingError, match=r"^config.batch_size = 0: must be at least 1$"
   ):

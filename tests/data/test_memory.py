@@ -1,4 +1,4 @@
-"""Arrays in memory."""
+"""MemorySource: examples from arrays in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIXELS = np.arange(3 * 4 * 5 * 2, dtype=np.uint8).reshape(3, 4, 5, 2)
 LATENTS = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
 
 
-def test_examples_are_those_of_the_arrays():
+def test_source_returns_the_given_images_and_labels():
   source = MemorySource(PIXELS, [2, 0, 1])
   assert (len(source), source.num_classes, source.image_shape) == (3, 3, (4, 5, 2))
   np.testing.assert_array_equal(source[1]["image"], PIXELS[1])
@@ -23,17 +23,17 @@ def test_examples_are_those_of_the_arrays():
   assert source[0]["label"].dtype == np.int32
 
 
-def test_without_labels_there_is_one_class():
+def test_images_without_labels_form_one_class():
   source = MemorySource(PIXELS)
   assert (labels(source), source.num_classes) == ([0, 0, 0], 1)
 
 
-def test_there_may_be_more_classes_than_labels():
+def test_num_classes_may_exceed_the_largest_label():
   assert MemorySource(PIXELS, [0, 1, 1], num_classes=10).num_classes == 10
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_floats_are_used_as_they_are(dtype):
+def test_float_arrays_are_not_rescaled(dtype):
   source = MemorySource(LATENTS.astype(dtype))
   assert not source.pixels
   assert source[2]["image"].dtype == np.float32
@@ -42,7 +42,7 @@ def test_floats_are_used_as_they_are(dtype):
   )
 
 
-def test_the_loader_scales_pixels_and_leaves_floats():
+def test_loader_scales_pixels_but_not_floats():
   def batch(source):
     loader = create_loader(source, seed=0, batch_size=3, flip=False, num_threads=0)
     return np.sort(next(loader)["image"].ravel())
@@ -52,7 +52,7 @@ def test_the_loader_scales_pixels_and_leaves_floats():
   np.testing.assert_array_equal(batch(MemorySource(LATENTS)), np.sort(LATENTS.ravel()))
 
 
-def test_an_index_beyond_the_end_is_an_index_error():
+def test_iteration_ends_after_the_last_example():
   assert values(MemorySource(PIXELS)) == [0, 40, 80]
 
 
@@ -75,7 +75,7 @@ NOT_FINITE = np.array([1, np.nan, 1], np.float32).reshape(3, 1, 1, 1)
     ((PIXELS, [0, 1, 2], 2), "^num_classes = 2: must be at least 3"),
   ],
 )
-def test_an_argument_that_cannot_be_used_is_named(arguments, message):
+def test_error_names_the_invalid_argument(arguments, message):
   with pytest.raises(SettingError, match=message) as error:
     MemorySource(*arguments)
   assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A whole set in one file."""
+"""NpzSource: a data set in one .npz file or two .npy files."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def assert_is_the_set(source, images=PIXELS):
 @pytest.mark.parametrize(
   "names", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y")]
 )
-def test_an_npz_file_holds_images_and_labels(tmp_path, names):
+def test_npz_file_provides_images_and_labels(tmp_path, names):
   assert_is_the_set(open_source(save_npz(tmp_path / "a.npz", names=names)))
 
 
 @pytest.mark.parametrize("beside", ["a_labels.npy", "labels.npy"])
-def test_labels_lie_beside_an_npy_file(tmp_path, beside):
+def test_labels_are_read_from_a_file_beside_the_npy_file(tmp_path, beside):
   np.save(tmp_path / "a.npy", PIXELS)
   np.save(tmp_path / beside, LABELS)
   assert_is_the_set(open_source(tmp_path / "a.npy"))
 
 
-def test_two_npy_files_are_named_with_a_comma(tmp_path):
+def test_path_may_name_two_npy_files_separated_by_a_comma(tmp_path):
   np.save(tmp_path / "a.npy", PIXELS)
   np.save(tmp_path / "b.npy", LABELS)
   assert_is_the_set(open_source(f"{tmp_path}/a.npy,{tmp_path}/b.npy"))
 
 
-def test_floats_are_arrays(tmp_path):
+def test_float_images_are_read_with_the_arrays_source(tmp_path):
   path = save_npz(tmp_path / "a.npz", FLOATS)
   assert_is_the_set(open_source(path, "arrays"), FLOATS)
 
 
-def test_an_npy_file_is_not_read_into_memory(tmp_path):
+def test_npy_file_is_memory_mapped(tmp_path):
   np.save(tmp_path / "a.npy", PIXELS)
   assert isinstance(open_source(tmp_path / "a.npy")._images, np.memmap)
 
 
-def test_a_worker_process_opens_the_file_itself(tmp_path):
+def test_pickled_source_holds_the_path_not_the_images(tmp_path):
   np.save(tmp_path / "a.npy", np.zeros((1000, SIZE, SIZE, 1), np.uint8))
   sent = pickle.dumps(open_source(tmp_path / "a.npy"))
   assert len(sent) < 10_000
@@ -83,7 +83,7 @@ def test_a_worker_process_opens_the_file_itself(tmp_path):
   assert values(pickle.loads(sent))[:2] == [0, 0]
 
 
-def test_images_without_labels_are_one_class_with_a_warning(tmp_path, warnings):
+def test_missing_labels_give_one_class_and_a_warning(tmp_path, warnings):
   np.savez(tmp_path / "a.npz", PIXELS)
   np.save(tmp_path / "b.npy", PIXELS)
   for name in ("a.npz", "b.npy"):
@@ -93,7 +93,7 @@ def test_images_without_labels_are_one_class_with_a_warning(tmp_path, warnings):
   assert "no b_labels.npy or labels.npy" in warnings[1]
 
 
-def test_an_image_that_is_not_finite_is_left_out_with_a_warning(tmp_path, warnings):
+def test_nonfinite_image_is_skipped_with_a_warning(tmp_path, warnings):
   images = FLOATS.copy()
   images[1, 0, 0, 0] = np.nan
   source = open_source(save_npz(tmp_path / "a.npz", images), "arrays", max_unreadable=1)
@@ -102,7 +102,7 @@ def test_an_image_that_is_not_finite_is_left_out_with_a_warning(tmp_path, warnin
 
 
 def save_error(folder, what):
-  """Writes a file that cannot be used; its name."""
+  """Writes an invalid file of the kind `what` and returns its path."""
   path = folder / "a.npz"
   match what:
     case "other names":
@@ -170,14 +170,14 @@ def save_error(folder, what):
     ("other extension", "must be an .npz or .npy file"),
   ],
 )
-def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, what, message):
+def test_error_for_an_invalid_file_names_it_in_one_line(tmp_path, what, message):
   path = save_error(tmp_path, what)
   with pytest.raises(SettingError, match=rf"^config.data.path = .*{message}") as error:
     open_source(path)
   assert "\n" not in str(error.value)
 
 
-def test_pixels_are_no_arrays(tmp_path):
+def test_arrays_source_refuses_uint8_images(tmp_path):
   with pytest.raises(SettingError, match=r"uint8; .*config.data.source=npz"):
     open_source(save_npz(tmp_path / "a.npz"), "arrays")
 
@@ -185,7 +185,7 @@ def test_pixels_are_no_arrays(tmp_path):
 @pytest.mark.parametrize(
   ("name", "images", "pixels"), [("npz", PIXELS, True), ("arrays", FLOATS, False)]
 )
-def test_the_network_works_on_pixels_or_floats(tmp_path, name, images, pixels):
+def test_source_decides_whether_the_network_sees_pixels(tmp_path, name, images, pixels):
   path = save_npz(tmp_path / "a.npz", images)
   experiment = build(tiny_config(**{"data.source": name, "data.path": str(path)}))
   assert len(experiment.source) == 4
@@ -193,7 +193,7 @@ def test_the_network_works_on_pixels_or_floats(tmp_path, name, images, pixels):
   assert not experiment.encodes_images
 
 
-def test_pixels_are_encoded_where_there_is_an_autoencoder(tmp_path):
+def test_pixels_are_encoded_when_an_autoencoder_is_set(tmp_path):
   settings = {"data.source": "npz", "data.vae": str(VAE), "model.in_channels": 4}
   config = tiny_config(**settings, **{"data.path": str(tmp_path / "a.npz")})
   experiment = build(config)

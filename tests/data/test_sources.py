@@ -1,4 +1,4 @@
-"""The registry of sources."""
+"""create_source and the registry of sources."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def create(name, path=None, image_size=SIZE, channels=1):
   )
 
 
-def test_digits_are_created_by_name():
+def test_digits_source_is_created_by_name():
   assert isinstance(create("digits"), sources.DigitsSource)
 
 
-def test_images_are_created_by_name(three):
+def test_images_source_is_created_by_name(three):
   assert len(create("images", three)) == 3
 
 
@@ -33,20 +33,20 @@ def test_unknown_source_is_refused():
 
 @pytest.mark.parametrize("name", ["images", "npz", "latents", "arrays"])
 @pytest.mark.parametrize("path", [None, ""])
-def test_a_source_of_files_needs_a_path(name, path):
+def test_file_source_without_a_path_is_refused(name, path):
   message = rf"^config.data.path = {path!r}: must be given"
   with pytest.raises(SettingError, match=message):
     create(name, path)
 
 
-def test_digits_of_another_size_are_refused():
+def test_digits_refuse_another_image_size():
   with pytest.raises(
     SettingError, match=r"^config.model.input_size = 32: accepted is 8 for digits"
   ):
     create("digits", image_size=32)
 
 
-def test_digits_of_other_channels_are_refused():
+def test_digits_refuse_another_number_of_channels():
   with pytest.raises(
     SettingError, match=r"^config.model.in_channels = 3: accepted is 1 for digits"
   ):
@@ -63,5 +63,5 @@ def test_digits_of_other_channels_are_refused():
     ("arrays", False),
   ],
 )
-def test_a_source_says_whether_it_holds_pixels(name, pixels):
+def test_registry_marks_pixel_sources(name, pixels):
   assert sources.SOURCES[name].pixels == pixels

@@ -1,4 +1,4 @@
-"""Images on their way into a batch."""
+"""Transforms of images and latents: crop, flip, scale."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from mdt_jax.data import transforms
 
 
 def _ramp(height, width):
-  """A smooth image, float64 in [0, 255]: grey rises from left to right."""
+  """A horizontal ramp from 0 to 255, float64."""
   return np.tile(np.linspace(0, 255, width), (height, 1))
 
 
@@ -23,14 +23,14 @@ def test_image_of_the_right_size_is_unchanged():
   ("shape", "rows", "columns"),
   [((8, 13), slice(0, 8), slice(2, 10)), ((11, 8), slice(1, 9), slice(0, 8))],
 )
-def test_longer_side_is_cut_at_half_the_surplus_rounded_down(shape, rows, columns):
+def test_crop_starts_at_half_the_surplus_rounded_down(shape, rows, columns):
   pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
   np.testing.assert_array_equal(
     np.array(transforms.center_crop(Image.fromarray(pixels), 8)), pixels[rows, columns]
   )
 
 
-def test_image_twice_as_large_becomes_the_mean_of_2x2_blocks():
+def test_image_of_twice_the_size_is_averaged_over_2x2_blocks():
   blocks = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
   offsets = np.tile(np.array([[-2, 2], [4, -4]]), (4, 4))  # Zero mean in each block.
   pixels = (np.kron(blocks + 20, np.ones((2, 2))) + offsets).astype(np.uint8)
@@ -50,7 +50,7 @@ def test_image_below_twice_the_size_is_not_halved():
 
 
 def test_large_image_is_halved_until_below_twice_the_size():
-  # 50 x 41 is halved twice, each side rounded down, to 12 x 10, and only then resized.
+  # 50 x 41 is halved twice, to 12 x 10 (each side rounded down), and then resized.
   pixels = np.random.default_rng(0).integers(0, 256, (41, 50), dtype=np.uint8)
   means = pixels
   for height, width in ((20, 25), (10, 12)):
@@ -67,7 +67,8 @@ def test_large_image_is_halved_until_below_twice_the_size():
 def test_small_image_is_enlarged_without_overshoot_or_shift():
   small = Image.fromarray(_ramp(5, 5).round().astype(np.uint8))
   enlarged = np.array(transforms.center_crop(small, 20)).astype(float)
-  # Pixel centres of the large image on the axis of the small one, 63.75 a pixel.
+  # Pixel centres of the large image on the axis of the small one. The ramp rises by
+  # 63.75 for each pixel of the small image.
   expected = ((np.arange(20) + 0.5) / 4 - 0.5) * 63.75
   np.testing.assert_allclose(
     enlarged[:, 6:14], np.tile(expected[6:14], (20, 1)), atol=1
@@ -75,11 +76,12 @@ def test_small_image_is_enlarged_without_overshoot_or_shift():
 
 
 def _released_crop(image, size):
-  """The definition of the released data loader, one line for each of its steps.
+  """The crop of the released data loader, step by step.
 
-  While the smaller side is at least twice `size`: halve both sides (rounded down) with
-  a box filter. Then scale by size / smaller side (rounded) with a bicubic filter. Then
-  cut `size` rows and columns out, beginning at half the surplus, rounded down.
+  1. While the smaller side is at least twice `size`, halve both sides (rounded down)
+     with a box filter.
+  2. Scale by size / smaller side (rounded) with a bicubic filter.
+  3. Cut out `size` rows and columns, starting at half the surplus, rounded down.
   """
   while min(image.size) >= 2 * size:
     image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
@@ -91,7 +93,7 @@ def _released_crop(image, size):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_crop_equals_the_released_one_byte_for_byte(seed):
+def test_crop_matches_the_released_code_byte_for_byte(seed):
   rng = np.random.default_rng(seed)
   width, height = rng.integers(1, 200, 2) * 2 + 1
   size = int(rng.choice([16, 24, 32, 64]))
@@ -105,7 +107,7 @@ def example_of_latents():
   return {"views": np.arange(2 * 2 * 12).reshape(2, 2, 2, 2, 3), "label": 1}
 
 
-def test_flip_chooses_the_latents_of_the_image_or_of_its_mirror():
+def test_flip_selects_the_latents_of_the_image_or_its_mirror_image():
   example = example_of_latents()
   found = [
     transforms.random_flip(example, np.random.default_rng(seed)) for seed in range(40)
@@ -119,26 +121,26 @@ def test_flip_chooses_the_latents_of_the_image_or_of_its_mirror():
   assert all(set(f) == {"moments", "label"} for f in found)
 
 
-def test_without_draws_the_latents_are_those_of_the_image():
+def test_without_draws_selects_the_unflipped_latents():
   example = example_of_latents()
   found = transforms.without_draws(example)
   np.testing.assert_array_equal(found["moments"], example["views"][0])
 
 
-def test_crop_keeps_the_mode():
+def test_crop_keeps_the_image_mode():
   assert transforms.center_crop(Image.new("RGB", (30, 20)), 8).mode == "RGB"
 
 
-def test_pixels_are_scaled_from_minus_one_to_one():
+def test_to_float_scales_pixels_to_minus_one_to_one():
   scaled = transforms.to_float(np.array([0, 51, 255], np.uint8))
   np.testing.assert_allclose(scaled, [-1, -0.6, 1], atol=1e-7)
 
 
-def test_scaled_pixels_are_float32():
+def test_to_float_returns_float32():
   assert transforms.to_float(np.zeros((2, 2), np.uint8)).dtype == np.float32
 
 
-def test_flip_mirrors_left_to_right_or_not_at_all():
+def test_random_flip_mirrors_left_to_right_or_does_nothing():
   image = np.arange(12, dtype=np.uint8).reshape(2, 3, 2)
   flipped = {
     transforms.random_flip({"image": image}, np.random.default_rng(seed))[
@@ -158,7 +160,7 @@ def test_half_of_all_images_are_flipped():
   assert abs(np.mean(flips) - 0.5) < 0.05
 
 
-def test_flip_leaves_latents_alone():
+def test_random_flip_leaves_float_images_unchanged():
   latent = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
   for seed in range(20):
     example = transforms.random_flip({"image": latent}, np.random.default_rng(seed))
