@@ -1,4 +1,4 @@
-"""The generator: an image derives from its seed and id; tasks with a given image."""
+"""The generator: an image depends on seed and id. Inpainting and editing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = np.array([3, 1, 4, 1, 5])
 
 @functools.cache
 def generator_of(method="ddpm"):
-  """A function from labels to images."""
+  """Returns a function that maps labels to images."""
   experiment = build(tiny_config(**{"sampling.method": method}))
   params = reference.random_params(experiment.model)
   generator = make_generator(experiment.model, experiment.sampler)
@@ -35,34 +35,34 @@ def generator_of(method="ddpm"):
   return images
 
 
-def test_there_is_an_image_for_each_label():
+def test_generator_returns_one_image_per_label():
   assert generator_of()(LABELS).shape == (5, 8, 8, 1)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 @pytest.mark.parametrize("batch_size", [2, 3])
-def test_an_image_does_not_depend_on_the_batch_size(method, batch_size):
+def test_image_does_not_depend_on_the_batch_size(method, batch_size):
   images = generator_of(method)
   whole, parts = images(LABELS), images(LABELS, batch_size=batch_size)
   np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
 
 
-def test_the_same_label_twice_gives_two_images():
+def test_images_of_the_same_label_differ():
   first, second = generator_of()([7, 7], batch_size=2)
   assert np.abs(first - second).max() > 0.1
 
 
-def test_another_seed_gives_other_images():
+def test_another_seed_gives_different_images():
   images = generator_of()
   assert np.abs(images(LABELS, seed=1) - images(LABELS)).max() > 0.1
 
 
-def test_the_label_changes_the_image():
+def test_another_label_gives_a_different_image():
   images = generator_of()
   assert np.abs(images([3, 3, 3, 3, 3])[1] - images(LABELS)[1]).max() > 1e-3
 
 
-# Tasks with a given image, as the network sees them.
+# Inpainting and editing: what the network receives at each step.
 
 HIDDEN = np.zeros((8, 8), bool)
 HIDDEN[:, 4:] = True
@@ -70,7 +70,7 @@ TOKENS = HIDDEN[::2, ::2].reshape(-1)
 
 
 def seen_while_inpainting(monkeypatch, interpolation, **sampling):
-  """(timestep, x, whether a mask is given) of each call of the network."""
+  """Inpaints, and records (timestep, x, masked) for each call of the network."""
   seen = []
 
   def apply(self, variables, x, t, y, token_mask=None, **_):
@@ -100,7 +100,7 @@ def seen_while_inpainting(monkeypatch, interpolation, **sampling):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "dpm++", "heun"])
-def test_what_is_visible_is_held_at_the_noise_of_each_step(monkeypatch, method):
+def test_visible_pixels_have_the_noise_level_of_each_step(monkeypatch, method):
   seen, image, x_0, process = seen_while_inpainting(monkeypatch, 0.0, method=method)
   for t, x, _ in seen:
     a = process.alphas_cumprod[list(process.timesteps).index(t)]
@@ -113,7 +113,7 @@ def test_what_is_visible_is_held_at_the_noise_of_each_step(monkeypatch, method):
 @pytest.mark.parametrize(
   ("interpolation", "masked"), [(0.0, []), (0.5, [0, 1]), (1.0, [0, 1, 2, 3])]
 )
-def test_the_side_interpolater_takes_the_first_steps(
+def test_side_interpolater_is_used_in_the_first_steps(
   monkeypatch, interpolation, masked
 ):
   seen, *_ = seen_while_inpainting(monkeypatch, interpolation)
@@ -122,7 +122,7 @@ def test_the_side_interpolater_takes_the_first_steps(
 
 
 @pytest.mark.parametrize(("strength", "calls"), [(1.0, 4), (0.7, 3), (0.01, 1)])
-def test_editing_starts_at_the_noise_of_its_strength(monkeypatch, strength, calls):
+def test_edit_starts_at_the_noise_level_of_its_strength(monkeypatch, strength, calls):
   seen = []
 
   def apply(self, variables, x, t, y, token_mask=None, **_):

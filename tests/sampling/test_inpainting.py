@@ -1,4 +1,4 @@
-"""Images and masks that are given."""
+"""Reading of input images and masks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ HALF = np.zeros((8, 8), bool)
 HALF[:, 4:] = True
 
 
-def test_an_image_is_read_from_a_file_a_picture_or_an_array(tmp_path):
+def test_image_is_read_from_a_file_pil_image_or_array(tmp_path):
   picture = Image.fromarray(PIXELS)
   picture.save(tmp_path / "image.png")
   for image in (tmp_path / "image.png", picture, PIXELS):
     np.testing.assert_array_equal(inpainting.read_image("image", image, 8, 3), PIXELS)
 
 
-def test_a_grey_image_has_one_channel():
+def test_grey_image_has_one_channel():
   picture = Image.fromarray(PIXELS[..., 0])
   for image in (picture, PIXELS[..., 0]):
     pixels = inpainting.read_image("image", image, 8, 1)
@@ -41,13 +41,13 @@ def test_a_grey_image_has_one_channel():
     (7, "image = 'int': "),
   ],
 )
-def test_what_is_no_image_of_the_model_is_named(image, message):
+def test_error_names_an_image_that_does_not_fit_the_model(image, message):
   with pytest.raises(SettingError) as error:
     inpainting.read_image("image", image, 8, 3)
   assert message in str(error.value)
 
 
-def test_white_is_hidden():
+def test_white_mask_pixels_are_hidden():
   picture = Image.fromarray(np.uint8(255) * HALF)
   for mask in (picture, picture.convert("1"), picture.convert("RGB"), HALF):
     np.testing.assert_array_equal(inpainting.read_mask("mask", mask, 8), HALF)
@@ -65,25 +65,25 @@ def test_white_is_hidden():
     (None, "mask = None: must be given"),
   ],
 )
-def test_what_is_no_mask_is_named(mask, message):
+def test_error_names_an_invalid_mask(mask, message):
   with pytest.raises(SettingError) as error:
     inpainting.read_mask("mask", mask, 8)
   assert message in str(error.value)
 
 
-def test_a_latent_is_visible_where_all_of_its_pixels_are():
+def test_latent_is_visible_when_all_its_pixels_are_visible():
   mask = np.zeros((8, 8), bool)
   mask[0, 3:] = True
   expected = [[False, True, True, True]] + [[False] * 4] * 3
   assert inpainting.downsample_mask("mask", mask, 2).tolist() == expected
 
 
-def test_a_mask_that_leaves_no_latent_visible_is_refused():
+def test_mask_that_hides_every_latent_is_refused():
   with pytest.raises(SettingError, match=r"^mask = .*2x2 pixels"):
     inpainting.downsample_mask("mask", np.eye(2, dtype=bool), 2)
 
 
-def test_a_token_is_hidden_where_nothing_of_it_is_visible():
+def test_token_is_hidden_when_all_its_pixels_are_hidden():
   mask = HALF.copy()
   mask[0, 5] = False
   tokens = inpainting.hidden_tokens(mask, 2).reshape(4, 4)

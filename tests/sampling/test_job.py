@@ -23,24 +23,24 @@ def pipeline():
   return mdt_jax.Pipeline(experiment, reference.random_params(experiment.model), 7)
 
 
-def test_the_settings_of_a_call_are_those_of_its_job_alone(pipeline):
+def test_job_settings_do_not_change_the_pipeline(pipeline):
   job = pipeline.job([1], num_steps=2)
   assert job.experiment.settings.sampling.num_steps == 2
   assert pipeline.experiment.settings.sampling.num_steps == 3
 
 
-def test_the_jobs_of_a_pipeline_share_its_network_and_process(pipeline):
+def test_jobs_share_the_network_and_process_of_the_pipeline(pipeline):
   job = pipeline.job([1], num_steps=2)
   assert job.experiment.model is pipeline.experiment.model
   assert job.experiment.process is pipeline.experiment.process
 
 
-def test_a_process_without_a_block_generates_none(pipeline):
+def test_no_blocks_generate_no_images(pipeline):
   assert list(pipeline.job([7]).generate_blocks([])) == []
 
 
-# A change here makes unfinished images of earlier versions impossible to resume.
-def test_the_description_is_that_of_earlier_versions(pipeline):
+# If the description changes, unfinished images of earlier versions cannot be resumed.
+def test_description_matches_earlier_versions(pipeline):
   described = pipeline.job([1, 2], seed=5, batch_size=1).describe()
   digests = [described.pop(name) for name in ("parameters", "labels")]
   assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
@@ -70,7 +70,7 @@ def test_the_description_is_that_of_earlier_versions(pipeline):
   }
 
 
-def test_the_description_names_the_average(pipeline, tmp_path):
+def test_description_holds_the_ema_decay(pipeline, tmp_path):
   save_model(tmp_path, pipeline.experiment.settings, pipeline.params)
   loaded = mdt_jax.Pipeline.from_checkpoint(tmp_path)
   assert loaded.job([1]).describe()["sampling.ema_decay"] == 0.9
@@ -87,7 +87,7 @@ def test_the_description_names_the_average(pipeline, tmp_path):
     dict(repeats=2),
   ],
 )
-def test_the_description_tells_jobs_apart(pipeline, changes):
+def test_different_jobs_have_different_descriptions(pipeline, changes):
   arguments = dict(labels=[1], inpaint=IMAGE, mask=MASK)
   job, other = (pipeline.job(**(arguments | more)) for more in ({}, changes))
   assert job.describe() != other.describe()

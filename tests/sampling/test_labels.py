@@ -1,4 +1,4 @@
-"""Labels: by number, by name, in turn, at random."""
+"""Labels: given by number or name, balanced, or random."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from mdt_jax.sampling.labels import (
     ("cardigan welsh corgi", 264),
   ],
 )
-def test_a_name_or_a_synonym_is_its_class(name, index):
+def test_class_name_or_synonym_gives_its_number(name, index):
   assert parse_labels("labels", [name], 1000).tolist() == [index]
 
 
-def test_every_class_has_a_name():
+def test_every_imagenet_class_has_a_name():
   classes = imagenet_classes()
   assert len(classes) == 1000
   assert all(name == name.strip() and name for names in classes for name in names)
 
 
-def test_most_classes_are_found_by_their_usual_name():
-  """All but those whose usual name is that of another class too."""
+def test_first_name_of_a_class_is_unique_for_most_classes():
+  """A few names, such as "crane", belong to two classes. Their error lists both."""
   shared = 0
   for i, names in enumerate(imagenet_classes()):
     try:
@@ -49,7 +49,7 @@ def test_most_classes_are_found_by_their_usual_name():
   assert shared <= 6
 
 
-def test_numbers_and_names_go_together():
+def test_numbers_and_names_may_be_mixed():
   labels = parse_labels("labels", ["3", 7, np.int32(5), "golden retriever"], 1000)
   assert labels.tolist() == [3, 7, 5, 207]
 
@@ -79,7 +79,7 @@ def test_numbers_and_names_go_together():
     (["crane"], 1000, "134 (crane) or 517 (crane)"),
   ],
 )
-def test_what_is_no_label_is_named(labels, num_classes, message):
+def test_error_names_an_invalid_label(labels, num_classes, message):
   with pytest.raises(SettingError) as error:
     parse_labels("labels", labels, num_classes)
   assert message in str(error.value)
@@ -103,41 +103,41 @@ def test_what_is_no_label_is_named(labels, num_classes, message):
     ([jnp.array(3), np.int64(1)], [3, 1]),
   ],
 )
-def test_one_label_and_many_in_every_form(labels, expected):
+def test_labels_may_be_scalars_sequences_or_arrays(labels, expected):
   parsed = parse_labels("labels", labels, 1000)
   assert (parsed.tolist(), parsed.dtype) == (expected, np.int64)
 
 
-def test_the_null_label_is_none_or_the_number_after_the_last():
+def test_null_label_is_none_or_num_classes():
   labels = [None, 3, 10]
   assert parse_labels("labels", labels, 10, has_null=True).tolist() == [10, 3, 10]
   assert parse_labels("labels", None, 10, has_null=True).tolist() == [10]
 
 
 @pytest.mark.parametrize("label", [None, 10])
-def test_a_null_label_needs_a_network_that_was_trained_with_it(label):
+def test_null_label_is_refused_without_label_dropout(label):
   with pytest.raises(SettingError) as error:
     parse_labels("labels", [label], 10)
   assert (error.value.setting, error.value.value) == ("labels", label)
   assert "label_dropout = 0" in str(error.value)
 
 
-def test_an_error_names_the_null_label_where_there_is_one():
+def test_error_lists_the_null_label_when_it_is_accepted():
   with pytest.raises(SettingError, match="0 … 9, or 10 or None for the null label"):
     parse_labels("labels", [11], 10, has_null=True)
 
 
-def test_balanced_labels_take_every_class_in_turn():
+def test_balanced_labels_cycle_through_the_classes():
   labels = draw_labels("balanced", 25, 10, seed=0)
   assert np.bincount(labels).tolist() == [3] * 5 + [2] * 5
 
 
-def test_random_labels_are_of_the_seed_and_the_number_alone():
+def test_random_labels_depend_only_on_seed_and_index():
   few, many = (draw_labels("random", n, 1000, seed=3) for n in (100, 50_000))
   np.testing.assert_array_equal(many[:100], few)
   assert (draw_labels("random", 100, 1000, seed=4) != few).any()
   counts = np.bincount(many, minlength=1000)
-  assert 20 < counts.min() < counts.max() < 90  # 50 each, std 7
+  assert 20 < counts.min() < counts.max() < 90  # Mean 50, standard deviation 7.
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_random_labels_are_of_the_seed_and_the_number_alone():
     (["balanced"], None, list(range(10))),
   ],
 )
-def test_labels_are_repeated_for_as_many_images_as_are_drawn(labels, count, expected):
+def test_labels_repeat_until_num_images_is_reached(labels, count, expected):
   found = choose_labels("labels", labels, count, 10, seed=0, has_null=True)
   assert found.tolist() == expected
 
 
-def test_all_of_many_classes_are_a_hundred_images_by_default():
+def test_default_is_at_most_100_images():
   assert len(choose_labels("labels", ["random"], None, 1000, seed=0)) == 100

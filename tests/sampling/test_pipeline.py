@@ -1,4 +1,4 @@
-"""Pipeline: what it returns, and which arguments it refuses."""
+"""Pipeline: returned images, models, inpainting, invalid arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pixels_of(pictures):
   return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def test_pictures_are_those_of_the_labels(pipeline):
+def test_call_returns_one_picture_per_label(pipeline):
   pictures = pipeline([7, 3, 7])
   assert [(p.mode, p.size) for p in pictures] == [("L", (8, 8))] * 3
   first, _, third = pixels_of(pictures)
@@ -51,24 +51,24 @@ def test_pictures_are_those_of_the_labels(pipeline):
   np.testing.assert_array_equal(pipeline.draw([7, 3, 7])[0, ..., 0], first)
 
 
-def test_an_image_has_its_seed_and_number_whatever_the_rest(pipeline):
+def test_image_depends_on_its_seed_and_index_not_on_other_labels(pipeline):
   whole = pixels_of(pipeline([7, 3, 7, 5, 1], batch_size=2))
   np.testing.assert_array_equal(pixels_of(pipeline([7, 3, 7], batch_size=2)), whole[:3])
   assert (pixels_of(pipeline([7], batch_size=1, seed=1)) != whole[0]).any()
 
 
-def test_one_label_draws_one_picture(pipeline):
+def test_single_label_returns_one_picture(pipeline):
   pictures = pipeline(3)
   np.testing.assert_array_equal(pixels_of(pictures), pixels_of(pipeline([3])))
 
 
-def test_the_form_of_the_labels_does_not_matter(pipeline):
+def test_labels_may_be_any_sequence_or_array(pipeline):
   expected = pipeline.draw([7, 3])
   for labels in ((7, 3), np.array([7, 3], np.uint8), jnp.array([7, 3])):
     np.testing.assert_array_equal(pipeline.draw(labels), expected)
 
 
-def test_the_null_label_draws_unconditionally(pipeline):
+def test_null_label_draws_unconditional_images(pipeline):
   drawn = pipeline.draw([None, 10, 3], cfg_scale=1.0)
   model, sampler = pipeline.model, pipeline.job([3], cfg_scale=1.0).experiment.sampler
   labels, ids = model.conditioning.null_like(np.zeros(3, np.int32)), np.arange(3)
@@ -79,13 +79,13 @@ def test_the_null_label_draws_unconditionally(pipeline):
   assert (drawn[2] != to_uint8(np.asarray(unconditional))[2]).any()
 
 
-def test_guidance_changes_nothing_without_a_label(pipeline):
+def test_guidance_has_no_effect_on_the_null_label(pipeline):
   guided, plain = (pipeline.draw([None], cfg_scale=w).astype(int) for w in (3.8, 1.0))
-  assert np.abs(guided - plain).max() <= 1  # of rounding
+  assert np.abs(guided - plain).max() <= 1  # Rounding.
 
 
 @pytest.mark.parametrize("label", [None, 10])
-def test_a_network_without_label_dropout_has_no_null_label(label):
+def test_null_label_is_refused_without_label_dropout(label):
   settings = {"model.label_dropout": 0.0, "sampling.cfg_scale": 1.0}
   experiment = build(tiny_config(**settings))
   pipeline = mdt_jax.Pipeline(experiment, reference.random_params(experiment.model), 0)
@@ -93,18 +93,18 @@ def test_a_network_without_label_dropout_has_no_null_label(label):
     pipeline([label])
 
 
-def test_the_model_is_that_of_the_run(pipeline):
+def test_pipeline_uses_the_model_of_the_experiment(pipeline):
   assert pipeline.model is pipeline.experiment.model
 
 
-def test_a_pipeline_and_a_job_are_shown_in_one_line(pipeline):
+def test_repr_of_pipeline_and_job_is_one_line(pipeline):
   assert repr(pipeline) == "Pipeline(MDTv2-S/2, step 0, 8x8x1 pixels, 10 classes)"
   job = pipeline.job([1, 2], seed=5)
   shown = "SamplingJob(draw 2 images, ddpm in 3 steps, cfg_scale 3.8, seed 5)"
   assert repr(job) == shown
 
 
-# A mesh that the caller has set.
+# Calls inside a mesh context of the caller.
 
 
 def assert_meshes_change_nothing(mesh):
@@ -125,7 +125,7 @@ def assert_meshes_change_nothing(mesh):
   assert generator._generate._cache_size() == 1
 
 
-def test_a_mesh_of_the_caller_changes_nothing():
+def test_mesh_of_the_caller_does_not_change_images():
   assert_meshes_change_nothing(jax.make_mesh((1,), ("x",)))
 
 
@@ -134,16 +134,16 @@ def on_a_mesh_of_four_devices():
   assert_meshes_change_nothing(jax.make_mesh((2, 2), ("x", "y")))
 
 
-def test_a_mesh_of_four_devices_changes_nothing():
+def test_mesh_of_four_devices_does_not_change_images():
   process = forked.Forked(on_a_mesh_of_four_devices, num_devices=4)
   assert process.end() == 0, process.err
 
 
-# A network of one's own.
+# Custom networks.
 
 
 def own_network(**attributes):
-  """A network that the config of `save_tiny` does not describe."""
+  """A network that differs from the config of `save_tiny`."""
   tiny = Experiment(Settings.from_config(tiny_config())).model
   return tiny.clone(**{"num_heads": 4, **attributes})
 
@@ -156,7 +156,7 @@ def own_checkpoint(tmp_path_factory):
   return folder
 
 
-def test_a_checkpoint_of_an_own_network_is_sampled_with_it(own_checkpoint):
+def test_checkpoint_of_a_custom_network_is_sampled(own_checkpoint):
   model = own_network()
   pipeline = mdt_jax.Pipeline.from_checkpoint(own_checkpoint, model=model)
   assert pipeline.model is model
@@ -168,14 +168,14 @@ def test_a_checkpoint_of_an_own_network_is_sampled_with_it(own_checkpoint):
 @pytest.mark.parametrize(
   "model", [None, own_network(depth=6), own_network(variant="DiT")]
 )
-def test_parameters_of_another_network_are_refused(own_checkpoint, model):
+def test_network_that_does_not_fit_the_checkpoint_is_refused(own_checkpoint, model):
   with pytest.raises(SettingError) as error:
     mdt_jax.Pipeline.from_checkpoint(own_checkpoint, model=model)
   assert error.value.setting == "model"
   assert "\n" not in str(error.value)
 
 
-def test_an_own_network_without_dropout_is_not_guided():
+def test_custom_network_without_label_dropout_refuses_guidance():
   model = own_network(label_dropout=0.0)
   experiment = build(tiny_config(**{"sampling.cfg_scale": 1.0}), model=model)
   pipeline = mdt_jax.Pipeline(experiment, reference.random_params(model), 0)
@@ -183,7 +183,7 @@ def test_an_own_network_without_dropout_is_not_guided():
     pipeline([1], cfg_scale=2.0)
 
 
-def test_a_call_with_the_same_settings_compiles_nothing_anew(pipeline):
+def test_second_call_with_the_same_settings_does_not_recompile(pipeline):
   pipeline([1], num_steps=2)
   (generator,) = [
     generator
@@ -195,7 +195,7 @@ def test_a_call_with_the_same_settings_compiles_nothing_anew(pipeline):
   assert generator._generate._cache_size() == compiled == 1
 
 
-def test_a_call_stopped_while_it_merged_goes_on(pipeline, tmp_path, monkeypatch):
+def test_write_resumes_after_an_interrupted_merge(pipeline, tmp_path, monkeypatch):
   def full(*_):
     raise OSError("no space left on device")
 
@@ -208,19 +208,19 @@ def test_a_call_stopped_while_it_merged_goes_on(pipeline, tmp_path, monkeypatch)
     np.testing.assert_array_equal(data["arr_0"], pipeline.draw([7, 3, 7], num_steps=2))
 
 
-def test_settings_of_a_call_do_not_stay(pipeline):
+def test_settings_of_a_call_do_not_affect_the_next_call(pipeline):
   before = pipeline.draw([1])
   pipeline.draw([1], num_steps=2, cfg_scale=1.0)
   np.testing.assert_array_equal(pipeline.draw([1]), before)
 
 
-def test_pixels_take_no_autoencoder(checkpoint):
+def test_vae_is_refused_for_a_pixel_model(checkpoint):
   with pytest.raises(SettingError, match="vae = 'x': must be left out"):
     mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="x")
   assert mdt_jax.Pipeline.from_checkpoint(checkpoint, vae="none").autoencoder is None
 
 
-def test_a_run_of_many_devices_is_sampled_on_the_devices_that_are_here(tmp_path):
+def test_run_on_eight_devices_is_sampled_on_one_device(tmp_path):
   save_tiny(tmp_path, **{"mesh.data": 4, "mesh.fsdp": 2})
   assert len(mdt_jax.Pipeline.from_checkpoint(tmp_path)([1])) == 1
 
@@ -233,9 +233,7 @@ def test_a_run_of_many_devices_is_sampled_on_the_devices_that_are_here(tmp_path)
     (dict(ema_decay=0.5), "ema_decay"),
   ],
 )
-def test_a_checkpoint_that_is_not_there_is_named_by_the_argument(
-  checkpoint, arguments, name
-):
+def test_error_for_a_missing_checkpoint_names_the_argument(checkpoint, arguments, name):
   with pytest.raises(SettingError) as error:
     mdt_jax.Pipeline.from_checkpoint(**{"path": checkpoint, **arguments})
   assert error.value.setting == name
@@ -267,13 +265,13 @@ def test_a_checkpoint_that_is_not_there_is_named_by_the_argument(
     ([1], dict(strength=0.5), "strength = 0.5: "),
   ],
 )
-def test_what_cannot_be_sampled_is_named(pipeline, labels, arguments, message):
+def test_error_names_the_invalid_argument(pipeline, labels, arguments, message):
   with pytest.raises(SettingError) as error:
     pipeline(labels, **arguments)
   assert str(error.value).startswith(message)
 
 
-# Images that are given.
+# Inpainting and editing.
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
 MASK = np.zeros((8, 8), bool)
@@ -283,7 +281,7 @@ MASK[:, 4:] = True
 @pytest.mark.parametrize(
   "arguments", [{}, dict(interpolation=1.0, repeats=3, cfg_scale=1.0)]
 )
-def test_inpainting_keeps_the_visible_pixels_and_paints_the_rest(pipeline, arguments):
+def test_inpainting_keeps_visible_pixels_and_paints_hidden_ones(pipeline, arguments):
   painted = pixels_of(
     pipeline.inpaint(Image.fromarray(IMAGE), MASK, [3, 5], **arguments)
   )
@@ -291,18 +289,18 @@ def test_inpainting_keeps_the_visible_pixels_and_paints_the_rest(pipeline, argum
   assert (painted[0][MASK] != painted[1][MASK]).any()
 
 
-def test_each_label_may_have_its_own_image(pipeline):
+def test_inpainting_accepts_one_image_per_label(pipeline):
   given = np.stack([IMAGE, 255 - IMAGE])[..., None]
   painted = pixels_of(pipeline.inpaint(given, MASK, [3, 5]))
   np.testing.assert_array_equal(painted[:, ~MASK], given[:, ~MASK, 0])
 
 
-def test_a_mask_that_hides_no_whole_token_needs_no_interpolation(pipeline):
+def test_interpolation_is_zero_when_no_whole_token_is_hidden(pipeline):
   job = pipeline.job([1], inpaint=IMAGE, mask=np.eye(8, dtype=bool))
   assert job.task.interpolation == 0
 
 
-def test_an_edit_of_little_strength_stays_near_its_image(pipeline):
+def test_edit_with_low_strength_stays_near_its_image(pipeline):
   image = np.full((8, 8), 60, np.uint8)
 
   def distance(strength):
@@ -330,7 +328,7 @@ def test_an_edit_of_little_strength_stays_near_its_image(pipeline):
     (dict(edit=IMAGE, mask=MASK), "together with inpaint"),
   ],
 )
-def test_an_image_that_cannot_be_used_is_named(pipeline, arguments, message):
+def test_error_names_an_invalid_inpainting_argument(pipeline, arguments, message):
   with pytest.raises(SettingError) as error:
     pipeline.draw([1], **arguments)
   assert message in str(error.value)
@@ -344,7 +342,7 @@ def test_dit_has_no_side_interpolater():
   assert pipeline.job([1], inpaint=IMAGE, mask=MASK).task.interpolation == 0
 
 
-# With an autoencoder: a latent for 4 x 4 pixels, images of 32 x 32.
+# With an autoencoder. A latent covers 4 x 4 pixels; images are 32 x 32.
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +359,7 @@ def latent_pipeline():
   return mdt_jax.Pipeline(experiment, params, 0, autoencoder)
 
 
-def test_latents_are_decoded_as_the_autoencoder_decodes_them(latent_pipeline):
+def test_draw_decodes_latents_with_the_autoencoder(latent_pipeline):
   size = 8 * latent_pipeline.autoencoder.model.downsampling
   pixels = latent_pipeline.draw([1, 2])
   assert (pixels.shape, pixels.dtype) == ((2, size, size, 3), np.uint8)
@@ -370,7 +368,7 @@ def test_latents_are_decoded_as_the_autoencoder_decodes_them(latent_pipeline):
   assert latents.dtype == np.float32
   expected = to_uint8(latent_pipeline.autoencoder.decode(latents))
   difference = np.abs(pixels.astype(int) - expected)
-  assert difference.max() <= 1  # of rounding, where a value falls on a whole number
+  assert difference.max() <= 1  # Rounding of values near a whole number.
 
 
 def test_inpainting_latents_keeps_the_visible_pixels(latent_pipeline):
@@ -383,7 +381,7 @@ def test_inpainting_latents_keeps_the_visible_pixels(latent_pipeline):
   assert (np.asarray(painted)[mask] != image[mask]).any()
 
 
-def test_latents_are_no_pictures(latent_pipeline):
+def test_latent_model_without_autoencoder_returns_no_pictures(latent_pipeline):
   alone = mdt_jax.Pipeline(latent_pipeline.experiment, latent_pipeline.params, 0)
   with pytest.raises(SettingError, match="vae = None"):
     alone([1])

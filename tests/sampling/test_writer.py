@@ -1,4 +1,4 @@
-"""Images on disk: blocks, stops, several processes, one .npz."""
+"""ShardedImages: blocks on disk, resumption, several processes, the merged .npz."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mdt_jax.sampling.writer import ShardedImages
 from tests import forked, reference
 from tests.training.tiny import tiny_config
 
-REQUEST = Request(np.arange(10) % 3, seed=0, block_size=4)  # blocks of 4, 4 and 2
+REQUEST = Request(np.arange(10) % 3, seed=0, block_size=4)  # Blocks of 4, 4 and 2.
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 
 
 class Maker:
-  """Gives the blocks asked for; remembers them, and stops before `stop_at`."""
+  """Yields the requested blocks, records them in `made`, and stops at `stop_at`."""
 
   def __init__(self, stop_at=None):
     self.made = []
@@ -47,7 +47,7 @@ def write(folder, maker=None, **options):
   return (folder / "samples.npz").read_bytes()
 
 
-def test_the_npz_holds_all_images_under_the_names_of_adm(tmp_path):
+def test_npz_holds_all_images_as_arr_0_and_arr_1(tmp_path):
   write(tmp_path)
   with np.load(tmp_path / "samples.npz", allow_pickle=False) as data:
     np.testing.assert_array_equal(data["arr_0"], PIXELS)
@@ -56,7 +56,7 @@ def test_the_npz_holds_all_images_under_the_names_of_adm(tmp_path):
   assert not list(tmp_path.glob(".*"))
 
 
-def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path):
+def test_resumed_run_generates_only_the_missing_blocks(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path / "stopped", Maker(stop_at=2))
   maker = Maker()
@@ -65,14 +65,14 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path):
   assert resumed == write(tmp_path / "whole")
 
 
-def test_half_a_block_is_made_again(tmp_path):
+def test_partially_written_block_is_generated_again(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path / "stopped", Maker(stop_at=1))
   (tmp_path / "stopped" / "partial" / ".000001.npy.partial").write_bytes(b"half")
   assert write(tmp_path / "stopped") == write(tmp_path / "whole")
 
 
-def test_a_run_stopped_while_it_merged_merges_again(tmp_path, monkeypatch):
+def test_interrupted_merge_is_repeated_on_resume(tmp_path, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
@@ -86,7 +86,7 @@ def test_a_run_stopped_while_it_merged_merges_again(tmp_path, monkeypatch):
   assert maker.made == []
 
 
-def test_unfinished_images_of_other_settings_are_refused_and_kept(tmp_path):
+def test_unfinished_images_with_other_settings_are_refused(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path, Maker(stop_at=1))
   with pytest.raises(SettingError, match="seed was 0, now 1"):
@@ -96,13 +96,13 @@ def test_unfinished_images_of_other_settings_are_refused_and_kept(tmp_path):
   assert maker.made == [1, 2]
 
 
-def test_finished_images_are_known_by_their_settings(tmp_path):
+def test_images_are_complete_only_for_the_same_settings(tmp_path):
   write(tmp_path)
   assert sharded(tmp_path).is_complete
   assert not sharded(tmp_path, seed=1).is_complete
 
 
-def test_processes_share_the_blocks_and_the_first_one_merges(tmp_path):
+def test_processes_share_blocks_and_process_0_merges(tmp_path):
   makers = [Maker(), Maker()]
   with pytest.raises(FileNotFoundError):
     write(tmp_path, makers[1], process_index=1, process_count=2)
@@ -112,7 +112,7 @@ def test_processes_share_the_blocks_and_the_first_one_merges(tmp_path):
     np.testing.assert_array_equal(data["arr_0"], PIXELS)
 
 
-def test_pngs_are_named_by_label_and_number(tmp_path):
+def test_png_names_hold_label_and_index(tmp_path):
   write(tmp_path)
   sharded(tmp_path).write_pngs()
   names = sorted(path.name for path in (tmp_path / "png").iterdir())
@@ -121,7 +121,7 @@ def test_pngs_are_named_by_label_and_number(tmp_path):
     np.testing.assert_array_equal(picture, PIXELS[4])
 
 
-def test_pngs_of_other_settings_go_with_their_images(tmp_path):
+def test_new_settings_remove_only_generated_pngs(tmp_path):
   (tmp_path / "png").mkdir()
   mine = {"mine.png", "3_000000_edited.png", "scan_20240101.png"}
   for name in mine:
@@ -134,10 +134,10 @@ def test_pngs_of_other_settings_go_with_their_images(tmp_path):
   assert {path.name for path in (tmp_path / "png").iterdir()} == mine
 
 
-def test_merging_holds_one_part_at_a_time(tmp_path):
+def test_merge_holds_one_block_in_memory(tmp_path):
   def parts():
     for _ in range(64):
-      yield np.zeros((4, 256, 256, 3), np.uint8)  # 0.8 MB
+      yield np.zeros((4, 256, 256, 3), np.uint8)  # 0.8 MB.
 
   tracemalloc.start()
   pictures.write_npz(tmp_path / "samples.npz", parts(), np.zeros(256, int))
@@ -147,12 +147,12 @@ def test_merging_holds_one_part_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("count", [3, 5])
-def test_as_many_labels_as_images_are_needed(tmp_path, count):
+def test_number_of_labels_must_match_the_images(tmp_path, count):
   with pytest.raises(ValueError, match=f"4 images for {count} labels"):
     pictures.write_npz(tmp_path / "x.npz", [PIXELS[:4]], np.zeros(count, int))
 
 
-# Runs of the command, on one device and on eight.
+# The sample command on one device and on eight devices.
 
 FLAGS = ["--num_images=300", "--batch_size=1", "--labels=random"]
 
@@ -182,7 +182,7 @@ def on_one_device(checkpoint, tmp_path_factory):
   return run(checkpoint, tmp_path_factory.mktemp("one"), 1)
 
 
-def test_images_on_one_and_on_eight_devices_are_equal(
+def test_eight_devices_give_the_images_of_one_device(
   checkpoint, on_one_device, tmp_path
 ):
   assert run(checkpoint, tmp_path, 8) == on_one_device
@@ -190,9 +190,7 @@ def test_images_on_one_and_on_eight_devices_are_equal(
     assert len(np.unique(data["arr_0"], axis=0)) == 300
 
 
-def test_a_run_that_was_killed_ends_as_one_that_was_not(
-  checkpoint, on_one_device, tmp_path
-):
+def test_killed_run_resumes_to_the_same_images(checkpoint, on_one_device, tmp_path):
   process = start(checkpoint, tmp_path, 1)
   while len(list((tmp_path / "partial").glob("[0-9]*.npy"))) < 3:
     assert process.is_alive(), process.err
