@@ -1,4 +1,4 @@
-"""Small images, and cheap features under the names of Inception's."""
+"""Small images, and cheap features with the names of the Inception features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits per dimension of a data set: for chosen images, in batches of any size."""
+"""Bits per dimension of the images of a data set."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def terms(indices=INDICES, seed=0, batch_size=5):
   return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def test_every_image_has_a_bound_and_every_step_a_term():
+def test_bounds_return_one_total_per_image_and_one_term_per_step():
   shapes = {name: term.shape for name, term in terms().items()}
   assert shapes == {
     "total_bpd": (5,),
@@ -48,28 +48,28 @@ def test_every_image_has_a_bound_and_every_step_a_term():
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
-def test_the_bound_of_an_image_does_not_depend_on_the_batch_size(batch_size):
+def test_bound_does_not_depend_on_the_batch_size(batch_size):
   whole, parts = terms(), terms(batch_size=batch_size)
   for name, term in whole.items():
     np.testing.assert_allclose(parts[name], term, rtol=1e-4, atol=1e-5)
 
 
-def test_the_order_of_the_images_is_kept():
+def test_bounds_follow_the_order_of_the_indices():
   whole, reverse = terms(), terms(INDICES[::-1])
   np.testing.assert_allclose(reverse["vb"][::-1], whole["vb"], rtol=1e-4)
 
 
-def test_another_seed_draws_other_noise():
+def test_another_seed_draws_different_noise():
   assert np.abs(terms(seed=1)["vb"] - terms()["vb"]).max() > 1e-3
 
 
 def test_predicted_pixels_are_clipped():
-  """x0 predicted from much noise is far outside of the range of pixels."""
+  """Without clipping, x0 predicted at a high noise level leaves the pixel range."""
   assert terms()["xstart_mse"].max() <= 4
 
 
 @pytest.mark.parametrize("num_steps", [0, 1001])
-def test_a_number_of_steps_that_the_process_lacks_is_refused(num_steps):
+def test_num_steps_outside_the_process_is_refused(num_steps):
   experiment = build(tiny_config())
   with pytest.raises(SettingError, match=rf"num_steps = {num_steps}: .*1000"):
     bits_per_dimension.make_bound(
@@ -77,7 +77,7 @@ def test_a_number_of_steps_that_the_process_lacks_is_refused(num_steps):
     )
 
 
-def test_a_process_without_a_bound_is_refused():
+def test_process_without_a_variational_bound_is_refused():
   class Other(Process):
     end_time = alpha = sigma = target = to_x0 = sample_t = None
 

@@ -1,4 +1,4 @@
-"""config.eval: scores of the averaged parameters, in TensorBoard."""
+"""config.eval: scores of the averaged parameters during training."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def read_scalars(workdir):
   }
 
 
-def test_scores_are_logged_every_so_many_steps_and_at_the_end(workdir):
+def test_scores_are_logged_at_eval_every_and_at_the_last_step(workdir):
   scalars = read_scalars(workdir)
   assert set(scalars) == {"eval/frechet", "eval/accuracy"}
   assert all(set(points) == {2, 3} for points in scalars.values())
 
 
-def test_scores_are_of_the_averaged_parameters(workdir):
+def test_scores_use_the_averaged_parameters(workdir):
   checkpoint = load_ema(workdir)
   evaluate = make_training_evaluator(checkpoint.experiment)
   found = evaluate(3, {"0.9": checkpoint.params})
@@ -70,7 +70,7 @@ def test_scores_are_of_the_averaged_parameters(workdir):
     assert points[3] == pytest.approx(found[tag], rel=1e-3), tag
 
 
-def test_a_reference_may_be_given(tmp_path):
+def test_eval_reference_replaces_the_data_set(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
   experiment = build(
@@ -92,7 +92,7 @@ def test_a_reference_may_be_given(tmp_path):
   assert found["eval/frechet"] == pytest.approx(evaluate(generated)["frechet"])
 
 
-def test_images_of_a_file_are_scored_against_a_source(tmp_path):
+def test_npz_file_is_scored_against_a_data_set(tmp_path):
   digits = DigitsSource()
   images = np.stack([digits[i]["image"] for i in range(len(digits))])
   np.savez(tmp_path / "digits.npz", images)
@@ -101,7 +101,7 @@ def test_images_of_a_file_are_scored_against_a_source(tmp_path):
   assert found["frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def test_scores_that_use_no_real_images_open_no_data(monkeypatch):
+def test_inception_score_does_not_open_the_data_set(monkeypatch):
   def fail():
     raise AssertionError
 
@@ -110,7 +110,7 @@ def test_scores_that_use_no_real_images_open_no_data(monkeypatch):
   assert evaluate.real == Summary({}, {})
 
 
-def test_real_images_are_needed():
+def test_missing_reference_is_refused():
   with pytest.raises(SettingError, match="reference = None: must be given"):
     Evaluator.create(["frechet"])
 
@@ -138,7 +138,7 @@ def references(tmp_path_factory):
     ("frechet", 10, "colour", r"reference = .* 192 .* 64: "),
   ],
 )
-def test_scores_that_cannot_be_had_are_refused_before_training(
+def test_impossible_scores_are_refused_before_training(
   references, metrics, num_images, reference, message
 ):
   config = tiny_config(
@@ -153,7 +153,7 @@ def test_scores_that_cannot_be_had_are_refused_before_training(
     make_training_evaluator(build(config))
 
 
-def test_latents_that_nothing_decodes_are_refused_before_training():
+def test_latents_without_autoencoder_are_refused_before_training():
   config = tiny_config(**EVAL, **{"data.source": "latents"})
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
     make_training_evaluator(build(config))
@@ -163,7 +163,7 @@ def read_scores(workdir):
   return {p.name: json.loads(p.read_text()) for p in (workdir / "scores").iterdir()}
 
 
-def test_a_run_stopped_while_it_scores_has_its_state_and_scores_when_it_goes_on(
+def test_run_stopped_while_scoring_resumes_to_the_same_scores(
   workdir, tmp_path, monkeypatch
 ):
   batches = GeneratedImages.batches
@@ -185,7 +185,7 @@ def test_a_run_stopped_while_it_scores_has_its_state_and_scores_when_it_goes_on(
   assert read_scores(tmp_path) == read_scores(workdir)
 
 
-def test_the_last_scores_are_made_up_for_and_once_only(workdir, caplog):
+def test_missing_last_scores_are_computed_once_on_restart(workdir, caplog):
   before = read_scores(workdir)
   assert set(before) == {"step_0000002.json", "step_0000003.json"}
   last = workdir / "scores" / "step_0000003.json"
@@ -199,11 +199,9 @@ def test_the_last_scores_are_made_up_for_and_once_only(workdir, caplog):
   assert last.stat().st_mtime_ns == made
 
 
-def test_scores_that_end_the_process_are_made_up_for_once(
-  tmp_path, monkeypatch, caplog
-):
+def test_scores_that_kill_the_process_are_retried_once(tmp_path, monkeypatch, caplog):
   class Killed(BaseException):
-    """As by the system, for memory."""
+    """Stands for a kill by the system when memory runs out."""
 
   def kill(*_):
     raise Killed
@@ -211,7 +209,7 @@ def test_scores_that_end_the_process_are_made_up_for_once(
   config = tiny_config(**EVAL, checkpoint_every=100)
   with monkeypatch.context() as patch:
     patch.setattr(TrainingEvaluator, "__call__", kill)
-    for _ in range(2):  # at step 2, which is saved, and at the start after
+    for _ in range(2):  # At step 2, which is saved, and at the next start.
       with pytest.raises(Killed):
         loop.train(config, tmp_path)
     assert load_ema(tmp_path).step == 2
@@ -220,7 +218,7 @@ def test_scores_that_end_the_process_are_made_up_for_once(
   assert "step_0000003.json" in os.listdir(tmp_path / "scores")
 
 
-def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
+def test_run_continues_after_scoring_fails(tmp_path, monkeypatch, caplog):
   score, left = scores.score, [SettingError("real images", None, "needs their labels")]
 
   def fail_once(*args):
@@ -247,7 +245,7 @@ def test_a_run_goes_on_where_its_scores_fail(tmp_path, monkeypatch, caplog):
     ("eval.inception", "nowhere.pth", r"config\.eval\.inception = 'nowhere\.pth'"),
   ],
 )
-def test_a_bad_setting_is_refused_before_anything_is_written(
+def test_invalid_eval_setting_is_refused_before_writing(
   tmp_path, setting, value, message
 ):
   config = tiny_config(**(EVAL | {setting: value}))

@@ -1,4 +1,4 @@
-"""Features: TensorFlow's resize, any function, any number of devices."""
+"""Features: TensorFlow's resize, pixel features, FeatureExtractor."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def test_resize_matches_reference(size):
   expected = recorded[f"{size}/resized"]
   found = tf1_resize(recorded[f"{size}/images"], expected.shape[1:3])
   assert found.dtype == jnp.float32
-  # 1e-4 of pixels in 0 … 255.
+  # 1e-4 in the pixel range 0 … 255.
   reference.assert_matches("TensorFlow's resize", found, expected, 1e-4 / 255)
 
 
-def test_resize_to_the_same_size_changes_nothing():
+def test_resize_to_the_same_size_is_the_identity():
   images = noise(2, 9, 7, 3)
   np.testing.assert_array_equal(tf1_resize(images, (9, 7)), images)
 
 
-def test_grey_images_are_refused_by_inception():
+def test_inception_refuses_grey_images():
   with pytest.raises(SettingError, match=r"\(8, 8, 1\): Inception takes RGB"):
     inception_features({}, noise(1, 8, 8, 1))
 
 
-def test_small_images_are_their_own_features():
+def test_pixel_features_of_small_images_are_their_pixels():
   images = noise(3, 8, 6, 1)
   found = pixel_features(None, images)["pixels"]
   np.testing.assert_allclose(found, images.reshape(3, -1) / 255, rtol=1e-6)
 
 
-def test_large_images_are_averaged_to_8x8():
+def test_pixel_features_of_large_images_are_8x8_averages():
   blocks = noise(2, 8, 8, 3)
   images = blocks.repeat(4, axis=1).repeat(4, axis=2)
   found = pixel_features(None, images)["pixels"]
@@ -60,7 +60,7 @@ def test_large_images_are_averaged_to_8x8():
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_a_batch_that_is_not_full_gives_as_many_features(count):
+def test_partial_batch_gives_one_feature_per_image(count):
   images = noise(count, 5, 5, 3)
 
   def means(scale, batch):
@@ -70,7 +70,7 @@ def test_a_batch_that_is_not_full_gives_as_many_features(count):
   np.testing.assert_allclose(found, 2 * images.mean(axis=(1, 2)), rtol=1e-6)
 
 
-def test_batches_of_nothing_are_refused():
+def test_batch_size_zero_is_refused():
   with pytest.raises(SettingError, match="batch_size = 0"):
     FeatureExtractor(pixel_features, batch_size=0)
 
@@ -83,7 +83,7 @@ def extract_on_eight_devices(images, path):
   np.save(path, [full[:13], extract(images[:13])["pixels"]])
 
 
-def test_features_on_eight_devices_are_those_on_one(tmp_path):
+def test_eight_devices_give_the_features_of_one_device(tmp_path):
   images, path = noise(16, 16, 16, 3), tmp_path / "features.npy"
   process = forked.Forked(extract_on_eight_devices, images, path, num_devices=8)
   assert process.end() == 0, process.err

@@ -1,4 +1,4 @@
-"""Images to score: read as a stream, checked, drawn from (seed, i)."""
+"""Streams of images to score: from files, from a data set, from a sampler."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def read(stream, batch_size):
   return images, None if labels[0] is None else np.concatenate(labels)
 
 
-# Files
+# Files.
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
-def test_batches_are_the_images_and_labels_of_the_file(tmp_path, save, batch_size):
+def test_stream_returns_the_images_and_labels_of_the_file(tmp_path, save, batch_size):
   images, labels = noise(11, 6, 5, 3), np.arange(11)
   save(tmp_path / "a.npz", images, labels)
   stream = NpzImages(tmp_path / "a.npz")
@@ -49,7 +49,7 @@ def test_batches_are_the_images_and_labels_of_the_file(tmp_path, save, batch_siz
   assert len(stream) == 11
 
 
-def test_a_file_may_have_no_labels_and_be_read_twice(tmp_path):
+def test_file_without_labels_can_be_read_twice(tmp_path):
   np.savez(tmp_path / "a.npz", noise(3, 4, 4, 1))
   stream = NpzImages(tmp_path / "a.npz")
   for _ in range(2):
@@ -59,7 +59,7 @@ def test_a_file_may_have_no_labels_and_be_read_twice(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-def test_floats_are_read_as_float32(tmp_path, dtype):
+def test_float_images_are_read_as_float32(tmp_path, dtype):
   images = noise(5, 4, 4, 3).astype(dtype)
   np.savez(tmp_path / "a.npz", images)
   found, _ = read(NpzImages(tmp_path / "a.npz"), 2)
@@ -67,7 +67,7 @@ def test_floats_are_read_as_float32(tmp_path, dtype):
   np.testing.assert_array_equal(found, images)
 
 
-def test_memory_is_that_of_a_few_batches(tmp_path):
+def test_stream_does_not_hold_the_whole_file_in_memory(tmp_path):
   images = noise(400, 64, 64, 3)
   np.savez_compressed(tmp_path / "a.npz", images)
   stream = NpzImages(tmp_path / "a.npz")
@@ -100,7 +100,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_images_that_cannot_be_scored_are_refused(tmp_path, case):
+def test_invalid_image_array_is_refused(tmp_path, case):
   array, message = BAD[case]
   np.savez(tmp_path / "a.npz", array)
   with pytest.raises(SettingError, match=rf"^path = .*a\.npz': .*{message}"):
@@ -110,28 +110,28 @@ def test_images_that_cannot_be_scored_are_refused(tmp_path, case):
 @pytest.mark.parametrize(
   "labels", [np.arange(3), np.ones(4), np.array([None] * 4), np.ones((4, 1), int)]
 )
-def test_labels_that_are_none_are_refused(tmp_path, labels):
+def test_invalid_labels_are_refused(tmp_path, labels):
   np.savez(tmp_path / "a.npz", noise(4, 4, 4, 3), labels)
   with pytest.raises(SettingError, match=r"^path = .*arr_1"):
     NpzImages(tmp_path / "a.npz")
 
 
-def test_a_file_without_images_is_refused(tmp_path):
+def test_file_without_arr_0_is_refused(tmp_path):
   np.savez(tmp_path / "a.npz", images=noise(4, 4, 4, 3))
   with pytest.raises(SettingError, match="holds no array arr_0"):
     NpzImages(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_a_file_that_is_none_is_refused(tmp_path, content):
+def test_missing_or_invalid_file_is_refused(tmp_path, content):
   if content is not None:
     (tmp_path / "a.npz").write_bytes(content)
   with pytest.raises(SettingError, match=r"^--reference = "):
     NpzImages(tmp_path / "a.npz", "--reference")
 
 
-def test_images_that_are_cut_off_are_refused_with_their_number(tmp_path):
-  """The header promises five; a little more than three are there."""
+def test_error_for_a_truncated_file_gives_the_image_count(tmp_path):
+  """The header declares five images. The file holds a little more than three."""
   shape = (5, 4, 4, 3)
   with (
     zipfile.ZipFile(tmp_path / "a.npz", "w") as archive,
@@ -144,7 +144,7 @@ def test_images_that_are_cut_off_are_refused_with_their_number(tmp_path):
     read(NpzImages(tmp_path / "a.npz"), 2)
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_damaged_file_is_refused(tmp_path):
   np.savez_compressed(tmp_path / "a.npz", noise(40, 8, 8, 3))
   data = bytearray((tmp_path / "a.npz").read_bytes())
   data[2000:2100] = bytes(100)
@@ -153,11 +153,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     read(NpzImages(tmp_path / "a.npz"), 4)
 
 
-# A run's data
+# The data set of a run.
 
 
 @pytest.mark.parametrize("count", [7, 5000])
-def test_images_of_the_data_are_spread_evenly(count):
+def test_source_images_are_spread_evenly_over_the_data_set(count):
   digits = DigitsSource()
   images, labels = read(SourceImages(digits, count), 300)
   indices = np.linspace(0, 1796, min(count, 1797)).round().astype(int)
@@ -165,13 +165,13 @@ def test_images_of_the_data_are_spread_evenly(count):
   np.testing.assert_array_equal(labels, [digits[i]["label"] for i in indices])
 
 
-def test_latents_are_not_scored():
+def test_latent_data_set_is_refused_as_reference():
   examples = [{"views": np.zeros((2, 2, 4, 4, 4)), "label": 0}]
   with pytest.raises(SettingError, match=r"^reference = None: must be given"):
     read(SourceImages(examples, 1), 1)
 
 
-# Drawn
+# Generated images.
 
 
 @functools.cache
@@ -188,26 +188,26 @@ def drawn(batch_size, seed=0):
   return read(stream, batch_size)
 
 
-def test_drawn_images_do_not_depend_on_the_batch_size():
-  """Within the rounding of another compilation, which may tip a pixel over."""
+def test_generated_images_do_not_depend_on_the_batch_size():
+  """Each batch size compiles its own program, which may round pixels differently."""
   whole, parts = (drawn(size)[0].astype(int) for size in (11, 4))
   assert np.abs(whole - parts).max() <= 1
 
 
-def test_classes_are_drawn_in_turn():
+def test_generated_labels_cycle_through_the_classes():
   assert drawn(11)[1].tolist() == [*range(10), 0]
 
 
-def test_drawn_images_are_uint8():
+def test_generated_images_are_uint8():
   images, _ = drawn(11)
   assert images.dtype == np.uint8
   assert images.shape == (11, 8, 8, 1)
 
 
-def test_another_seed_draws_other_images():
+def test_another_seed_generates_different_images():
   assert (drawn(11)[0] != drawn(11, seed=1)[0]).mean() > 0.1
 
 
-def test_latents_are_drawn_with_an_autoencoder_alone():
+def test_generating_latents_without_an_autoencoder_is_refused():
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
     GeneratedImages(None, None, None, 11, holds_pixels=False)

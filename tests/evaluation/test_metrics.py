@@ -1,4 +1,4 @@
-"""The metrics: as ADM computes them, and what follows from their definitions."""
+"""Metrics: agreement with ADM, and properties of their definitions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def normal(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape)
 
 
-# As recorded
+# Recorded values of ADM.
 
 
 def test_frechet_distance_matches_reference():
@@ -49,11 +49,11 @@ def test_precision_and_recall_match_reference(monkeypatch, distances_a_block):
   assert found == (recorded("precision_k3"), recorded("recall_k3"))
 
 
-# Statistics
+# Statistics.
 
 
 @pytest.mark.parametrize("sizes", [[5000], [1, 1, 4998], [700, 1500, 64, 2736]])
-def test_statistics_do_not_depend_on_the_parts(sizes):
+def test_running_statistics_do_not_depend_on_the_batches(sizes):
   features = 5 + normal(5000, 4) @ normal(4, 4, seed=1)
   running = RunningStatistics()
   for part in np.split(features, np.cumsum(sizes)[:-1]):
@@ -63,21 +63,21 @@ def test_statistics_do_not_depend_on_the_parts(sizes):
   np.testing.assert_allclose(found.covariance, np.cov(features.T), rtol=1e-10)
 
 
-def test_a_large_mean_leaves_the_covariance_exact():
+def test_covariance_is_exact_for_a_large_mean():
   features = 1e6 + normal(3000, 3)
   found = feature_statistics(features).covariance
   np.testing.assert_allclose(found, np.cov(features.T), rtol=1e-7, atol=1e-10)
 
 
-def test_statistics_of_one_image_are_refused_with_their_number():
+def test_statistics_of_one_image_are_refused():
   with pytest.raises(SettingError, match=r"images = 1: .*at least 2"):
     feature_statistics(normal(1, 3))
 
 
-# Frechet distance
+# Frechet distance.
 
 
-def test_distance_of_gaussians_with_diagonal_covariances():
+def test_distance_of_diagonal_gaussians_matches_closed_form():
   first = Statistics(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
   second = Statistics(np.array([3.0, 2.0]), np.diag([1.0, 16.0]))
   assert frechet_distance(first, second) == pytest.approx(
@@ -85,8 +85,8 @@ def test_distance_of_gaussians_with_diagonal_covariances():
   )
 
 
-def test_distance_agrees_with_the_root_of_the_product():
-  """As ADM has it, where the covariances are far from singular."""
+def test_distance_matches_the_matrix_square_root_formula():
+  """ADM uses this formula. It is exact for covariances far from singular."""
   first = feature_statistics(normal(300, 8))
   second = feature_statistics(normal(300, 8, seed=1) @ normal(8, 8, seed=2))
   covariances = first.covariance, second.covariance
@@ -110,7 +110,7 @@ def test_distance_is_symmetric():
 
 
 def test_distance_of_singular_covariances_is_exact():
-  """tr (C1 C2)^(1/2) is the nuclear norm of the product of any two roots."""
+  """tr (C1 C2)^(1/2) is the nuclear norm of R1^T R2, where Ci = Ri Ri^T."""
   first, second = normal(10, 64), normal(12, 64, seed=1)
   roots = [(x - x.mean(0)).T / np.sqrt(len(x) - 1) for x in (first, second)]
   expected = np.square(first.mean(0) - second.mean(0)).sum()
@@ -119,34 +119,34 @@ def test_distance_of_singular_covariances_is_exact():
   assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-10)
 
 
-def test_distance_of_other_dimensions_is_refused():
+def test_distance_of_different_dimensions_is_refused():
   with pytest.raises(SettingError, match=r"\(5,\).*\(4,\)"):
     frechet_distance(normal(9, 4), normal(9, 5))
 
 
-# Inception score
+# Inception score.
 
 
-def test_score_of_certain_predictions_is_the_number_of_classes():
+def test_inception_score_of_certain_predictions_is_num_classes():
   assert inception_score(1e4 * np.eye(7)) == pytest.approx(7)
 
 
-def test_score_of_equal_predictions_is_one():
+def test_inception_score_of_equal_predictions_is_one():
   assert inception_score(np.tile(normal(1, 9), (20, 1))) == pytest.approx(1)
 
 
-def test_splits_are_taken_in_order_and_the_last_may_be_smaller():
+def test_splits_are_in_order_and_the_last_may_be_smaller():
   logits = 1e4 * np.eye(5)
   found = inception_score(logits, split_size=2)
   assert found == pytest.approx(np.mean([2, 2, 1]))
 
 
-def test_score_of_nothing_is_refused():
+def test_inception_score_of_no_images_is_refused():
   with pytest.raises(SettingError, match="images = 0"):
     inception_score(np.zeros((0, 4)))
 
 
-# Precision and recall
+# Precision and recall.
 
 
 def by_definition(real, generated, k=3):
@@ -161,12 +161,12 @@ def by_definition(real, generated, k=3):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-def test_precision_and_recall_follow_their_definition_far_from_the_origin(scale):
+def test_precision_and_recall_are_exact_far_from_the_origin(scale):
   real, generated = 100 + normal(90, 5), 100 + scale * normal(70, 5, seed=1)
   assert precision_recall(real, generated) == by_definition(real, generated)
 
 
-def test_samples_of_one_mode_are_precise_and_recall_little():
+def test_samples_of_one_of_two_modes_have_recall_one_half():
   real = np.concatenate([normal(50, 3), 100 + normal(50, 3, seed=1)])
   precision, recall = precision_recall(real, real[:50])
   assert precision == 1
@@ -174,6 +174,6 @@ def test_samples_of_one_mode_are_precise_and_recall_little():
 
 
 @pytest.mark.parametrize(("real", "generated"), [(3, 9), (9, 3)])
-def test_too_few_images_are_refused_with_their_number(real, generated):
+def test_precision_of_too_few_images_is_refused(real, generated):
   with pytest.raises(SettingError, match=r"images = 3: .* more than 3"):
     precision_recall(normal(real, 2), normal(generated, 2))

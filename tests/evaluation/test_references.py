@@ -1,4 +1,4 @@
-"""Files of real images: with images, with statistics, or with both."""
+"""Reference files: images, statistics, or both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_saved_statistics_give_the_same_scores(files, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
 
 
-def test_statistics_are_saved_under_the_names_of_adm(files, tmp_path):
+def test_saved_statistics_have_the_names_of_adm(files, tmp_path):
   real = read_reference(files / "real.npz", ["fid", "sfid"], extractor())
   save_statistics(tmp_path / "real.npz", real)
   pool3 = features(None, np.load(files / "real.npz")["arr_0"])["pool3"]
@@ -32,8 +32,8 @@ def test_statistics_are_saved_under_the_names_of_adm(files, tmp_path):
     np.testing.assert_allclose(saved["sigma"], np.cov(pool3.T), rtol=1e-5)
 
 
-def test_a_reference_batch_of_adm_keeps_its_statistics(files, tmp_path):
-  """The statistics are of more images than the 10,000 in the same file."""
+def test_statistics_of_an_adm_reference_file_are_used(files, tmp_path):
+  """ADM computed them from more images than the 10,000 in the same file."""
   images, labels = photos(60, 0)
   mean, covariance = np.full(3, 5.0), np.eye(3)
   np.savez(
@@ -52,9 +52,7 @@ def test_a_reference_batch_of_adm_keeps_its_statistics(files, tmp_path):
   np.testing.assert_array_equal(found.features["pool3"], computed)
 
 
-def test_images_do_not_pass_through_the_network_for_statistics_in_the_file(
-  files, tmp_path
-):
+def test_saved_statistics_need_no_feature_extraction(files, tmp_path):
   save_statistics(tmp_path / "a.npz", summary(files / "real.npz", ["fid"]))
 
   def unused(images):
@@ -64,7 +62,7 @@ def test_images_do_not_pass_through_the_network_for_statistics_in_the_file(
   assert set(found.statistics) == {"pool3"}
 
 
-def test_statistics_without_what_a_score_needs_are_refused(files, tmp_path):
+def test_error_names_scores_that_the_reference_cannot_serve(files, tmp_path):
   save_statistics(tmp_path / "a.npz", summary(files / "real.npz", ["fid"]))
   with pytest.raises(SettingError, match=r"^path = .*arr_0.*precision, sfid"):
     read_reference(tmp_path / "a.npz", ["fid", "precision", "sfid"], extractor())
@@ -79,14 +77,14 @@ def test_statistics_without_what_a_score_needs_are_refused(files, tmp_path):
     ({"mu": np.array([None]), "sigma": np.eye(1)}, "pickle"),
   ],
 )
-def test_statistics_that_are_none_are_refused(tmp_path, arrays, message):
+def test_invalid_statistics_are_refused(tmp_path, arrays, message):
   np.savez(tmp_path / "a.npz", **arrays)
   with pytest.raises(SettingError, match=f"^path = .*{message}"):
     read_reference(tmp_path / "a.npz", ["fid"], extractor())
 
 
 @pytest.mark.parametrize("name", ["missing.npz", "text.npz", "array.npy"])
-def test_a_reference_that_is_no_npz_is_refused(tmp_path, name):
+def test_reference_that_is_not_an_npz_file_is_refused(tmp_path, name):
   (tmp_path / "text.npz").write_text("no archive")
   np.save(tmp_path / "array.npy", np.ones(3))
   with pytest.raises(SettingError, match=f"^path = .*{name}"):

@@ -1,4 +1,4 @@
-"""The table of scores, and that a new score is one entry of the table."""
+"""METRICS: the table of scores. A new score is one entry."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from mdt_jax.evaluation.registry import METRICS, Metric, check_metrics
 from tests.evaluation.cheap import extractor, features, summary
 
 
-def test_a_score_that_needs_weights_is_refused_without_them():
+def test_inception_score_without_weights_is_refused():
   with pytest.raises(SettingError, match="--metrics = 'sfid': needs the weights"):
     check_metrics("--metrics", ["frechet", "sfid"], has_inception=False)
 
 
 @pytest.mark.parametrize("names", [[], ["kid"]])
-def test_the_error_for_an_unknown_score_lists_the_scores(names):
+def test_error_for_an_unknown_score_lists_all_scores(names):
   with pytest.raises(SettingError, match="fid, sfid, is, precision, recall, frechet"):
     check_metrics("--metrics", names, has_inception=True)
 
 
-def test_the_scores_of_adm_are_those_that_need_inception():
+def test_inception_metrics_are_the_scores_of_adm():
   assert registry.inception_metrics() == ["fid", "sfid", "is", "precision", "recall"]
   assert registry.other_metrics() == ["frechet", "accuracy", "diversity"]
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_score_names_its_features_once(name):
+def test_score_names_either_gaussian_or_kept_features(name):
   metric = METRICS[name]
   assert (metric.gaussian is None) != (metric.kept is None)
 
 
-def test_a_new_score_is_one_entry(files, tmp_path, monkeypatch):
+def test_new_score_needs_one_entry(files, tmp_path, monkeypatch):
   def compute(real, generated):
     means = [s.features["brightness"].mean() for s in (generated, real)]
     return float(means[0] - means[1])
@@ -55,14 +55,14 @@ def test_a_new_score_is_one_entry(files, tmp_path, monkeypatch):
   assert found["brightness"] == pytest.approx(means[0] - means[1], rel=1e-4)
 
 
-def test_a_new_frechet_distance_is_saved_and_read(files, tmp_path, monkeypatch):
+def test_statistics_of_a_new_frechet_distance_are_saved(files, tmp_path, monkeypatch):
   monkeypatch.setitem(METRICS, "fld", registry.frechet_metric("logits", features))
   save_statistics(tmp_path / "real.npz", summary(files / "real.npz", ["fld"]))
   found = read_reference(tmp_path / "real.npz", ["fld"], extractor())
   assert set(found.statistics) == {"logits"}
 
 
-def test_scores_of_the_same_features_compute_them_once(files):
+def test_scores_share_the_extractor_of_common_features(files):
   extract = scores.make_extractor(registry.other_metrics())
   assert set(extract(np.load(files / "real.npz")["arr_0"][:3])) == {"pixels"}
   assert {METRICS[name].extract for name in registry.other_metrics()} == {

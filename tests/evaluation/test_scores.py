@@ -1,4 +1,4 @@
-"""Scores by name; cheap features replace those of Inception."""
+"""score: scores by name. Cheap features replace the Inception features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_hand(files, name):
   return [np.asarray(x) for x in found]
 
 
-def test_scores_are_those_of_the_features_in_one_piece(files):
+def test_scores_match_metrics_of_the_whole_features(files):
   found = score(list(METRICS), summary(files / "real.npz"), summary(files / "fake.npz"))
   precision, recall = metrics.precision_recall(*by_hand(files, "pool3"))
   expected = {
@@ -38,13 +38,13 @@ def test_scores_are_those_of_the_features_in_one_piece(files):
   assert list(found) == list(METRICS)
 
 
-def test_only_scores_that_need_the_features_of_each_image_keep_them(files):
+def test_summary_keeps_image_features_only_when_needed(files):
   found = summary(files / "real.npz", ["fid", "sfid", "is"])
   assert set(found.statistics) == {"pool3", "spatial"}
   assert set(found.features) == {"logits"}
 
 
-def test_one_score_is_given_alone_and_in_the_order_asked_for(files):
+def test_scores_are_returned_in_the_requested_order(files):
   names = ["recall", "fid"]
   found = score(names, *(summary(files / f, names) for f in ("real.npz", "fake.npz")))
   assert list(found) == names
@@ -53,21 +53,21 @@ def test_one_score_is_given_alone_and_in_the_order_asked_for(files):
 @pytest.mark.parametrize(
   ("name", "count", "fewest"), [("fid", 1, 2), ("recall", 3, 4), ("frechet", 1, 2)]
 )
-def test_too_few_images_are_refused_with_their_number(tmp_path, name, count, fewest):
+def test_too_few_images_in_a_file_are_refused(tmp_path, name, count, fewest):
   np.savez(tmp_path / "a.npz", *photos(count, 0))
   message = f"images = {count}: {name} needs at least {fewest}"
   with pytest.raises(SettingError, match=message):
     summary(tmp_path / "a.npz", [name])
 
 
-def test_too_few_images_to_be_drawn_are_refused_by_their_setting(files):
+def test_too_few_generated_images_are_refused(files):
   real = summary(files / "real.npz", ["recall"])
   with pytest.raises(SettingError, match=r"^num_images = 3: recall needs at least 4"):
     scores.check_comparable(["recall"], real, np.arange(3), {"pool3": 3})
 
 
 @pytest.mark.parametrize("name", ["accuracy", "diversity"])
-def test_scores_of_labelled_images_need_labels(files, name):
+def test_accuracy_and_diversity_need_labels(files, name):
   real = summary(files / "real.npz", [name])
   unlabelled = Summary(real.statistics, real.features)
   with pytest.raises(SettingError, match=f"generated images = None: {name} needs"):
