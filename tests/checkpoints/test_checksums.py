@@ -1,3 +1,5 @@
+"""Checksums of a checkpoint: every damage to every file is found."""
+
 import pytest
 
 from mdt_jax.checkpoints import checksums
@@ -29,18 +31,18 @@ DAMAGES = {
 }
 
 
-def test_what_was_written_is_whole(folder):
+def test_undamaged_checkpoint_passes(folder):
   assert checksums.damage(folder) is None
 
 
 @pytest.mark.parametrize("name", [*FILES, checksums.FILE])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_to_every_file_is_named(folder, name, damage):
+def test_damage_names_the_damaged_file(folder, name, damage):
   DAMAGES[damage](folder / name)
   assert checksums.damage(folder).startswith(name)
 
 
-def test_every_byte_of_the_seal_is_guarded(folder):
+def test_every_byte_of_the_checksums_file_is_protected(folder):
   path = folder / checksums.FILE
   whole = path.read_bytes()
   for place in range(len(whole)):
@@ -50,5 +52,5 @@ def test_every_byte_of_the_seal_is_guarded(folder):
     assert checksums.damage(folder) is not None, place
 
 
-def test_a_folder_without_a_seal_was_not_finished(tmp_path):
+def test_folder_without_checksums_is_unfinished(tmp_path):
   assert "not finished" in checksums.damage(tmp_path)

@@ -1,4 +1,4 @@
-"""Files to workdirs and back: nothing is written, or lost, by a refusal."""
+"""Conversion of PyTorch files to workdirs and back. Errors write and delete nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def converted(tmp_path_factory):
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 @pytest.mark.parametrize("name", HEADS)
-def test_a_file_comes_back_bit_for_bit(converted, name, suffix, tmp_path):
+def test_round_trip_is_bit_exact(converted, name, suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   assert to_torch_file(converted / name, path) == 0
   before, after = read_tensors(fixture(name)), read_tensors(path)
@@ -42,7 +42,7 @@ def test_a_file_comes_back_bit_for_bit(converted, name, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_converted_network_is_the_one_in_the_file(converted, name):
+def test_converted_network_has_the_attributes_of_the_file(converted, name):
   pipeline = Pipeline.from_checkpoint(converted / name)
   attributes, _ = from_torch(fixture(name), **HEADS[name])
   model = pipeline.experiment.model
@@ -50,20 +50,20 @@ def test_a_converted_network_is_the_one_in_the_file(converted, name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_converted_network_samples(converted, name):
+def test_converted_network_generates_images(converted, name):
   images = Pipeline.from_checkpoint(converted / name).draw([1, 2], num_steps=2)
   assert images.shape == (2, 12, 12, 4)
   assert np.isfinite(images).all()
 
 
-def test_the_folder_holds_what_a_run_leaves_and_nothing_else(converted):
+def test_converted_workdir_holds_only_checkpoints_and_config(converted):
   names = {path.name for path in (converted / "mdt_v1").iterdir()}
   assert names == {"checkpoints", "config.json"}
   assert {path.name for path in converted.iterdir()} == set(HEADS)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_of_a_published_size_gets_its_name_and_settings(name):
+def test_published_network_gets_its_name_and_released_settings(name):
   attributes = dict(MODELS[name], input_size=32, learn_sigma=True)
   settings = recipes.of_network(attributes)
   assert settings.model.name == name
@@ -73,21 +73,21 @@ def test_a_network_of_a_published_size_gets_its_name_and_settings(name):
   assert (settings.optimizer.name, settings.diffusion.loss_weight) == expected
 
 
-def test_a_network_without_learned_variance_samples_with_a_fixed_one():
+def test_network_without_learned_variance_uses_a_fixed_variance():
   attributes = dict(MODELS["DiT-S/8"], input_size=32, learn_sigma=False)
   settings = recipes.of_network(attributes)
   assert settings.diffusion.variance == "fixed_large"
   assert not Experiment(settings).model.learn_sigma
 
 
-# What is refused.
+# Errors.
 
 
 def listing(folder):
   return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+def test_nonempty_output_folder_is_refused(tmp_path):
   (tmp_path / "mine.txt").write_text("kept")
   before = listing(tmp_path)
   with pytest.raises(SettingError, match=r"^workdir = .*must be an empty folder"):
@@ -95,7 +95,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
   assert listing(tmp_path) == before
 
 
-def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
+def test_overwrite_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
   from_torch_file(fixture("mdt_v1"), tmp_path / "run")
   (tmp_path / "run" / "mine.txt").write_text("kept")
   from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=True)
@@ -103,7 +103,7 @@ def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
   assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
 
 
-def test_a_refused_file_leaves_what_it_would_have_overwritten(tmp_path):
+def test_invalid_file_overwrites_nothing(tmp_path):
   from_torch_file(fixture("mdt_v1"), tmp_path / "run")
   (tmp_path / "broken.pt").write_bytes(fixture("mdt_v2").read_bytes()[:5000])
   before = listing(tmp_path)
@@ -112,7 +112,7 @@ def test_a_refused_file_leaves_what_it_would_have_overwritten(tmp_path):
   assert listing(tmp_path) == before
 
 
-def test_a_file_that_misses_a_tensor_writes_nothing(tmp_path):
+def test_file_with_a_missing_tensor_writes_nothing(tmp_path):
   tensors = torch.load(fixture("mdt_v1"), weights_only=True)
   del tensors["mask_token"]
   torch.save(tensors, tmp_path / "model.pt")
@@ -121,20 +121,20 @@ def test_a_file_that_misses_a_tensor_writes_nothing(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_network_that_the_file_does_not_hold_writes_nothing(tmp_path):
+def test_wrong_network_name_writes_nothing(tmp_path):
   with pytest.raises(SettingError) as caught:
     from_torch_file(fixture("mdt_v1"), tmp_path / "run", "MDTv2")
   assert (caught.value.setting, caught.value.value) == ("network", "MDTv2")
   assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path):
+def test_output_path_that_is_a_file_is_refused(tmp_path):
   (tmp_path / "run").write_text("")
   with pytest.raises(SettingError, match=r"^workdir = .*must be a folder"):
     from_torch_file(fixture("mdt_v1"), tmp_path / "run", overwrite=True)
 
 
-def test_a_file_that_is_there_is_refused_and_kept(converted, tmp_path):
+def test_existing_torch_file_is_refused_and_kept(converted, tmp_path):
   path = tmp_path / "model.pt"
   path.write_text("kept")
   with pytest.raises(SettingError, match=r"^path = .*exists already"):
@@ -142,7 +142,7 @@ def test_a_file_that_is_there_is_refused_and_kept(converted, tmp_path):
   assert path.read_text() == "kept"
 
 
-def test_overwriting_replaces_a_file(converted, tmp_path):
+def test_overwrite_replaces_a_torch_file(converted, tmp_path):
   path = tmp_path / "model.pt"
   path.write_text("gone")
   to_torch_file(converted / "mdt_v1", path, overwrite=True)
@@ -156,13 +156,15 @@ def test_overwriting_replaces_a_file(converted, tmp_path):
     ("absent", "model.pt", r"^workdir = .*absent"),
   ],
 )
-def test_what_cannot_go_back_is_refused(converted, tmp_path, name, file, message):
+def test_invalid_suffix_or_missing_workdir_is_refused(
+  converted, tmp_path, name, file, message
+):
   with pytest.raises(SettingError, match=message):
     to_torch_file(converted / name, tmp_path / "new" / file)
   assert not list(tmp_path.iterdir())
 
 
-def test_a_converted_model_is_no_run_to_go_on_with(converted):
+def test_training_cannot_resume_from_a_converted_model(converted):
   experiment = Pipeline.from_checkpoint(converted / "mdt_v1").experiment
   checkpoints = Checkpoints(converted / "mdt_v1", 2)
   with pytest.raises(SettingError, match="holds a converted model"):

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and strangers are refused."""
+"""Checkpoints: saving, restoring, damage, failed saves, errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
   return folder, config, save(folder, config)
 
 
-def test_a_state_comes_back_bit_for_bit_and_without_a_warning(saved, caplog):
+def test_restored_state_is_bit_exact_and_logs_no_warning(saved, caplog):
   folder, config, state = saved
   checkpoints = Checkpoints(folder, 2)
   restored = checkpoints.restore(jax.eval_shape(lambda: state), build(config))
@@ -63,15 +63,15 @@ def test_a_state_comes_back_bit_for_bit_and_without_a_warning(saved, caplog):
   assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
 
 
-def test_a_decay_of_zero_is_no_missing_one(tmp_path):
-  """It is the parameters themselves."""
+def test_ema_decay_zero_loads_the_parameters_themselves(tmp_path):
+  """A decay of 0.0 is not treated as a missing decay."""
   config = tiny_config(ema_decays=(0.9, 0.0))
   state = save(tmp_path, config)
   assert_same(load_ema(tmp_path, ema_decay=0.0).params, state.ema["0.0"])
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
-def test_sampling_loads_the_average_asked_for(saved, decay, expected):
+def test_load_ema_loads_the_requested_average(saved, decay, expected):
   folder, _, state = saved
   checkpoint = load_ema(folder, ema_decay=decay)
   assert checkpoint.step == 7
@@ -79,21 +79,21 @@ def test_sampling_loads_the_average_asked_for(saved, decay, expected):
   assert_same(checkpoint.params, state.ema[expected])
 
 
-def test_the_config_comes_back_with_the_checkpoint(saved):
+def test_config_is_restored_with_the_checkpoint(saved):
   folder, config, _ = saved
   expected = config.copy_and_resolve_references()
-  expected.sampling.ema_decay = 0.5  # that of the parameters
+  expected.sampling.ema_decay = 0.5  # The decay of the loaded parameters.
   assert load_ema(folder).experiment.settings.to_dict() == expected.to_dict()
 
 
-def test_a_setting_that_came_later_has_its_default():
+def test_setting_missing_from_an_old_config_gets_its_default():
   old = tiny_config().to_dict()
   del old["sampling"]["eta"], old["log_every"]
   settings = Settings.from_dict(old)
   assert (settings.sampling.eta, settings.log_every) == (0.0, 100)
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path):
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
   save(tmp_path, tiny_config(), steps=(1, 2, 3), to_keep=2)
   kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
   assert kept == [2, 3]
@@ -109,9 +109,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     ("ema_decays", (0.9,)),
   ],
 )
-def test_a_run_of_another_kind_is_refused_and_the_difference_named(
-  saved, setting, value
-):
+def test_error_names_the_setting_that_prevents_resuming(saved, setting, value):
   folder, config, state = saved
   other = config.copy_and_resolve_references()
   other.update_from_flattened_dict({setting: value})
@@ -124,7 +122,7 @@ def test_a_run_of_another_kind_is_refused_and_the_difference_named(
   assert name in str(error.value)
 
 
-def test_another_learning_rate_may_go_on(saved):
+def test_run_may_resume_with_another_learning_rate(saved):
   folder, config, state = saved
   other = config.copy_and_resolve_references()
   other.optimizer.learning_rate = 0.5
@@ -133,22 +131,20 @@ def test_another_learning_rate_may_go_on(saved):
   checkpoints.close()
 
 
-def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
+def test_folder_without_checkpoints_is_refused_and_stays_empty(tmp_path):
   with pytest.raises(SettingError, match=r"^path = "):
     load_ema(tmp_path)
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_no_finished_checkpoint_is_refused(tmp_path):
+def test_folder_without_a_finished_checkpoint_is_refused(tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(SettingError, match=r"^path = .*checkpoint"):
     load_ema(tmp_path)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("step", 8), ("ema_decay", 0.7)])
-def test_an_absent_step_or_average_is_refused_with_those_present(
-  saved, argument, value
-):
+def test_error_for_a_missing_step_or_decay_lists_the_saved_ones(saved, argument, value):
   with pytest.raises(SettingError, match=rf"^{argument} = {value}: accepted are"):
     load_ema(saved[0], **{argument: value})
 
@@ -156,7 +152,7 @@ def test_an_absent_step_or_average_is_refused_with_those_present(
 # Damage and failures.
 
 
-def test_what_is_half_written_is_removed_by_the_run_that_saves_and_no_other(tmp_path):
+def test_only_the_saving_run_removes_unfinished_checkpoints(tmp_path):
   config = tiny_config()
   state = save(tmp_path, config)
   half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
@@ -178,7 +174,7 @@ def restore(folder, state, config):
     checkpoints.close()
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(tmp_path, caplog):
+def test_damaged_checkpoint_is_moved_and_the_previous_one_loaded(tmp_path, caplog):
   config = tiny_config()
   state = save(tmp_path, config, steps=(7, 8))
   largest = max(
@@ -194,7 +190,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(tmp_path, ca
   assert aside.name.startswith("8_")
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_trained_on(tmp_path):
+def test_restore_fails_when_every_checkpoint_is_damaged(tmp_path):
   config = tiny_config()
   state = save(tmp_path, config)
   (tmp_path / "checkpoints" / "7" / "checksums.json").unlink()
@@ -204,7 +200,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_trained_on(tmp_path):
 
 
 def failing(monkeypatch, count):
-  """Lets the first `count` saves end in the error of a full disk."""
+  """Makes the first `count` saves fail with the error of a full disk."""
   left = [count]
   original = checksums.write_checksums
 
@@ -225,17 +221,17 @@ def wait_until_it_must_be_retried(checkpoints):
     time.sleep(0.01)
 
 
-def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
+def test_failed_save_is_retried_after_a_pause(tmp_path, monkeypatch):
   failing(monkeypatch, 1)
   monkeypatch.setattr(retries, "FIRST_PAUSE", 1)
   config = tiny_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
   assert checkpoints.save(1, state, config.to_dict())
-  wait_until_it_must_be_retried(checkpoints)  # the failure is there, to be said
+  wait_until_it_must_be_retried(checkpoints)  # The first save has failed.
   start = time.monotonic()
   assert not checkpoints.save(2, state, config.to_dict(), again=True)
-  # A save that is due waits as well.
+  # A scheduled save waits for the pause too.
   assert not checkpoints.save(3, state, config.to_dict())
   wait_until_it_must_be_retried(checkpoints)
   assert time.monotonic() - start > 0.9
@@ -245,7 +241,7 @@ def test_a_save_that_fails_is_tried_again_after_a_pause(tmp_path, monkeypatch):
   assert checksums.damage(tmp_path / "checkpoints" / "4") is None
 
 
-def test_the_last_save_is_tried_until_it_is_whole(tmp_path, monkeypatch):
+def test_last_save_is_retried_until_it_succeeds(tmp_path, monkeypatch):
   failing(monkeypatch, 2)
   config = tiny_config()
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
@@ -254,7 +250,7 @@ def test_the_last_save_is_tried_until_it_is_whole(tmp_path, monkeypatch):
   assert checksums.damage(tmp_path / "checkpoints" / "1") is None
 
 
-def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
+def test_max_failures_failed_saves_raise_save_error(tmp_path, monkeypatch):
   failing(monkeypatch, 9)
   config = tiny_config()
   state = make_state(config)
@@ -264,7 +260,7 @@ def test_saves_that_fail_too_often_stop_the_run(tmp_path, monkeypatch):
   checkpoints.close()
 
 
-def test_checkpoints_of_multiples_are_kept_besides_the_last(tmp_path):
+def test_keep_every_keeps_multiples_besides_the_latest(tmp_path):
   config = tiny_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 1, keep_every=4)
