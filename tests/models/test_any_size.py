@@ -1,4 +1,4 @@
-"""What holds at every size, also those of which no output is recorded."""
+"""Properties of the network at random sizes, for which no outputs are recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = reference.FORWARD_TOLERANCE
 
 @functools.cache
 def draw(case):
-  """A network of random size, and inputs: heads, patch 4 or 8, an odd grid, decode."""
+  """(model, params, inputs, noise) of random size: patch 4 or 8, an odd grid."""
   rng = np.random.default_rng(case)
   variant = ("MDT", "MDTv2")[case % 2]
   depth = int(rng.integers(3, 8))
@@ -53,7 +53,7 @@ def draw(case):
 
 @functools.cache
 def forward(case, num_keep=None, unroll=1):
-  """A compiled function of the mask's noise."""
+  """Returns the compiled forward pass as a function of the mask's noise."""
   model, params, inputs, _ = draw(case)
   model = model.clone(unroll=unroll)
 
@@ -70,8 +70,8 @@ def half(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mask_of_ratio_zero_gives_the_unmasked_pass(case):
-  """Whatever the order it puts the tokens in; the side block changes none of them."""
+def test_mask_of_ratio_zero_matches_the_unmasked_pass(case):
+  """The order of the kept tokens has no effect. The side block replaces no token."""
   model, _, _, noise = draw(case)
   full = np.asarray(forward(case)(noise))
   masked = forward(case, model.num_tokens)(noise)
@@ -99,8 +99,8 @@ def test_permuted_noise_permutes_the_mask(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_order_of_the_kept_tokens_does_not_matter(case):
-  """The output is a function of which tokens are hidden alone."""
+def test_order_of_the_kept_tokens_does_not_matter(case):
+  """The output depends only on the set of hidden tokens."""
   noise = draw(case)[3]
   ranks = noise.argsort(axis=1).argsort(axis=1)
   # The same tokens are kept, in the opposite order.
@@ -113,7 +113,7 @@ def test_the_order_of_the_kept_tokens_does_not_matter(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_hiding_tokens_changes_the_output(case):
-  """Else the tests above would pass for a network that takes no notice."""
+  """Otherwise, a network that ignores the mask would pass the tests above."""
   noise = draw(case)[3]
   full = np.asarray(forward(case)(noise))
   assert (

@@ -1,4 +1,4 @@
-"""Attention and its written-out gradient, against jax.nn.dot_product_attention."""
+"""Attention and its custom gradient, compared with jax.nn.dot_product_attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from mdt_jax.models.attention import attention
 
-SHAPE = (3, 20, 2, 8)  # images, tokens, heads, width of a head
+SHAPE = (3, 20, 2, 8)  # Images, tokens, heads, width of a head.
 
 
 def inputs(bias_batch: int, dtype: str = "float32") -> list[jax.Array | None]:
@@ -39,7 +39,7 @@ def standard(query, key, value, bias):
 
 
 @pytest.mark.parametrize("bias_batch", [0, 1, SHAPE[0]])
-def test_equals_dot_product_attention(bias_batch):
+def test_attention_matches_dot_product_attention(bias_batch):
   arguments = inputs(bias_batch)
   found = value_and_gradients(attention, arguments)
   expected = value_and_gradients(standard, arguments)
@@ -49,7 +49,7 @@ def test_equals_dot_product_attention(bias_batch):
     np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(b).max()))
 
 
-def test_bfloat16_is_as_exact_as_its_rounding():
+def test_bfloat16_attention_is_exact_up_to_rounding():
   arguments = inputs(1, "bfloat16")
   found = value_and_gradients(attention, arguments)
   exact = [None if x is None else x.astype(jnp.float32) for x in arguments]

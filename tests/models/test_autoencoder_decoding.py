@@ -1,4 +1,4 @@
-"""Decoding in slices and in tiles against decoding all at once."""
+"""Decoding in slices and in tiles, compared with decoding the whole batch at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mdt_jax.models.autoencoder_kl import decode
 from tests import reference
 from tests.models.test_autoencoder_kl import ROUNDING, recorded, rms_error, vae
 
-# In slices
+# Slices.
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def five_latents():
 
 
 @pytest.mark.parametrize("slice_size", [1, 2, 5, 8])
-def test_slices_are_close_to_the_whole(slice_size):
+def test_decoding_in_slices_is_close_to_one_batch(slice_size):
   model, params = vae("vae_no_quant")
   sliced = decode_in_slices(model, params, five_latents(), slice_size)
   whole = np.asarray(decode(model, params, five_latents()))
@@ -35,8 +35,8 @@ def test_slices_are_close_to_the_whole(slice_size):
 
 
 @pytest.mark.parametrize("slice_size", [1, 2])
-def test_slices_are_what_decode_makes_of_each(slice_size):
-  """To the bit; another batch size is another convolution to XLA."""
+def test_each_slice_equals_decode_bit_for_bit(slice_size):
+  """The batch sizes must agree: XLA compiles another convolution for another size."""
   model, params = vae("vae_no_quant")
   z = five_latents()
   parts = [z[i : i + slice_size] for i in range(0, len(z), slice_size)]
@@ -45,12 +45,12 @@ def test_slices_are_what_decode_makes_of_each(slice_size):
   np.testing.assert_array_equal(sliced, expected)
 
 
-def test_slice_of_nothing_is_refused():
+def test_slice_size_zero_is_refused():
   with pytest.raises(SettingError, match="slice_size = 0: "):
     decode_in_slices(*vae("vae_no_quant"), five_latents(), slice_size=0)
 
 
-# In tiles
+# Tiles.
 
 
 @functools.cache
@@ -70,25 +70,25 @@ def in_tiles(tile_size, overlap):
   return np.asarray(decode_in_tiles(model, params, large_latents(), tile_size, overlap))
 
 
-def test_one_tile_is_the_whole():
+def test_single_tile_equals_decode():
   np.testing.assert_array_equal(in_tiles(24, 8), large_whole())
 
 
-def test_tiles_are_close_to_the_whole():
-  """GroupNorm sees one tile, and its edges are padded: not equal."""
+def test_decoding_in_tiles_is_close_to_decode():
+  """They are not equal: GroupNorm sees one tile, and the tile's edges are padded."""
   assert in_tiles(16, 8).shape == large_whole().shape
   assert rms_error(in_tiles(16, 8), large_whole()) < 0.1
 
 
-def test_overlap_lessens_the_difference():
+def test_larger_overlap_reduces_the_difference():
   errors = [rms_error(in_tiles(16, overlap), large_whole()) for overlap in (0, 4, 8)]
   assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
 
 
-def test_pixel_of_one_tile_alone_is_that_of_the_tile():
+def test_pixels_outside_the_overlap_equal_their_tile():
   model, params = vae("vae_no_quant")
   corner = np.asarray(decode(model, params, large_latents()[:, :16, :16]))
-  # The second tiles start at 8 and at 4, in latents.
+  # The second tiles start at latents 8 and 4.
   error = reference.relative_error(in_tiles(16, 8)[:, :16, :8], corner[:, :16, :8])
   assert error < ROUNDING
 
@@ -105,7 +105,9 @@ def test_pixel_of_one_tile_alone_is_that_of_the_tile():
     (9, 8, 7, [0, 1]),
   ],
 )
-def test_tiles_cover_the_axis(length, tile_size, overlap, starts):
+def test_tiles_cover_the_axis_with_weights_that_sum_to_one(
+  length, tile_size, overlap, starts
+):
   actual, weights = _tiles(length, tile_size, overlap, factor=2)
   assert actual.tolist() == starts
   assert weights.shape == (len(starts), 2 * min(length, tile_size))
@@ -115,7 +117,7 @@ def test_tiles_cover_the_axis(length, tile_size, overlap, starts):
   np.testing.assert_allclose(sums, 1, rtol=1e-6)
 
 
-def test_tiles_fade_linearly_over_their_overlap():
+def test_tile_weights_fade_linearly_over_the_overlap():
   _, weights = _tiles(24, 16, 8, factor=1)
   fade = (np.arange(8) + 0.5) / 8
   np.testing.assert_allclose(weights[0], [1] * 8 + list(1 - fade), rtol=1e-6)
@@ -123,6 +125,6 @@ def test_tiles_fade_linearly_over_their_overlap():
 
 
 @pytest.mark.parametrize("overlap", [-1, 16, 17])
-def test_overlap_that_leaves_nothing_is_refused(overlap):
+def test_invalid_overlap_is_refused(overlap):
   with pytest.raises(SettingError, match=f"overlap = {overlap}: "):
     in_tiles(16, overlap)

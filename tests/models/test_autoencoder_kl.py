@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers'."""
+"""AutoencoderKL, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests import reference
 # Four levels with attention, and two levels without it and without 1x1 convolutions.
 FIXTURES = ("vae", "vae_no_quant")
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
-ROUNDING = 1e-5  # of one network compiled for two batch sizes
+ROUNDING = 1e-5  # Difference of one network compiled for two batch sizes.
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def rms_error(actual, expected):
   return float(np.sqrt(np.mean((actual - expected) ** 2) / np.var(expected)))
 
 
-# The network
+# The network.
 
 
 @pytest.mark.parametrize("moment", ["mean", "logvar"])
@@ -74,7 +74,7 @@ def test_decode_matches_reference(name):
 
 
 def test_bfloat16_is_close_to_float32():
-  """As close as diffusers' own bfloat16 on these random weights: 0.04."""
+  """The error of diffusers in bfloat16 is 0.04 on these random weights."""
   actual = encoded("vae", jnp.bfloat16) | {"decoded": decoded("vae", jnp.bfloat16)}
   errors = {key: rms_error(actual[key], recorded("vae", key)) for key in actual}
   assert max(errors.values()) < 0.05, errors
@@ -103,7 +103,7 @@ def test_log_variance_is_clipped():
   assert set(np.unique(logvar[..., :-1])) == {high}
 
 
-def test_stable_diffusion_has_its_published_size():
+def test_default_has_the_parameter_count_of_stable_diffusion():
   leaves = jax.tree.leaves(abstract_vae_params(AutoencoderKL()))
   assert sum(leaf.size for leaf in leaves) == 83_653_863
 
@@ -118,7 +118,7 @@ def test_stable_diffusion_has_its_published_size():
     dict(in_channels=1, out_channels=2, mid_block_attention=False),
   ],
 )
-def test_shapes_of_any_config(changes):
+def test_encode_and_decode_have_the_expected_shapes(changes):
   model = AutoencoderKL(**{**SMALL, **changes})
   params = abstract_vae_params(model)
   images = jax.ShapeDtypeStruct((3, 16, 24, model.in_channels), jnp.float32)
@@ -154,6 +154,6 @@ def test_unscale_is_the_inverse_of_scale():
     ("shift_factor", "0"),
   ],
 )
-def test_attributes_of_no_network_are_named(name, value):
+def test_error_names_an_invalid_attribute(name, value):
   with pytest.raises(SettingError, match=f"{name} = "):
     AutoencoderKL(**{**SMALL, name: value}).check()

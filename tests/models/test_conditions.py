@@ -1,4 +1,4 @@
-"""Conditions: what a network is told about an example, and how that is dropped."""
+"""Conditions: labels, label dropout, the null label, custom conditions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = jnp.arange(64, dtype=jnp.int32) % 10
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_each_pass_drops_labels_by_the_formula(count, dropout):
+def test_each_pass_drops_labels_with_bernoulli_draws(count, dropout):
   key = jax.random.key(4)
   dropped = LabelCondition(10, dropout).drop(key, LABELS, count)
   copies = jnp.stack([LABELS] * count, axis=1)
@@ -42,13 +42,13 @@ def test_passes_drop_labels_independently():
   assert (dropped[:, 0] != dropped[:, 1]).any()
 
 
-def test_the_labels_of_a_batch_are_its_condition():
+def test_label_condition_reads_the_labels_of_the_batch():
   batch = {"image": jnp.zeros((64, 8, 8, 4)), "label": LABELS}
   np.testing.assert_array_equal(LabelCondition(10, 0.1).of_batch(batch), LABELS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
-def test_labels_that_are_no_integers_are_refused(dtype):
+def test_labels_that_are_not_integers_are_refused(dtype):
   condition, labels = LabelCondition(10, 0.1), jnp.zeros((4,), dtype)
   with pytest.raises(ValueError, match=dtype):
     condition.of_batch({"label": labels})
@@ -57,42 +57,42 @@ def test_labels_that_are_no_integers_are_refused(dtype):
 
 
 @pytest.mark.parametrize(("dropout", "rows"), [(0.1, 11), (0.0, 10)])
-def test_the_null_row_exists_where_labels_are_dropped(dropout, rows):
+def test_label_table_has_a_null_row_only_with_dropout(dropout, rows):
   model = create_model("MDTv2-S/2", **TINY, label_dropout=dropout)
   assert abstract_params(model)["label_embed"]["table"].shape == (rows, 16)
 
 
-def test_the_null_label_is_the_number_of_classes():
+def test_null_label_is_num_classes():
   np.testing.assert_array_equal(LabelCondition(10, 0.1).null_like(LABELS), 10)
 
 
-def test_there_is_no_null_label_without_dropout():
+def test_null_label_is_refused_without_dropout():
   with pytest.raises(ValueError, match="label_dropout"):
     LabelCondition(10, 0.0).null_like(LABELS)
 
 
-def test_pictures_during_training_go_through_the_classes():
+def test_choose_cycles_through_the_classes():
   np.testing.assert_array_equal(LabelCondition(3, 0.1).choose(5), [0, 1, 2, 0, 1])
 
 
-def test_an_unknown_condition_is_refused():
+def test_unknown_condition_is_refused():
   with pytest.raises(SettingError, match="text") as error:
     create_condition("text", num_classes=10, dropout=0.1)
   assert error.value.setting == "condition"
 
 
-def test_a_network_is_conditioned_on_labels_by_default():
+def test_network_is_conditioned_on_labels_by_default():
   model = create_model("MDTv2-S/2", **TINY, label_dropout=0.2)
   assert model.conditioning == LabelCondition(10, 0.2)
 
 
 @pytest.mark.parametrize("condition", [None, "label"])
-def test_labels_leave_the_attribute_as_in_old_checkpoints(condition):
+def test_label_condition_is_stored_as_none(condition):
   assert create_model("MDTv2-S/2", condition=condition).condition is None
 
 
 @pytest.mark.parametrize("condition", ["text", 3])
-def test_a_network_of_an_unknown_condition_is_refused(condition):
+def test_create_model_refuses_an_unknown_condition(condition):
   with pytest.raises(SettingError) as error:
     create_model("MDTv2-S/2", condition=condition)
   assert (error.value.setting, error.value.value) == ("condition", condition)
@@ -100,7 +100,7 @@ def test_a_network_of_an_unknown_condition_is_refused(condition):
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(Condition):
-  """Labels counted from 1: a condition of one's own."""
+  """A custom condition: labels count from 1, and 0 is the null label."""
 
   num_classes: int
   dropout: float
@@ -126,20 +126,20 @@ class Shifted(Condition):
     return np.ones((count,), np.int32)
 
 
-def test_a_network_embeds_the_condition_that_it_is_given():
+def test_network_uses_the_embedder_of_a_custom_condition():
   model = create_model("MDTv2-S/2", **TINY, condition=Shifted(4, 0.1))
   params = abstract_params(model)
   assert params["shifted_embed"]["table"].shape == (6, 16)
   assert "label_embed" not in params
 
 
-def test_a_condition_is_found_by_name(monkeypatch):
+def test_registered_condition_is_found_by_name(monkeypatch):
   monkeypatch.setitem(CONDITIONS, "shifted", Shifted)
   model = create_model("MDTv2-S/2", **TINY, label_dropout=0.3, condition="shifted")
   assert model.condition == Shifted(10, 0.3)
 
 
-def test_a_network_with_a_condition_is_hashable():
-  """So that it can be a static argument of jax.jit."""
+def test_network_with_a_condition_is_hashable():
+  """It can be a static argument of jax.jit."""
   model = create_model("MDTv2-S/2", **TINY, condition=Shifted(4, 0.1))
   assert hash(model) == hash(model.clone())

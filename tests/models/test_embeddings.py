@@ -1,4 +1,4 @@
-"""Embeddings and position indices, against definitions written as loops."""
+"""Embeddings and position indices, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mdt_jax.models.mdt import FinalLayer
 
 @pytest.mark.parametrize("grid", [1, 2, 5])
 @pytest.mark.parametrize("width", [4, 12, 64])
-def test_positions_are_sines_and_cosines_of_column_then_row(width, grid):
+def test_sincos_positions_match_their_definition(width, grid):
   expected = np.zeros((grid * grid, width))
   for token in range(grid * grid):
     row, column = token // grid, token % grid
@@ -40,7 +40,7 @@ def test_positions_are_sines_and_cosines_of_column_then_row(width, grid):
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 6])
-def test_relative_positions_index_the_table_by_offset_of_query_from_key(grid):
+def test_relative_position_index_matches_its_definition(grid):
   side = 2 * grid - 1
   expected = [
     [
@@ -54,7 +54,7 @@ def test_relative_positions_index_the_table_by_offset_of_query_from_key(grid):
 
 
 @pytest.mark.parametrize("grid", [1, 4])
-def test_relative_positions_leave_the_last_three_rows_of_the_table_out(grid):
+def test_relative_position_index_skips_the_last_three_rows(grid):
   index = relative_position_index(grid)
   assert set(index.ravel()) == set(range((2 * grid - 1) ** 2))
 
@@ -63,16 +63,16 @@ def test_relative_positions_leave_the_last_three_rows_of_the_table_out(grid):
 
 
 @pytest.mark.parametrize("t", [0, 1, 37, 500, 999, 0.5, 333.25, 998.999])
-def test_timesteps_are_cosines_then_sines_of_128_frequencies(t):
+def test_timestep_frequencies_match_their_definition(t):
   angles = [t * 10000 ** (-i / 128) for i in range(128)]
   expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
-  # Frequencies in float32 are off by 3e-8 of themselves, their angles by 3e-5.
+  # The relative error of float32 frequencies is 3e-8, so angles are off by 3e-5.
   actual = timestep_frequencies(jnp.array([t]))[0]
   np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
-def test_timesteps_of_any_type_are_embedded_alike(dtype):
+def test_timestep_dtype_does_not_change_the_embedding(dtype):
   t = jnp.array([0, 7, 250], dtype)
   expected = timestep_frequencies(jnp.array([0.0, 7.0, 250.0]))
   np.testing.assert_array_equal(timestep_frequencies(t), expected)
@@ -88,13 +88,13 @@ def dropped(rate):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_labels_are_dropped_at_the_rate(rate):
+def test_labels_are_dropped_at_the_given_rate(rate):
   _, labels = dropped(rate)
   np.testing.assert_allclose((labels == 7).mean(), rate, atol=0.01)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
-def test_labels_that_are_not_dropped_stay(rate):
+def test_labels_that_are_not_dropped_are_unchanged(rate):
   labels, after = dropped(rate)
   assert ((after == labels) | (after == 7)).all()
 
@@ -104,13 +104,13 @@ def test_no_label_is_dropped_at_rate_zero():
 
 
 @pytest.mark.parametrize(("dropout", "rows"), [(0.1, 8), (0.0, 7)])
-def test_the_table_has_a_null_row_where_labels_are_dropped(dropout, rows):
+def test_table_has_a_null_row_only_with_label_dropout(dropout, rows):
   embed = LabelEmbed(num_classes=7, hidden_size=4, dropout=dropout)
   params = embed.init(jax.random.key(0), jnp.array([0]))["params"]
   assert params["table"].shape == (rows, 4)
 
 
-def test_labels_are_kept_outside_training():
+def test_labels_are_not_dropped_outside_training():
   embed = LabelEmbed(num_classes=7, hidden_size=4, dropout=0.999)
   table = jnp.arange(32.0).reshape(8, 4)
   labels = jnp.array([0, 6, 7])
@@ -124,7 +124,7 @@ def test_labels_are_kept_outside_training():
 @pytest.mark.parametrize(
   ("patch", "channels", "shape"), [(1, 4, (3, 3)), (2, 1, (4, 6)), (4, 3, (8, 4))]
 )
-def test_patch_embedding_is_a_convolution_of_the_patch_s_stride(patch, channels, shape):
+def test_patch_embedding_equals_a_strided_convolution(patch, channels, shape):
   rng = np.random.default_rng(0)
   images = rng.standard_normal((2, *shape, channels)).astype(np.float32)
   kernel = rng.standard_normal((patch, patch, channels, 5)).astype(np.float32)
@@ -142,11 +142,11 @@ def test_patch_embedding_is_a_convolution_of_the_patch_s_stride(patch, channels,
 
 
 @pytest.mark.parametrize(("patch", "channels"), [(1, 4), (2, 3), (4, 1)])
-def test_the_final_layer_puts_each_token_s_patch_in_its_place(patch, channels):
+def test_final_layer_places_each_patch_at_its_token(patch, channels):
   grid, width = 3, patch * patch * channels
   rng = np.random.default_rng(0)
   tokens = rng.standard_normal((2, grid * grid, width)).astype(np.float32)
-  params = {  # LayerNorm, then the identity
+  params = {  # LayerNorm, then the identity.
     "modulation": {"linear": {"kernel": np.zeros((width, 2 * width)), "bias": 0.0}},
     "linear": {"kernel": np.eye(width), "bias": np.zeros(width)},
   }

@@ -1,3 +1,5 @@
+"""FLOPs by formula, compared with the products in the traced program."""
+
 import math
 
 import jax
@@ -11,7 +13,7 @@ from mdt_jax.models.masking import random_token_mask
 
 
 def product_flops(jaxpr):
-  """2 x the elements of the result x the length of the sums, of all products."""
+  """Sum over all dot products of 2 x result elements x length of the contraction."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
@@ -51,19 +53,19 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("MDTv2-S/4", dict(depth=6, decode_depth=2, learn_sigma=False), 3),
   ],
 )
-def test_flops_are_those_of_the_products_in_the_program(name, sizes, num_keep):
+def test_forward_flops_match_the_traced_program(name, sizes, num_keep):
   model = mdt_jax.create_model(name, **{**SMALL, **sizes})
   assert flops.forward_flops(model, num_keep) == traced_flops(model, num_keep)
 
 
-def test_a_step_is_three_forwards_of_each_pass():
+def test_training_step_costs_three_forwards_of_each_pass():
   model = mdt_jax.create_model("MDTv2-S/2")
   both = flops.forward_flops(model) + flops.forward_flops(model, 160)
   assert flops.train_flops(model, 160) == 3 * both
   assert flops.train_flops(model) == 3 * flops.forward_flops(model)
 
 
-def test_mdtv2_xl_is_the_size_that_papers_give():
-  """DiT-XL/2 is 118.6 GFLOPs in its paper, counting a multiply and add as one."""
+def test_dit_xl_flops_match_its_paper():
+  """The paper gives 118.6 GFLOPs, where a multiply-add counts as one operation."""
   model = mdt_jax.create_model("DiT-XL/2")
   assert flops.forward_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)

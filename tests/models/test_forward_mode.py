@@ -1,4 +1,4 @@
-"""Networks that jax.jvp differentiates: `forward_mode`."""
+"""`forward_mode`: networks that support jax.jvp."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CASES = [
 ]
 KEYS = jax.random.split(jax.random.key(0), 3)
 X, V = (jax.random.normal(key, (2, 8, 8, 4)) for key in KEYS[:2])
-# Small times: float32 rounds the sinusoids of large ones too coarsely for differences.
+# Small times, as float32 rounds the sinusoids of large times too coarsely for finite
+# differences.
 T, V_T = jnp.array([3.0, 7.5]), jnp.array([0.5, -1.0])
 Y = jnp.array([1, 2])
 MASK = random_token_mask(KEYS[2], 2, 16, 6)
@@ -51,7 +52,7 @@ def make(variant, forward_mode, **attributes):
 
 
 def function_of(model, masked):
-  """(x, t) -> output."""
+  """Returns the function (x, t) -> output."""
   params, mask = params_of(model.variant), MASK if masked else None
   return lambda x, t: model.apply({"params": params}, x, t, Y, mask)
 
@@ -64,7 +65,7 @@ def derivative(variant, masked, **attributes):
 
 
 @pytest.mark.parametrize(("variant", "masked"), CASES)
-def test_jvp_equals_finite_differences(variant, masked):
+def test_jvp_matches_finite_differences(variant, masked):
   f, step = jax.jit(function_of(make(variant, False), masked)), 1e-2
   after, before = (f(X + h * V, T + h * V_T) for h in (step, -step))
   difference = np.asarray(after - before) / (2 * step)
@@ -74,7 +75,7 @@ def test_jvp_equals_finite_differences(variant, masked):
 
 
 @pytest.mark.parametrize(("variant", "masked"), CASES)
-def test_jvp_equals_the_pullback_of_the_pullback(variant, masked):
+def test_jvp_matches_double_vjp(variant, masked):
   f = function_of(make(variant, False), masked)
 
   @jax.jit
@@ -90,13 +91,13 @@ def test_jvp_equals_the_pullback_of_the_pullback(variant, masked):
 
 @pytest.mark.parametrize("unroll", [1, -1])
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_jvp_holds_for_recomputed_and_unrolled_blocks(remat, unroll):
+def test_jvp_does_not_depend_on_remat_and_unroll(remat, unroll):
   _, found = derivative("MDTv2", True, remat=remat, unroll=unroll)
   _, expected = derivative("MDTv2", True)
   assert reference.relative_error(found, np.asarray(expected)) < 1e-5
 
 
-def test_jvp_has_no_rule_without_forward_mode():
+def test_jvp_fails_without_forward_mode():
   with pytest.raises(TypeError, match="forward-mode"):
     jax.jvp(function_of(make("MDT", False), False), (X, T), (V, V_T))
 
@@ -118,7 +119,7 @@ def gradient(variant, forward_mode):
 
 
 @pytest.mark.parametrize("variant", DEPTHS)
-def test_reverse_gradients_are_those_of_the_default(variant):
+def test_forward_mode_does_not_change_reverse_gradients(variant):
   found, expected = gradient(variant, True), gradient(variant, False)
   largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(expected))
   jax.tree.map(
@@ -127,7 +128,7 @@ def test_reverse_gradients_are_those_of_the_default(variant):
 
 
 @pytest.mark.parametrize("variant", DEPTHS)
-def test_jvp_along_parameters_is_the_product_with_the_gradient(variant):
+def test_jvp_along_parameters_matches_the_gradient(variant):
   model = make(variant, True)
   along = reference.random_params(model, seed=1)
   function = functools.partial(loss, model=model)
@@ -138,7 +139,7 @@ def test_jvp_along_parameters_is_the_product_with_the_gradient(variant):
   assert abs(float(tangent) - parts.sum()) < 1e-5 * abs(parts).sum()
 
 
-def test_plain_attention_equals_attention_bit_by_bit():
+def test_plain_attention_equals_attention_bit_for_bit():
   keys = jax.random.split(jax.random.key(0), 4)
   arguments = [jax.random.normal(key, (3, 20, 2, 8)) for key in keys[:3]]
   bias = jax.random.normal(keys[3], (1, 2, 20, 20))

@@ -1,4 +1,4 @@
-"""The Inception of 2015 against pytorch-fid's, from pixels to features."""
+"""The Inception network of 2015, compared with pytorch-fid from pixels to features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_features_match_reference(name, recorded):
   reference.assert_matches(f"Inception, {name}", features()[name], expected, TOLERANCE)
 
 
-def test_sizes_are_those_of_the_published_scores():
+def test_feature_sizes_match_the_published_scores():
   shapes = {name: array.shape for name, array in features().items()}
   assert shapes == {"pool3": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}
   assert (NUM_FEATURES, NUM_SPATIAL, NUM_CLASSES) == (2048, 2023, 1008)

@@ -1,6 +1,6 @@
-"""A fresh network: drawn as the released code draws it, and silent at first.
+"""Initial parameters: the distributions of the released code, and zero output.
 
-DESIGN.md, points 1 to 3. Each tensor of each variant falls under one rule.
+Every tensor of every variant has exactly one initialization rule.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SIZES = dict(
   mlp_ratio=MLP,
   num_classes=100,
 )
-# Two layers or three in every stack.
+# Every stack has two or three layers.
 MODELS = {
   "DiT": MDT(variant="DiT", depth=3, **SIZES),
   "MDT": MDT(variant="MDT", depth=5, decode_depth=2, **SIZES),
   "MDTv2": MDT(variant="MDTv2", depth=7, decode_depth=3, **SIZES),
 }
 
-# The end of a parameter's path -> (fan in, fan out): Xavier uniform.
+# Xavier uniform: the end of a parameter's path -> (fan in, fan out).
 FANS = {
   "patch_embed/linear/kernel": (PATCH * PATCH * CHANNELS, WIDTH),
   "attention/qkv/kernel": (WIDTH, 3 * WIDTH),
@@ -54,13 +54,13 @@ NORMAL = (
   "relative_position_bias",
 )
 ZERO = ("/bias", "modulation/linear/kernel", "final_layer/linear/kernel")
-POSITIONS = ("pos_embed",)  # and decode_pos_embed
-NUM_STDS = 4  # of an estimate, by which it may be off
+POSITIONS = ("pos_embed",)  # Also matches decode_pos_embed.
+NUM_STDS = 4  # Accepted deviation of an estimate, in standard errors.
 
 
 @functools.cache
 def fresh(variant):
-  """path -> array."""
+  """Maps the path of each initial parameter to its array."""
   params = jax.jit(init_params, static_argnums=0)(MODELS[variant], jax.random.key(0))
   return jax.tree.map(np.asarray, flax.traverse_util.flatten_dict(params, sep="/"))
 
@@ -70,7 +70,7 @@ def paths_of(variant):
 
 
 def rule_of(path):
-  if path.endswith(NORMAL):  # before FANS: the timestep MLP has layers fc1 and fc2
+  if path.endswith(NORMAL):  # Before FANS, as the timestep MLP has fc1 and fc2 too.
     return "normal"
   for rule, ends in (("zero", ZERO), ("xavier", FANS), ("positions", POSITIONS)):
     if path.endswith(tuple(ends)):
@@ -79,7 +79,7 @@ def rule_of(path):
 
 
 def tensors(*rules):
-  """(variant, path) of all tensors under these rules."""
+  """Parametrizes a test over (variant, path) of all tensors with these rules."""
   return pytest.mark.parametrize(
     ("variant", "path"),
     [
@@ -92,7 +92,7 @@ def tensors(*rules):
 
 
 def layers_of(variant, path):
-  """The tensors of the released code that one of ours is made of."""
+  """The tensors of a stack, one for each layer, as in the released code."""
   array = fresh(variant)[path]
   return array if "blocks/" in path else array[None]
 
@@ -110,7 +110,7 @@ def bound_of(path):
     ("MDTv2", dict(zero=33, xavier=19, normal=8, positions=2)),
   ],
 )
-def test_each_rule_has_its_tensors(variant, counts):
+def test_each_rule_covers_the_expected_number_of_tensors(variant, counts):
   rules = [rule_of(path) for path in paths_of(variant)]
   assert {rule: rules.count(rule) for rule in counts} == counts
 
@@ -126,10 +126,10 @@ def test_biases_modulations_and_the_last_layer_are_zero(variant, path):
 
 
 @tensors("xavier")
-def test_linear_layers_have_their_fans(variant, path):
+def test_linear_layers_have_the_expected_shapes(variant, path):
   fans = next(fans for end, fans in FANS.items() if path.endswith(end))
   shapes = {layer.shape for layer in layers_of(variant, path)}
-  # Attention has an axis of heads, behind the width or before it.
+  # Attention kernels have an axis for the heads.
   if path.endswith("qkv/kernel"):
     assert shapes == {(WIDTH, 3, HEADS, WIDTH // HEADS)}
   elif path.endswith("proj/kernel"):
@@ -139,19 +139,19 @@ def test_linear_layers_have_their_fans(variant, path):
 
 
 @tensors("xavier")
-def test_each_linear_layer_keeps_the_xavier_bound(variant, path):
+def test_linear_layers_stay_within_the_xavier_bound(variant, path):
   for layer in layers_of(variant, path):
     assert np.abs(layer).max() <= bound_of(path)
 
 
 @tensors("xavier")
-def test_each_linear_layer_reaches_the_xavier_bound(variant, path):
+def test_linear_layers_reach_the_xavier_bound(variant, path):
   for layer in layers_of(variant, path):
     assert np.abs(layer).max() > (1 - 10 / layer.size) * bound_of(path)
 
 
 @tensors("xavier")
-def test_each_linear_layer_has_the_std_of_a_uniform_draw(variant, path):
+def test_linear_layers_have_the_std_of_a_uniform_distribution(variant, path):
   for layer in layers_of(variant, path):
     off = NUM_STDS * math.sqrt(0.2 / layer.size)
     assert layer.std() == pytest.approx(bound_of(path) / math.sqrt(3), rel=off)
@@ -172,7 +172,7 @@ def test_tables_and_timestep_mlp_have_mean_zero(variant, path):
 
 @tensors("normal")
 def test_tables_and_timestep_mlp_have_normal_tails(variant, path):
-  """Of a normal draw 4.6 % lies past two stds, of a uniform one nothing."""
+  """4.6 % of a normal distribution is beyond two standard deviations."""
   array = fresh(variant)[path]
   share, size = 0.0455, array.size
   off = NUM_STDS * math.sqrt(share / size)
@@ -180,20 +180,20 @@ def test_tables_and_timestep_mlp_have_normal_tails(variant, path):
 
 
 @pytest.mark.parametrize("variant", ["MDT", "MDTv2"])
-def test_bias_table_has_three_rows_beyond_those_read(variant):
+def test_bias_table_has_three_unused_rows(variant):
   table = fresh(variant)["side_block/attention/relative_position_bias"]
   assert table.shape == ((2 * GRID - 1) ** 2 + 3, HEADS)
 
 
 @tensors("xavier", "normal")
-def test_each_layer_of_a_stack_has_its_own_draw(variant, path):
+def test_layers_of_a_stack_are_uncorrelated(variant, path):
   for first, second in itertools.combinations(layers_of(variant, path), 2):
     correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
     assert abs(correlation) < NUM_STDS / math.sqrt(first.size)
 
 
 @pytest.mark.parametrize("variant", MODELS)
-def test_no_two_tensors_have_the_same_draw(variant):
+def test_no_two_tensors_share_random_numbers(variant):
   starts = [
     tuple(layer.ravel()[:8] / layer.std())
     for path in paths_of(variant)
@@ -210,7 +210,7 @@ def test_positions_start_as_sines_and_cosines(variant, path):
 
 
 @pytest.mark.parametrize("variant", ["MDT", "MDTv2"])
-def test_both_tables_of_positions_start_equal(variant):
+def test_both_position_tables_start_equal(variant):
   params = fresh(variant)
   np.testing.assert_array_equal(params["pos_embed"], params["decode_pos_embed"])
 
@@ -219,7 +219,7 @@ def test_both_tables_of_positions_start_equal(variant):
   ("variant", "masked"),
   [("DiT", False), ("MDT", False), ("MDT", True), ("MDTv2", False), ("MDTv2", True)],
 )
-def test_a_fresh_network_outputs_zeros(variant, masked):
+def test_initial_network_outputs_zeros(variant, masked):
   model = MODELS[variant]
   params = flax.traverse_util.unflatten_dict(fresh(variant), sep="/")
   x = jax.random.normal(jax.random.key(1), (2, GRID * PATCH, GRID * PATCH, CHANNELS))

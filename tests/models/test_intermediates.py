@@ -1,4 +1,4 @@
-"""Outputs of every block and weights of every attention, from `model.apply`."""
+"""Intermediates of `model.apply`: block outputs and attention weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def intermediates(model, masked, capture=True):
 
 @functools.cache
 def blocks_by_hand(variant, masked):
-  """Name of a stack -> outputs of its blocks, which are applied one at a time."""
+  """Maps the name of each stack to the outputs of its blocks, applied one by one."""
   params, found = params_of(variant), {}
   block = Block(num_heads=2, mlp_ratio=4.0, bias_rows=0 if variant == "DiT" else 52)
 
@@ -124,7 +124,7 @@ def blocks_by_hand(variant, masked):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("unroll", [1, -1])
 @pytest.mark.parametrize(("variant", "masked"), CASES)
-def test_the_output_of_every_block_is_captured(variant, masked, unroll, remat):
+def test_output_of_every_block_is_captured(variant, masked, unroll, remat):
   found = intermediates(make(variant, unroll=unroll, remat=remat), masked)
   expected = blocks_by_hand(variant, masked)
   assert {name for name in found if name.endswith(("blocks", "block"))} == set(expected)
@@ -153,7 +153,7 @@ def softmax_by_hand(qkv, table, index):
     ("MDTv2", False, "decode_blocks", 0),
   ],
 )
-def test_attention_sows_its_softmax(variant, masked, stack, layer):
+def test_sown_attention_weights_match_the_softmax(variant, masked, stack, layer):
   found = intermediates(make(variant, sow_attention=True), masked)[stack]["attention"]
   params = params_of(variant)[stack]["attention"]
   table = params.get("relative_position_bias")
@@ -170,7 +170,7 @@ def test_attention_sows_its_softmax(variant, masked, stack, layer):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("unroll", [1, -1])
-def test_attention_weights_need_no_other_intermediates(unroll, remat):
+def test_attention_weights_are_sown_without_other_intermediates(unroll, remat):
   model = make(
     "MDTv2", sow_attention=True, dtype="bfloat16", unroll=unroll, remat=remat
   )
@@ -191,12 +191,12 @@ def test_attention_weights_need_no_other_intermediates(unroll, remat):
     np.testing.assert_allclose(leaf.sum(-1), 1, atol=1e-5)
 
 
-def test_no_attention_weights_are_sown_by_default():
+def test_attention_weights_are_not_sown_by_default():
   assert intermediates(make("MDT"), True, capture=False) == {}
 
 
-def test_attention_is_not_sown_where_intermediates_are_not_mutable():
-  """So that training and sampling with `sow_attention` cost nothing."""
+def test_attention_weights_are_not_sown_when_immutable():
+  """Training and sampling with `sow_attention` therefore have no extra cost."""
 
   def computation(model):
     function = lambda params: model.apply({"params": params}, X, T, Y)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Layers that networks share: linear maps, LayerNorm."""
+"""Layers shared by the networks: linear maps, LayerNorm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mdt_jax.models.layers import layer_norm, linear, product
     ((2, 5, 3, 4), (3, 4, 7), 2),
   ],
 )
-def test_product_and_its_gradients_equal_tensordot(x_shape, kernel_shape, count):
+def test_product_and_its_gradients_match_tensordot(x_shape, kernel_shape, count):
   keys = jax.random.split(jax.random.key(0), 3)
   x = jax.random.normal(keys[0], x_shape)
   kernel = jax.random.normal(keys[1], kernel_shape)
@@ -44,13 +44,13 @@ def test_linear_multiplies_by_the_kernel_and_adds_the_bias():
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_layer_norm_has_a_small_epsilon_and_the_biased_variance():
+def test_layer_norm_uses_epsilon_1e_6_and_the_biased_variance():
   x = np.array([[1e-3, 3e-3, -2e-3, 4e-3]], np.float32)
   expected = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
   np.testing.assert_allclose(layer_norm(jnp.asarray(x)), expected, rtol=1e-5)
 
 
-def test_layer_norm_of_low_precision_is_computed_in_float32():
+def test_layer_norm_of_bfloat16_is_computed_in_float32():
   x = jnp.asarray(100 + np.arange(8.0) / 2, jnp.bfloat16)[None]
   expected = layer_norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
   np.testing.assert_array_equal(layer_norm(x), expected)

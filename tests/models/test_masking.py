@@ -1,4 +1,4 @@
-"""Masks of static length, and the lengths that a run draws."""
+"""Token masks of static length, and KeptLengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import reference
 
 
 @pytest.mark.parametrize("name", reference.MDT_FIXTURES)
-def test_recorded_noise_gives_the_recorded_mask(name):
+def test_mask_of_recorded_noise_matches_reference(name):
   recorded = reference.load(name)
   ids_keep = recorded["ids_keep"]
   mask = token_mask_from_noise(recorded["mask_noise"], ids_keep.shape[1])
@@ -27,7 +27,7 @@ def test_recorded_noise_gives_the_recorded_mask(name):
   np.testing.assert_array_equal(mask.removed, recorded["mask"] == 1)
 
 
-def test_restoring_puts_kept_tokens_back_and_the_mask_token_elsewhere():
+def test_restore_tokens_fills_removed_places_with_the_mask_token():
   mask = random_token_mask(jax.random.key(0), 3, 10, 4)
   tokens = jax.random.normal(jax.random.key(1), (3, 10, 5))
   fill = jnp.arange(5.0)
@@ -60,7 +60,7 @@ CASES = [
   for ratio, width in ((0.3, 0.2), (0.0, 0.2), (0.5, 0.3), (0.75, 0.05), (0.1, 0.02))
   for count, multiple in ((4, 8), (2, 8), (8, 16), (3, 1))
 ] + [
-  # The mean lies at the edge of the range, to rounding.
+  # The mean lies at the edge of the range, up to rounding.
   (length, ratio, width, 4, 8)
   for length, ratio, width in (
     (9, 1 / 9, 1 / 9),
@@ -87,18 +87,18 @@ def test_kept_lengths_have_the_mean_and_range_of_the_released_ratio(
     np.testing.assert_allclose(p @ kept.lengths, mean, atol=2e-3)
 
 
-def test_the_paper_s_lengths_at_256_tokens():
+def test_kept_lengths_of_256_tokens_match_the_paper():
   kept = KeptLengths.create(256, 0.3, 0.2)
   assert kept.lengths == (128, 144, 160, 176)
 
 
 @pytest.mark.parametrize("length", [16, 36, 64, 256, 1024])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.4, 0.45, 0.7])
-def test_v1_keeps_exactly_as_many_as_the_released_code(length, ratio):
+def test_v1_keeps_as_many_tokens_as_the_released_code(length, ratio):
   assert KeptLengths.create(length, ratio).lengths == (int(length * (1 - ratio)),)
 
 
-def test_a_step_always_draws_the_same_length():
+def test_length_depends_only_on_seed_and_step():
   kept = KeptLengths.create(256, 0.3, 0.2)
   forwards = [kept.draw(3, step) for step in range(50)]
   backwards = [kept.draw(3, step) for step in reversed(range(50))]
@@ -110,7 +110,7 @@ def test_seeds_draw_different_lengths():
   assert [kept.draw(0, s) for s in range(50)] != [kept.draw(1, s) for s in range(50)]
 
 
-def test_lengths_are_drawn_as_often_as_they_should_be():
+def test_lengths_are_drawn_with_their_probabilities():
   kept = KeptLengths.create(256, 0.3, 0.2)
   draws = np.array([kept.draw(0, step) for step in range(4000)])
   shares = [(draws == length).mean() for length in kept.lengths]

@@ -1,4 +1,4 @@
-"""The base class of networks, and the check of a network of one's own."""
+"""Network, the base class, and check_network for custom networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = dict(input_size=8, in_channels=3, num_classes=10)
 
 
 class Conv(Network):
-  """An own network."""
+  """A custom network."""
 
   width: int = 8
 
@@ -30,7 +30,7 @@ class Conv(Network):
 
 
 class NoField(Network):
-  """A field without a default after those of the base class."""
+  """A custom network with a field without a default."""
 
   width: int
 
@@ -39,22 +39,22 @@ class NoField(Network):
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
-def test_an_own_network_passes(learn_sigma):
+def test_custom_network_passes(learn_sigma):
   check_network(Conv(**SMALL, learn_sigma=learn_sigma))
 
 
-def test_an_own_field_needs_no_default():
+def test_custom_field_needs_no_default():
   check_network(NoField(width=3, **SMALL))
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "MDT-B/4", "MDTv2-S/8"])
-def test_the_networks_of_the_package_pass(name):
+def test_networks_of_the_package_pass(name):
   model = create_model(name)
   check_network(model)
   assert isinstance(model, Network) and Model is Network
 
 
-def test_an_own_network_has_what_the_package_uses():
+def test_custom_network_inherits_the_attributes_of_network():
   model = Conv(**SMALL)
   assert (model.out_channels, model.num_tokens, model.unroll) == (6, 64, 1)
   assert (model.frozen, model.takes_mask) == ((), False)
@@ -63,7 +63,7 @@ def test_an_own_network_has_what_the_package_uses():
   assert hash(model) == hash(model.clone())
 
 
-def test_the_attributes_of_mdt_keep_their_defaults():
+def test_mdt_attributes_keep_their_defaults():
   fields = {field.name: field.default for field in dataclasses.fields(MDT)}
   assert {name: fields[name] for name in fields if name not in ("parent", "name")} == (
     dict(
@@ -101,7 +101,7 @@ def test_the_attributes_of_mdt_keep_their_defaults():
     ("unroll", 0, "must be -1 (all) or at least 1"),
   ],
 )
-def test_a_bad_attribute_is_refused(attribute, value, accepted):
+def test_invalid_attribute_is_refused(attribute, value, accepted):
   model = Conv(**SMALL | {attribute: value})
   with pytest.raises(SettingError) as error:
     check_network(model)
@@ -146,7 +146,7 @@ SIGNATURE = "expected signature (x, t, y, token_mask=None, train=False)"
     (NoCall, "__call__"),
   ],
 )
-def test_a_network_that_does_not_fit_is_refused_in_one_line(network, part):
+def test_error_for_an_invalid_network_is_one_line(network, part):
   with pytest.raises(SettingError) as error:
     check_network(network(**SMALL))
   assert (error.value.setting, error.value.value) == ("model", network.__name__)
@@ -154,13 +154,13 @@ def test_a_network_that_does_not_fit_is_refused_in_one_line(network, part):
   assert part in line and line.endswith(SIGNATURE) and "\n" not in line
 
 
-def test_a_module_that_is_no_network_is_refused():
+def test_module_that_is_not_a_network_is_refused():
   with pytest.raises(SettingError) as error:
     check_network(nn.Dense(3))
   assert (error.value.setting, error.value.value) == ("model", "Dense")
 
 
-def test_an_own_network_without_an_entry_is_named():
+def test_error_names_a_network_that_is_not_registered():
   with pytest.raises(SettingError) as error:
     network_of(Conv(**SMALL))
   assert (error.value.setting, error.value.value) == ("model", "Conv")

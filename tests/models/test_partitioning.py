@@ -1,4 +1,4 @@
-"""The table of sharding axes fits the parameters of every network, both ways."""
+"""PARAMETER_AXES: each row has a parameter, and each matrix has a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANK_OF_A_MATRIX = 2
 
 @functools.cache
 def ranks(variant):
-  """Path -> rank of one block's parameter, of the smallest preset of a family."""
+  """Maps each parameter path of the smallest preset to its rank in one block."""
   network = NETWORKS[variant]
   params = abstract_params(create_model(next(iter(network.presets))))
   return {
@@ -43,8 +43,8 @@ def test_every_matrix_is_sharded(variant, path):
 
 
 @pytest.mark.parametrize("end", PARAMETER_AXES)
-def test_every_row_of_the_table_is_that_of_a_parameter(end):
-  """A row that another one shadows would never be used, and is stale too."""
+def test_every_row_of_the_table_is_used(end):
+  """A row that an earlier row shadows is unused too."""
   first = {
     next((row for row in PARAMETER_AXES if path.endswith(row)), None)
     for _, path in PARAMETERS
@@ -52,5 +52,5 @@ def test_every_row_of_the_table_is_that_of_a_parameter(end):
   assert end in first
 
 
-def test_a_path_of_no_row_is_replicated():
+def test_parameter_without_a_row_is_replicated():
   assert parameter_axes("blocks/attention/proj/bias") == ()

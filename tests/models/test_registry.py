@@ -1,4 +1,4 @@
-"""Networks by name or by attributes, and the parameters that checkpoints hold."""
+"""create_model: presets, attributes, and the parameters stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,51 +29,51 @@ def test_there_are_36_presets():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_preset_belongs_to_its_network(name):
+def test_preset_creates_its_network_and_attributes(name):
   model = create_model(name)
   assert name in network_of(model).presets
   assert {key: getattr(model, key) for key in MODELS[name]} == MODELS[name]
 
 
 @pytest.mark.parametrize("variant", NETWORKS)
-def test_attributes_alone_make_a_network(variant):
+def test_create_model_accepts_attributes_without_a_name(variant):
   attributes = dict(SMALL, variant=variant, depth=4, decode_depth=2, mlp_ratio=3.0)
   assert create_model(**attributes) == MDT(**attributes)
 
 
-def test_the_dtype_may_be_a_name():
+def test_dtype_may_be_a_string():
   assert create_model("DiT-S/2", dtype="bfloat16").dtype == jax.numpy.bfloat16
 
 
-def test_none_keeps_the_value_of_the_preset():
+def test_attribute_none_keeps_the_value_of_the_preset():
   assert create_model("MDT-L/4", depth=None, patch_size=None).depth == 24
 
 
-def test_an_unknown_name_is_refused():
+def test_unknown_name_is_refused():
   with pytest.raises(SettingError, match="name = 'MDT-M/2': accepted are DiT-S/2, DiT"):
     create_model("MDT-M/2")
 
 
-def test_neither_name_nor_variant_is_refused():
+def test_missing_name_and_variant_are_refused():
   with pytest.raises(SettingError) as error:
     create_model(depth=3)
   assert (error.value.setting, error.value.value) == ("name", None)
 
 
-def test_an_unknown_variant_is_refused():
+def test_unknown_variant_is_refused():
   with pytest.raises(SettingError) as error:
     create_model(variant="MDTv3", depth=3)
   assert (error.value.setting, error.value.value) == ("variant", "MDTv3")
 
 
-def test_an_unknown_attribute_is_refused():
+def test_unknown_attribute_is_refused():
   with pytest.raises(SettingError, match="MDT") as error:
     create_model("MDT-S/2", width=3)
   assert (error.value.setting, error.value.value) == ("width", 3)
 
 
-# The tree of parameters that every checkpoint so far holds. A change of these tables
-# means that old checkpoints no longer load.
+# The parameter tree of all checkpoints so far. If these tables change, old checkpoints
+# no longer load.
 
 BLOCK = {
   "attention/proj/bias": (16,),
@@ -127,13 +127,13 @@ TREES = {
 
 
 @pytest.mark.parametrize("variant", TREES)
-def test_the_parameter_tree_is_that_of_old_checkpoints(variant):
+def test_parameter_tree_matches_old_checkpoints(variant):
   flat = flax.traverse_util.flatten_dict(abstract_params(small(variant)), sep="/")
   assert {path: leaf.shape for path, leaf in flat.items()} == TREES[variant]
 
 
-# The last entry of every random parameter, of key 3. A change means that a seed no
-# longer gives the network that it gave before.
+# The last entry of every random parameter, drawn with key 3. If these values change, a
+# seed no longer gives the same network.
 DRAWN = {
   "DiT": {
     "blocks/attention/proj/kernel": -0.06953707,
@@ -208,6 +208,6 @@ def fresh(variant):
 @pytest.mark.parametrize(
   ("variant", "path"), [(variant, path) for variant in DRAWN for path in DRAWN[variant]]
 )
-def test_a_seed_gives_the_network_that_it_gave_before(variant, path):
+def test_seed_gives_the_recorded_initial_parameters(variant, path):
   last = np.asarray(fresh(variant)[path]).ravel()[-1]
   assert last == pytest.approx(DRAWN[variant][path], rel=1e-4)
