@@ -292,7 +292,11 @@ class Experiment:
 
   @property
   def encodes_images(self) -> bool:
-    """Whether training encodes images to latents on the devices, in each step."""
+    """Whether the data are images that the autoencoder encodes batch by batch.
+
+    True for the sources "images" and "npz" with `config.data.vae`. False if the data
+    are latents already, or the network works on pixels. See `encode`.
+    """
     data = self.settings.data
     return data.source in ("images", "npz") and data.vae is not None
 

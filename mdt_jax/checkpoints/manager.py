@@ -152,10 +152,17 @@ class Checkpoints:
       self._retries.wait()
 
   def put_aside_after(self, step: int) -> None:
-    """Moves the checkpoints after `step` to WORKDIR/damaged, to repeat these steps."""
+    """Moves the checkpoints after `step` to WORKDIR/damaged, although they are intact.
+
+    For a rollback: the next `restore` then returns the state of `step` or before, and
+    later saves find no checkpoint of their step. Waits for the running save.
+
+    Args:
+      step: the checkpoint of this step, if there is one, stays.
+    """
     self._end_of_save()
     while (latest := self.latest_step()) is not None and latest > step:
-      self._put_aside(latest, f"the run repeats the steps from {step} on")
+      self._put_aside(latest, f"the run goes back to step {step} or before")
 
   def restore(
     self, like: TrainState, experiment: Experiment, until: int | None = None

@@ -80,7 +80,14 @@ def near_settings(path: str) -> list[str]:
 
 
 def describe_group(group: str, value: str) -> str:
-  """Says what to write instead of --config.GROUP=VALUE."""
+  """Returns the end of the error for --config.GROUP=VALUE: what to write instead.
+
+  Args:
+    group: name of a group of settings, such as "model".
+    value: what the user wrote after "=". If the first setting of the group is a string,
+      such as model.name, the hint gives it this value. Otherwise the hint lists the
+      first settings of the group.
+  """
   names = [name for name in all_settings() if name.startswith(f"{group}.")]
   if kind_of(all_settings()[names[0]])[0] is str:
     hint = with_value(f"--config.{names[0]}", value)

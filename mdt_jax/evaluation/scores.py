@@ -130,7 +130,13 @@ def of_real_images(names: Sequence[str]) -> list[str]:
 
 
 def check_number(count: int, names: Sequence[str], setting: str) -> None:
-  """Raises SettingError, named `setting`, if `count` images are too few for a score."""
+  """Raises SettingError for `setting` if `count` images are too few for a score.
+
+  Args:
+    count: number of images, real or to be drawn.
+    names: keys of `METRICS`.
+    setting: name of the setting in the error, such as "config.eval.num_images".
+  """
   for name in names:
     fewest = METRICS[name].fewest
     if count < fewest:

@@ -67,7 +67,11 @@ class MDTObjective(Objective):
     return self.kept_lengths.lengths
 
   def choose_static(self, seed: int, step: int) -> int:
-    """Draws the number of tokens kept at a step; see `KeptLengths.draw`."""
+    """Draws the number of tokens of each image that the masked pass of a step keeps.
+
+    It depends only on (seed, step), and is one of `static_choices`: the argument
+    `static` of `loss`.
+    """
     return self.kept_lengths.draw(seed, step)
 
   def flops(self, static: Hashable) -> float:

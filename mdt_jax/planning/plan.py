@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -127,22 +128,36 @@ def plan_run(
   batch_per_device: int | None = None,
   find_batch: bool = False,
 ) -> Plan:
-  """Plans a run on a topology. Call this before JAX starts its devices.
+  """Compiles a run for a topology, and plans from the result; see `make_plan`.
+
+  Call this before JAX starts its devices: the process then uses only the CPU. The
+  memory of an autoencoder (`config.data.vae`) is not in the plan.
 
   Args:
-    settings: settings of the run.
-    topology, what, chip: see `make_plan`.
-    batch_per_device: number of images on each device; None keeps `settings.batch_size`.
-    find_batch: whether to search the largest batch that fits. The search starts with
-      `batch_per_device`, or 16 if None.
+    settings: settings of the run; `settings.batch_size` counts the images over all
+      devices.
+    topology, chip: see `make_plan`.
+    what: "train" or "sample".
+    batch_per_device: number of images on each device. None: `settings.batch_size` over
+      the devices, or, with `find_batch`, a search that starts with 16.
+    find_batch: whether to search for the largest batch that fits, to a precision of an
+      eighth. Compiles the program once per batch size.
+
+  Returns:
+    The plan; with `find_batch`, the plan of the batch found.
 
   Raises:
-    SettingError: a setting is invalid, or the program does not fit into the memory.
+    SettingError: a setting is invalid; the program does not fit into the memory, with
+      `find_batch` not even with one image on each device; or `find_batch` lacks a chip
+      whose memory is known.
   """
+  if find_batch and chip is None and topology.kind not in CHIPS:
+    raise SettingError("--find_batch", True, "needs the memory of a chip: give --chip")
   # The plan only compiles, so a TPU or GPU of this machine stays free.
   jax.config.update("jax_platforms", "cpu")
   if topology.kind == "cpu":
-    jax.config.update("jax_num_cpu_devices", topology.num_devices)
+    with contextlib.suppress(RuntimeError):  # JAX has started; see open_devices
+      jax.config.update("jax_num_cpu_devices", topology.num_devices)
   devices = open_devices(topology)
 
   def plan_with(batch: int | None) -> Plan:
@@ -158,7 +173,10 @@ def plan_run(
     try:
       return plan_with(batch_per_device)
     except DoesNotFitError as error:
-      raise SettingError("--batch_per_device", batch_per_device, str(error)) from None
+      given = ("--batch_per_device", batch_per_device)
+      if batch_per_device is None:
+        given = ("config.batch_size", settings.batch_size)
+      raise SettingError(*given, str(error)) from None
   found = largest_batch(plan_with, batch_per_device or 16)
   if found is None:
     raise SettingError("--find_batch", True, "one image on each device does not fit")

@@ -1,8 +1,11 @@
 import pytest
 
+from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.planning import plan
-from mdt_jax.planning.plan import DoesNotFitError, largest_batch
+from mdt_jax.planning.chips import parse_topology
+from mdt_jax.planning.plan import DoesNotFitError, largest_batch, plan_run
+from mdt_jax.settings import Settings
 from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_config
 
@@ -32,6 +35,12 @@ def test_where_nothing_fits_there_is_no_batch():
     raise DoesNotFitError(2, 1)
 
   assert largest_batch(plan_with) is None
+
+
+def test_a_search_without_a_memory_limit_is_refused():
+  settings = Settings.from_config(tiny_config())
+  with pytest.raises(SettingError, match=r"--find_batch = True.*--chip"):
+    plan_run(settings, parse_topology("cpu:2"), find_batch=True)
 
 
 @pytest.fixture(scope="module")
