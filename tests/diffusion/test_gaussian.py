@@ -1,4 +1,4 @@
-"""The diffusion process: tables, predictions and losses of the released code."""
+"""GaussianDiffusion: tables, predictions, losses, compared with the released code."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def output():
   return jax.jit(toy.network)(X_T, jnp.asarray(T))
 
 
-# Of one sample: the logarithm of a small probability makes much of the last digits of
-# the network's output.
+# Tolerance for one sample. The logarithm of a small probability amplifies rounding
+# errors of the network's output.
 BOUND_TOLERANCE = 4e-3
 
 
 @functools.cache
 def prediction(clip_denoised):
-  """p(x_{t-1} | x_t) of the recorded network, under the recorded names."""
+  """Moments of p(x_{t-1} | x_t) of the recorded network, under the recorded names."""
   p = GaussianDiffusion.create().p_mean_variance(output(), X_T, T, clip_denoised)
   return p._asdict() | {"pred_xstart": p.x0}
 
@@ -107,13 +107,14 @@ def test_losses_match_reference(version, name, term):
   )
 
 
-# The bound of a sample spans nine orders of magnitude. At step 0 a level of small
-# likelihood is the difference of two numbers next to 1, at the last one the divergence
-# is that of two numbers next to 0: there float32 is off by 1e-3, the recorded one too.
+# The bound of a sample spans nine orders of magnitude. At step 0, a small likelihood is
+# the difference of two numbers close to 1. At the last step, the divergence is the
+# difference of two numbers close to 0. The float32 error there is 1e-3, in the recorded
+# values too.
 @pytest.mark.parametrize("term", ["mse", "vb", "loss"])
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("version", LOSS_WEIGHTS)
-def test_the_losses_of_each_sample_match_reference(version, name, term):
+def test_losses_of_each_sample_match_reference(version, name, term):
   expected = toy.RECORDED[f"loss/{version}/{name}/{term}"]
   reference.assert_matches(
     "training losses, squared error of each sample"
@@ -139,11 +140,11 @@ def test_variational_bound_matches_reference():
   )
 
 
-# The parametrisations, by their definitions.
+# Parametrizations.
 
 
 def parametrised(kind, diffusion):
-  """What a perfect network puts out for x0 and noise of the fixture."""
+  """(output of a perfect network, x_t) for x0 and noise of the fixture."""
   alpha = np.sqrt(diffusion.alphas_cumprod[T]).reshape(-1, 1, 1, 1)
   sigma = np.sqrt(1 - diffusion.alphas_cumprod[T]).reshape(-1, 1, 1, 1)
   x_t = alpha * X0 + sigma * NOISE
@@ -159,31 +160,31 @@ def perfect(kind):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
-def test_a_perfect_output_gives_x0(kind):
+def test_perfect_output_gives_x0(kind):
   diffusion, out, x_t = perfect(kind)
   x0 = diffusion.predict_x0(out, x_t, T)
-  # Noise is divided by the signal, which is 1/157 at the last step.
+  # The noise is divided by alpha, which is 1/157 at the last step.
   tolerance = 2e-4 if kind == "epsilon" else 1e-6
   np.testing.assert_allclose(x0, X0, atol=tolerance * np.abs(X0).max())
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
-def test_a_perfect_output_gives_the_noise(kind):
+def test_perfect_output_gives_the_noise(kind):
   diffusion, out, x_t = perfect(kind)
   noise = diffusion.noise_from_x0(diffusion.predict_x0(out, x_t, T), x_t, T)
-  # x0 is divided by the noise's share, which is 1/100 at the first step.
+  # The error of x0 is divided by sigma, which is 1/100 at the first step.
   np.testing.assert_allclose(noise, NOISE, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
-def test_a_perfect_output_has_no_error(kind):
+def test_perfect_output_has_zero_mse(kind):
   diffusion, out, x_t = perfect(kind)
   losses = diffusion.training_losses(out, X0, x_t, T, NOISE)
   np.testing.assert_allclose(losses["mse"], 0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
-def test_a_perfect_output_has_the_mean_of_the_posterior(kind):
+def test_perfect_output_gives_the_posterior_mean(kind):
   diffusion, out, x_t = perfect(kind)
   mean = diffusion.p_mean_variance(out, x_t, T).mean
   expected = diffusion.q_posterior_mean(X0, x_t, T)
@@ -192,7 +193,7 @@ def test_a_perfect_output_has_the_mean_of_the_posterior(kind):
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize(("weight", "gamma"), [("none", 5.0), ("min_snr", 5.0)])
-def test_squared_errors_are_weighted_by_the_signal_to_noise_ratio(kind, weight, gamma):
+def test_min_snr_weights_match_their_definition(kind, weight, gamma):
   diffusion = GaussianDiffusion.create(
     prediction=kind, variance="fixed_small", loss_weight=weight, min_snr_gamma=gamma
   )
@@ -206,7 +207,7 @@ def test_squared_errors_are_weighted_by_the_signal_to_noise_ratio(kind, weight, 
 
 
 @pytest.mark.parametrize("gamma", [1.0, 20.0])
-def test_gamma_is_the_largest_signal_to_noise_ratio_that_counts(gamma):
+def test_gamma_caps_the_signal_to_noise_ratio(gamma):
   diffusion = GaussianDiffusion.create(loss_weight="min_snr", min_snr_gamma=gamma)
   np.testing.assert_allclose(
     (diffusion.mse_weights * diffusion.snr).max(), gamma, rtol=1e-12
@@ -218,19 +219,19 @@ def test_gamma_is_the_largest_signal_to_noise_ratio_that_counts(gamma):
 
 @pytest.mark.parametrize("step", [0, 1, 500, 999])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_fixed_variances_are_those_of_ddpm(variance, step):
+def test_fixed_variances_match_ddpm(variance, step):
   diffusion = GaussianDiffusion.create(variance=variance)
   t = np.array([step])
   p = diffusion.p_mean_variance(NOISE[:1], X_T[:1], t)
   betas = toy.RECORDED["linear/betas"]
   posterior = toy.RECORDED["linear/posterior_variance"]
-  # That of step 0 is 0; both take step 1's there.
+  # The posterior variance of step 0 is 0, so both use that of step 1.
   table = posterior if variance == "fixed_small" or step == 0 else betas
   np.testing.assert_allclose(p.variance, table[max(step, 1 - (step > 0))], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("fraction", "log_table"), [(-1, "posterior"), (1, "beta")])
-def test_learned_variances_run_from_the_posterior_s_to_beta(fraction, log_table):
+def test_learned_variance_interpolates_from_posterior_to_beta(fraction, log_table):
   diffusion = GaussianDiffusion.create()
   out = jnp.concatenate([NOISE, jnp.full_like(NOISE, fraction)], axis=-1)
   log_variance = diffusion.p_mean_variance(out, X_T, T).log_variance
@@ -243,7 +244,7 @@ def test_learned_variances_run_from_the_posterior_s_to_beta(fraction, log_table)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_a_fixed_variance_has_no_bound_to_train(variance):
+def test_fixed_variance_has_no_vb_loss(variance):
   diffusion = GaussianDiffusion.create(variance=variance)
   losses = diffusion.training_losses(NOISE + 1, X0, X_T, T, NOISE)
   assert set(losses) == {"mse", "loss"}
@@ -260,15 +261,15 @@ def gradient_of_bound():
   return jax.grad(bound)(output())
 
 
-def test_the_bound_leaves_the_mean_alone():
+def test_vb_loss_has_no_gradient_in_the_mean():
   np.testing.assert_array_equal(gradient_of_bound()[..., :4], 0)
 
 
-def test_the_bound_trains_the_variance_of_every_sample():
+def test_vb_loss_has_a_gradient_in_every_variance():
   assert (jnp.abs(gradient_of_bound()[..., 4:]).max(axis=(1, 2, 3)) > 0).all()
 
 
-def test_the_squared_error_leaves_the_variance_alone():
+def test_mse_has_no_gradient_in_the_variance():
   diffusion = GaussianDiffusion.create()
 
   def mse(out):
@@ -277,17 +278,17 @@ def test_the_squared_error_leaves_the_variance_alone():
   np.testing.assert_array_equal(jax.grad(mse)(output())[..., 4:], 0)
 
 
-# The terms of the bound.
+# Terms of the variational bound.
 
 
-def test_kl_divergence_is_that_of_two_gaussians():
+def test_normal_kl_matches_its_formula():
   rng = np.random.default_rng(0)
   m1, m2, v1, v2 = rng.standard_normal((4, 100))
   expected = (v2 - v1) / 2 + (np.exp(v1) + (m1 - m2) ** 2) / (2 * np.exp(v2)) - 0.5
   np.testing.assert_allclose(normal_kl(m1, v1, m2, v2), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_true_posterior_has_no_divergence():
+def test_true_posterior_has_zero_divergence():
   diffusion = GaussianDiffusion.create(prediction="x0")
   later = np.maximum(T, 1)
   out = jnp.concatenate([X0, jnp.full_like(X0, -1)], axis=-1)
@@ -298,7 +299,7 @@ def test_the_true_posterior_has_no_divergence():
 
 @pytest.mark.parametrize("mean", [-1.0, -0.3, 0.999])
 @pytest.mark.parametrize("log_scale", [-6.0, -3.0, 0.0])
-def test_likelihoods_of_the_256_levels_add_up_to_one(mean, log_scale):
+def test_likelihoods_of_the_256_levels_sum_to_one(mean, log_scale):
   levels = np.linspace(-1, 1, 256, dtype=np.float32)
   logs = discretized_log_likelihood(levels, jnp.float32(mean), jnp.float32(log_scale))
   np.testing.assert_allclose(jnp.exp(logs).sum(), 1, atol=1e-5)
@@ -308,20 +309,20 @@ def test_likelihoods_of_the_256_levels_add_up_to_one(mean, log_scale):
 
 
 @pytest.mark.parametrize("spacing", ["250", "10", "ddim25", "100,50,25", "1"])
-def test_a_respaced_process_has_the_noise_of_the_original_at_its_timesteps(spacing):
+def test_respaced_process_keeps_the_original_noise_levels(spacing):
   spaced = GaussianDiffusion.create(spacing=spacing)
   expected = toy.RECORDED["linear/alphas_cumprod"][spaced.timesteps]
   np.testing.assert_allclose(spaced.alphas_cumprod, expected, rtol=1e-10)
 
 
-def test_a_network_is_given_the_original_timesteps():
+def test_network_receives_the_original_timesteps():
   spaced = GaussianDiffusion.create(spacing="10")
   timesteps = spaced.network_time(jnp.arange(10))
   assert timesteps.dtype == jnp.int32
   np.testing.assert_array_equal(timesteps, toy.RECORDED["spacing/10"])
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_a_network_is_given_the_original_timesteps():
     (dict(schedule="exp"), "schedule = 'exp': accepted are linear, cosine"),
   ],
 )
-def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
+def test_error_names_the_setting_its_value_and_accepted_values(settings, message):
   with pytest.raises(SettingError) as error:
     GaussianDiffusion.create(**settings)
   assert str(error.value) == message
@@ -347,9 +348,7 @@ def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
   ("variance", "channels"), [("learned_range", 4), ("fixed_small", 8)]
 )
 @pytest.mark.parametrize("method", ["p_mean_variance", "training_losses"])
-def test_an_output_of_other_channels_than_the_variance_needs_is_refused(
-  method, variance, channels
-):
+def test_output_channels_must_match_the_variance(method, variance, channels):
   diffusion = GaussianDiffusion.create(variance=variance)
   out = jnp.zeros((6, 8, 8, channels))
   arguments = {"p_mean_variance": (X_T, T), "training_losses": (X0, X_T, T, NOISE)}

@@ -1,4 +1,4 @@
-"""Classifier-free guidance; its outputs for MDT are compared in models/test_mdt.py."""
+"""Classifier-free guidance. models/test_mdt.py compares guided outputs of MDT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = jnp.array([0, 400, 999])
 
 
 class Network:
-  """Puts out channel + 10 label: its halves are told apart; it counts its samples."""
+  """Returns channel + 10 * label, and counts the samples it receives."""
 
   def __init__(self, channels):
     self.channels = channels
@@ -48,7 +48,7 @@ def halves(out_channels=8):
 
 @pytest.mark.parametrize("power", [0.01, 1.0, 4.0])
 @pytest.mark.parametrize("scale", [0.0, 1.5, 3.8])
-def test_the_scale_is_that_of_the_paper(scale, power):
+def test_scale_matches_the_formula_of_the_paper(scale, power):
   t = np.array([0, 1, 250, 500.5, 999])
   expected = [
     (1 - np.cos(np.pi * (1 - step / 1000) ** power)) / 2 * (scale - 1) + 1 for step in t
@@ -58,18 +58,18 @@ def test_the_scale_is_that_of_the_paper(scale, power):
 
 
 @pytest.mark.parametrize("power", [0.01, 1.0, 4.0])
-def test_the_scale_rises_from_one_at_full_noise_to_the_whole_at_none(power):
+def test_scale_rises_from_one_at_full_noise_to_cfg_scale(power):
   scales = power_cosine_scale(jnp.arange(1000, -1, -1), 3.8, power)
   assert (jnp.diff(scales) >= -1e-6).all()
   np.testing.assert_allclose(scales[jnp.array([0, -1])], [1, 3.8], rtol=1e-6)
 
 
-def test_a_power_of_zero_gives_a_constant_scale():
+def test_power_zero_gives_a_constant_scale():
   np.testing.assert_allclose(power_cosine_scale(T, 3.8, 0.0), 3.8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_timesteps", [10, 4000])
-def test_the_scale_counts_in_shares_of_the_process(num_timesteps):
+def test_scale_depends_on_the_relative_timestep(num_timesteps):
   half = jnp.array([num_timesteps // 2])
   scale = power_cosine_scale(half, 3.0, 1.0, num_timesteps)
   np.testing.assert_allclose(scale, 2.0, rtol=1e-6)
@@ -78,7 +78,7 @@ def test_the_scale_counts_in_shares_of_the_process(num_timesteps):
 @pytest.mark.parametrize(
   ("channels", "guided_count"), [(3, 3), (1, 1), (None, 4), (9, 4)]
 )
-def test_leading_channels_are_guided_and_never_the_variance(channels, guided_count):
+def test_only_leading_channels_without_variance_are_guided(channels, guided_count):
   conditional, unconditional = halves()
   actual, _ = run(2.0, power=0.0, channels=channels)
   expected = conditional.copy()
@@ -86,7 +86,7 @@ def test_leading_channels_are_guided_and_never_the_variance(channels, guided_cou
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_one_channel_without_variance_is_guided():
+def test_single_channel_without_variance_is_guided():
   conditional, unconditional = halves(1)
   actual, _ = run(2.0, power=0.0, in_channels=1, out_channels=1)
   np.testing.assert_allclose(actual, 2 * conditional - unconditional, rtol=1e-5)
@@ -100,22 +100,22 @@ def test_each_sample_is_guided_by_the_scale_at_its_timestep():
   np.testing.assert_allclose(actual[..., :3], expected, rtol=1e-5)
 
 
-def test_a_scale_of_zero_leaves_the_unconditional_output():
+def test_scale_zero_gives_the_unconditional_output():
   _, unconditional = halves()
   actual, _ = run(0.0, power=0.0, channels=None)
   np.testing.assert_allclose(actual[..., :4], unconditional[..., :4], atol=1e-5)
 
 
-def test_a_scale_of_one_is_the_conditional_output():
+def test_scale_one_gives_the_conditional_output():
   np.testing.assert_array_equal(run(1.0)[0], halves()[0])
 
 
 @pytest.mark.parametrize(("scale", "samples"), [(1.0, 3), (3.8, 6)])
-def test_only_guidance_runs_the_unconditional_half(scale, samples):
+def test_scale_one_skips_the_unconditional_half(scale, samples):
   assert run(scale)[1].samples == samples
 
 
-def test_two_calls_of_the_network_equal_one_batch():
+def test_two_network_calls_equal_one_batch():
   def run_calls(one_batch):
     sizes = []
 
@@ -131,11 +131,11 @@ def test_two_calls_of_the_network_equal_one_batch():
   assert (calls, calls_apart) == ([6], [3, 3])
 
 
-# An interval.
+# Guidance intervals.
 
 
 def run_in_interval(interval, t, counts=None):
-  """Guided outputs, compiled; `counts` gathers the samples of each call that ran."""
+  """Guided outputs, compiled. Adds the batch size of each network call to `counts`."""
 
   def network(x, t, y):
     if counts is not None:
@@ -153,7 +153,7 @@ def run_in_interval(interval, t, counts=None):
 @pytest.mark.parametrize(
   ("step", "samples"), [(99, 3), (100, 6), (400, 6), (600, 6), (601, 3), (999, 3)]
 )
-def test_outside_the_interval_the_unconditional_half_is_not_computed(step, samples):
+def test_unconditional_half_is_skipped_outside_the_interval(step, samples):
   counts = []
   output = run_in_interval((0.1, 0.6), jnp.full(3, step), counts)
   assert counts == [samples]
@@ -164,15 +164,15 @@ def test_outside_the_interval_the_unconditional_half_is_not_computed(step, sampl
   np.testing.assert_allclose(output, expected, rtol=1e-6)
 
 
-def test_each_sample_is_guided_by_its_own_timestep():
-  output = run_in_interval((0.3, 0.6), T)  # 0, 400 and 999
+def test_interval_applies_to_each_sample_separately():
+  output = run_in_interval((0.3, 0.6), T)  # T = 0, 400 and 999.
   conditional, unconditional = halves()
   expected = conditional.copy()
   expected[1, ..., :4] += (conditional - unconditional)[1, ..., :4]
   np.testing.assert_allclose(output, expected, rtol=1e-6)
 
 
-def test_the_whole_interval_has_no_branch():
+def test_full_interval_compiles_without_a_branch():
   def has_branch(interval):
     model_fn = guided(Network(8), LABELS, NULL, scale=2.0, interval=interval)
     return "cond[" in str(jax.make_jaxpr(model_fn)(jnp.zeros((3, 2, 2, 4)), T))
@@ -181,7 +181,7 @@ def test_the_whole_interval_has_no_branch():
   assert has_branch((0.0, 0.9))
 
 
-def test_a_sampler_guides_the_steps_inside_the_interval_alone():
+def test_sampler_guides_only_steps_inside_the_interval():
   counts = []
 
   def network(x, t, y):
@@ -193,5 +193,5 @@ def test_a_sampler_guides_the_steps_inside_the_interval_alone():
   x_T = jnp.ones((3, 2, 2, 4))
   sample(model_fn, diffusion, x_T, jax.random.key(0), method="dpm++")
   jax.effects_barrier()
-  # 0, 125, 250, …, 874, 999: those from 250 to 749 are guided.
+  # Timesteps are 0, 125, 250, …, 874, 999. Those from 250 to 749 are guided.
   assert sorted(counts) == [3] * 4 + [6] * 5

@@ -1,4 +1,4 @@
-"""The bound on the likelihood: that of the released code, and of known networks."""
+"""calc_bpd: agreement with the released code, and bounds of known networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdt_jax.diffusion.likelihood import calc_bpd, prior_bpd
 from tests import reference
 from tests.diffusion import toy
 
-# Of calc_bpd_loop (sail-sg/MDT), on toy.network with 10 steps and recorded noise.
+# Output of calc_bpd_loop (sail-sg/MDT) for toy.network with 10 steps and this noise.
 RECORDED = reference.load("bpd")
 X0, NOISE = reference.to_nhwc(RECORDED["x0"]), reference.to_nhwc(RECORDED["noise"])
 TERMS = ("total_bpd", "prior_bpd", "vb", "xstart_mse", "mse")
@@ -48,7 +48,7 @@ def test_bound_matches_reference(clip_denoised, term):
   )
 
 
-def test_the_prior_is_the_divergence_in_float64():
+def test_prior_matches_the_kl_divergence_in_float64():
   diffusion = GaussianDiffusion.create()
   variance = 1 - diffusion.alphas_cumprod[-1]
   x0 = X0.astype(np.float64)
@@ -57,21 +57,21 @@ def test_the_prior_is_the_divergence_in_float64():
   np.testing.assert_allclose(prior_bpd(diffusion, X0), expected, rtol=1e-6)
 
 
-def test_the_bound_adds_up():
+def test_total_is_the_sum_of_the_terms():
   terms = bound(True)
   total = terms["vb"].sum(axis=1) + terms["prior_bpd"]
   np.testing.assert_allclose(terms["total_bpd"], total, rtol=1e-6)
 
 
-def test_a_network_that_knows_the_image_has_no_divergence():
-  """All that is left is the last step, whose variance is that of step 1."""
+def test_perfect_network_has_zero_divergence():
+  """The last step is excluded: its variance is clipped to that of step 1."""
   diffusion = GaussianDiffusion.create(prediction="x0", variance="fixed_small")
   terms = calc_bpd(lambda x, t: jnp.asarray(X0), diffusion, X0, jax.random.key(0))
   np.testing.assert_allclose(terms["vb"][:, :-1], 0, atol=1e-6)
   np.testing.assert_allclose(terms["xstart_mse"], 0, atol=1e-10)
 
 
-def test_an_image_with_its_own_key_has_the_same_bound_in_any_batch():
+def test_bound_with_its_own_key_does_not_depend_on_the_batch():
   diffusion = GaussianDiffusion.create(spacing="5")
   calc = jax.jit(lambda x0, keys: calc_bpd(toy.network, diffusion, x0, keys)["vb"])
   keys = jax.random.split(jax.random.key(3), 2)

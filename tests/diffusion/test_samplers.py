@@ -1,4 +1,4 @@
-"""Sampling loops: those of the released code, and what holds for any network."""
+"""Sampling loops: agreement with the released code, and properties of any network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)]
 
 @functools.cache
 def sampler(method="ddpm", eta=0.0, clip_denoised=False, spacing="10"):
-  """(x_T, key, noise) -> x_0 of the recorded network, compiled."""
+  """Returns a compiled function (x_T, key, noise) -> x_0 of the recorded network."""
   diffusion = GaussianDiffusion.create(spacing=spacing)
   return jax.jit(
     lambda x, key, noise=None: sample(
@@ -42,7 +42,7 @@ def sampler(method="ddpm", eta=0.0, clip_denoised=False, spacing="10"):
   ("method", "eta", "name"),
   [("ddpm", 0.0, "ddpm"), ("ddim", 0.0, "ddim_eta0"), ("ddim", 1.0, "ddim_eta1")],
 )
-def test_whole_loop_matches_reference(method, eta, name):
+def test_sampling_loop_matches_reference(method, eta, name):
   noise = None
   if f"loop/{name}_noise" in toy.RECORDED:
     noise = toy.recorded(f"loop/{name}_noise")
@@ -61,7 +61,7 @@ def test_whole_loop_matches_reference(method, eta, name):
   ("spacing", "method", "eta"),
   [("7", *method) for method in METHODS] + [("1", "ddpm", 0.0), ("1", "ddim", 1.0)],
 )
-def test_a_network_that_knows_the_image_samples_it(spacing, method, eta):
+def test_perfect_network_samples_its_image(spacing, method, eta):
   image = toy.recorded("x0")[:2]
   diffusion = GaussianDiffusion.create(
     prediction="x0", variance="fixed_small", spacing=spacing
@@ -78,8 +78,8 @@ def test_a_network_that_knows_the_image_samples_it(spacing, method, eta):
 
 
 @pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
-def test_noise_keeps_its_variance_where_the_images_are_normal(method, eta):
-  """For x0 ~ N(0, 1) the best network is known, and x_0 must be N(0, 1) again."""
+def test_samplers_keep_the_variance_of_normal_images(method, eta):
+  """For x0 ~ N(0, 1) the optimal network is known, and samples must be N(0, 1)."""
   diffusion = GaussianDiffusion.create(prediction="x0", variance="fixed_large")
   signal = jnp.asarray(np.sqrt(diffusion.alphas_cumprod), jnp.float32)
 
@@ -103,24 +103,24 @@ def test_clipping_keeps_samples_in_range(method, eta):
 
 
 @pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
-def test_another_key_gives_another_sample(method, eta):
+def test_another_key_gives_a_different_sample(method, eta):
   first, second = (sampler(method, eta)(X_T, jax.random.key(i)) for i in range(2))
   assert jnp.abs(first - second).max() > 0.1
 
 
-def test_ddim_without_noise_needs_no_key():
+def test_ddim_with_eta_zero_does_not_depend_on_the_key():
   first, second = (sampler("ddim", 0.0)(X_T, jax.random.key(i)) for i in range(2))
   np.testing.assert_array_equal(first, second)
 
 
-def test_one_key_gives_the_samples_of_a_batch_different_noise():
+def test_samples_of_one_batch_get_different_noise():
   same = np.broadcast_to(X_T[:1], X_T.shape)
   x_0 = sampler()(same, jax.random.key(0))
   assert jnp.abs(x_0[0] - x_0[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_sample_with_its_own_key_is_the_same_in_any_batch(place):
+def test_sample_with_its_own_key_does_not_depend_on_the_batch(place):
   keys = jax.random.split(jax.random.key(0), 4)
   noise = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
   whole = sampler()(noise, keys)
@@ -128,17 +128,17 @@ def test_a_sample_with_its_own_key_is_the_same_in_any_batch(place):
   np.testing.assert_allclose(alone[0], whole[place], atol=1e-6)
 
 
-def test_the_last_step_adds_no_noise():
+def test_last_step_adds_no_noise():
   noise = toy.recorded("loop/ddpm_noise").copy()
   expected = sampler()(X_T, jax.random.key(0), noise)
   noise[-1] = 100
   np.testing.assert_array_equal(sampler()(X_T, jax.random.key(0), noise), expected)
 
 
-# What goes in and out.
+# Types and errors.
 
 
-def test_low_precision_outputs_are_sampled_in_float32():
+def test_bfloat16_outputs_are_sampled_in_float32():
   x_0 = sample(
     lambda x, t: toy.network(x, t).astype(jnp.bfloat16),
     GaussianDiffusion.create(spacing="2"),
@@ -156,18 +156,18 @@ def test_low_precision_outputs_are_sampled_in_float32():
     (dict(method="ddim", eta=-0.1), "eta = -0.1: must lie in [0, 1]"),
   ],
 )
-def test_a_bad_setting_is_named_with_what_is_accepted(settings, message):
+def test_error_names_the_setting_its_value_and_accepted_values(settings, message):
   with pytest.raises(SettingError) as error:
     sample(toy.network, GaussianDiffusion.create(), X_T, jax.random.key(0), **settings)
   assert str(error.value).startswith(message)
 
 
-# Steps taken again.
+# Repeated steps.
 
 
 @pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
-def test_steps_taken_again_keep_the_variance_of_normal_images(method, eta):
-  """Noise that did not fit the step would add up, or die out."""
+def test_repeated_steps_keep_the_variance_of_normal_images(method, eta):
+  """Noise of the wrong level would accumulate or vanish."""
   diffusion = GaussianDiffusion.create(
     prediction="x0", variance="fixed_large", spacing="250"
   )
@@ -189,7 +189,7 @@ def test_steps_taken_again_keep_the_variance_of_normal_images(method, eta):
   np.testing.assert_allclose(x_0.std(), 1, atol=0.06)
 
 
-def test_each_step_is_taken_so_often():
+def test_each_step_is_repeated_the_given_number_of_times():
   seen = []
 
   def network(x, t):
@@ -203,7 +203,7 @@ def test_each_step_is_taken_so_often():
 
 
 @pytest.mark.parametrize("method", ["dpm++", "heun"])
-def test_solvers_take_each_step_once(method):
+def test_solvers_refuse_repeats(method):
   with pytest.raises(SettingError, match="repeats = 2: must be at least 1"):
     sample(
       toy.network,

@@ -1,4 +1,4 @@
-"""Noise schedules and respacing: those of the released code."""
+"""Noise schedules, respacing and solver timesteps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_betas_match_reference(schedule):
 
 
 @pytest.mark.parametrize("num_timesteps", [21, 50, 400, 4000])
-def test_the_linear_schedule_is_rescaled_to_its_steps(num_timesteps):
+def test_linear_schedule_is_rescaled_to_its_number_of_steps(num_timesteps):
   betas = make_betas("linear", num_timesteps)
   np.testing.assert_allclose(betas.sum(), 1000 * (1e-4 + 0.02) / 2)
 
@@ -49,7 +49,7 @@ def test_betas_rise_within_the_unit_interval(schedule, num_timesteps):
   assert (np.diff(betas) >= 0).all()
 
 
-def test_the_cosine_schedule_is_capped_at_its_end():
+def test_last_beta_of_the_cosine_schedule_is_max_beta():
   assert make_betas("cosine", 1000)[-1] == MAX_BETA
 
 
@@ -67,9 +67,7 @@ def test_no_spacing_keeps_every_timestep():
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 17, 100, 1000])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.37, 0.5, 0.9, 1.0])
-def test_even_spacing_has_as_many_steps_as_asked_from_first_to_last(
-  num_timesteps, share
-):
+def test_even_spacing_has_the_given_count_and_both_end_steps(num_timesteps, share):
   count = max(1, round(share * num_timesteps))
   timesteps = spaced_timesteps(num_timesteps, str(count))
   assert len(timesteps) == count
@@ -79,14 +77,14 @@ def test_even_spacing_has_as_many_steps_as_asked_from_first_to_last(
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (3, 4, 3), (334, 333, 333)])
-def test_each_section_has_as_many_steps_as_asked(counts):
+def test_each_section_has_the_given_number_of_steps(counts):
   timesteps = spaced_timesteps(1000, ",".join(map(str, counts)))
-  edges = [0, 334, 667, 1000]  # the first section takes what is left over
+  edges = [0, 334, 667, 1000]  # The first section gets the remainder.
   assert tuple(np.histogram(timesteps, edges)[0]) == counts
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 20, 25, 50, 100, 250, 500, 1000])
-def test_ddim_spacing_has_one_stride(count):
+def test_ddim_spacing_has_a_constant_stride(count):
   timesteps = spaced_timesteps(1000, f"ddim{count}")
   np.testing.assert_array_equal(timesteps, np.arange(0, 1000, 1000 // count))
 
@@ -102,9 +100,7 @@ def test_ddim_spacing_has_one_stride(count):
     (lambda: spaced_timesteps(1000, "ddim10,10"), "spacing", "ddim10,10", "1000"),
   ],
 )
-def test_a_schedule_or_spacing_that_is_not_accepted_is_named(
-  call, setting, value, part
-):
+def test_error_names_an_invalid_schedule_or_spacing(call, setting, value, part):
   with pytest.raises(SettingError) as error:
     call()
   assert (error.value.setting, error.value.value) == (setting, value)
@@ -115,7 +111,7 @@ def test_a_schedule_or_spacing_that_is_not_accepted_is_named(
   "spacing",
   ["0", "1001", "-5", "2.5", "ten", "10,,10", ",", "ddim", "ddim0", "600,400"],
 )
-def test_a_spacing_that_cannot_be_had_is_refused_with_what_is_accepted(spacing):
+def test_error_for_an_invalid_spacing_lists_accepted_forms(spacing):
   with pytest.raises(SettingError) as error:
     spaced_timesteps(1000, spacing)
   assert (error.value.setting, error.value.value) == ("spacing", spacing)
@@ -123,7 +119,7 @@ def test_a_spacing_that_cannot_be_had_is_refused_with_what_is_accepted(spacing):
     assert form in error.value.accepted
 
 
-# Timesteps of solvers.
+# Solver timesteps.
 
 
 def alphas_cumprod(schedule, num_timesteps=1000):
@@ -133,7 +129,7 @@ def alphas_cumprod(schedule, num_timesteps=1000):
 @pytest.mark.parametrize("count", [1, 2, 10, 250, 996])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_solver_timesteps_are_as_many_as_asked_for(schedule, spacing, count):
+def test_solver_timesteps_have_the_given_count(schedule, spacing, count):
   timesteps = solver_timesteps(alphas_cumprod(schedule), spacing, count)
   assert len(timesteps) == count
   assert (np.diff(timesteps) > 0).all()
@@ -145,7 +141,7 @@ def test_solver_timesteps_are_as_many_as_asked_for(schedule, spacing, count):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_solver_timesteps_are_even_in_what_is_said(schedule, spacing):
+def test_solver_timesteps_are_even_in_the_named_quantity(schedule, spacing):
   levels = log_snr(alphas_cumprod(schedule, 100_000))
   timesteps = solver_timesteps(alphas_cumprod(schedule, 100_000), spacing, 20)
   even_in = {
@@ -158,11 +154,11 @@ def test_solver_timesteps_are_even_in_what_is_said(schedule, spacing):
 
 
 @pytest.mark.parametrize("count", [0, 1001])
-def test_more_steps_than_there_are_cannot_be_had(count):
+def test_solver_refuses_zero_or_too_many_steps(count):
   with pytest.raises(SettingError, match=f"log_snr{count}"):
     solver_timesteps(alphas_cumprod("linear"), "log_snr", count)
 
 
-def test_log_snr_is_that_of_signal_and_noise():
+def test_log_snr_is_the_log_ratio_of_signal_to_noise():
   a = np.array([0.9, 0.5, 0.1])
   np.testing.assert_allclose(log_snr(a), np.log(np.sqrt(a) / np.sqrt(1 - a)))

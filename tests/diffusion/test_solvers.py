@@ -1,4 +1,4 @@
-"""Solvers, against normal data: its score is known, and so is the solution."""
+"""Solvers, compared with the exact solution for normal data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MEAN, STD = 0.3, 0.5
 
 
 def process(spacing, schedule="linear", num_timesteps=100_000):
-  """Fine enough that steps fall where they should."""
+  """A process with so many timesteps that rounding to a timestep has no effect."""
   return GaussianDiffusion.create(
     schedule, num_timesteps, spacing, prediction="x0", variance="fixed_small"
   )
 
 
 def posterior_mean(alphas_cumprod):
-  """E[x0 | x_t] where x0 ~ N(MEAN, STD^2): the best network there is."""
+  """E[x0 | x_t] for x0 ~ N(MEAN, STD^2). This is the optimal network."""
   table = jnp.asarray(alphas_cumprod, jnp.float32)
 
   def network(x, t):
@@ -35,7 +35,7 @@ def posterior_mean(alphas_cumprod):
 
 
 def solution(diffusion, x):
-  """Of the ODE down to the last level, then the x0 predicted there."""
+  """Exact solution of the ODE at the last noise level, then x0 predicted there."""
   a = diffusion.alphas_cumprod[[0, -1]]
   first, last = np.sqrt(a * STD**2 + 1 - a)
   x = np.sqrt(a[0]) * MEAN + (x - np.sqrt(a[1]) * MEAN) * first / last
@@ -54,14 +54,14 @@ def error(method, spacing, schedule="linear"):
 
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
-def test_the_error_falls_with_the_order_of_the_solver(method, order, spacing):
+def test_error_falls_with_the_order_of_the_solver(method, order, spacing):
   coarse, fine = (error(method, f"{spacing}{count}") for count in (40, 160))
   assert order - 0.35 < np.log(coarse / fine) / np.log(4) < order + 0.6
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("method", ["heun", "dpm++"])
-def test_twenty_steps_of_second_order_beat_eighty_of_first(method, schedule):
+def test_20_second_order_steps_beat_80_first_order_steps(method, schedule):
   spacing = "log_snr" if method == "dpm++" else "uniform"
   first_order = error("euler", f"{spacing}80", schedule)
   assert error(method, f"{spacing}20", schedule) < first_order
@@ -69,7 +69,7 @@ def test_twenty_steps_of_second_order_beat_eighty_of_first(method, schedule):
 
 @pytest.mark.parametrize("spacing", ["uniform30", "log_snr20", "karras30"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_sde_draws_from_the_distribution_of_the_data(schedule, spacing):
+def test_sde_samples_follow_the_data_distribution(schedule, spacing):
   network = posterior_mean(process("", schedule, 1000).alphas_cumprod)
   x_T = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
   x_0 = sample(
@@ -81,11 +81,11 @@ def test_the_sde_draws_from_the_distribution_of_the_data(schedule, spacing):
   )
   np.testing.assert_allclose(x_0.mean(), MEAN, atol=0.02)
   np.testing.assert_allclose(x_0.std(), STD, rtol=0.05)
-  # Its own noise, and not that of the start, is what is left.
+  # Samples depend on the noise of the SDE, not on x_T.
   assert abs(np.corrcoef(x_0.ravel(), x_T.ravel())[0, 1]) < 0.1
 
 
-# Networks that are not linear.
+# Nonlinear networks.
 
 X_T = toy.recorded("loop/z")
 
@@ -100,14 +100,14 @@ def run(method, spacing, **settings):
 
 
 @pytest.mark.parametrize("spacing", ["10", "karras10", "log_snr10"])
-def test_euler_is_ddim_without_noise(spacing):
+def test_euler_equals_ddim_with_eta_zero(spacing):
   np.testing.assert_allclose(
     run("euler", spacing), run("ddim", spacing), rtol=1e-4, atol=1e-4
   )
 
 
 @pytest.mark.parametrize("method", ["dpm++", "heun", "euler"])
-def test_many_steps_agree_with_the_limit_of_ddim(method):
+def test_solvers_converge_to_the_limit_of_ddim(method):
   limit = run("ddim", "1000")
   difference = jnp.abs(run(method, "500") - limit).max()
   coarse = jnp.abs(run("ddim", "25") - limit).max()
@@ -117,7 +117,7 @@ def test_many_steps_agree_with_the_limit_of_ddim(method):
 
 @pytest.mark.parametrize("method", SOLVERS)
 @pytest.mark.parametrize("spacing", ["1", "uniform1", "2", "log_snr7"])
-def test_a_network_that_knows_the_image_samples_it(method, spacing):
+def test_perfect_network_samples_its_image(method, spacing):
   image = toy.recorded("x0")[:2]
   diffusion = GaussianDiffusion.create(
     prediction="x0", variance="fixed_small", spacing=spacing
@@ -129,7 +129,7 @@ def test_a_network_that_knows_the_image_samples_it(method, spacing):
 
 
 @pytest.mark.parametrize(("method", "calls"), [("dpm++", 10), ("heun", 19)])
-def test_the_network_is_called_as_often_as_is_said(method, calls):
+def test_number_of_network_calls_is_as_documented(method, calls):
   seen = []
 
   def network(x, t):
@@ -144,7 +144,7 @@ def test_the_network_is_called_as_often_as_is_said(method, calls):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", *SOLVERS])
-def test_the_last_steps_alone_start_from_the_latent_given(method):
+def test_num_steps_runs_only_the_last_steps(method):
   image = toy.recorded("x0")[:2]
   diffusion = GaussianDiffusion.create(
     prediction="x0", variance="fixed_small", spacing="100"
@@ -165,7 +165,7 @@ def test_the_last_steps_alone_start_from_the_latent_given(method):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", *SOLVERS])
-def test_what_is_held_is_seen_at_every_call(method):
+def test_hold_is_applied_before_every_network_call(method):
   seen = []
 
   def network(x, t):
@@ -186,8 +186,8 @@ def test_what_is_held_is_seen_at_every_call(method):
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-def test_no_step_waits_for_the_host(method):
-  """One scan; the noise and the tables are made on the device or before."""
+def test_loop_is_one_scan_without_host_callbacks(method):
+  """Noise and tables are computed on the device or before the loop."""
   diffusion = GaussianDiffusion.create(spacing="10")
   jaxpr = str(
     jax.make_jaxpr(

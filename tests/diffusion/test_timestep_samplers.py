@@ -1,4 +1,4 @@
-"""Importance sampling of timesteps: the released code's, with a ring for its queue."""
+"""TimestepSampler: ring buffers give the probabilities of the released queues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UPDATE = jax.jit(SAMPLER.update)
 
 
 class Queues:
-  """Equation 18 of arXiv 2102.09672, one loss after another."""
+  """Equation 18 of arXiv 2102.09672, computed one loss at a time."""
 
   def __init__(self):
     self.losses = [[] for _ in range(NUM_TIMESTEPS)]
@@ -41,7 +41,7 @@ class Queues:
 
 
 def run(batches):
-  """The state and the queues after batches of (t, losses)."""
+  """(state, queues) after batches of (t, losses)."""
   state, queues = SAMPLER.init(), Queues()
   for t, losses in batches:
     state = UPDATE(state, jnp.asarray(t), jnp.asarray(losses, jnp.float32))
@@ -63,7 +63,7 @@ def warm():
 
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 @pytest.mark.parametrize("batch", [4, 12])
-def test_probabilities_are_those_of_queues_of_ten_losses(count, batch):
+def test_probabilities_match_queues_of_ten_losses(count, batch):
   state, queues = run(random_batches(count, batch))
   np.testing.assert_allclose(
     SAMPLER.probabilities(state), queues.probabilities(), rtol=1e-5
@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_queues_of_ten_losses(count, batch):
 
 
 @pytest.mark.parametrize("repeats", [2, HISTORY, HISTORY + 1, 3 * HISTORY + 4])
-def test_losses_of_one_step_in_one_batch_enter_in_order(repeats):
+def test_repeated_timesteps_in_a_batch_enter_in_order(repeats):
   rng = np.random.default_rng(repeats)
   same = np.full(repeats, 2), rng.uniform(0, 5, repeats)
   state, queues = run([*random_batches(20, 12), same])
@@ -80,7 +80,7 @@ def test_losses_of_one_step_in_one_batch_enter_in_order(repeats):
 
 
 @pytest.mark.parametrize("repeats", [4, HISTORY + 3])
-def test_the_oldest_losses_leave_first_after_a_batch_with_repeats(repeats):
+def test_oldest_losses_leave_first_after_repeated_timesteps(repeats):
   rng = np.random.default_rng(repeats)
   same = np.full(repeats, 2), rng.uniform(0, 5, repeats)
   state, queues = run([*random_batches(20, 12), same, *random_batches(2, 12, seed=1)])
@@ -88,7 +88,7 @@ def test_the_oldest_losses_leave_first_after_a_batch_with_repeats(repeats):
   np.testing.assert_allclose(kept, [sorted(q) for q in queues.losses], rtol=1e-6)
 
 
-def test_steps_are_uniform_until_each_has_a_full_history():
+def test_sampling_is_uniform_until_every_history_is_full():
   batches = [(np.full(HISTORY, t), np.full(HISTORY, t + 1)) for t in range(4)]
   almost = [*batches, (np.full(HISTORY - 1, 4), np.ones(HISTORY - 1))]
   state, _ = run(almost)
@@ -102,18 +102,18 @@ def test_probabilities_follow_the_losses_once_the_history_is_full():
   np.testing.assert_allclose(SAMPLER.probabilities(state), expected, rtol=1e-5)
 
 
-def test_probabilities_add_up_to_one():
+def test_probabilities_sum_to_one():
   np.testing.assert_allclose(SAMPLER.probabilities(warm()).sum(), 1, rtol=1e-6)
 
 
-def test_a_step_without_loss_is_still_drawn():
+def test_timestep_with_zero_loss_has_a_minimum_probability():
   batches = [(np.full(HISTORY, t), np.full(HISTORY, float(t))) for t in range(5)]
   state, _ = run(batches)
   expected = 0.001 / NUM_TIMESTEPS
   np.testing.assert_allclose(SAMPLER.probabilities(state)[0], expected, rtol=1e-4)
 
 
-def test_steps_are_drawn_with_their_probabilities():
+def test_timesteps_are_drawn_with_their_probabilities():
   t, _ = SAMPLER.sample(jax.random.key(0), 20_000, warm())
   shares = np.bincount(t, minlength=NUM_TIMESTEPS) / len(t)
   np.testing.assert_allclose(shares, SAMPLER.probabilities(warm()), atol=0.015)
@@ -126,7 +126,7 @@ def test_weights_leave_the_expected_loss_unchanged():
   np.testing.assert_allclose(p * weight_of, 1 / NUM_TIMESTEPS, rtol=1e-5)
 
 
-def test_all_samples_of_a_step_have_one_weight():
+def test_equal_timesteps_have_equal_weights():
   t, weights = (np.asarray(a) for a in SAMPLER.sample(jax.random.key(0), 100, warm()))
   assert len(set(zip(t, weights, strict=True))) == len(set(t))
 
@@ -139,20 +139,20 @@ def test_draws_have_the_documented_types(name):
   assert (weights.shape, weights.dtype) == ((7,), jnp.float32)
 
 
-def test_the_uniform_sampler_draws_every_step_with_weight_one():
+def test_uniform_sampler_draws_every_timestep_with_weight_one():
   sampler = TimestepSampler("uniform", PROCESS)
   t, weights = sampler.sample(jax.random.key(0), 20_000, None)
   np.testing.assert_allclose(np.bincount(t) / len(t), 0.2, atol=0.015)
   np.testing.assert_array_equal(weights, 1)
 
 
-def test_the_uniform_sampler_keeps_no_state():
+def test_uniform_sampler_has_no_state():
   sampler = TimestepSampler("uniform", PROCESS)
   assert sampler.init() is None
   assert sampler.update(None, jnp.zeros(3, jnp.int32), jnp.ones(3)) is None
 
 
-def test_an_unknown_sampler_is_refused():
+def test_unknown_sampler_is_refused():
   with pytest.raises(SettingError) as error:
     TimestepSampler("importance", PROCESS)
   assert str(error.value) == (

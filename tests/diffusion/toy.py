@@ -1,4 +1,4 @@
-"""The network of the recorded diffusion outputs, and their arrays as ours."""
+"""The network of the recorded diffusion outputs, and the recorded arrays as NHWC."""
 
 from __future__ import annotations
 
