@@ -1,4 +1,4 @@
-"""The autoencoder in use: scaled moments, and its parameters in a checkpoint."""
+"""Autoencoder: scaled moments, decoding, its parameters in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load():
   return Autoencoder.load(str(FOLDER))
 
 
-def test_moments_are_those_of_the_reference_scaled():
+def test_moments_match_the_scaled_reference():
   recorded = reference.load("vae")
   mean, std = np.moveaxis(np.asarray(load().moments(RECORDED["x"])), 1, 0)
   expected = 0.18215 * reference.to_nhwc(recorded["mean"])
@@ -29,25 +29,25 @@ def test_moments_are_those_of_the_reference_scaled():
   assert reference.relative_error(std, expected) < reference.FORWARD_TOLERANCE
 
 
-def test_bytes_and_floats_have_the_same_moments():
+def test_uint8_and_float_images_have_equal_moments():
   pixels = np.random.default_rng(0).integers(0, 256, RECORDED["x"].shape, np.uint8)
   floats = pixels.astype(np.float32) / 127.5 - 1
-  # Compiled, the scaling of bytes may be fused and round once less.
+  # XLA may fuse the scaling of uint8 images and round once less.
   np.testing.assert_allclose(load().moments(pixels), load().moments(floats), atol=1e-6)
 
 
-def test_scaled_latents_are_decoded_as_the_reference_decodes_them():
+def test_decode_of_scaled_latents_matches_reference():
   images = load().decode(0.18215 * RECORDED["z"])
   expected = reference.to_nhwc(reference.load("vae")["decoded"])
   assert reference.relative_error(images, expected) < reference.FORWARD_TOLERANCE
 
 
-def test_latents_have_the_shape_that_is_said():
+def test_latent_shape_matches_the_moments():
   size = RECORDED["x"].shape[1]
   assert load().moments(RECORDED["x"]).shape[2:] == load().latent_shape(size)
 
 
-def test_parameters_from_a_checkpoint_of_ours_match_reference(tmp_path):
+def test_parameters_restored_by_orbax_match_reference(tmp_path):
   saved = load()
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "vae", saved.params)
@@ -70,7 +70,7 @@ def decode_on_four_devices(latents, path):
   np.savez(path, shared, odd)
 
 
-def test_devices_share_what_is_decoded(tmp_path):
+def test_decoding_on_four_devices_matches_one_device(tmp_path):
   latents = np.random.default_rng(0).normal(size=(4, *RECORDED["z"].shape[1:]))
   latents = latents.astype(np.float32)
   path = tmp_path / "decoded.npz"

@@ -1,4 +1,4 @@
-"""Encoding by a function: what it writes, and what it refuses by argument name."""
+"""encode_images: the written set, its statistics, and errors by argument name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encode(images, output, **changes):
   return encoding.encode_images(images, output, **settings)
 
 
-def test_a_set_holds_the_moments_of_images_and_mirror_images(images, tmp_path):
+def test_set_holds_moments_of_images_and_mirror_images(images, tmp_path):
   assert encode(images, tmp_path)
   source = latents.open_set(tmp_path)
   autoencoder = Autoencoder.load(VAE)
@@ -43,7 +43,7 @@ def test_a_set_holds_the_moments_of_images_and_mirror_images(images, tmp_path):
     np.testing.assert_allclose(source[index]["views"], expected, rtol=2e-3, atol=2e-3)
 
 
-def test_statistics_are_written_under_the_names_of_the_file(images, tmp_path):
+def test_statistics_file_holds_mean_and_deviation(images, tmp_path):
   encode(images, tmp_path)
   found = encoding.write_statistics(tmp_path)
   written = json.loads((tmp_path / encoding.STATISTICS).read_text())
@@ -62,28 +62,26 @@ def test_statistics_are_written_under_the_names_of_the_file(images, tmp_path):
     ({"process_index": 2, "process_count": 2}, "process_index"),
   ],
 )
-def test_an_error_names_the_argument(images, tmp_path, settings, argument):
+def test_error_names_the_invalid_argument(images, tmp_path, settings, argument):
   with pytest.raises(SettingError) as caught:
     encode(images, tmp_path / "out", **settings)
   assert caught.value.setting == argument
   assert not (tmp_path / "out").exists()
 
 
-def test_missing_images_are_an_error_of_the_source(tmp_path):
+def test_missing_image_folder_is_an_error_of_source(tmp_path):
   with pytest.raises(SettingError) as caught:
     encode(str(tmp_path / "gone"), tmp_path)
   assert caught.value.setting == "source"
 
 
-def test_a_folder_without_a_set_is_an_error_of_the_output(tmp_path):
+def test_folder_without_a_set_is_an_error_of_output(tmp_path):
   with pytest.raises(SettingError) as caught:
     encoding.verify(tmp_path)
   assert caught.value.setting == "output"
 
 
-def test_too_little_memory_on_the_devices_is_an_error_of_the_batch_size(
-  images, tmp_path, monkeypatch
-):
+def test_out_of_device_memory_is_an_error_of_batch_size(images, tmp_path, monkeypatch):
   def moments(self, images):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 

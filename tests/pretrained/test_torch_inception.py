@@ -1,4 +1,4 @@
-"""Weights of Inception from each kind of file, and files that are refused."""
+"""Inception weights: every file format, and files that are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-  """A state dict of PyTorch, with its counters of batches, converted."""
+  """A converted PyTorch state dict that includes num_batches_tracked."""
   folder = tmp_path_factory.mktemp("inception")
   state = {name: torch.from_numpy(array) for name, array in tensors().items()}
   state["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(7)
@@ -35,21 +35,21 @@ def assert_same(first, second):
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_names_and_shapes_are_those_of_pytorch_fid():
+def test_names_and_shapes_match_pytorch_fid():
   recorded = json.loads((reference.FIXTURES / "inception_params.json").read_text())
   expected = {name: tuple(shape) for name, shape in recorded.items()}
   assert torch_inception.tensor_shapes() == expected
 
 
-def test_the_converted_file_holds_the_same_tensors(converted):
+def test_converted_file_holds_the_same_tensors(converted):
   assert_same(load_file(converted), dict(tensors()))
 
 
-def test_parameters_of_the_converted_file_are_those_of_the_tensors(converted):
+def test_parameters_of_the_converted_file_match_the_tensors(converted):
   assert_same(load_inception(converted), torch_inception.to_params(tensors()))
 
 
-def test_a_frozen_graph_gives_the_same_tensors(tmp_path, converted):
+def test_frozen_tensorflow_graph_gives_the_same_tensors(tmp_path, converted):
   import tensorflow as tf
 
   graph = tf.compat.v1.GraphDef()
@@ -85,11 +85,11 @@ def test_a_frozen_graph_gives_the_same_tensors(tmp_path, converted):
     ("softmax/weights", "fc.weight"),
   ],
 )
-def test_constants_of_the_graph_are_the_layers_they_are_known_to_be(theirs, ours):
+def test_graph_constants_map_to_the_known_layers(theirs, ours):
   assert torch_inception.graph_names()[theirs] == ours
 
 
-def test_every_tensor_has_one_constant_of_the_graph():
+def test_every_tensor_has_one_graph_constant():
   names = list(torch_inception.graph_names().values())
   assert sorted(names) == sorted(tensors())
 
@@ -111,7 +111,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_weights_of_another_network_are_refused(tmp_path, monkeypatch, case):
+def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, case):
   changes, message = REFUSED[case]
   monkeypatch.setattr(
     torch_inception, "read_tensors", lambda path: {**tensors(), **changes}
@@ -121,13 +121,13 @@ def test_weights_of_another_network_are_refused(tmp_path, monkeypatch, case):
   assert not list(tmp_path.iterdir())
 
 
-def test_missing_tensors_are_named(tmp_path):
+def test_error_names_missing_tensors(tmp_path):
   save_file({"fc.bias": tensors()["fc.bias"]}, tmp_path / "part.safetensors")
   with pytest.raises(SettingError, match=r"is missing; .*and 466 more"):
     load_inception(tmp_path / "part.safetensors")
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
+def test_file_with_code_is_refused(tmp_path):
   class Harmful:
     def __reduce__(self):
       return (print, ("run",))
@@ -138,7 +138,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["graph.pb", "weights.pth", "weights.safetensors"])
-def test_a_file_of_something_else_is_named(tmp_path, name):
+def test_error_names_a_file_with_other_content(tmp_path, name):
   path = tmp_path / name
   path.write_bytes(b"\xff something else \xff")
   with pytest.raises(SettingError, match=rf"^path = .*{name}"):
@@ -146,28 +146,28 @@ def test_a_file_of_something_else_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["graph.pb", "weights.pth"])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
+def test_error_names_a_missing_file(tmp_path, name):
   with pytest.raises(SettingError, match=rf"^path = .*{name}.* must be a file"):
     load_inception(tmp_path / name)
 
 
-def test_the_caller_names_the_setting(tmp_path):
+def test_error_uses_the_setting_name_of_the_caller(tmp_path):
   with pytest.raises(SettingError) as caught:
     load_inception(tmp_path / "gone.pth", "config.eval.inception")
   assert caught.value.setting == "config.eval.inception"
 
 
-def test_an_unreadable_source_is_an_error_of_the_source(tmp_path):
+def test_missing_source_is_an_error_of_source(tmp_path):
   with pytest.raises(SettingError) as caught:
     convert_inception(tmp_path / "gone.pth", tmp_path / "out.safetensors")
   assert caught.value.setting == "source"
 
 
-def test_only_safetensors_are_written(tmp_path):
+def test_target_must_be_a_safetensors_file(tmp_path):
   with pytest.raises(SettingError, match=r"^target = .*must end in \.safetensors"):
     convert_inception(tmp_path / "a.pth", tmp_path / "b.pth")
 
 
-def test_a_file_that_is_there_is_kept(converted):
+def test_existing_target_is_refused(converted):
   with pytest.raises(SettingError, match=r"^target = .*exists already"):
     convert_inception(converted, converted)

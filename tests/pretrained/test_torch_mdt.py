@@ -1,4 +1,4 @@
-"""Released checkpoints: what comes in goes out again, and nothing else comes in."""
+"""Released checkpoints: round trips, inferred configs, and files that are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TAKEN_FOR = {
   "mdt_v2": "read as MDTv2 (depth x width x patch = 7x32x2)",
   "dit": "read as DiT (depth x width x patch = 3x32x2)",
 }
-# Beside the recorded sizes: no published size, and each sign of a variant at its edge.
+# Unpublished sizes, and the smallest stacks from which a variant is inferred.
 TINY = dict(input_size=4, num_classes=3, hidden_size=8, num_heads=2)
 OTHER_CONFIGS = {
   "v1_decode_only": dict(variant="MDT", depth=2, decode_depth=2),
@@ -69,7 +69,7 @@ WRITERS = {".pt": write_pt, ".pth": write_pt, ".safetensors": write_safetensors}
 
 
 def expect_error(*args, **kwargs):
-  """The message of the SettingError that reading raises."""
+  """Returns the message of the SettingError of `from_torch`."""
   with pytest.raises(SettingError) as error:
     from_torch(*args, **kwargs)
   return str(error.value)
@@ -81,7 +81,7 @@ def expect_tensor_error(name, tensors):
   return str(error.value)
 
 
-# Round trips
+# Round trips.
 
 
 @functools.cache
@@ -120,8 +120,8 @@ def test_round_trip_keeps_every_bit_of_the_reference(name):
 
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
-def test_what_is_written_is_read_again_bit_for_bit(name, suffix, tmp_path):
-  """to_torch -> file -> from_torch: to_torch's arrays must be fit to be written."""
+def test_written_file_is_read_back_bit_for_bit(name, suffix, tmp_path):
+  """The arrays of to_torch must be in a form that can be written."""
   config, params = reference.load_model(name)
   path = tmp_path / f"model{suffix}"
   WRITERS[suffix](path, to_torch(config, params))
@@ -151,7 +151,7 @@ def test_half_precision_is_read_as_float32(tmp_path):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
-# The config
+# The inferred config.
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def made_up(case):
 
 
 @pytest.mark.parametrize("case", OTHER_CONFIGS)
-def test_any_config_is_inferred(case):
+def test_config_of_unpublished_sizes_is_inferred(case):
   config, _, tensors = made_up(case)
   inferred, _ = from_tensors(tensors, num_heads=2)
   assert {key: inferred[key] for key in config} == config
 
 
 @pytest.mark.parametrize("case", OTHER_CONFIGS)
-def test_parameters_of_any_config_return(case):
+def test_parameters_of_unpublished_sizes_round_trip(case):
   _, params, tensors = made_up(case)
   _, again = from_tensors(tensors, num_heads=2)
   jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -208,7 +208,7 @@ def test_dit_of_unpublished_width_needs_num_heads():
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-def test_dit_of_unpublished_width_takes_num_heads(num_heads):
+def test_dit_of_unpublished_width_accepts_num_heads(num_heads):
   config, _ = from_torch(reference.FIXTURES / "dit.pt", num_heads=num_heads)
   assert config["num_heads"] == num_heads
 
@@ -218,7 +218,7 @@ def test_dit_of_width_384_has_6_heads():
   assert config["num_heads"] == 6
 
 
-def test_dit_of_published_width_takes_other_num_heads():
+def test_num_heads_overrides_that_of_a_published_width():
   config, _ = from_tensors(dit_tensors(hidden_size=384, num_heads=6), num_heads=12)
   assert config["num_heads"] == 12
 
@@ -227,7 +227,7 @@ NETWORK_OF = {"mdt_v1": "MDT", "mdt_v2": "MDTv2", "dit": "DiT"}
 
 
 @pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
-def test_the_network_can_be_named(name):
+def test_network_argument_may_name_the_variant(name):
   path = reference.FIXTURES / f"{name}.pt"
   attributes, params = from_torch(path, NETWORK_OF[name], num_heads=2)
   assert attributes == reference.load_model(name)[0]
@@ -246,7 +246,7 @@ def test_the_network_can_be_named(name):
     ("dit", ""),
   ],
 )
-def test_a_network_that_the_file_does_not_hold_is_refused(name, network):
+def test_network_that_the_file_does_not_hold_is_refused(name, network):
   with pytest.raises(SettingError) as caught:
     from_torch(reference.FIXTURES / f"{name}.pt", network, num_heads=2)
   assert (caught.value.setting, caught.value.value) == ("network", network)
@@ -254,14 +254,14 @@ def test_a_network_that_the_file_does_not_hold_is_refused(name, network):
 
 
 @pytest.mark.parametrize("name", reference.MODEL_FIXTURES)
-def test_create_model_takes_the_attributes(name):
+def test_create_model_accepts_the_inferred_attributes(name):
   attributes, params = reference.load_model(name)
   model = create_model(**attributes)
   shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_params(model))
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == shapes
 
 
-def test_attributes_that_make_no_network_are_refused_on_the_way_back():
+def test_to_torch_refuses_invalid_attributes():
   attributes, params = reference.load_model("mdt_v1")
   with pytest.raises(SettingError) as caught:
     to_torch({**attributes, "decode_depth": 9}, params)
@@ -269,12 +269,12 @@ def test_attributes_that_make_no_network_are_refused_on_the_way_back():
 
 
 @pytest.mark.parametrize("name", ["from_tensors", "from_torch", "to_torch"])
-def test_the_earlier_address_has_the_same_functions(name):
+def test_earlier_module_exports_the_same_functions(name):
   assert getattr(earlier, name) is getattr(torch_mdt, name)
 
 
 @pytest.mark.parametrize("decode_depth", [1, 3, 4])
-def test_v1_decode_depth_says_where_the_blocks_part(decode_depth):
+def test_v1_decode_depth_splits_the_blocks(decode_depth):
   path = reference.FIXTURES / "mdt_v1.pt"
   config, params = from_torch(path, decode_depth=decode_depth)
   kernels = [params[stack]["fc1"]["kernel"] for stack in ("blocks", "decode_blocks")]
@@ -284,7 +284,7 @@ def test_v1_decode_depth_says_where_the_blocks_part(decode_depth):
 
 
 @pytest.mark.parametrize("decode_depth", [1, 3, 4, 5])
-def test_v1_decode_depth_changes_no_released_tensor(decode_depth):
+def test_v1_decode_depth_does_not_change_released_tensors(decode_depth):
   path = reference.FIXTURES / "mdt_v1.pt"
   back = to_torch(*from_torch(path, decode_depth=decode_depth))
   assert back.keys() == released("mdt_v1").keys()
@@ -299,12 +299,12 @@ def test_v1_decode_depth_changes_no_released_tensor(decode_depth):
     ("dit", dict(num_heads=3), "num_heads = 3"),
   ],
 )
-def test_override_that_fits_no_network_is_named(name, overrides, named):
+def test_error_names_an_override_that_does_not_fit(name, overrides, named):
   message = expect_error(reference.FIXTURES / f"{name}.pt", **overrides)
   assert TAKEN_FOR[name] in message and named in message
 
 
-# Tensors that do not fit
+# Tensors that do not fit.
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_override_that_fits_no_network_is_named(name, overrides, named):
     ("dit", "t_embedder.mlp.2.bias"),
   ],
 )
-def test_missing_tensor_is_named(name, tensor):
+def test_error_names_a_missing_tensor(name, tensor):
   tensors = {key: value for key, value in released(name).items() if key != tensor}
   message = expect_tensor_error(name, tensors)
   assert message.endswith(f"{TAKEN_FOR[name]}: {tensor} is missing")
@@ -333,7 +333,7 @@ def test_missing_tensor_is_named(name, tensor):
     ("dit", "mask_token"),
   ],
 )
-def test_extra_tensor_is_named(name, tensor):
+def test_error_names_an_unexpected_tensor(name, tensor):
   tensors = {**released(name), tensor: np.zeros(3, np.float32)}
   message = expect_tensor_error(name, tensors)
   assert message.endswith(f"{TAKEN_FOR[name]}: {tensor} is unexpected")
@@ -360,7 +360,7 @@ def test_extra_tensor_is_named(name, tensor):
     ("dit", "x_embedder.proj.bias", (32, 1), (32,)),
   ],
 )
-def test_wrongly_shaped_tensor_is_named_with_both_shapes(name, tensor, shape, expected):
+def test_error_for_a_wrong_shape_gives_both_shapes(name, tensor, shape, expected):
   tensors = {**released(name), tensor: np.zeros(shape, np.float32)}
   message = expect_tensor_error(name, tensors)
   sentence = f"{tensor} must have shape {expected}, has {shape}"
@@ -371,14 +371,14 @@ def test_wrongly_shaped_tensor_is_named_with_both_shapes(name, tensor, shape, ex
   ("count", "named", "rest"),
   [(1, 1, None), (5, 5, None), (6, 5, "; and 1 more"), (9, 5, "; and 4 more")],
 )
-def test_at_most_five_tensors_are_named(count, named, rest):
+def test_error_names_at_most_five_tensors(count, named, rest):
   extra = {f"stray.{i}": np.zeros(1, np.float32) for i in range(count)}
   message = expect_tensor_error("dit", {**released("dit"), **extra})
   assert len(re.findall(r"stray\.\d is unexpected", message)) == named
   assert message.endswith(rest or "is unexpected")
 
 
-def test_each_kind_of_misfit_is_named_in_one_message():
+def test_one_error_lists_missing_unexpected_and_misshapen_tensors():
   tensors = {**released("dit"), "stray": np.zeros(1), "pos_embed": np.zeros((1, 36, 8))}
   del tensors["blocks.1.attn.proj.bias"]
   message = expect_tensor_error("dit", tensors)
@@ -391,7 +391,7 @@ def test_each_kind_of_misfit_is_named_in_one_message():
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_misfit_is_named_with_its_file(suffix, tmp_path):
+def test_error_names_the_file(suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   WRITERS[suffix](path, {**released("mdt_v1"), "stray": np.zeros(1, np.float32)})
   assert f"path = {str(path)!r}: {TAKEN_FOR['mdt_v1']}" in expect_error(path)
@@ -401,21 +401,21 @@ def test_misfit_is_named_with_its_file(suffix, tmp_path):
   "tensor",
   ["x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"],
 )
-def test_tensors_of_another_network_are_no_model(tensor):
+def test_file_without_a_required_tensor_is_not_a_model(tensor):
   tensors = {key: value for key, value in released("dit").items() if key != tensor}
   message = expect_tensor_error("dit", tensors)
   assert "must hold an MDT, MDTv2 or DiT" in message and tensor in message
 
 
-# Files that are no checkpoint
+# Files that are not checkpoints.
 
 
-def test_missing_file_is_named(tmp_path):
+def test_error_names_a_missing_file(tmp_path):
   path = tmp_path / "absent.pt"
   assert expect_error(path) == f"path = {str(path)!r}: must be a file"
 
 
-def test_directory_is_no_file(tmp_path):
+def test_directory_is_refused(tmp_path):
   assert "must be a file" in expect_error(tmp_path)
 
 
@@ -445,14 +445,14 @@ def test_truncated_file_is_refused(suffix, reason, share, tmp_path):
 
 @pytest.mark.parametrize("content", [b"hello\n", b"\x80\x04.", b"PK\x03\x04", b"{}"])
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_file_of_something_else_is_refused(suffix, content, tmp_path):
+def test_file_with_other_content_is_refused(suffix, content, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes(content)
   assert f"path = {str(path)!r}: must be a " in expect_error(path)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_refusal_is_one_line(suffix, tmp_path):
+def test_error_is_one_line(suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes(b"hello\nand\nmore")
   assert "\n" not in expect_error(path)
@@ -461,23 +461,23 @@ def test_refusal_is_one_line(suffix, tmp_path):
 @pytest.mark.parametrize(
   "held", [[1.0], {"step": 3}, {"model": {"pos_embed": torch.zeros(1)}}, 5]
 )
-def test_pt_of_other_things_than_tensors_is_refused(held, tmp_path):
+def test_pt_file_without_tensors_is_refused(held, tmp_path):
   path = tmp_path / "other.pt"
   torch.save(held, path)
   assert "must hold a dict of named tensors" in expect_error(path)
 
 
-def test_no_tensors_at_all_are_no_model(tmp_path):
+def test_empty_state_dict_is_refused(tmp_path):
   path = tmp_path / "empty.pt"
   torch.save({}, path)
   assert "must hold an MDT, MDTv2 or DiT" in expect_error(path)
 
 
-# Pickles that hold code
+# Pickles that hold code.
 
 
 class Hostile:
-  """Creates a file where it is unpickled."""
+  """Creates a file when it is unpickled."""
 
   def __init__(self, path):
     self.path = str(path)
@@ -510,7 +510,7 @@ def test_pickle_with_code_is_refused(writer, tmp_path):
 
 
 @pytest.mark.parametrize("writer", HOSTILE_WRITERS)
-def test_code_in_a_pickle_is_not_run(writer, tmp_path):
+def test_code_in_a_pickle_does_not_run(writer, tmp_path):
   path, mark = tmp_path / "hostile.pt", tmp_path / "mark"
   write_hostile(writer, mark, path)
   with pytest.raises(SettingError):
@@ -518,8 +518,8 @@ def test_code_in_a_pickle_is_not_run(writer, tmp_path):
   assert not mark.exists()
 
 
-def test_code_in_a_pickle_would_run_if_it_were_trusted(tmp_path):
-  """Else the two tests above say nothing."""
+def test_code_in_a_pickle_runs_when_it_is_trusted(tmp_path):
+  """Otherwise, the two tests above would prove nothing."""
   path, mark = tmp_path / "hostile.pt", tmp_path / "mark"
   write_hostile(torch.save, mark, path)
   torch.load(path, weights_only=False)
@@ -527,7 +527,7 @@ def test_code_in_a_pickle_would_run_if_it_were_trusted(tmp_path):
 
 
 def test_parameters_are_copies_of_the_tensors():
-  """A view would change with the file or the arrays it came from."""
+  """A view would change with the arrays of the file."""
   config, params = reference.load_model("dit")
   tensors = to_torch(config, params)
   heads = config["num_heads"]
@@ -541,21 +541,21 @@ def test_parameters_are_copies_of_the_tensors():
 
 @pytest.mark.parametrize("share", [1.5, 2.3, 2.6875, 3.1])
 @pytest.mark.parametrize("hidden_size", [8, 36, 44])
-def test_any_width_of_the_mlp_returns(hidden_size, share):
-  """A ratio that is no binary fraction must not round to one unit less."""
+def test_mlp_ratio_gives_back_the_width(hidden_size, share):
+  """A ratio that is not a binary fraction must not round to one unit less."""
   width = round(hidden_size * share)
   assert int(hidden_size * _mlp_ratio(hidden_size, width)) == width
 
 
-def test_a_position_index_of_another_order_is_refused():
+def test_position_index_in_another_order_is_refused():
   name = "sideblocks.0.attn.rel_pos_bias.relative_position_index"
   tensors = {**released("mdt_v1"), name: released("mdt_v1")[name].T}
   message = expect_tensor_error("mdt_v1", tensors)
   assert message.endswith(f"{name} must be the position index of the released code")
 
 
-def test_the_averages_of_a_training_checkpoint_are_read(tmp_path):
-  """DiT's training saves model, ema, opt and its command line in one file."""
+def test_ema_of_a_training_checkpoint_is_read(tmp_path):
+  """The training code of DiT saves model, ema, opt and args in one file."""
   tensors = torch.load(reference.FIXTURES / "mdt_v1.pt", weights_only=True)
   held = {"ema": tensors, "model": {}, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
   torch.save(held, tmp_path / "training.pt")
@@ -564,20 +564,20 @@ def test_the_averages_of_a_training_checkpoint_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mdt_v2", "dit"])
-def test_decode_depth_is_refused_where_it_is_not_asked_for(name):
+def test_decode_depth_is_refused_for_mdtv2_and_dit(name):
   path = reference.FIXTURES / f"{name}.pt"
   message = expect_error(path, num_heads=2, decode_depth=2)
   assert message.startswith("decode_depth = 2: ")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_failed_write_leaves_no_file(suffix, tmp_path):
+def test_failed_write_leaves_no_file(suffix, tmp_path):
   with pytest.raises((TypeError, ValueError, AttributeError)):
     write_tensors(tmp_path / f"model{suffix}", {"a": object()})
   assert not list(tmp_path.iterdir())
 
 
-def test_a_bfloat16_checkpoint_loads_as_float32(tmp_path):
+def test_bfloat16_checkpoint_is_read_as_float32(tmp_path):
   tensors = torch.load(reference.FIXTURES / "mdt_v1.pt", weights_only=True)
   halved = {
     name: tensor.bfloat16() if tensor.is_floating_point() else tensor

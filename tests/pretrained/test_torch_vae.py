@@ -1,4 +1,4 @@
-"""Autoencoders that diffusers has saved: read, written again, and refused."""
+"""Autoencoders saved by diffusers: reading, writing, and files that are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def loaded(name):
 
 
 def write_folder(folder, tensors=None, config=None):
-  """The fixture "vae" in a folder, with other tensors or another config."""
+  """Writes the fixture "vae" to a folder, with the given tensors or config."""
   folder.mkdir(parents=True, exist_ok=True)
   save_file(saved("vae") if tensors is None else tensors, folder / SAFETENSORS)
   config = saved_config("vae") if config is None else config
@@ -81,14 +81,14 @@ def assert_same(params, name="vae"):
 
 
 def expect_error(*args):
-  """The message of the SettingError that reading raises; one line."""
+  """Returns the one-line message of the SettingError of `load_vae`."""
   with pytest.raises(SettingError) as error:
     load_vae(*args)
   assert "\n" not in str(error.value)
   return str(error.value)
 
 
-# Round trips
+# Round trips.
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -101,7 +101,7 @@ def test_round_trip_keeps_names_types_shapes_and_bits(name):
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_what_is_saved_is_loaded_again(name, tmp_path):
+def test_saved_autoencoder_is_loaded_unchanged(name, tmp_path):
   save_vae(tmp_path / "new", *loaded(name))
   model, params = load_vae(tmp_path / "new")
   assert model == loaded(name)[0]
@@ -109,7 +109,7 @@ def test_what_is_saved_is_loaded_again(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_saved_config_says_what_diffusers_says(name, tmp_path):
+def test_saved_config_matches_the_config_of_diffusers(name, tmp_path):
   save_vae(tmp_path, *loaded(name))
   written = json.loads((tmp_path / "config.json").read_text())
   unused = {"sample_size", "force_upcast", "_diffusers_version"}
@@ -126,7 +126,7 @@ def test_saved_config_says_what_diffusers_says(name, tmp_path):
     dict(mid_block_attention=False, use_post_quant_conv=False, scaling_factor=2.0),
   ],
 )
-def test_any_config_is_saved_and_loaded(changes, tmp_path):
+def test_other_configs_round_trip(changes, tmp_path):
   settings = dict(block_out_channels=(8, 4), norm_num_groups=2) | changes
   model = AutoencoderKL(**settings)
   rng = np.random.default_rng(0)
@@ -154,13 +154,13 @@ def test_config_is_read():
   )
 
 
-def test_dtype_is_that_of_the_model():
+def test_dtype_applies_to_the_model_not_its_parameters():
   model, params = load_vae(reference.FIXTURES / "vae", jnp.bfloat16)
   assert model.dtype == jnp.bfloat16
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
-# The forms of weights
+# Formats of the weights.
 
 
 def old_spelling(tensors, as_convolutions):
@@ -176,7 +176,7 @@ def old_spelling(tensors, as_convolutions):
 
 
 @pytest.mark.parametrize("as_convolutions", [False, True])
-def test_old_spelling_of_attention_is_read(as_convolutions, tmp_path):
+def test_old_names_of_attention_tensors_are_read(as_convolutions, tmp_path):
   tensors = old_spelling(saved("vae"), as_convolutions)
   assert sum(".proj_attn." in name for name in tensors) == 4
   assert_same(load_vae(write_folder(tmp_path, tensors))[1])
@@ -209,13 +209,13 @@ def test_bfloat16_bin_is_read_as_float32(tmp_path):
   np.testing.assert_array_equal(params["encoder"]["conv_in"]["bias"], expected)
 
 
-def test_subfolder_of_a_pipeline_is_read(tmp_path):
+def test_vae_subfolder_of_a_pipeline_is_read(tmp_path):
   write_folder(tmp_path / "vae")
   (tmp_path / "model_index.json").write_text("{}")
   assert_same(load_vae(str(tmp_path))[1])
 
 
-def test_reading_safetensors_loads_no_torch():
+def test_reading_safetensors_does_not_import_torch():
   folder = reference.FIXTURES / "vae_no_quant"
   code = (
     "import sys; from mdt_jax.pretrained.torch_vae import load_vae; "
@@ -224,7 +224,7 @@ def test_reading_safetensors_loads_no_torch():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Configs that are not supported
+# Unsupported configs.
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_reading_safetensors_loads_no_torch():
     ("scaling_factor", None),
   ],
 )
-def test_unsupported_setting_is_named(setting, value, tmp_path):
+def test_error_names_an_unsupported_setting(setting, value, tmp_path):
   write_folder(tmp_path, config={**saved_config("vae"), setting: value})
   path = str(tmp_path / "config.json")
   shown = tuple(value) if setting == "block_out_channels" else value
@@ -251,48 +251,48 @@ def test_unsupported_setting_is_named(setting, value, tmp_path):
 
 
 @pytest.mark.parametrize("value", [[], None, 32, "16"])
-def test_levels_must_be_a_list(value, tmp_path):
+def test_block_out_channels_must_be_a_list(value, tmp_path):
   config = {"block_out_channels": value}
   assert "block_out_channels of " in expect_error(write_folder(tmp_path, config=config))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x80"])
-def test_config_that_is_none_is_refused(text, tmp_path):
+def test_invalid_config_file_is_refused(text, tmp_path):
   write_folder(tmp_path)
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
   assert f"vae = {str(tmp_path / 'config.json')!r}: " in expect_error(tmp_path)
 
 
-def test_missing_config_is_named(tmp_path):
+def test_error_names_the_missing_config(tmp_path):
   write_folder(tmp_path)
   (tmp_path / "config.json").unlink()
   message = expect_error(tmp_path)
   assert "holds no config.json; put config.json and diffusion_pytorch_model" in message
 
 
-def test_missing_weights_are_named(tmp_path):
+def test_error_names_the_missing_weights(tmp_path):
   write_folder(tmp_path)
   (tmp_path / SAFETENSORS).unlink()
   assert f"holds no {SAFETENSORS} or {BIN}; put config.json" in expect_error(tmp_path)
 
 
-# Tensors that do not fit
+# Tensors that do not fit.
 
 
-def test_missing_tensor_is_named(tmp_path):
+def test_error_names_a_missing_tensor(tmp_path):
   tensors = dict(saved("vae"))
   del tensors[f"{ATTENTION}.to_q.bias"]
   message = expect_error(write_folder(tmp_path, tensors))
   assert message.endswith(f"config.json: {ATTENTION}.to_q.bias is missing")
 
 
-def test_extra_tensor_is_named(tmp_path):
+def test_error_names_an_unexpected_tensor(tmp_path):
   tensors = {**saved("vae"), "stray": np.zeros(1, np.float32)}
   message = expect_error(write_folder(tmp_path, tensors))
   assert message.endswith("config.json: stray is unexpected")
 
 
-def test_one_weight_in_both_spellings_is_refused(tmp_path):
+def test_one_weight_with_old_and_new_name_is_refused(tmp_path):
   extra = {f"{ATTENTION}.query.bias": np.zeros(32, np.float32)}
   for tensors in ({**saved("vae"), **extra}, {**extra, **saved("vae")}):
     message = expect_error(write_folder(tmp_path, tensors))
@@ -308,28 +308,26 @@ def test_one_weight_in_both_spellings_is_refused(tmp_path):
     ("decoder.conv_out.bias", (), (3,)),
   ],
 )
-def test_wrongly_shaped_tensor_is_named_with_both_shapes(
-  name, shape, expected, tmp_path
-):
+def test_error_for_a_wrong_shape_gives_both_shapes(name, shape, expected, tmp_path):
   tensors = {**saved("vae"), name: np.zeros(shape, np.float32)}
   message = expect_error(write_folder(tmp_path, tensors))
   assert message.endswith(f"{name} must have shape {expected}, has {shape}")
 
 
-def test_at_most_five_tensors_are_named(tmp_path):
+def test_error_names_at_most_five_tensors(tmp_path):
   extra = {f"stray.{i}": np.zeros(1, np.float32) for i in range(9)}
   message = expect_error(write_folder(tmp_path, {**saved("vae"), **extra}))
   assert len(re.findall(r"stray\.\d is unexpected", message)) == 5
   assert message.endswith("; and 4 more")
 
 
-def test_config_of_another_network_is_told_by_its_tensors(tmp_path):
+def test_config_that_does_not_match_the_tensors_is_refused(tmp_path):
   config = {**saved_config("vae"), "layers_per_block": 1}
   message = expect_error(write_folder(tmp_path, config=config))
   assert "decoder.up_blocks.0.resnets.2.conv1.bias is unexpected" in message
 
 
-# Files that are no weights
+# Invalid weight files.
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
@@ -346,12 +344,12 @@ def test_truncated_weights_are_refused(weights, share, tmp_path):
 
 
 @pytest.mark.parametrize("held", [[1.0], {"step": 3}, 5, {"a": {"b": torch.ones(1)}}])
-def test_bin_of_other_things_than_tensors_is_refused(held, tmp_path):
+def test_bin_file_without_tensors_is_refused(held, tmp_path):
   assert "must hold a dict of named tensors" in expect_error(write_bin(tmp_path, held))
 
 
 class Hostile:
-  """Creates a file where it is unpickled."""
+  """Creates a file when it is unpickled."""
 
   def __init__(self, path):
     self.path = str(path)
@@ -360,19 +358,19 @@ class Hostile:
     return Path.touch, (Path(self.path),)
 
 
-def test_code_in_a_bin_is_not_run(tmp_path):
+def test_code_in_a_bin_file_does_not_run(tmp_path):
   mark = tmp_path / "mark"
   write_bin(tmp_path / "vae", {**as_torch(saved("vae")), "stray": Hostile(mark)})
   assert "a checkpoint that is safe to load" in expect_error(tmp_path)
   assert not mark.exists()
 
 
-# The hub, played by a folder
+# The hub. A folder stands for it.
 
 
 @pytest.fixture
 def hub(monkeypatch):
-  """A huggingface_hub that finds what its function says; None for no package."""
+  """Installs a fake huggingface_hub with this function; None removes the package."""
 
   def install(snapshot_download):
     module = types.SimpleNamespace(snapshot_download=snapshot_download)
@@ -384,7 +382,7 @@ def hub(monkeypatch):
 
 
 def hub_of(repository, cache):
-  """A hub of one repository: asked for patterns, it copies matching files."""
+  """A snapshot_download that copies matching files of one repository to `cache`."""
 
   def snapshot_download(name, allow_patterns):
     assert name == "some/model"
@@ -411,7 +409,7 @@ def test_model_on_the_hub_is_read(weights, subfolder, hub, tmp_path):
   assert_same(load_vae("some/model")[1])
 
 
-def test_bin_is_not_fetched_where_there_are_safetensors(hub, tmp_path):
+def test_bin_is_not_downloaded_when_safetensors_exist(hub, tmp_path):
   repository, cache = write_folder(tmp_path / "repository"), tmp_path / "cache"
   (repository / BIN).write_bytes(b"large")
   hub(hub_of(repository, cache))
@@ -425,14 +423,14 @@ def assert_says_what_to_download(message):
   assert "https://huggingface.co/some/model" in message
 
 
-def test_without_huggingface_hub_the_files_are_named(hub):
+def test_error_without_huggingface_hub_lists_files_to_download(hub):
   hub(None)
   message = expect_error("some/model")
   assert_says_what_to_download(message)
   assert "pip install huggingface_hub" in message
 
 
-def test_without_network_the_files_are_named(hub):
+def test_error_without_network_lists_files_to_download(hub):
   def unreachable(name, allow_patterns):
     raise OSError("no route to host\nmore")
 
@@ -443,7 +441,7 @@ def test_without_network_the_files_are_named(hub):
 
 
 @pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x"])
-def test_what_is_neither_a_folder_nor_an_id_is_refused(
+def test_name_that_is_neither_folder_nor_hub_id_is_refused(
   name, hub, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
