@@ -1,4 +1,4 @@
-"""Objectives: their draws, their losses, and what they refuse."""
+"""Objectives: random draws, losses, invalid settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_both_passes_share_timesteps_and_differ_in_noise():
   assert np.abs(draws.noise[:, 0] - draws.noise[:, 1]).max() > 0.1
 
 
-def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
+def test_both_passes_drop_labels_independently_at_the_model_rate():
   config = tiny_config(batch_size=4096)
   batch = {"image": np.zeros((4096, 8, 8, 1), "f"), "label": np.zeros(4096, np.int32)}
   dropped = build(config).objective.draw(jax.random.key(0), batch).y == 10
@@ -41,8 +41,8 @@ def test_labels_are_dropped_at_the_rate_of_the_model_and_apart_in_both_passes():
   np.testing.assert_allclose(jnp.all(dropped, axis=1).mean(), 0.01, atol=0.008)
 
 
-def test_latents_are_drawn_from_their_posterior():
-  """Anew at each step, and the same at a replayed one."""
+def test_latents_are_sampled_from_their_posterior():
+  """Each key gives a new sample. The same key gives the same sample."""
   rng = np.random.default_rng(0)
   moments = rng.uniform(0.5, 1, (512, 2, 4, 4, 3)).astype(np.float16)
   draws = [
@@ -55,8 +55,8 @@ def test_latents_are_drawn_from_their_posterior():
   np.testing.assert_allclose([normal.mean(), normal.std()], [0, 1], atol=0.03)
 
 
-def test_plain_draws_are_those_of_mdt():
-  """A run with a masked pass and one without see the same noise and labels."""
+def test_plain_and_mdt_objectives_have_equal_draws():
+  """Runs with and without a masked pass see the same noise and labels."""
   batch = make_batch(tiny_config())
   plain, mdt = (
     make_objective(name).draw(jax.random.key(3), batch) for name in ("plain", "mdt")
@@ -64,7 +64,7 @@ def test_plain_draws_are_those_of_mdt():
   jax.tree.map(np.testing.assert_array_equal, plain, mdt)
 
 
-def test_the_mdt_loss_is_the_plain_loss_and_that_of_the_masked_pass():
+def test_mdt_loss_is_the_sum_of_plain_and_masked_loss():
   objective, plain = make_objective("mdt"), make_objective("plain")
   params = reference.random_params(objective.model)
   draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
@@ -76,7 +76,7 @@ def test_the_mdt_loss_is_the_plain_loss_and_that_of_the_masked_pass():
   np.testing.assert_allclose(total, losses["total"].mean(), rtol=1e-6)
 
 
-def test_lengths_are_chosen_by_seed_and_step_alone():
+def test_kept_length_depends_only_on_seed_and_step():
   objective = make_objective("mdt", num_lengths=2, multiple=1)
   chosen = [objective.choose_static(1, step) for step in range(50)]
   assert set(chosen) == set(objective.static_choices)
@@ -93,19 +93,19 @@ def test_lengths_are_chosen_by_seed_and_step_alone():
     ("plain", {"ratio": 0.5}, r"^ratio = 0.5: is no setting of the objective 'plain'"),
   ],
 )
-def test_a_bad_setting_is_named(name, settings, message):
+def test_error_names_the_invalid_setting(name, settings, message):
   with pytest.raises(SettingError, match=message):
     make_objective(name, **settings)
 
 
-def test_a_network_without_a_side_interpolater_has_no_masked_pass():
+def test_mdt_objective_refuses_dit():
   with pytest.raises(SettingError, match="DiT") as error:
     make_objective("mdt", network="DiT-S/2")
   assert (error.value.setting, error.value.value) == ("objective", "mdt")
   assert "plain" in error.value.accepted
 
 
-def test_labels_that_are_not_whole_numbers_are_refused():
+def test_float_labels_are_refused():
   batch = make_batch(tiny_config())
   batch["label"] = batch["label"].astype(np.float32)
   with pytest.raises(ValueError, match="label"):
