@@ -1,4 +1,4 @@
-"""Fifty steps on digits, by the public entry, for what the tests register."""
+"""Trains the components that the tests register for fifty steps on digits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_STEPS = 50
 
 
 def train_losses(workdir, objective=None, **settings):
-  """The loss of each of fifty steps; settings by dotted name."""
+  """Returns the loss of each of fifty steps. `settings` have dotted names."""
   config = tiny_config(
     **{
       "num_steps": NUM_STEPS,
@@ -39,5 +39,5 @@ def train_losses(workdir, objective=None, **settings):
 
 
 def assert_learns(losses, factor=0.9):
-  """The mean of the last ten losses is below that of the first ten."""
+  """Asserts that the last ten losses have a lower mean than the first ten."""
   assert losses[-10:].mean() < factor * losses[:10].mean()

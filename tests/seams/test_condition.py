@@ -1,4 +1,4 @@
-"""A condition of one's own, a vector: one file and one registration."""
+"""A custom condition, a vector, needs one file and one registration."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mdt_jax.models.conditions import CONDITIONS, Condition
 from mdt_jax.models.registry import init_params
 from tests.seams.digits import assert_learns, train_losses
 
-SIZE = 4  # numbers in a vector
+SIZE = 4  # Numbers in a vector.
 
 
 class VectorEmbed(nn.Module):
-  """A vector (B, SIZE) to (B, D)."""
+  """Embeds vectors (B, SIZE) as (B, D)."""
 
   hidden_size: int
   dtype: object = jnp.float32
@@ -31,7 +31,7 @@ class VectorEmbed(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class AngleCondition(Condition):
-  """The class of a digit as a point on two circles; zeros where it is dropped."""
+  """The class of a digit as a point on two circles. Dropped conditions are zero."""
 
   num_classes: int
   dropout: float
@@ -64,11 +64,11 @@ def registered(monkeypatch):
   monkeypatch.setitem(CONDITIONS, "angle", AngleCondition)
 
 
-def test_digits_are_trained_with_it(tmp_path):
+def test_custom_condition_trains_on_digits(tmp_path):
   assert_learns(train_losses(tmp_path, **{"model.condition": "angle"}))
 
 
-def test_its_embedder_takes_the_place_of_the_label_table():
+def test_custom_embedder_replaces_the_label_table():
   model = create_model(
     "DiT-S/2", condition="angle", input_size=8, in_channels=1, num_classes=10, depth=1
   )

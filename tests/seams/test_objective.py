@@ -1,4 +1,4 @@
-"""An objective of one's own: one file and one registration."""
+"""A custom objective needs one file and one registration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.training.tiny import tiny_config
 
 
 class MaskedOnlyObjective(Objective):
-  """One pass alone, which sees some of the tokens in each odd step, else all."""
+  """A single pass, which is masked in every other step."""
 
   def __init__(self, model, process, timestep_sampler=None, *, keep: float = 0.5):
     super().__init__(model, process, timestep_sampler)
@@ -36,11 +36,11 @@ def registered(monkeypatch):
   monkeypatch.setitem(OBJECTIVES, "masked_only", MaskedOnlyObjective)
 
 
-def test_digits_are_trained_with_it(tmp_path):
+def test_custom_objective_trains_on_digits(tmp_path):
   assert_learns(train_losses(tmp_path, **{"objective.name": "masked_only"}))
 
 
-def test_its_arguments_come_from_the_config():
+def test_custom_objective_gets_its_arguments_from_the_config():
   from mdt_jax.experiment import build
 
   config = tiny_config(**{"objective.name": "masked_only"})

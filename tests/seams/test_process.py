@@ -1,4 +1,4 @@
-"""A process of one's own: one file and one registration."""
+"""A custom process needs one file and one registration."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.training.tiny import tiny_config
 
 
 class LinearProcess(Process):
-  """x_t = (1 - t) x0 + t noise for t in [0, 1); the network predicts noise - x0.
+  """x_t = (1 - t) x0 + t noise for t in [0, 1). The network predicts noise - x0.
 
-  With `times` (S,), rising, t counts the steps of a sampler.
+  With `times` (S,), which must increase, t counts the steps of a sampler.
   """
 
   def __init__(self, scale: float = 1000.0, times: np.ndarray | None = None):
@@ -68,12 +68,12 @@ def registered(monkeypatch):
   monkeypatch.setitem(PROCESSES, "linear", LinearProcess)
 
 
-def test_digits_are_trained_with_it(tmp_path):
+def test_custom_process_trains_on_digits(tmp_path):
   losses = train_losses(tmp_path, **{"diffusion.process": "linear"})
   assert_learns(losses)
 
 
-def test_its_methods_agree_with_each_other():
+def test_custom_process_is_self_consistent():
   process = create_process("linear")
   rng = np.random.default_rng(0)
   x0, noise = rng.standard_normal((2, 3, 4, 4, 1)).astype(np.float32)
@@ -86,13 +86,13 @@ def test_its_methods_agree_with_each_other():
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dpm++", "dpm++sde"])
-def test_solvers_sample_from_it(method):
-  """A network that knows the image leads every path to the image."""
+def test_solvers_sample_from_a_custom_process(method):
+  """With a perfect network, every path ends at the image."""
   process = create_process("linear")
   image = np.random.default_rng(1).standard_normal((2, 4, 4, 1)).astype(np.float32)
   x_T = np.random.default_rng(2).standard_normal(image.shape).astype(np.float32)
 
-  def network(x, t):  # the velocity towards the image
+  def network(x, t):  # The velocity of the path to the image.
     return (x - image) / like(t / process.scale, x)
 
   sampler = Sampler.create(process, Guidance(), method=method, num_steps=8)
@@ -101,14 +101,14 @@ def test_solvers_sample_from_it(method):
   np.testing.assert_allclose(x_0, image, atol=1e-4)
 
 
-def test_ancestral_sampling_needs_a_posterior():
+def test_ddpm_sampling_needs_a_gaussian_process():
   with pytest.raises(SettingError, match="gaussian") as error:
     Sampler.create(create_process("linear"), Guidance(), method="ddpm")
   assert (error.value.setting, error.value.value) == ("method", "ddpm")
 
 
-def test_guidance_goes_by_the_time_of_its_network():
-  """With T = 10 here, an interval of shares of T guides in the middle alone."""
+def test_guidance_interval_uses_the_network_time():
+  """T is 10 here. The interval is relative to T, so only t = 5 is guided."""
   settings = {"diffusion.process": "linear", "sampling.method": "euler"}
   interval = {"sampling.cfg_interval": (0.2, 0.8), "sampling.cfg_power": 0.0}
   config = tiny_config(**settings, **interval, **{"sampling.cfg_scale": 3.0})
@@ -122,7 +122,7 @@ def test_guidance_goes_by_the_time_of_its_network():
   assert values == [1.0, 3.0, 1.0]
 
 
-def test_its_arguments_survive_a_checkpoint():
+def test_custom_process_arguments_are_saved_with_the_settings():
   config = tiny_config(**{"diffusion.process": "linear"})
   config.diffusion.arguments = {"times": (0.5, 0.9)}
   settings = Settings.from_config(config)
@@ -130,7 +130,7 @@ def test_its_arguments_survive_a_checkpoint():
   assert Settings.from_dict(saved) == settings
 
 
-def test_its_arguments_come_from_the_config():
+def test_custom_process_gets_its_arguments_from_the_config():
   config = tiny_config(**{"diffusion.process": "linear", "sampling.cfg_scale": 1.0})
   config.diffusion.arguments = {"scale": 10.0}
   assert build(config).process.scale == 10.0
@@ -141,7 +141,7 @@ def test_its_arguments_come_from_the_config():
     build(config)
 
 
-def test_it_has_no_timesteps_for_importance_sampling():
+def test_continuous_process_refuses_importance_sampling():
   config = tiny_config(
     **{"diffusion.process": "linear", "timestep_sampler": "loss-second-moment"}
   )
