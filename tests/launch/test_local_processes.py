@@ -1,4 +1,4 @@
-"""N processes on one machine: what they are told, how they end."""
+"""local_processes.py: environment, output, signals and exit codes of N processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*flags, script="", **environment):
   return process.returncode, out.splitlines(), err
 
 
-def test_each_process_is_told_its_place_and_devices():
+def test_each_process_gets_its_id_address_and_devices():
   script = (
     "import os; print(*(os.environ[n] for n in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES',"
     " 'JAX_COORDINATOR_ADDRESS', 'JAX_PLATFORMS', 'XLA_FLAGS')))"
@@ -50,14 +50,14 @@ def test_each_process_is_told_its_place_and_devices():
     assert words[4:] == ["cpu", "--a", flag]
 
 
-def test_lines_of_processes_do_not_mix():
+def test_output_lines_of_processes_do_not_mix():
   script = "import sys\nfor i in range(200): print('x' * 300); sys.stdout.flush()"
   code, lines, err = run("--processes=4", script=script)
   assert code == 0, err
   assert sorted(lines) == [f"[{i}] " + "x" * 300 for i in range(4) for _ in range(200)]
 
 
-def test_a_failure_ends_all_and_gives_its_exit_code():
+def test_one_failure_ends_all_processes_with_its_exit_code():
   script = (
     "import os, sys, time\n"
     "if os.environ['JAX_PROCESS_ID'] == '1': sys.exit(7)\n"
@@ -69,7 +69,7 @@ def test_a_failure_ends_all_and_gives_its_exit_code():
   assert time.monotonic() - begin < 20
 
 
-def test_a_process_that_ignores_sigterm_is_killed():
+def test_process_that_ignores_sigterm_is_killed():
   script = (
     "import os, signal, sys, time\n"
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -84,21 +84,21 @@ def test_a_process_that_ignores_sigterm_is_killed():
   assert time.monotonic() - begin < 20
 
 
-def test_a_process_ended_by_a_signal_gives_its_code_as_a_shell_does():
+def test_process_ended_by_a_signal_gives_128_plus_its_number():
   script = "import os; os.kill(os.getpid(), 9)"
   code, _, _ = run("--processes=1", script=script)
   assert code == 128 + 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_every_process_once(number):
+def test_signal_reaches_every_process_once(number):
   script = (
     "import signal, sys, time\n"
     "seen = []\n"
     f"signal.signal({int(number)}, lambda n, frame: seen.append(n))\n"
     "print('ready')\n"
     "while not seen: time.sleep(0.01)\n"
-    "time.sleep(0.5)\n"  # the first to end must not cut the others short
+    "time.sleep(0.5)\n"  # The first process to end must not end the others.
     "print('saved', len(seen))\n"
     "sys.exit(75)"
   )
@@ -121,7 +121,7 @@ def test_a_signal_reaches_every_process_once(number):
     (["--processes=2", "--", "no_such_program"], "'no_such_program'"),
   ],
 )
-def test_bad_flags_are_one_line_and_exit_code_2(flags, text):
+def test_invalid_flags_give_one_line_and_exit_code_2(flags, text):
   result = subprocess.run(
     [sys.executable, LAUNCHER, *flags], capture_output=True, text=True, timeout=60
   )

@@ -1,4 +1,4 @@
-"""The manifests of launch/gke: Kubernetes' schema, and what must agree in them."""
+"""The manifests of launch/gke: the Kubernetes schema, and consistent values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 GKE = ROOT / "launch" / "gke"
 KUBERNETES = "1.33"
-# Fields of JobSet v1alpha2, of its custom resource definition (kubernetes-sigs/jobset).
-# kubernetes-validate knows the job inside it, which is most of a manifest.
+# Fields in the custom resource definition of JobSet v1alpha2 (kubernetes-sigs/jobset).
+# kubernetes-validate checks only the job inside it, which is most of a manifest.
 SPEC = {"coordinator", "failurePolicy", "network", "replicatedJobs", "successPolicy"}
 FAILURE_POLICY = {"maxRestarts", "restartStrategy", "rules"}
 RULE = {
@@ -42,18 +42,18 @@ def job(jobset):
   return kind | replicated["template"]
 
 
-def test_the_job_is_valid_to_kubernetes(job):
+def test_job_is_valid_kubernetes(job):
   kubernetes_validate.validate(job, KUBERNETES, strict=True)
 
 
-def test_the_check_sees_a_wrong_field(job):
+def test_validation_finds_a_wrong_field(job):
   wrong = copy.deepcopy(job)
   wrong["spec"]["template"]["spec"]["restartpolicy"] = "Never"
   with pytest.raises(kubernetes_validate.ValidationError, match="restartpolicy"):
     kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-def test_the_jobset_has_the_fields_of_v1alpha2(jobset):
+def test_jobset_has_only_fields_of_v1alpha2(jobset):
   assert jobset.keys() == {"apiVersion", "kind", "metadata", "spec"}
   assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
   assert jobset["kind"] == "JobSet"
@@ -69,7 +69,7 @@ def test_the_jobset_has_the_fields_of_v1alpha2(jobset):
 @pytest.mark.parametrize(
   ("reason", "message", "action"),
   [
-    # The messages as Kubernetes' job controller writes them (pod_failure_policy.go).
+    # Messages of the Kubernetes job controller (pod_failure_policy.go).
     (
       "PodFailurePolicy",
       "Container train for pod a/b failed with exit code 2 matching FailJob rule at"
@@ -84,7 +84,7 @@ def test_the_jobset_has_the_fields_of_v1alpha2(jobset):
     ("BackoffLimitExceeded", "Job has reached the specified backoff limit", None),
   ],
 )
-def test_only_bad_input_is_final_and_preemption_is_free(
+def test_bad_input_is_final_and_preemption_uses_no_restart(
   jobset, reason, message, action
 ):
   def fits(rule):
@@ -110,14 +110,14 @@ def test_one_failed_process_fails_the_job(job):
   assert disruption["onPodConditions"][0]["type"] == "DisruptionTarget"
 
 
-def test_mounts_have_volumes(job):
+def test_every_volume_mount_has_a_volume(job):
   pod = job["spec"]["template"]["spec"]
   volumes = {volume["name"] for volume in pod["volumes"]}
   mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
   assert mounts == volumes
 
 
-def test_every_gpu_process_is_told_how_many_there_are_and_whom_to_ask():
+def test_gpu_processes_get_their_number_and_coordinator():
   spec = yaml.safe_load((GKE / "gpu.yaml").read_text())["spec"]
   (replicated,) = spec["replicatedJobs"]
   assert spec["coordinator"]["replicatedJob"] == replicated["name"]
@@ -130,7 +130,7 @@ def test_every_gpu_process_is_told_how_many_there_are_and_whom_to_ask():
   assert "JAX_PROCESS_ID" in values
 
 
-def test_the_pods_are_as_many_as_the_hosts_of_the_slice():
+def test_tpu_job_has_one_pod_per_host_of_the_slice():
   spec = yaml.safe_load((GKE / "tpu.yaml").read_text())["spec"]
   job = spec["replicatedJobs"][0]["template"]["spec"]
   pod = job["template"]["spec"]
@@ -139,7 +139,7 @@ def test_the_pods_are_as_many_as_the_hosts_of_the_slice():
   assert job["parallelism"] * chips == int(rows) * int(columns)
 
 
-def test_the_image_holds_the_files_that_the_metadata_names():
+def test_image_includes_files_named_in_pyproject():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   named = {project["readme"], *project["license-files"], "pyproject.toml"}
   kept = (GKE / "Dockerfile.dockerignore").read_text().splitlines()

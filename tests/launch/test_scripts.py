@@ -1,4 +1,4 @@
-"""The shell scripts, with programs in the place of gcloud, git, srun and scontrol."""
+"""The shell scripts, run with fake gcloud, git, srun and scontrol programs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shellcheck_passes(script):
 
 
 class Fakes:
-  """Programs on the PATH that write down how they were called."""
+  """Fake programs on the PATH that record their calls."""
 
   def __init__(self, folder: Path):
     self.folder = folder
@@ -78,13 +78,13 @@ def fakes(tmp_path):
   return Fakes(tmp_path)
 
 
-# --- tpu_pod.sh ---
+# tpu_pod.sh.
 
 POD = ROOT / "launch" / "tpu_pod.sh"
 PLACE = "--zone=us-west4-a --project=mine"
 
 
-def test_dry_run_prints_the_full_sequence_and_runs_nothing(fakes):
+def test_dry_run_prints_all_commands_and_runs_none(fakes):
   for name in ("gcloud", "git"):
     fakes.add(name)
   flags = ["--name=big", "--type=v5e-256", *PLACE.split(), "--spot", "--dry-run"]
@@ -128,7 +128,7 @@ def test_dry_run_prints_the_full_sequence_and_runs_nothing(fakes):
     ("v6e-256", "v6e-256", "v2-alpha-tpuv6e"),
   ],
 )
-def test_the_image_follows_the_generation(fakes, kind, accelerator, image):
+def test_runtime_image_matches_the_tpu_generation(fakes, kind, accelerator, image):
   flags = [f"--type={kind}", "--zone=z", "--dry-run"]
   code, out, err = fakes.run(POD, "create", *flags)
   assert code == 0, err
@@ -155,7 +155,7 @@ def test_the_image_follows_the_generation(fakes, kind, accelerator, image):
     ("all --zone=z --type=v5e-8 --restarts=many -- true", "--restarts = 'many'"),
   ],
 )
-def test_bad_flags_are_one_line_and_exit_code_2(fakes, arguments, text):
+def test_invalid_flags_give_one_line_and_exit_code_2(fakes, arguments, text):
   fakes.add("gcloud")
   code, out, err = fakes.run(POD, *arguments.split())
   assert code == 2
@@ -167,7 +167,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(fakes, arguments, text):
 
 
 def run_all(fakes, codes, states, *flags):
-  """`all`, where `follow` gives one code after the other and `describe` one state."""
+  """Runs `all`. `follow` returns the codes and `describe` the states, one per call."""
   (fakes.folder / "codes").write_text("".join(f"{code}\n" for code in codes))
   (fakes.folder / "states").write_text("".join(f"{state}\n" for state in states))
   take = "head -n 1 {0}; sed -i 1d {0}".format
@@ -204,36 +204,36 @@ STEPS = (
 BEGIN, RUN, END = list(STEPS[:2]), list(STEPS[2:4]), list(STEPS[4:])
 
 
-def test_all_waits_for_the_slice_and_gives_it_back(fakes):
+def test_all_waits_for_the_slice_and_deletes_it(fakes):
   states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
   assert run_all(fakes, [0], states) == (0, BEGIN + RUN + END)
 
 
-def test_bad_input_is_not_tried_again(fakes):
+def test_exit_code_2_is_not_retried(fakes):
   assert run_all(fakes, [2], ["ACTIVE"]) == (2, BEGIN + RUN + END)
 
 
-def test_a_failed_run_is_started_again_on_the_same_slice(fakes):
+def test_failed_run_is_restarted_on_the_same_slice(fakes):
   states = ["ACTIVE", "ACTIVE", "ACTIVE"]
   assert run_all(fakes, [1, 75, 0], states) == (0, BEGIN + 3 * RUN + END)
 
 
-def test_a_run_that_always_fails_ends_and_gives_the_slice_back(fakes):
+def test_slice_is_deleted_after_the_last_restart(fakes):
   result = run_all(fakes, [7, 7], ["ACTIVE", "ACTIVE", "ACTIVE"], "--restarts=1")
   assert result == (7, BEGIN + 2 * RUN + END)
 
 
-def test_a_preempted_slice_is_asked_for_again(fakes):
+def test_preempted_slice_is_created_again(fakes):
   states = ["ACTIVE", "SUSPENDED", "ACTIVE"]
   steps = BEGIN + RUN + [STEPS[-1]] + BEGIN + RUN + END
   assert run_all(fakes, [255, 0], states, "--restarts=0") == (0, steps)
 
 
-def test_a_slice_that_is_refused_is_cleared(fakes):
+def test_failed_slice_request_is_deleted(fakes):
   assert run_all(fakes, [], ["FAILED"]) == (1, [STEPS[0], *END])
 
 
-# --- tpu_worker.sh ---
+# tpu_worker.sh.
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def wait_for(file, text):
     time.sleep(0.05)
 
 
-def test_the_worker_follows_a_run_to_its_exit_code(worker):
+def test_follow_prints_the_output_and_returns_the_exit_code(worker):
   code, _, err = worker("start", "bash", "-c", 'echo "$0"; sleep 1; exit 75', "a b")
   assert code == 0, err
   code, out, err = worker("start", "true")
@@ -262,7 +262,7 @@ def test_the_worker_follows_a_run_to_its_exit_code(worker):
   assert worker("follow")[0] == 0
 
 
-def test_a_stopped_run_may_save_and_counts_as_done(worker, fakes):
+def test_stopped_run_saves_and_follow_returns_zero(worker, fakes):
   worker("start", "bash", "-c", SAVES_ON_SIGTERM)
   wait_for(fakes.folder / "run" / "log", "ready")
   code, _, err = worker("stop")
@@ -273,13 +273,13 @@ def test_a_stopped_run_may_save_and_counts_as_done(worker, fakes):
   assert worker("stop")[0] == 0
 
 
-def test_a_worker_without_a_run_says_so(worker):
+def test_follow_without_a_run_is_an_error(worker):
   code, _, err = worker("follow")
   assert code == 1
   assert "no command was started" in err
 
 
-# --- slurm.sbatch ---
+# slurm.sbatch.
 
 SBATCH = ROOT / "launch" / "slurm.sbatch"
 
@@ -306,18 +306,18 @@ def requeued(fakes):
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True)])
-def test_a_job_is_queued_again_unless_done_or_bad_input(fakes, code, again):
+def test_job_is_requeued_except_after_exit_code_0_or_2(fakes, code, again):
   assert finish(start_job(fakes, f"exit {code}"))[0] == code
   assert requeued(fakes) == again
 
 
-def test_a_job_is_queued_again_only_so_often(fakes):
+def test_job_is_requeued_at_most_restarts_times(fakes):
   job = start_job(fakes, "exit 1", SLURM_RESTART_COUNT="3", RESTARTS="3")
   assert finish(job)[0] == 1
   assert not requeued(fakes)
 
 
-def test_slurms_signal_reaches_the_run_and_its_code_is_kept(fakes):
+def test_sigterm_reaches_the_run_and_its_exit_code_is_kept(fakes):
   job = start_job(fakes, SAVES_ON_SIGTERM)
   assert job.stdout.readline() == "ready\n"
   job.send_signal(signal.SIGTERM)
@@ -330,12 +330,12 @@ def test_slurms_signal_reaches_the_run_and_its_code_is_kept(fakes):
 @pytest.mark.parametrize(
   ("tasks", "devices"), [("8", "unset"), ("1", "0,1,2,3,4,5,6,7")]
 )
-def test_a_process_alone_on_its_node_takes_all_gpus(fakes, tasks, devices):
+def test_single_task_on_a_node_uses_all_gpus(fakes, tasks, devices):
   assert finish(start_job(fakes, "true", SLURM_NTASKS_PER_NODE=tasks))[0] == 0
   assert f"devices {devices}" in fakes.calls()
 
 
-def test_a_job_without_a_command_is_refused(fakes):
+def test_job_without_a_command_is_refused(fakes):
   code, out = finish(fakes.start("bash", SBATCH))
   assert code == 2
   assert out.startswith("error: no command")
