@@ -1,4 +1,4 @@
-"""Arguments that a command refuses: the line says what was meant."""
+"""Invalid arguments: the error suggests the intended flag."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mdt_jax.errors import SettingError
 
 
 def check(text, *, has_config=True):
-  """What a small command makes of its arguments."""
+  """Returns the checked arguments of a small command."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "Folder of the run. More.", values)
   flags.DEFINE_integer("num_images", None, "Number of images.", flag_values=values)
@@ -68,7 +68,7 @@ def refusal(text, **kwargs):
     ("--png yes", "--png=yes?"),
   ],
 )
-def test_an_unknown_flag_names_the_flag_that_is_meant(typed, meant):
+def test_error_for_an_unknown_flag_suggests_a_flag(typed, meant):
   message = refusal(RUN + typed)
   assert meant in message
   assert shlex.split(typed)[0].partition("=")[0] in message
@@ -89,7 +89,7 @@ def test_an_unknown_flag_names_the_flag_that_is_meant(typed, meant):
     ("--png=maybe", "true or false"),
   ],
 )
-def test_a_value_of_a_wrong_type_is_named_with_its_flag(typed, accepted):
+def test_error_for_a_wrong_type_names_flag_and_value(typed, accepted):
   flag, _, value = typed.partition("=")
   message = refusal(RUN + typed)
   assert message.startswith(f"{flag} = {value!r}: ")
@@ -104,11 +104,11 @@ def test_a_value_of_a_wrong_type_is_named_with_its_flag(typed, accepted):
     ("--config=digits runs/a", "--workdir=runs/a?"),
   ],
 )
-def test_a_positional_argument_gets_the_flag_that_is_missing(typed, meant):
+def test_error_for_a_positional_argument_suggests_its_flag(typed, meant):
   assert meant in refusal(typed)
 
 
-def test_a_missing_flag_is_named_with_its_purpose_and_an_example():
+def test_error_for_a_missing_flag_gives_description_and_example():
   for typed in ("--config=digits", "--config=digits --workdir="):
     message = refusal(typed)
     assert "--workdir=runs/x" in message
@@ -116,29 +116,29 @@ def test_a_missing_flag_is_named_with_its_purpose_and_an_example():
   assert "--config=digits" in refusal("--workdir=x")
 
 
-def test_two_names_of_one_flag_are_refused_together():
+def test_flag_and_its_alias_are_refused_together():
   message = refusal(RUN + "--count=3 --num_images=3")
   assert "--count" in message and "--num_images" in message
   assert check(RUN + "--count=3 --count=4")[-1] == "--count=4"
 
 
-def test_a_flag_without_its_value_is_refused():
+def test_flag_without_a_value_is_refused():
   assert "--eta needs a value" in refusal(RUN + "--eta --png")
   assert "--eta needs a value" in refusal(RUN + "--eta")
 
 
-def test_a_setting_comes_after_the_config_that_it_changes():
+def test_setting_before_its_config_is_refused():
   message = refusal("--config.seed=1 " + RUN)
   assert "--config.seed must come after --config=digits" in message
 
 
-def test_a_command_without_a_config_says_so():
+def test_config_setting_is_refused_by_a_command_without_config():
   message = refusal("--config.sampling.eta=1", has_config=False)
   assert "mdt_jax.small reads no config" in message
   assert "--eta=1?" in message
 
 
-def test_accepted_arguments_are_passed_on():
+def test_valid_arguments_are_returned():
   typed = "--num_images 3 --png --nopng -eta=1 --config.seed -1 --noconfig.data.flip"
   expected = ["--num_images=3", "--png", "--nopng", "-eta=1", "--config.seed=-1"]
   assert check(RUN + typed)[1:] == ["--workdir=x", *expected, "--noconfig.data.flip"]

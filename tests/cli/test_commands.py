@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
     ("plan", "--config=TEXT"),
   ],
 )
-def test_help_describes_the_flags_of_the_command_alone(command, flag):
+def test_help_describes_only_the_flags_of_the_command(command, flag):
   code, out, _ = run(command, "--help")
   assert code == 0
   assert flag in out
@@ -67,7 +67,7 @@ def test_help_describes_the_flags_of_the_command_alone(command, flag):
     ("plan", ["--config=digits"], ["--topology must be given", "v5e:16x16"]),
   ],
 )
-def test_a_missing_flag_is_refused(command, flags, texts):
+def test_missing_flag_is_refused(command, flags, texts):
   assert_refused(run(command, *flags), *texts)
 
 
@@ -82,21 +82,21 @@ def test_a_missing_flag_is_refused(command, flags, texts):
     ("evaluate", "--cfg_scale=2", ["--cfg_scale", "--sampling=cfg_scale=2?"]),
   ],
 )
-def test_a_bad_flag_is_one_line_and_exit_code_2(command, flag, texts, tmp_path):
+def test_invalid_flag_gives_one_line_and_exit_code_2(command, flag, texts, tmp_path):
   given = ["--config=digits", "--workdir=run"] if command == "main" else []
   given = ["--checkpoint=run"] if command == "sample" else given
   assert_refused(run(command, *given, *flag.split(), folder=tmp_path), *texts)
   assert not any(tmp_path.iterdir())
 
 
-def test_a_packaged_config_is_found_from_any_folder(tmp_path):
+def test_packaged_config_is_found_from_any_folder(tmp_path):
   flags = ["--config=digits", "--workdir=run", "--config.num_steps=0"]
   assert_refused(run("main", *flags, folder=tmp_path), "config.num_steps = 0")
   assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "convert"])
-def test_the_folder_of_a_checkpoint_is_refused_with_its_run_and_step(
+def test_error_for_a_checkpoint_folder_suggests_run_and_step(
   trained, tmp_path, command
 ):
   name = "input" if command == "convert" else "checkpoint"
@@ -105,14 +105,14 @@ def test_the_folder_of_a_checkpoint_is_refused_with_its_run_and_step(
   assert_refused(result, f"--{name}={trained} --step=2?")
 
 
-def test_training_into_the_folder_of_checkpoints_is_refused(trained):
+def test_training_into_a_checkpoints_folder_is_refused(trained):
   before = sorted(trained.rglob("*"))
   result = run("main", "--config=digits", f"--workdir={trained}/checkpoints")
   assert_refused(result, f"--workdir={trained}?")
   assert sorted(trained.rglob("*")) == before
 
 
-def test_converting_a_run_needs_the_direction(trained, tmp_path):
+def test_converting_a_run_needs_to_torch(trained, tmp_path):
   result = run("convert", f"--input={trained}", f"--output={tmp_path / 'out'}")
   assert_refused(result, f"--input = {str(trained)!r}", "--to_torch")
   assert not (tmp_path / "out").exists()

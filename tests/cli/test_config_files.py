@@ -1,4 +1,4 @@
-"""--config finds files on disk first, and the packaged configs from anywhere."""
+"""--config: files on disk come first, then packaged configs from any folder."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_packaged_configs_are_found_from_any_folder(name):
   assert find_config(f"{name}:text:more") == f"{DIGITS}:text:more"
 
 
-def test_every_packaged_config_has_its_name():
+def test_packaged_configs_are_listed_by_file_name():
   assert packaged_configs() == sorted(path.stem for path in PACKAGED.glob("*.py"))
   assert "mdtv2_xl2" in packaged_configs()
 
 
-def test_a_file_on_disk_comes_first(elsewhere):
+def test_file_on_disk_takes_precedence(elsewhere):
   (elsewhere / "configs").mkdir()
   (elsewhere / "configs" / "digits.py").touch()
   (elsewhere / "digits").touch()
@@ -41,14 +41,14 @@ def test_a_file_on_disk_comes_first(elsewhere):
     assert find_config(name) == name
 
 
-def test_a_link_that_was_unpacked_as_a_file_does_not_hide_the_packaged_config(
+def test_symlink_unpacked_as_a_file_does_not_hide_a_config(
   elsewhere,
 ):
   (elsewhere / "configs").write_text("mdt_jax/configs")
   assert find_config("configs/digits.py") == DIGITS
 
 
-def test_a_folder_does_not_hide_the_packaged_config(elsewhere):
+def test_folder_does_not_hide_a_packaged_config(elsewhere):
   (elsewhere / "digits").mkdir()
   assert find_config("digits") == DIGITS
 
@@ -63,7 +63,7 @@ def test_a_folder_does_not_hide_the_packaged_config(elsewhere):
     ("", ["no such file"]),
   ],
 )
-def test_a_missing_config_is_named_with_those_that_exist(name, texts):
+def test_error_for_a_missing_config_lists_existing_ones(name, texts):
   with pytest.raises(SettingError) as error:
     find_config(name)
   assert (error.value.setting, error.value.value) == ("--config", name)

@@ -1,4 +1,4 @@
-"""A path inside a run's folder is refused, and the run's folder suggested."""
+"""A path inside a run's folder is refused. The error suggests the run's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(tmp_path, monkeypatch):
   return tmp_path / "run"
 
 
-def test_the_folder_s_name_is_that_of_the_checkpoints():
+def test_folder_name_matches_the_checkpoint_manager():
   assert run_folders._FOLDER == manager.FOLDER
 
 
@@ -31,34 +31,34 @@ def test_the_folder_s_name_is_that_of_the_checkpoints():
     ("run/checkpoints", "--checkpoint=run?"),
   ],
 )
-def test_the_run_and_the_step_are_suggested(run, path, hint):
+def test_error_suggests_the_run_and_the_step(run, path, hint):
   with pytest.raises(SettingError) as error:
     check_run_folder("checkpoint", path, "step")
   assert (error.value.setting, error.value.value) == ("--checkpoint", path)
   assert hint in error.value.accepted
 
 
-def test_a_command_without_a_step_gets_the_folder_alone(run):
+def test_error_of_a_command_without_step_suggests_only_the_run(run):
   with pytest.raises(SettingError, match=r"did you mean --workdir=run\?"):
     check_run_folder("workdir", "run/checkpoints/1500")
 
 
-def test_absolute_paths_are_suggested_for_absolute_paths(run):
+def test_error_for_an_absolute_path_suggests_an_absolute_path(run):
   with pytest.raises(SettingError) as error:
     check_run_folder("workdir", str(run / "checkpoints" / "1500"))
   assert f"--workdir={run}?" in error.value.accepted
 
 
 @pytest.mark.parametrize("path", ["run", "new", "run/samples", "other/checkpoints/new"])
-def test_folders_of_runs_and_new_folders_are_accepted(run, path):
+def test_run_folders_and_new_folders_are_accepted(run, path):
   check_run_folder("workdir", path)
 
 
-def test_the_folder_of_checkpoints_is_accepted_where_a_command_takes_it(run):
+def test_accepts_parent_allows_the_checkpoints_folder(run):
   check_run_folder("checkpoint", "run/checkpoints", "step", accepts_parent=True)
 
 
-def test_a_run_is_known_by_its_checkpoints(run):
+def test_is_run_looks_for_a_checkpoints_folder(run):
   assert is_run(run)
   assert not is_run(run / "checkpoints")
   assert not is_run("new")
