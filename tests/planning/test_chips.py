@@ -1,3 +1,5 @@
+"""parse_topology and the table of chips."""
+
 import pytest
 
 from mdt_jax.errors import SettingError
@@ -14,12 +16,12 @@ from mdt_jax.planning.chips import CHIPS, SLICES, parse_topology
     ("cpu:8", "cpu:8", "cpu", 8),
   ],
 )
-def test_topologies_by_shape_and_by_name(name, topology, kind, count):
+def test_topology_is_given_by_shape_or_by_name(name, topology, kind, count):
   found = parse_topology(name)
   assert (found.name, found.kind, found.num_devices) == (topology, kind, count)
 
 
-def test_every_slice_is_known():
+def test_every_slice_name_equals_its_shape():
   for name, shape in SLICES.items():
     assert parse_topology(name) == parse_topology(shape)
 
@@ -27,12 +29,12 @@ def test_every_slice_is_known():
 @pytest.mark.parametrize(
   "name", ["v9:2x2", "v5e:16", "v5e:4x4x4", "v4:0x2x2", "cpu:x", "h200:8", "", "v5e-7"]
 )
-def test_an_unknown_topology_lists_those_known(name):
+def test_error_for_an_unknown_topology_lists_the_known_ones(name):
   with pytest.raises(SettingError, match=r"accepted are v4:XxYxZ, .*v5e-256.*cpu:N$"):
     parse_topology(name)
 
 
-def test_chips_are_in_units_of_one():
+def test_chip_numbers_are_in_base_units():
   for chip in CHIPS.values():
     assert chip.flops > 1e14
     assert chip.memory > 1e10

@@ -1,9 +1,11 @@
+"""hlo.collectives: calls and bytes sent, from the text of an HLO module."""
+
 import pytest
 
 from mdt_jax.planning import hlo
 
-# A loop of 5 turns that gathers, as XLA writes it for CPUs and GPUs, and around it the
-# other kinds of collectives and of groups.
+# A loop with 5 iterations and an all-gather, as XLA prints it for CPUs and GPUs. The
+# entry computation has the other collectives, with every form of replica groups.
 LOOP = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -47,18 +49,18 @@ def module(trips="", reduce="replica_groups=mesh['a'=2,'b'=4] {'b'}"):
   return LOOP.replace("TRIPS", trips).replace("REDUCE", reduce)
 
 
-def test_a_loop_counts_each_turn():
+def test_collective_in_a_loop_counts_once_per_iteration():
   found = hlo.collectives(module(), 8)["all-gather"]
-  # Half of 4 x 3 bfloat16 goes out in each turn; half of 8 float32 before.
+  # Each iteration sends half of 4 x 3 bfloat16. The first call sends half of 8 float32.
   assert (found.calls, found.sent) == (5 + 1, 5 * 12 + 16)
 
 
-def test_turns_that_xla_writes_down_are_taken():
+def test_known_trip_count_of_xla_is_used():
   trips = ', backend_config={"known_trip_count":{"n":"7"}}'
   assert hlo.collectives(module(trips), 8)["all-gather"].calls == 7 + 1
 
 
-def test_every_kind_sends_what_a_ring_does():
+def test_sent_bytes_match_ring_algorithms():
   found = hlo.collectives(module(), 8)
   assert found["all-reduce"].sent == pytest.approx(2 * 3 / 4 * 40)
   assert found["reduce-scatter"].sent == pytest.approx(3 / 4 * 4 * 8)
@@ -66,7 +68,7 @@ def test_every_kind_sends_what_a_ring_does():
   assert "all-to-all" not in found
 
 
-def test_without_groups_all_devices_take_part():
+def test_empty_replica_groups_mean_all_devices():
   found = hlo.collectives(module(reduce="replica_groups={}"), 8)
   assert found["all-reduce"].sent == pytest.approx(2 * 7 / 8 * 40)
 

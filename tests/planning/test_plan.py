@@ -1,3 +1,5 @@
+"""largest_batch, plan_run, and out-of-memory errors of the compiler."""
+
 import pytest
 
 from mdt_jax.errors import SettingError
@@ -15,7 +17,7 @@ LIMITS = [1, 2, 5, 16, 17, 100]
 
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("start", [1, 16])
-def test_the_largest_batch_is_found_to_an_eighth(limit, start):
+def test_largest_batch_is_found_within_one_eighth(limit, start):
   tried = []
 
   def plan_with(batch):
@@ -30,7 +32,7 @@ def test_the_largest_batch_is_found_to_an_eighth(limit, start):
   assert len(tried) == len(set(tried)) <= 12
 
 
-def test_where_nothing_fits_there_is_no_batch():
+def test_largest_batch_is_none_when_nothing_fits():
   def plan_with(batch):
     raise DoesNotFitError(2, 1)
 
@@ -59,12 +61,12 @@ def program():
     ),
   ],
 )
-def test_a_refusal_of_the_compiler_is_read(program, message, needed):
+def test_out_of_memory_error_of_the_compiler_is_parsed(program, message, needed):
   error = plan._does_not_fit(RuntimeError(message), program)
   assert error.limit == 15.75 * GIB
   assert error.needed == pytest.approx(needed, rel=1e-3)
   assert str(error).endswith("GiB too much")
 
 
-def test_another_error_is_none_of_memory(program):
+def test_other_compiler_errors_are_not_out_of_memory(program):
   assert plan._does_not_fit(RuntimeError("UNIMPLEMENTED: sort"), program) is None
