@@ -1,4 +1,4 @@
-"""One step of a tiny run on all devices: python -m tests.training.replay FILE.npz"""
+"""Runs one step on all devices: python -m tests.training.replay FILE.npz."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_KEEP = 10
 
 
 def replay() -> dict[str, np.ndarray]:
-  """The draws, losses and parameters of a step, by name."""
+  """Returns the draws, losses and parameters of a step, by name."""
   experiment = build(tiny_config(batch_size=16, seed=5))
   settings, objective = experiment.settings, experiment.objective
 
@@ -35,7 +35,7 @@ def replay() -> dict[str, np.ndarray]:
     _, found = objective.loss(experiment.model.apply, state.params, draws, NUM_KEEP)
     return draws, {name: found[name] for name in ("loss", "masked_loss")}
 
-  # Fresh parameters give zero everywhere: look after a few steps.
+  # With initial parameters, the output is zero. Train for a few steps first.
   for _ in range(3):
     state, metrics = program.step(state, batch, NUM_KEEP)
   draws, found = jax.jit(losses)(state, batch)

@@ -1,7 +1,8 @@
-"""Ten steps of a tiny run: python -m tests.training.ten_steps FOLDER DATA,FSDP,TENSOR …
+"""Runs ten steps: python -m tests.training.ten_steps FOLDER DATA,FSDP,TENSOR …
 
-One run for each mesh, over all devices of all processes; see launch/local_processes.py
-for what makes several. FOLDER gets losses and parameters of each, MESH.npz.
+There is one run for each mesh, on all devices of all processes. The losses and
+parameters of each run are written to FOLDER/MESH.npz. launch/local_processes.py starts
+several processes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NUM_STEPS = 10
 
 
 def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
-  """Losses by step and the last parameters, by name."""
+  """Returns the losses of each step and the last parameters, by name."""
   data, fsdp, tensor = map(int, sizes.split(","))
   config = tiny_config(
     **{
@@ -28,8 +29,8 @@ def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
       "batch_size": 16,
       "seed": 5,
       "checkpoint_every": 5,
-      "optimizer.name": "adamw",  # compiles faster than Adan
-      "sample_every": NUM_STEPS if jax.process_count() == 2 else 0,  # one is enough
+      "optimizer.name": "adamw",  # Compiles faster than Adan.
+      "sample_every": NUM_STEPS if jax.process_count() == 2 else 0,
       "num_samples": 3,
       "mesh.data": data,
       "mesh.fsdp": fsdp,

@@ -1,4 +1,4 @@
-"""A seed is a run: on any number of devices, today and tomorrow."""
+"""A seed determines a run on any number of devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DRAWS = ("x0", "t", "weights", "noise", "y", "mask_noise")
 
 
 def replay(folder, name, num_devices):
-  """What tests.training.replay finds on so many simulated devices."""
+  """Returns the arrays of tests.training.replay on `num_devices` simulated devices."""
   path = folder / f"{name}.npz"
   process = forked.command("tests.training.replay", path, num_devices=num_devices)
   assert process.end() == 0, process.err
@@ -30,27 +30,27 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_draws_on_one_and_on_eight_devices_are_bit_equal(runs, name):
+def test_draws_on_one_and_eight_devices_are_bit_equal(runs, name):
   one, eight = runs["one"][f"draws/{name}"], runs["eight"][f"draws/{name}"]
   assert one.dtype == eight.dtype
   assert one.tobytes() == eight.tobytes()
 
 
 @pytest.mark.parametrize("name", ["loss", "masked_loss"])
-def test_losses_on_one_and_on_eight_devices_agree(runs, name):
-  """After three steps of training, so also the gradients of both agree."""
+def test_losses_on_one_and_eight_devices_agree(runs, name):
+  """The losses follow three training steps, so the gradients agree too."""
   one, eight = runs["one"][f"losses/{name}"], runs["eight"][f"losses/{name}"]
   np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
 
 
-def test_a_rerun_on_as_many_devices_is_bit_equal(runs):
+def test_rerun_on_the_same_devices_is_bit_equal(runs):
   first, second = runs["eight"], runs["eight again"]
   assert first.keys() == second.keys()
   assert not [k for k in first if first[k].tobytes() != second[k].tobytes()]
 
 
-def test_draws_are_of_a_training_step(runs):
-  """Else equal zeros would pass for equal draws."""
+def test_compared_draws_are_not_trivial(runs):
+  """Otherwise, arrays of zeros would pass the tests above."""
   draws = {name: runs["one"][f"draws/{name}"] for name in DRAWS}
   assert draws["noise"].std() > 0.9
   assert len(np.unique(draws["t"])) > 8

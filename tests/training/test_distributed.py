@@ -1,3 +1,5 @@
+"""Starting several processes, and errors that all of them report."""
+
 from __future__ import annotations
 
 import re
@@ -12,7 +14,7 @@ from tests.training.tiny import tiny_config
 TIMEOUT = 3
 
 
-def test_alone_nothing_is_started(monkeypatch):
+def test_single_process_starts_nothing(monkeypatch):
   for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     monkeypatch.delenv(name, raising=False)
   distributed.start()
@@ -31,12 +33,12 @@ def test_alone_nothing_is_started(monkeypatch):
     (("host:1", 2, 2), "--process_id = 2: must lie in [0, 2)"),
   ],
 )
-def test_an_incomplete_or_impossible_start_is_refused(given, message):
+def test_incomplete_or_invalid_flags_are_refused(given, message):
   with pytest.raises(SettingError, match=f"^{re.escape(message)}$"):
     distributed.start(*given)
 
 
-def test_environment_that_is_no_number_is_refused(monkeypatch):
+def test_environment_variable_that_is_not_a_number_is_refused(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
   with pytest.raises(SettingError, match=r"^--num_processes = 'two': must be a whole"):
     distributed.start("host:1")
@@ -47,7 +49,7 @@ def join(address, index, timeout=120):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_that_stays_alone_says_where_it_waited(index):
+def test_timeout_error_names_the_coordinator_address(index):
   address = forked.free_address()
   process = forked.Forked(join, address, index, TIMEOUT)
   assert process.end() == distributed.EXIT_TRY_AGAIN
@@ -57,7 +59,7 @@ def test_a_process_that_stays_alone_says_where_it_waited(index):
 
 
 def in_two_processes(target):
-  """What `target`, called with its index in each of two processes, prints."""
+  """Calls `target(index)` in two processes and returns the output of each."""
   address = forked.free_address()
   processes = [forked.Forked(joined, address, i, target) for i in range(2)]
   for process in processes:
@@ -78,7 +80,7 @@ def compare(index):
     print(error)
 
 
-def test_processes_that_disagree_all_name_the_difference():
+def test_all_processes_name_the_settings_that_differ():
   for text in in_two_processes(compare):
     line = text.splitlines()[-1]
     assert "must be the same on every process" in line
@@ -96,7 +98,7 @@ def fail(index):
       print(f"{type(error).__name__}: {error}")
 
 
-def test_what_one_process_raises_ends_all_with_the_same_exit_code():
+def test_error_of_one_process_is_raised_on_all():
   errors = in_two_processes(fail)
   assert errors[0].splitlines()[-2:] == [
     "SettingError: config.seed = -1: too small",

@@ -1,4 +1,4 @@
-"""TensorBoard events: written, and lost loudly where they cannot be."""
+"""TensorBoard events, and logged errors for events that cannot be written."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_scalars_and_images_are_written(tmp_path):
   assert tags(tmp_path) == {"loss": [3], "samples": [4]}
 
 
-def test_without_a_folder_nothing_is_written():
+def test_events_without_a_folder_write_nothing():
   events = Events(None)
   events.write_scalars(3, {"loss": 1.5})
   events.close()
 
 
-def test_after_a_failure_a_new_file_is_begun(tmp_path, monkeypatch, caplog):
+def test_failed_write_is_logged_and_a_new_file_started(tmp_path, monkeypatch, caplog):
   events = Events(tmp_path)
   now = 1000.0
   monkeypatch.setattr(events_module.time, "monotonic", lambda: now)
@@ -45,14 +45,14 @@ def test_after_a_failure_a_new_file_is_begun(tmp_path, monkeypatch, caplog):
   with caplog.at_level(logging.ERROR, "mdt_jax"):
     events.write_scalars(1, {"loss": 1.0})
   assert "NOT WRITTEN" in caplog.text and "no space left" in caplog.text
-  events.write_scalars(2, {"loss": 1.0})  # too soon
+  events.write_scalars(2, {"loss": 1.0})  # Too soon for another try.
   now += events_module.SECONDS_BETWEEN_TRIES
   events.write_scalars(3, {"loss": 1.0})
   events.close()
   assert tags(tmp_path) == {"loss": [3]}
 
 
-def test_what_is_tolerated_is_named(caplog):
+def test_tolerated_error_is_logged_with_its_name(caplog):
   with caplog.at_level(logging.ERROR, "mdt_jax"), tolerate("the picture of step 5"):
     raise OSError("full")
   assert "NOT WRITTEN: the picture of step 5: full" in caplog.text

@@ -1,3 +1,5 @@
+"""The lock of a workdir, and workdirs that are refused."""
+
 import errno
 import fcntl
 import os
@@ -19,14 +21,14 @@ def hold(folder):
     time.sleep(60)
 
 
-def test_a_second_run_is_told_who_is_at_work(tmp_path):
+def test_error_of_a_second_run_names_the_running_process(tmp_path):
   with locked(tmp_path), pytest.raises(SettingError) as error, locked(tmp_path):
     pass
   assert error.value.setting == "--workdir"
   assert f"process {os.getpid()} on " in error.value.accepted
 
 
-def test_a_lock_goes_with_its_process_however_that_ends(tmp_path):
+def test_lock_ends_when_its_process_is_killed(tmp_path):
   process = forked.Forked(hold, tmp_path)
   process.wait_for("held")
   refused = pytest.raises(SettingError, match=f"process {process.pid} on")
@@ -45,27 +47,27 @@ def raiser(number):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_workdir_that_may_not_be_made_is_refused(tmp_path, monkeypatch, number):
+def test_workdir_without_permission_is_refused(tmp_path, monkeypatch, number):
   monkeypatch.setattr(Path, "mkdir", raiser(number))
   message = rf"--workdir = .*{re.escape(os.strerror(number))}"
   with pytest.raises(SettingError, match=message), locked(tmp_path / "run"):
     pass
 
 
-def test_a_workdir_below_a_file_is_refused(tmp_path):
+def test_workdir_below_a_file_is_refused(tmp_path):
   (tmp_path / "file").touch()
   refused = pytest.raises(SettingError, match=r"--workdir = .*Not a directory")
   with refused, locked(tmp_path / "file" / "run"):
     pass
 
 
-def test_a_disk_that_may_answer_later_is_no_setting(tmp_path, monkeypatch):
+def test_io_error_is_not_reported_as_a_setting_error(tmp_path, monkeypatch):
   monkeypatch.setattr(Path, "mkdir", raiser(errno.EIO))
   with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
     pass
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(fcntl, "flock", raiser(errno.ENOSYS))
   lines = []
   monkeypatch.setattr(lock.logger, "warning", lambda text, *args: lines.append(text))

@@ -1,4 +1,4 @@
-"""The loop: files, resuming, stopping. Several runs share one compilation cache."""
+"""The training loop: written files, resuming, stopping, latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import forked, reference
 from tests.training.tiny import tiny_config
 
-# Of kept tokens, so that steps differ in which function they run.
+# Two numbers of kept tokens, so that steps run different compiled functions.
 TWO_LENGTHS = {"masking.num_lengths": 2}
 
 
@@ -36,7 +36,7 @@ def whole_run(tmp_path_factory):
   return workdir, loop.train(config, workdir)
 
 
-def test_a_run_leaves_checkpoints_config_pictures_and_events(whole_run):
+def test_run_writes_checkpoints_config_pictures_and_events(whole_run):
   workdir, _ = whole_run
   assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
   assert (workdir / "config.json").is_file()
@@ -55,14 +55,14 @@ def read_scalars(workdir):
   }
 
 
-def test_tensorboard_holds_every_scalar_once_a_logged_step(whole_run):
+def test_tensorboard_has_every_scalar_at_every_logged_step(whole_run):
   scalars = read_scalars(whole_run[0])
   names = "loss mse vb masked_loss masked_mse masked_vb gradient_norm learning_rate"
   for name in [*names.split(), "images_per_second"]:
     assert scalars[name] == [2, 4], name
 
 
-def test_a_stopped_and_resumed_run_ends_bit_identical(whole_run, tmp_path):
+def test_resumed_run_is_bit_identical(whole_run, tmp_path):
   config = tiny_config(**TWO_LENGTHS)
   config.num_steps = 2
   loop.train(config, tmp_path)
@@ -71,7 +71,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(whole_run, tmp_path):
   assert_same(whole_run[1], resumed)
 
 
-def test_a_finished_run_does_nothing_more(whole_run, caplog):
+def test_finished_run_does_not_train_again(whole_run, caplog):
   workdir, state = whole_run
   before = (workdir / "checkpoints" / "4").stat().st_mtime_ns
   again = loop.train(tiny_config(sample_every=4, **TWO_LENGTHS), workdir)
@@ -79,7 +79,7 @@ def test_a_finished_run_does_nothing_more(whole_run, caplog):
   assert int(again.step) == int(state.step) == 4
 
 
-def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
+def test_first_signal_saves_the_current_step(tmp_path, monkeypatch):
   original = loop.Progress.add
 
   def stop_at_three(self, done, metrics):
@@ -95,9 +95,7 @@ def test_the_first_signal_saves_the_step_in_flight(tmp_path, monkeypatch):
   checkpoints.close()
 
 
-def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
-  tmp_path, monkeypatch
-):
+def test_failed_save_is_retried_before_the_next_scheduled_save(tmp_path, monkeypatch):
   write, left = checksums.write_checksums, [OSError(28, "No space left on device")]
 
   def fail_once(folder):
@@ -117,12 +115,12 @@ def test_a_save_that_fails_is_made_up_for_before_the_next_one_is_due(
   monkeypatch.setattr(Checkpoints, "must_retry", look_once_it_has_ended)
   changes = {"num_steps": 7, "checkpoint_every": 3, "checkpoints_to_keep": 9}
   loop.train(tiny_config(**changes), tmp_path)
-  # That of step 3 failed, as was seen after step 4.
+  # The save of step 3 failed. The loop noticed after step 4 and saved step 5.
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5", "6", "7"}
 
 
-def test_a_second_signal_acts_at_once(request):
-  # A shell that starts the tests in the background has SIGINT ignored.
+def test_second_signal_stops_immediately(request):
+  # SIGINT is ignored when a shell runs the tests in the background.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
@@ -131,15 +129,15 @@ def test_a_second_signal_acts_at_once(request):
     signal.raise_signal(signal.SIGINT)
 
 
-def test_handlers_of_the_caller_come_back():
+def test_signal_handlers_of_the_caller_are_restored():
   before = signal.getsignal(signal.SIGTERM)
   with stop_signals():
     assert signal.getsignal(signal.SIGTERM) != before
   assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_training_works_outside_the_main_thread(tmp_path):
-  """Notebooks run cells in threads, where signals cannot be handled."""
+def test_stop_signals_work_outside_the_main_thread(tmp_path):
+  """Some notebooks run cells in threads, which cannot install signal handlers."""
   failures = []
 
   def run():
@@ -155,7 +153,7 @@ def test_training_works_outside_the_main_thread(tmp_path):
   assert not failures
 
 
-def test_too_few_classes_are_refused_before_anything_is_written(tmp_path):
+def test_too_few_classes_are_refused_before_writing(tmp_path):
   config = tiny_config(**{"model.num_classes": 9})
   with pytest.raises(SettingError, match=r"config\.model\.num_classes = 9"):
     loop.train(config, tmp_path / "run")
@@ -168,7 +166,7 @@ def test_other_variants_train_on_the_same_config(tmp_path, name):
   assert int(loop.train(config, tmp_path).step) == 1
 
 
-def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
+def test_too_many_unreadable_files_save_and_stop_the_run(
   tmp_path,
 ):
   from PIL import Image
@@ -183,7 +181,7 @@ def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
       "data.source": "images",
       "data.path": str(data.parent),
       "data.max_unreadable": 0,
-      "seed": 1,  # which puts it into the last batch of the first epoch
+      "seed": 1,  # The unreadable file is in the last batch of the first epoch.
       "num_steps": 20,
     }
   )
@@ -194,14 +192,14 @@ def test_unreadable_files_beyond_the_limit_stop_the_run_with_its_state_saved(
   checkpoints.close()
 
 
-def test_a_finished_run_keeps_its_config_file(tmp_path):
+def test_finished_run_keeps_its_config_file(tmp_path):
   loop.train(tiny_config(num_steps=2), tmp_path)
   before = (tmp_path / "config.json").read_text()
   loop.train(tiny_config(num_steps=1), tmp_path)
   assert (tmp_path / "config.json").read_text() == before
 
 
-def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+def test_workdir_that_is_a_file_is_refused(tmp_path):
   (tmp_path / "run").write_text("kept")
   with pytest.raises(SettingError, match=r"--workdir = .*must be a folder"):
     loop.train(tiny_config(), tmp_path / "run")
@@ -215,7 +213,7 @@ PHOTOS = 24
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-  """Smooth images in two classes, and the set of their latents."""
+  """A folder with smooth images of two classes, and the set of their latents."""
   from PIL import Image
 
   folder = tmp_path_factory.mktemp("photos")
@@ -253,8 +251,8 @@ def latent_config(photos, source, **changes):
   )
 
 
-def test_images_encoded_at_each_visit_train_as_their_stored_latents(photos, tmp_path):
-  """The same images, flips and posterior draws; only the storage rounds."""
+def test_encoding_during_training_matches_stored_latents(photos, tmp_path):
+  """Images, flips and posterior samples are equal. Only stored latents are rounded."""
   stored = loop.train(latent_config(photos, "latents"), tmp_path / "stored")
   changes = {"data.vae": str(VAE)}
   encoded = loop.train(latent_config(photos, "images", **changes), tmp_path / "visit")
@@ -265,29 +263,27 @@ def test_images_encoded_at_each_visit_train_as_their_stored_latents(photos, tmp_
   )
 
 
-def test_pictures_of_latents_are_decoded(photos, tmp_path):
+def test_sample_pictures_of_a_latent_run_are_decoded(photos, tmp_path):
   from PIL import Image
 
   changes = {"data.vae": str(VAE), "sample_every": 3, "num_samples": 1}
   loop.train(latent_config(photos, "latents", **changes), tmp_path)
   with Image.open(tmp_path / "samples" / "step_0000003.png") as picture:
-    assert picture.size[0] >= 64  # 32 pixels, enlarged; a latent would be 4
+    assert picture.size[0] >= 64  # 32 pixels, enlarged. A latent has 4.
   images = Pipeline.from_checkpoint(tmp_path).draw([0, 1], num_steps=2)
   assert images.shape == (2, 32, 32, 3)
   undecoded = Pipeline.from_checkpoint(tmp_path, vae="none")
   assert undecoded.draw([0, 1], num_steps=2).shape == (2, 4, 4, 4)
 
 
-def test_latents_of_another_size_are_refused_before_anything_is_written(
-  photos, tmp_path
-):
+def test_latents_of_another_size_are_refused_before_writing(photos, tmp_path):
   config = latent_config(photos, "latents", **{"model.input_size": 8})
   with pytest.raises(SettingError, match=r"\(4, 4, 4\).* config.model.input_size"):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
-def test_an_autoencoder_of_another_scale_than_the_latents_is_refused(photos, tmp_path):
+def test_autoencoder_with_another_scaling_factor_is_refused(photos, tmp_path):
   shutil.copytree(VAE, tmp_path / "vae")
   path = tmp_path / "vae" / "config.json"
   path.write_text(path.read_text().replace("0.18215", "0.13025"))

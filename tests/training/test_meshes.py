@@ -1,4 +1,4 @@
-"""The same run on one device, on eight, and in several processes."""
+"""One run gives the same results on one device, eight devices and several processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 
 from tests import forked
 
-MESHES = ("8,1,1", "1,8,1")  # 2,4,1 and 2,2,2 are those of the processes below
+MESHES = ("8,1,1", "1,8,1")  # The test with several processes uses 2,4,1 and 2,2,2.
 
 
 def ten_steps(folder, *meshes, processes=1, devices=8):
-  """Runs `tests.training.ten_steps` in so many processes; mesh -> what it found."""
+  """Runs `tests.training.ten_steps` in several processes; returns arrays by mesh."""
   address = forked.free_address()
   running = []
   for index in range(processes):
@@ -51,20 +51,22 @@ def assert_same_run(found, expected):
     np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_the_run_moves_its_parameters(one_device):
+def test_losses_of_the_run_change_at_every_step(one_device):
   losses = one_device["losses/loss"]
   assert losses.shape == (10, 2)
   assert len(np.unique(losses[:, 0])) == 10
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_do_as_one(one_device, eight_devices, mesh):
+def test_eight_devices_match_one_device(one_device, eight_devices, mesh):
   assert_same_run(eight_devices[mesh], one_device)
 
 
 @pytest.mark.parametrize(
   ("processes", "devices", "mesh"), [(2, 4, "2,4,1"), (4, 2, "-1,2,2")]
 )
-def test_several_processes_do_as_one(one_device, tmp_path, processes, devices, mesh):
+def test_several_processes_match_one_device(
+  one_device, tmp_path, processes, devices, mesh
+):
   found = ten_steps(tmp_path, mesh, processes=processes, devices=devices)
   assert_same_run(found[mesh], one_device)

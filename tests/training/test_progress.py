@@ -1,4 +1,4 @@
-"""Log lines: images a second are those of training."""
+"""Progress: logged metrics, and images per second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mdt_jax.training import progress as progress_module
 from mdt_jax.training.progress import Progress
 
 
-def test_pauses_are_left_out_of_images_a_second(monkeypatch):
+def test_images_per_second_excludes_pauses(monkeypatch):
   now = 1000.0
   monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
   written = {}
@@ -21,11 +21,11 @@ def test_pauses_are_left_out_of_images_a_second(monkeypatch):
   metrics = {"loss": jnp.ones(2)}
   progress = Progress(Events(), start=0, log_every=2, num_steps=8, batch_size=8)
   progress.add(1, metrics)
-  with progress.paused():  # between two log lines
+  with progress.paused():  # Between two log lines.
     now += 100
   now += 4
   progress.add(2, metrics)
-  with progress.paused():  # right after one
+  with progress.paused():  # Right after a log line.
     now += 1000
   progress.add(3, metrics)
   now += 8

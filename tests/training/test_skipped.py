@@ -1,4 +1,4 @@
-"""Steps that are not finite: stopped at, gone back from, looked into."""
+"""Nonfinite steps: stopping, replay, rollback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mdt_jax.training import loop
 from mdt_jax.training.replay import replay
 from tests.training.tiny import tiny_config
 
-NUM_EXAMPLES = 128  # 16 batches of 8
+NUM_EXAMPLES = 128  # 16 batches of 8.
 BAD_STEP = 3
 BAD = batch_indices(NUM_EXAMPLES, 0, 8, BAD_STEP)[5]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """Arrays of which one is finite, and its squared error is not."""
+  """Arrays. One of them is so large that its squared error is infinite."""
   folder = tmp_path_factory.mktemp("data") / "0"
   folder.mkdir()
   random = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 def config_of(data, **changes):
   settings = {
     "num_steps": 6,
-    "optimizer.name": "adamw",  # compiles faster
+    "optimizer.name": "adamw",  # Compiles faster.
     "data.source": "arrays",
     "data.path": str(data),
     "max_skipped": 0,
@@ -54,7 +54,7 @@ def stopped(data, tmp_path_factory):
   return workdir, str(error.value)
 
 
-def test_too_many_skipped_steps_stop_the_run_with_what_a_replay_needs(stopped):
+def test_too_many_skipped_steps_stop_the_run_with_a_diagnosis(stopped):
   workdir, message = stopped
   assert message.startswith("config.max_skipped = 0: ")
   for text in (f"steps {BAD_STEP} ", "checkpoint is at step 4", "--replay_step=3"):
@@ -67,7 +67,7 @@ def test_too_many_skipped_steps_stop_the_run_with_what_a_replay_needs(stopped):
   assert diagnosis["config"]["seed"] == 0
 
 
-def test_a_replay_finds_the_example(stopped, data, caplog):
+def test_replay_finds_the_bad_example(stopped, data, caplog):
   workdir, _ = stopped
   before = {p for p in workdir.rglob("*") if p.is_file()}
   with caplog.at_level(logging.INFO, "mdt_jax"):
@@ -77,14 +77,14 @@ def test_a_replay_finds_the_example(stopped, data, caplog):
   }
   assert json.loads((workdir / "replay_3.json").read_text()) == found
   assert "replaying steps 2 to 3" in caplog.text
-  # The first network gives zeros, whatever it sees: the loss is finite nonetheless.
+  # The output of the initial network is always zero, so the loss is finite.
   assert np.isfinite(found["loss"]) and found["parameters"] == []
   assert "final_layer/linear/kernel" in found["gradients"]
   (bad,) = (row for row in found["examples"] if row["largest"] > 100)
   assert bad["index"] == BAD and bad["label"] == 0
 
 
-def test_a_replayed_step_has_the_loss_that_it_had(data, tmp_path, monkeypatch):
+def test_replayed_step_has_its_original_loss(data, tmp_path, monkeypatch):
   losses = []
   original = loop.Progress.add
 
@@ -95,33 +95,33 @@ def test_a_replayed_step_has_the_loss_that_it_had(data, tmp_path, monkeypatch):
   monkeypatch.setattr(loop.Progress, "add", add)
   config = config_of(data, num_steps=3)
   loop.train(config, tmp_path)
-  for step in (1, 2):  # from the first state, and from the checkpoint of step 2
+  for step in (1, 2):  # From the initial state, and from the checkpoint of step 2.
     found = replay(config, tmp_path, step)
     rows = [row["loss"] + row["masked_loss"] for row in found["examples"]]
     assert found["loss"] == pytest.approx(np.mean(rows), rel=1e-6)
     assert found["loss"] == pytest.approx(2 * losses[step], rel=1e-5)
 
 
-def test_a_replay_in_a_folder_without_a_run_is_refused(data, tmp_path):
+def test_replay_without_a_run_is_refused(data, tmp_path):
   with pytest.raises(SettingError, match=r"--workdir = .*'checkpoints'"):
     replay(config_of(data), tmp_path, 1)
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", [-1, 6])
-def test_a_replay_of_no_step_is_refused(data, tmp_path, step):
+def test_replay_of_a_step_outside_the_run_is_refused(data, tmp_path, step):
   with pytest.raises(SettingError, match=r"--replay_step"):
     replay(config_of(data), tmp_path, step)
 
 
-def test_a_run_goes_back_and_leaves_the_batches_out(data, tmp_path, caplog):
+def test_rollback_skips_the_bad_batches(data, tmp_path, caplog):
   config = config_of(data, max_rollbacks=1)
   with caplog.at_level(logging.WARNING, "mdt_jax"):
     state = loop.train(config, tmp_path)
   assert "step 2, without batches 2 to 5" in caplog.text
   assert int(state.step) == 6
   assert int(state.batch_offset) == 4
-  # What came after step 3 is out of the way, and nothing is lost.
+  # The checkpoint after the bad step is moved, not deleted.
   (moved,) = (tmp_path / "damaged").iterdir()
   assert moved.name.startswith("4_")
   checkpoints = Checkpoints(tmp_path, 9)
@@ -130,7 +130,7 @@ def test_a_run_goes_back_and_leaves_the_batches_out(data, tmp_path, caplog):
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 
-  # A run that never had the example, and started with the batches that were left.
+  # The expected result: a run that reads only the remaining batches.
   create_loader = loop.create_loader
   clean = tmp_path / "clean"
   config.num_steps, config.max_rollbacks = 2, 0
@@ -150,9 +150,12 @@ def test_a_run_goes_back_and_leaves_the_batches_out(data, tmp_path, caplog):
 
 @pytest.mark.parametrize(
   ("max_rollbacks", "checkpoint_every", "skipped"),
-  [(2, 30, "steps 3 "), (1, 2, "")],  # nothing to go back to; met in the next epoch
+  # No checkpoint to roll back to; the bad example comes again in the next epoch.
+  [(2, 30, "steps 3 "), (1, 2, "")],
 )
-def test_rollbacks_end(data, tmp_path, max_rollbacks, checkpoint_every, skipped):
+def test_run_stops_when_no_rollback_is_left(
+  data, tmp_path, max_rollbacks, checkpoint_every, skipped
+):
   config = config_of(
     data, num_steps=40, max_rollbacks=max_rollbacks, checkpoint_every=checkpoint_every
   )

@@ -17,7 +17,7 @@ from tests import reference
 from tests.training.tiny import tiny_config
 
 NUM_KEEP = 10
-DIT = {"model.name": "DiT-S/2"}  # one pass, fewer parameters: compiles faster
+DIT = {"model.name": "DiT-S/2"}  # Compiles faster: one pass, fewer parameters.
 
 
 def make_batch(config, seed=0):
@@ -57,7 +57,7 @@ def make_step(config):
 
 
 def smooth_config(**settings):
-  """With so large an eps that an update does not hang on the sign of a rounding."""
+  """A config with a large eps, so that rounding cannot change the sign of an update."""
   return tiny_config(**{"optimizer.eps": 1e-2, **settings})
 
 
@@ -73,29 +73,29 @@ def distance(first, second):
   return float(max(jax.tree.leaves(differences)))
 
 
-def test_a_replayed_step_gives_the_same_bits():
+def test_repeated_step_is_bit_equal():
   config = smooth_config()
   state, after, _ = run_once()
   again, _ = make_step(config)(state, make_batch(config), NUM_KEEP)
   assert distance(after.params, again.params) == 0
 
 
-def test_another_seed_gives_another_step():
+def test_another_seed_gives_a_different_step():
   _, after, _ = run_once()
   _, other, _ = run_once(seed=1)
   assert distance(after.params, other.params) > 0
 
 
 @pytest.mark.parametrize("parts", [4])
-def test_accumulated_parts_give_the_step_of_the_whole_batch(parts):
+def test_gradient_accumulation_matches_the_whole_batch(parts):
   _, whole, whole_metrics = run_once()
   _, split, split_metrics = run_once(accumulation_steps=parts)
   assert distance(whole.params, split.params) < 2e-6
   assert distance(whole_metrics, split_metrics) < 1e-4
 
 
-def test_the_step_is_that_of_the_released_loop_written_out():
-  """Two passes, losses averaged and added, one optimizer step, then the averages."""
+def test_step_matches_the_released_training_loop():
+  """The loop is written out here: two passes, the sum of their losses, one update."""
   config = smooth_config()
   state, after, metrics = run_once()
   experiment = build(config)
@@ -121,7 +121,7 @@ def test_the_step_is_that_of_the_released_loop_written_out():
   np.testing.assert_allclose(means["loss"] + means["masked_loss"], value, rtol=1e-5)
 
 
-def test_averages_follow_their_decays():
+def test_ema_follows_its_decays():
   config = tiny_config(ema_decays=(0.5, 0.9), **DIT)
   state = make_state(config)
   after, _ = make_step(config)(state, make_batch(config), None)
@@ -134,7 +134,7 @@ def test_averages_follow_their_decays():
     assert distance(after.ema[str(decay)], expected) < 1e-6
 
 
-def test_without_a_masked_pass_its_losses_are_absent_and_its_parameters_stay():
+def test_mask_ratio_zero_has_no_masked_loss_or_side_block_update():
   config = tiny_config(**{"optimizer.name": "adamw", "masking.ratio": 0.0})
   state = make_state(config)
   after, metrics = make_step(config)(state, make_batch(config), None)
@@ -156,12 +156,12 @@ def test_quartiles_average_to_the_loss():
   np.testing.assert_allclose(total, metrics["loss"], rtol=1e-5)
 
 
-def test_a_quartile_without_samples_is_left_out():
+def test_quartile_without_samples_is_omitted():
   metrics = {"loss_q0": jnp.array([0.0, 0.0]), "loss_q1": jnp.array([3.0, 2.0])}
   assert step.mean_metrics(metrics) == {"loss_q1": 1.5}
 
 
-def test_metrics_of_steps_add_up_to_the_mean_over_samples():
+def test_added_metrics_give_the_mean_over_samples():
   first, second = {"loss": jnp.array([2.0, 1.0])}, {"loss": jnp.array([1.0, 2.0])}
   assert step.mean_metrics(step.add_metrics(first, second)) == {"loss": 1.0}
 
@@ -173,8 +173,8 @@ def test_loss_second_moment_sampler_learns_from_the_step():
   assert int(after.loss_history.counts.sum()) == config.batch_size
 
 
-def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
-  """Else the sampler would learn from its own weights."""
+def test_timestep_weights_scale_the_loss_but_not_the_history():
+  """Otherwise, the sampler would learn from its own weights."""
   config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
   experiment = build(config)
   objective = experiment.objective
@@ -199,7 +199,7 @@ def test_weights_of_the_timestep_sampler_scale_the_losses_but_not_its_history():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_its_number_alone(value):
+def test_nonfinite_step_changes_only_the_step_number(value):
   config = smooth_config()
   state = make_state(config)
   batch = make_batch(config)
@@ -212,11 +212,11 @@ def test_a_step_that_is_not_finite_changes_its_number_alone(value):
     strict=True,
   ):
     assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
-  # Nothing but the count reaches the logs.
+  # The logs get only the count of skipped steps.
   assert step.mean_metrics(metrics) == {"skipped": 1.0}
 
 
-def test_a_finite_step_is_not_skipped():
+def test_finite_step_is_not_skipped():
   state, after, metrics = run_once()
   assert step.mean_metrics(metrics)["skipped"] == 0
   assert distance(state.params, after.params) > 0

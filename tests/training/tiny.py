@@ -1,4 +1,4 @@
-"""A run small enough to compile in seconds, shared by the tests."""
+"""The config of a tiny run, which compiles in seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mdt_jax.config import default_config
 
 
 def tiny_config(**settings: object) -> ConfigDict:
-  """Digits, a network of two dozen kilobytes, 4 steps; settings by dotted name."""
+  """Digits, a network of 24 kilobytes, 4 steps. `settings` have dotted names."""
   config = default_config()
   config.update_from_flattened_dict(
     {
