@@ -1,4 +1,4 @@
-"""The run that the faults happen to: small, with everything that a state can hold."""
+"""The config of the tests of faults: a small run whose state has every part."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Training commands that are killed, stopped and started again."""
+"""Helpers that start, stop and kill training commands."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONFIG = Path(__file__).with_name("run_config.py")
 
 
 class Run(forked.Forked):
-  """A running "python -m mdt_jax.main".
+  """A running `python -m mdt_jax.main`.
 
   Args:
-    workdir: of the run.
-    *flags: after --config and --workdir.
-    config: file of the config.
-    before: called in the process of the run before it begins.
-    logs: folder of its output; None for one beside the workdir.
+    workdir: folder of the run.
+    *flags: flags after --config and --workdir.
+    config: config file.
+    before: called in the process before training starts.
+    logs: folder for the output; None for a folder beside the workdir.
   """
 
   def __init__(
@@ -42,25 +42,25 @@ class Run(forked.Forked):
     super().__init__(_train, before, flags, out=self.log, err=self.log)
 
   def steps(self) -> list[int]:
-    """The steps that were logged."""
+    """Returns the logged steps."""
     return [int(n) for n in re.findall(r"^step (\d+)/", self.log.read_text(), re.M)]
 
 
 def finish(workdir: Path, *flags: str, logs: Path | None = None) -> Run:
-  """Runs the command to its end, which has to be good."""
+  """Runs the command and asserts that it succeeds."""
   run = Run(workdir, *flags, logs=logs)
   assert run.end() == 0, run.log.read_text()
   return run
 
 
 def steps_saved(workdir: Path) -> list[int]:
-  """Of the finished checkpoints."""
+  """Returns the steps of the finished checkpoints."""
   names = (path.name for path in (workdir / "checkpoints").glob("*"))
   return sorted(int(name) for name in names if name.isdigit())
 
 
 def read(workdir: Path, step: int) -> dict[str, np.ndarray]:
-  """Every array of a checkpoint, read without this package."""
+  """Reads every array of a checkpoint with Orbax only."""
   folder = workdir / "checkpoints" / str(step)
   arrays = {}
   with ocp.StandardCheckpointer() as checkpointer:
@@ -78,7 +78,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def record_batches(path: Path) -> None:
-  """Writes the rows and the labels of each batch that this process trains on."""
+  """Records the rows and labels of each training batch of this process in a file."""
   from mdt_jax import sharding
 
   put_batch = sharding.put_batch

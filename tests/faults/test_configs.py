@@ -1,4 +1,4 @@
-"""Damaged configs: one line and exit code 2, before anything is compiled or written."""
+"""Invalid configs give one line and exit code 2 before compiling or writing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from tests.faults import run_config, runs
 
-# What no run takes, whatever the rest; in the tests' config these are not looked at,
-# or (vae) are looked for far away.
+# The config of the tests does not use these settings. A name in data.vae would be
+# looked up on the hub.
 UNUSED = {
   *("data.path", "data.split", "data.vae"),
   *("eval.metrics", "eval.reference", "eval.inception"),
@@ -38,7 +38,7 @@ def fields(config, prefix=""):
 
 
 def damages():
-  """(what, names in the error, lines that damage `config`, flags) for every field."""
+  """Yields (description, name in the error, lines that change `config`, flags)."""
   for name, value in fields(run_config.get_config()):
     last = name.split(".")[-1]
     parent, _, _ = f"config.{name}".rpartition(".")
@@ -82,7 +82,7 @@ def no_compilation():
 
 
 def refusal(tmp_path, text, flags=()):
-  """The one line that a config is refused with."""
+  """Asserts that the config is refused with one line, and returns the line."""
   config = tmp_path / "config.py"
   config.write_text(text)
   run = runs.Run(tmp_path / "run", *flags, config=config, before=no_compilation)
@@ -96,7 +96,7 @@ def refusal(tmp_path, text, flags=()):
 
 
 @pytest.mark.faults(short=24, whole=240)
-def test_a_damaged_setting_is_one_line_that_names_it(tmp_path, fault):
+def test_error_for_an_invalid_setting_is_one_line_that_names_it(tmp_path, fault):
   what, name, damage, flags = DAMAGES[fault]
   body = "".join(f"  {line}\n" for line in damage)
   text = (
@@ -107,9 +107,9 @@ def test_a_damaged_setting_is_one_line_that_names_it(tmp_path, fault):
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_a_file_that_is_no_config_is_one_line_that_names_it(tmp_path, what):
+def test_error_for_an_invalid_config_file_is_one_line(tmp_path, what):
   assert "--config" in refusal(tmp_path, FILES[what])
 
 
-def test_there_are_damages_enough():
+def test_there_are_at_least_240_invalid_configs():
   assert len(DAMAGES) >= 240

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: noticed, named, passed over; never trained on or sampled."""
+"""Damaged checkpoints are found, named and skipped before training or sampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = (10, 15)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A workdir of two checkpoints, its config, and the states in them."""
+  """A workdir with two checkpoints, its config, and an initial state."""
   workdir = tmp_path_factory.mktemp("run") / "run"
   runs.finish(workdir, "--config.num_steps=15", "--config.checkpoints_to_keep=2")
   assert runs.steps_saved(workdir) == list(STEPS)
@@ -58,7 +58,7 @@ def values(state):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def test_every_file_of_the_newest_in_turn(run, tmp_path, caplog, request):
+def test_damage_to_any_file_skips_the_newest_checkpoint(run, tmp_path, caplog, request):
   workdir, config, like = run
   states = {}
   for step in STEPS:
@@ -97,7 +97,7 @@ def test_every_file_of_the_newest_in_turn(run, tmp_path, caplog, request):
   print(f"{tried} damages to {len(files)} files")
 
 
-def test_a_command_goes_on_from_the_one_before(run, tmp_path):
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(run, tmp_path):
   workdir, _, _ = run
   copy = tmp_path / "run"
   shutil.copytree(workdir, copy)
@@ -109,5 +109,5 @@ def test_a_command_goes_on_from_the_one_before(run, tmp_path):
   runs.assert_same(runs.read(copy, 15), runs.read(workdir, 15))
 
 
-def test_the_config_of_the_tests_is_one_that_is_accepted():
+def test_config_of_the_fault_tests_is_valid():
   build(run_config.get_config())

@@ -1,4 +1,4 @@
-"""A disk that is full: training goes on, says so, and saves once there is room."""
+"""A full disk: training continues, logs the failed saves, and saves again later."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fill(path):
       file.write(bytes(4096))
 
 
-def test_a_run_survives_a_full_disk(disk, tmp_path):
+def test_run_survives_a_full_disk(disk, tmp_path):
   expected = tmp_path / "expected"
   runs.finish(expected)
   workdir = disk / "run"
@@ -42,10 +42,10 @@ def test_a_run_survives_a_full_disk(disk, tmp_path):
   failed = int(run.wait_for(r"THE CHECKPOINT OF STEP (\d+) IS NOT SAVED")[1])
   run.wait_for(f"^step {failed + 20}/")
   whole = runs.steps_saved(workdir)
-  assert whole and whole[-1] < failed  # the earlier ones are there
+  assert whole and whole[-1] < failed  # Earlier checkpoints are kept.
   run.kill()
 
-  # No room for a checkpoint, nor for logs: the state on disk is still good.
+  # The checkpoints on the disk are still valid, though the disk was full.
   (disk / "filler").unlink()
   again = runs.finish(workdir, logs=tmp_path)
   start = again.steps()[0]
@@ -53,7 +53,7 @@ def test_a_run_survives_a_full_disk(disk, tmp_path):
   runs.assert_same(runs.read(workdir, 30), runs.read(expected, 30))
 
 
-def test_saves_come_back_once_there_is_room(disk, tmp_path):
+def test_saves_succeed_again_when_the_disk_has_room(disk, tmp_path):
   workdir = disk / "run"
   run = runs.Run(workdir, "--config.num_steps=100000", logs=tmp_path)
   run.wait_for("^step 20/")

@@ -1,4 +1,4 @@
-"""kill -9 and SIGTERM at any moment: the run goes on, to the same last bit."""
+"""SIGKILL and SIGTERM at random times: the resumed run ends bit-identical."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NUM_STEPS = 30
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """A run that nothing happens to: its last state, and its seconds of training."""
+  """(last state, seconds of training) of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  runs.finish(workdir)  # fills the cache of compiled functions
+  runs.finish(workdir)  # Fills the compilation cache.
   again = workdir.with_name("again")
   run = runs.Run(again)
   run.wait_for("^step 1/")
@@ -34,44 +34,44 @@ def whole(tmp_path_factory):
 
 
 def at_a_moment(run, seconds, seed):
-  """Waits from the first step of a start on, for as long as the seed says."""
+  """Waits for the first step, and then for a random time."""
   run.wait_for("^step ")
   time.sleep(random.Random(seed).uniform(0, seconds))
 
 
 @pytest.mark.faults(short=2, whole=30)
-def test_kill_9_loses_nothing_that_was_saved(whole, fault, tmp_path):
+def test_sigkill_loses_no_saved_state(whole, fault, tmp_path):
   state, seconds = whole
   run = runs.Run(tmp_path / "run")
   at_a_moment(run, seconds, fault)
   run.kill()
   resumed = runs.finish(tmp_path / "run")
   folders = (tmp_path / "run" / "checkpoints").iterdir()
-  assert all(folder.name.isdigit() for folder in folders)  # none that is half-written
+  assert all(folder.name.isdigit() for folder in folders)  # All are complete.
   done, last = run.steps(), resumed.steps()
   assert last == [] or last == list(range(last[0], NUM_STEPS + 1))
-  # All that was done again are the steps since a checkpoint, of which one every five
-  # steps, and the one that was being written.
+  # Checkpoints are five steps apart, and the kill may interrupt a save. So the resumed
+  # run repeats fewer than ten steps.
   assert last == [] or last[0] > done[-1] - 10
   runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), state)
 
 
 @pytest.mark.faults(short=1, whole=10)
-def test_sigterm_saves_the_step_in_flight(whole, fault, tmp_path):
+def test_sigterm_saves_the_current_step(whole, fault, tmp_path):
   state, seconds = whole
   run = runs.Run(tmp_path / "run")
   at_a_moment(run, seconds / 2, fault)
   start = time.monotonic()
   run.signal(signal.SIGTERM)
   assert run.end() == EXIT_TRY_AGAIN, run.log.read_text()
-  assert time.monotonic() - start < 60  # config.grace_seconds
+  assert time.monotonic() - start < 60  # config.grace_seconds.
   saved = runs.steps_saved(tmp_path / "run")[-1]
-  assert run.steps()[-1] == saved  # nothing that was logged is done again
+  assert run.steps()[-1] == saved  # The resumed run repeats no logged step.
   assert runs.finish(tmp_path / "run").steps()[0] == saved + 1
   runs.assert_same(runs.read(tmp_path / "run", NUM_STEPS), state)
 
 
-def test_a_second_sigterm_ends_at_once_and_harms_nothing(whole, tmp_path):
+def test_second_sigterm_ends_immediately_and_damages_nothing(whole, tmp_path):
   run = runs.Run(tmp_path / "run", "--config.log_every=2")
   run.wait_for("^step 12/")
   saved = runs.steps_saved(tmp_path / "run")
@@ -84,11 +84,11 @@ def test_a_second_sigterm_ends_at_once_and_harms_nothing(whole, tmp_path):
 
 
 def hang_in_finish():
-  """As on a disk that does not answer."""
+  """Simulates a disk that does not respond."""
   Checkpoints.finish = lambda self, *args: time.sleep(1000)
 
 
-def test_what_cannot_be_saved_within_the_grace_time_ends_the_run(whole, tmp_path):
+def test_run_ends_when_the_save_exceeds_grace_seconds(whole, tmp_path):
   run = runs.Run(
     tmp_path / "run",
     "--config.grace_seconds=1",

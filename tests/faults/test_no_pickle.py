@@ -1,4 +1,4 @@
-"""Files of others hold no code that is run: no pickle is ever loaded."""
+"""The package never loads a pickle, so files from others cannot run code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "mdt_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# What each loader has to be called with.
+# The argument that each loader needs.
 SAFE = {
   "np.load": ("allow_pickle", False),
   "numpy.load": ("allow_pickle", False),
@@ -32,7 +32,7 @@ def unsafe_lines(tree):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_nothing_that_is_pickled_is_loaded(file):
+def test_module_loads_no_pickle(file):
   assert list(unsafe_lines(ast.parse(file.read_text()))) == []
 
 
@@ -46,5 +46,5 @@ def test_nothing_that_is_pickled_is_loaded(file):
     "torch.load(path, weights_only=False)",
   ],
 )
-def test_unsafe_code_would_be_found(code):
+def test_check_finds_unsafe_code(code):
   assert list(unsafe_lines(ast.parse(code))) == [1]

@@ -1,4 +1,4 @@
-"""Another number of processes at each start: the batches stay the same."""
+"""Several processes: batches do not depend on their number, and they fail together."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mdt_jax.data.loader import batch_indices
 from tests.faults import runs
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_STEPS, NUM_DEVICES = 64, 8, 40, 4
-STARTS = {"short": (2, 1), "whole": (2, 1, 4, 2)}  # processes
+STARTS = {"short": (2, 1), "whole": (2, 1, 4, 2)}  # Processes of each start.
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """Arrays each of a class of its own, so that the label is the index."""
+  """Arrays with one class each, so that the label is the index."""
   folder = tmp_path_factory.mktemp("data")
   random = np.random.default_rng(0)
   for i in range(NUM_EXAMPLES):
@@ -33,13 +33,13 @@ def data(tmp_path_factory):
 
 
 def before(records, num_processes):
-  """In each process: its share of the devices, and notes of what it trains on."""
+  """Sets the number of devices of this process, and records its batches."""
   jax.config.update("jax_num_cpu_devices", NUM_DEVICES // num_processes)
   runs.record_batches(records)
 
 
 def start(workdir, data, num_processes, folder, *more, before=before):
-  """Starts the processes of one run; each writes its batches into `folder`."""
+  """Starts the processes of one run. Each records its batches in `folder`."""
   folder.mkdir()
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def start(workdir, data, num_processes, folder, *more, before=before):
     f"--config.model.num_classes={NUM_EXAMPLES}",
     f"--config.num_steps={NUM_STEPS}",
     "--config.mesh.fsdp=2",
-    "--config.model.name=DiT-S/2",  # compiles faster than one with masks
+    "--config.model.name=DiT-S/2",  # Compiles faster than MDT.
   ]
   started = []
   for i in range(num_processes):
@@ -73,19 +73,19 @@ def start(workdir, data, num_processes, folder, *more, before=before):
 
 
 def global_batches(folder):
-  """The labels of each batch by row, in the order that they came."""
+  """Yields the labels of each batch, in the order of their rows."""
   parts = [
     [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")]
     for path in sorted(folder.glob("*.jsonl"))
   ]
-  for shares in zip(*parts, strict=False):  # one may have been killed a step later
+  for shares in zip(*parts, strict=False):  # One process may be killed a step later.
     rows = [row for rows, _ in shares for row in rows]
     labels = [label for _, labels in shares for label in labels]
-    assert sorted(rows) == list(range(BATCH_SIZE))  # each read by one process
+    assert sorted(rows) == list(range(BATCH_SIZE))  # One process reads each row.
     yield [label for _, label in sorted(zip(rows, labels, strict=True))]
 
 
-def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request):
+def test_batches_do_not_depend_on_the_number_of_processes(data, tmp_path, request):
   every = request.config.getoption("--all-faults")
   counts = STARTS["whole" if every else "short"]
   workdir = tmp_path / "run"
@@ -106,7 +106,7 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
     )
     begin = int(begun[1] or 0)
     assert (begin > 0) == (i > 0)
-    # What was done after the last checkpoint is lost with its process.
+    # Steps after the last checkpoint are lost when the process is killed.
     trained = {step: batch for step, batch in trained.items() if step < begin}
     trained |= dict(enumerate(global_batches(folder), begin))
   expected = {
@@ -116,7 +116,7 @@ def test_batches_are_the_same_on_any_number_of_processes(data, tmp_path, request
 
 
 def before_a_save_fails(records, num_processes):
-  """The first one, which the first process alone writes."""
+  """Makes the first save fail. Only process 0 writes it."""
   before(records, num_processes)
   write, left = checksums.write_checksums, [OSError(28, "No space left on device")]
 
@@ -129,7 +129,7 @@ def before_a_save_fails(records, num_processes):
   retries.FIRST_PAUSE = 0
 
 
-def test_a_save_fails_on_all_processes_and_scores_are_of_all(data, tmp_path):
+def test_failed_save_is_reported_and_scores_written_by_all(data, tmp_path):
   workdir = tmp_path / "run"
   scored = [
     "--config.data.source=digits",
