@@ -1,4 +1,4 @@
-"""Recorded outputs of the released PyTorch code, and how to compare with them."""
+"""Recorded outputs of the released PyTorch code, and comparisons with them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mdt_jax.pretrained.torch_mdt import from_torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-# Of the largest magnitude, in float32 on a CPU.
+# Relative to the largest magnitude, in float32 on a CPU.
 FORWARD_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
 LOOP_TOLERANCE = 1e-4
 
-# What was compared -> (largest difference seen, tolerance). Filled by the tests, and
-# made into the table of docs/parity.md by `python -m benchmarks.parity`.
+# Row of docs/parity.md -> (largest difference seen, tolerance). The tests fill it.
+# `python -m benchmarks.parity` writes the table from it.
 MEASURED: dict[str, tuple[float, float]] = {}
 
 NAMES = {"mdt_v1": "MDT v1", "mdt_v2": "MDTv2", "dit": "DiT"}
@@ -34,7 +34,7 @@ MODEL_FIXTURES = (*MDT_FIXTURES, "dit")
 
 @functools.cache
 def load(name: str) -> Mapping[str, np.ndarray]:
-  """Arrays of NAME.npz, as recorded: NCHW."""
+  """Arrays of NAME.npz as recorded, images as NCHW."""
   with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as data:
     return {key: data[key] for key in data.files}
 
@@ -51,9 +51,9 @@ def make_model(name: str, **overrides: Any) -> MDT:
 
 
 def random_params(model: MDT, seed: int = 0) -> dict[str, Any]:
-  """Parameters without the zeros of a fresh model, which hide what goes on.
+  """Random parameters. A new model has zeros, with which its output is zero.
 
-  By NumPy: it takes JAX seconds to compile the initialisation of each new model.
+  NumPy draws them, as JAX needs seconds to compile the initialization of each model.
   """
   rng = np.random.default_rng(seed)
   return jax.tree.map(
@@ -78,19 +78,19 @@ def assert_matches(
   *,
   each: bool = False,
 ) -> None:
-  """Fails where `actual` is further off than `tolerance`; records how far it is.
+  """Asserts that the error of `actual` is at most `tolerance`, and records the error.
 
   Args:
-    what: the row of docs/parity.md; the largest difference under a name counts.
+    what: the row of docs/parity.md. It shows the largest error with this name.
     actual: computed here.
     expected: recorded from the released code.
-    tolerance: of the largest magnitude expected, or of each value.
-    each: whether each value is compared by its own magnitude.
+    tolerance: relative to the largest expected magnitude, or to each value.
+    each: whether the error of each value is relative to its own magnitude.
   """
   if each:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    # Nothing is asked of the digits of a zero but that it is one.
+    # An expected zero has an absolute tolerance.
     scale = np.where(expected == 0, 1, np.abs(expected))
     error = float((np.abs(actual - expected) / scale).max())
   else:
@@ -100,7 +100,7 @@ def assert_matches(
 
 
 def relative_error(actual: Any, expected: np.ndarray) -> float:
-  """Largest difference over the largest magnitude expected."""
+  """Largest difference divided by the largest expected magnitude."""
   actual = np.asarray(actual)
   assert actual.shape == expected.shape, (actual.shape, expected.shape)
   return float(np.abs(actual - expected).max() / np.abs(expected).max())
@@ -108,7 +108,7 @@ def relative_error(actual: Any, expected: np.ndarray) -> float:
 
 @functools.cache
 def inception_tensors() -> dict[str, np.ndarray]:
-  """Random weights that inception.npz was recorded with, by pytorch-fid's names."""
+  """The random weights of the recording inception.npz, by names of pytorch-fid."""
   shapes = json.loads((FIXTURES / "inception_params.json").read_text())
   seed = int(load("inception")["seed"])
   return {name: _inception_tensor(name, shape, seed) for name, shape in shapes.items()}

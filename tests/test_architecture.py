@@ -1,4 +1,4 @@
-"""The structure that docs/architecture.md promises."""
+"""The structure described in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_graph_in_the_docs_is_that_of_the_code():
+def test_import_graph_in_the_docs_matches_the_code():
   command = [sys.executable, "docs/import_graph.py", "--check"]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
 
 
-def test_networks_seams_and_the_step_load_no_heavy_library():
+def test_core_modules_do_not_import_heavy_libraries():
   code = (
     "import sys, mdt_jax, mdt_jax.models, mdt_jax.objectives, mdt_jax.training.step\n"
     "heavy = {'tensorflow', 'torch', 'tensorflow_datasets', 'sklearn', 'clu', "

@@ -1,3 +1,5 @@
+"""Atomic writes: a file is replaced as a whole or not at all."""
+
 import json
 import os
 
@@ -6,7 +8,7 @@ import pytest
 from mdt_jax.atomic import atomic_write, write_json
 
 
-def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+def test_failed_write_leaves_the_file_unchanged(tmp_path):
   path = tmp_path / "new" / "file"
   with atomic_write(path) as partial:
     partial.write_text("before")
@@ -17,7 +19,7 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
   assert list(path.parent.iterdir()) == [path]
 
 
-def test_json_may_be_written_by_two_at_the_same_time(tmp_path, monkeypatch):
+def test_two_writers_may_write_json_at_the_same_time(tmp_path, monkeypatch):
   path = tmp_path / "file.json"
   replace = os.replace
 

@@ -27,7 +27,7 @@ ALL = {"model": 1, "process": 1, "optimizer": 1}
 
 @pytest.fixture
 def counts(monkeypatch):
-  """How often a network, a process and an optimizer were built."""
+  """Counts how often a network, a process and an optimizer are built."""
   found: collections.Counter[str] = collections.Counter()
 
   def counted(name, function):
@@ -53,29 +53,29 @@ def workdir(tmp_path_factory):
   return folder
 
 
-def test_training_with_pictures_and_scores(tmp_path, counts):
+def test_training_with_pictures_and_scores_builds_each_part_once(tmp_path, counts):
   train(tiny_config(**RUN), tmp_path)
   assert counts == ALL
 
 
-def test_training_that_is_resumed(workdir, counts):
+def test_resumed_training_builds_each_part_once(workdir, counts):
   train(tiny_config(**{**RUN, "num_steps": 3}), workdir)
   assert counts == ALL
 
 
-def test_replaying_a_step(workdir, counts):
+def test_replay_builds_each_part_once(workdir, counts):
   replay(tiny_config(**RUN), workdir, 1)
   assert counts == ALL
 
 
-def test_sampling(workdir, tmp_path, counts):
+def test_sampling_builds_network_and_process_once(workdir, tmp_path, counts):
   pipeline = Pipeline.from_checkpoint(workdir)
   pipeline.write(tmp_path, [0, 1], num_steps=2, progress=False)
   pipeline.draw([2], method="ddim", num_steps=2)
   assert counts == {"model": 1, "process": 1}
 
 
-def test_evaluating(workdir, counts):
+def test_evaluation_builds_network_and_process_once(workdir, counts):
   checkpoint = job.load_run(workdir, sampling={"num_steps": 2})
   job.score_images(["frechet"], checkpoint, num_images=8, batch_size=8)
   bits_per_dimension.measure(checkpoint, 4, num_steps=2, batch_size=4)
@@ -83,12 +83,12 @@ def test_evaluating(workdir, counts):
 
 
 @pytest.mark.parametrize("what", ["train", "sample"])
-def test_planning(counts, what):
+def test_planning_builds_each_part_once(counts, what):
   settings = Settings.from_config(tiny_config(**RUN))
   make_plan(settings, parse_topology("cpu:1"), jax.devices()[:1], what)
   assert counts == ALL
 
 
-def test_converting_back(workdir, tmp_path, counts):
+def test_conversion_to_torch_builds_network_and_process_once(workdir, tmp_path, counts):
   converted.to_torch_file(workdir, tmp_path / "model.safetensors")
   assert counts == {"model": 1, "process": 1}

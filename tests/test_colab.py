@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, but for what needs a network or a shell."""
+"""The notebook's cells run, except those that need a network or a shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / "colab" / "mdt.ipynb"
-# Of cells with lines for the shell, or with a download.
+# Tags of cells with shell lines or a download.
 NOT_PYTHON = {"setup", "command", "download"}
 
 
@@ -32,14 +32,14 @@ def shrink(config):
   config.eval.every = config.sample_every = 0
 
 
-def test_the_cells_run_and_show_pictures(cells, tmp_path, monkeypatch):
+def test_notebook_cells_run_and_show_three_pictures(cells, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names, shown = {}, []
   for cell in cells:
     if tags(cell) & NOT_PYTHON:
       continue
     *body, last = ast.parse("".join(cell["source"])).body
-    if isinstance(last, ast.Expr):  # what a notebook shows
+    if isinstance(last, ast.Expr):  # A notebook shows its value.
       exec(compile(ast.Module(body, []), NOTEBOOK.name, "exec"), names)
       shown.append(
         eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names)
@@ -51,5 +51,5 @@ def test_the_cells_run_and_show_pictures(cells, tmp_path, monkeypatch):
   assert sum(isinstance(x, Image.Image) for x in shown) == 3
 
 
-def test_it_is_kept_without_outputs(cells):
+def test_notebook_is_stored_without_outputs(cells):
   assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)

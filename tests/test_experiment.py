@@ -1,4 +1,4 @@
-"""What settings make, and which cannot make it."""
+"""Experiment: parts built from settings, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.tiny import tiny_config
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def test_a_mask_ratio_of_zero_means_no_masked_pass():
+def test_mask_ratio_zero_gives_the_plain_objective():
   objective = build(tiny_config(**{"masking.ratio": 0.0})).objective
   assert isinstance(objective, PlainObjective)
 
@@ -31,34 +31,34 @@ def test_a_mask_ratio_of_zero_means_no_masked_pass():
     ("arrays", None, False, False),
   ],
 )
-def test_what_the_network_works_on_follows_from_the_data(source, vae, pixels, encodes):
+def test_data_settings_decide_between_pixels_and_latents(source, vae, pixels, encodes):
   config = tiny_config(**{"data.source": source, "data.vae": vae})
   experiment = Experiment(Settings.from_config(config))
   assert experiment.holds_pixels == pixels
   assert experiment.encodes_images == encodes
 
 
-def test_examples_held_out_are_not_trained_on():
+def test_held_out_examples_are_not_in_the_training_set():
   experiment = build(tiny_config(**{"data.validation": 0.1}))
   training, validation = experiment.source, experiment.held_out
   assert (len(training), len(validation)) == (1617, 180)
   images = {training[i]["image"].tobytes() for i in range(len(training))}
   held_out = [validation[i]["image"].tobytes() for i in range(len(validation))]
-  assert sum(image in images for image in held_out) < 5  # but for equal digits
+  assert sum(image in images for image in held_out) < 5  # Some digits are equal.
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.6])
-def test_a_share_that_cannot_be_held_out_is_refused(share):
+def test_invalid_validation_share_is_refused(share):
   with pytest.raises(SettingError, match=r"config\.data\.validation"):
     _ = build(tiny_config(**{"data.validation": share})).source
 
 
-def test_nothing_held_out_cannot_be_validated_on():
+def test_held_out_without_validation_share_is_refused():
   with pytest.raises(SettingError, match=r"^config\.data\.validation = "):
     _ = build(tiny_config()).held_out
 
 
-def test_an_autoencoder_of_other_channels_than_the_network_s_is_refused():
+def test_autoencoder_channels_must_match_the_network():
   vae = str(FIXTURES / "vae")
   with pytest.raises(SettingError, match=r"config\.model\.in_channels = 1: must be 4"):
     _ = build(tiny_config(**{"data.vae": vae})).autoencoder

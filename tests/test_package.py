@@ -1,4 +1,4 @@
-"""What an installed package holds: every module, config and data file."""
+"""The installed package has every module, config and data file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ for _, folder, _, names in command.data_files:
 """
 
 
-def test_a_wheel_holds_every_file_of_the_package():
+def test_wheel_holds_every_file_of_the_package():
   pytest.importorskip("setuptools", minversion="77", reason="reads pyproject.toml")
   result = subprocess.run(
     [sys.executable, "-c", LIST_FILES], cwd=ROOT, capture_output=True, text=True
@@ -41,5 +41,5 @@ def test_a_wheel_holds_every_file_of_the_package():
   assert sorted(set(files) - held) == []
 
 
-def test_the_folder_of_configs_in_a_clone_is_the_package_s():
+def test_configs_folder_of_a_clone_links_to_the_package():
   assert (ROOT / "configs").resolve() == (ROOT / "mdt_jax" / "configs").resolve()

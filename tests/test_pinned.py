@@ -1,16 +1,15 @@
-"""Training, sampling and reading give the numbers that they gave when pinned.
+"""Training, sampling and reading reproduce the recorded numbers.
 
-tests/fixtures/pinned holds a checkpoint, a set of latents, and the recorded results of
-using them. make.py in that folder explains the files.
+tests/fixtures/pinned holds a checkpoint, a set of latents, and results recorded with
+them. make.py in that folder explains the files.
 
-Where the processor, the packages and the XLA flags equal those in machine.json, every
-number must be equal bit for bit. Elsewhere, each array of latents must agree to 1e-5 of
-its largest magnitude, pictures to one grey level, and each metric of the first step to
-1e-5 of its value. Metrics of the later steps must agree to 1e-4, because Adan's
-division turns rounding of small gradients into larger differences of the parameters:
-under other XLA flags the fourth step differs by 1.5e-5.
-The digests of parameters compare bits only, so that test is skipped elsewhere. Arrays
-read from disk must be equal everywhere.
+If the processor, the packages and the XLA flags equal those in machine.json, every
+number must be equal bit for bit. On other machines, the tolerances are: 1e-5 of the
+largest magnitude for each array of latents, one grey level for pictures, 1e-5 for each
+metric of the first step, and 1e-4 for metrics of later steps. Later steps differ more
+because Adan divides by small gradients: with other XLA flags, the fourth step differs
+by 1.5e-5. The test of parameter digests compares bits, so other machines skip it.
+Arrays read from disk must be equal everywhere.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def read_arrays(name):
 
 @functools.cache
 def recorded_flags():
-  """The flags of XLA that the results were recorded under, for a process."""
+  """Environment with the XLA flags of the recording."""
   return {"XLA_FLAGS": read_json("machine.json")["xla_flags"]}
 
 
@@ -55,7 +54,7 @@ def is_same_machine():
 
 
 def assert_agrees(actual, expected, what, tolerance=TOLERANCE):
-  """Bits on the same machine, else `tolerance`; one grey level for pictures."""
+  """Compares bits on the same machine; elsewhere see the docstring of this file."""
   assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
   if is_same_machine():
     assert actual.tobytes() == expected.tobytes(), what
@@ -68,7 +67,7 @@ def assert_agrees(actual, expected, what, tolerance=TOLERANCE):
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-  """A folder with latents/ and run/, as they were written."""
+  """The unpacked archive: a folder with latents/ and run/."""
   folder = tmp_path_factory.mktemp("pinned")
   with tarfile.open(make.ARCHIVE) as archive:
     archive.extractall(folder, filter="data")
@@ -101,7 +100,7 @@ def resume(run, path):
 
 
 @pytest.fixture(scope="module")
-def resumed(disk, samples):  # samples first: they are drawn from the last checkpoint
+def resumed(disk, samples):  # After `samples`, as resuming adds a checkpoint.
   path = disk / "resumed.npz"
   process = forked.Forked(resume, disk / "run", path, environment=recorded_flags())
   assert process.end() == 0, process.err
@@ -110,13 +109,13 @@ def resumed(disk, samples):  # samples first: they are drawn from the last check
 
 
 @pytest.mark.parametrize("name", ["latents", "run"])
-def test_the_archive_holds_no_path_of_a_machine(disk, name):
+def test_archive_holds_no_path_of_a_machine(disk, name):
   for path in (disk / name).rglob("*"):
     content = path.read_bytes() if path.is_file() else b""
     assert not any(word in content for word in (b"/tmp/", b"/home/", b"/root/")), path
 
 
-def test_the_source_reads_the_recorded_latents(disk):
+def test_latent_source_reads_the_recorded_latents(disk):
   actual = make.read_latents(disk / "latents")
   expected = read_arrays("latents.npz")
   assert actual.keys() == expected.keys()
@@ -125,20 +124,20 @@ def test_the_source_reads_the_recorded_latents(disk):
     np.testing.assert_array_equal(actual[name], array)
 
 
-def test_config_json_loads_and_agrees_with_the_config_of_the_checkpoint(disk):
+def test_config_json_matches_the_config_of_the_checkpoint(disk):
   written = default_config()
   written.update(json.loads((disk / "run" / "config.json").read_text()))
   loaded = Pipeline.from_checkpoint(disk / "run").config
-  loaded.sampling.ema_decay = None  # the pipeline sets it to the first average
+  loaded.sampling.ema_decay = None  # The pipeline sets it to the first decay.
   assert json.loads(written.to_json()) == json.loads(loaded.to_json())
 
 
 @pytest.mark.parametrize("name", [*make.SAMPLES, "pictures"])
-def test_samples_are_the_recorded_ones(samples, name):
+def test_samples_match_the_recorded_ones(samples, name):
   assert_agrees(samples[name], read_arrays("samples.npz")[name], name)
 
 
-def test_training_goes_on_with_the_recorded_metrics(resumed):
+def test_resumed_training_gives_the_recorded_metrics(resumed):
   tolerance = TOLERANCE
   for step, metrics in read_json("losses.json")["metrics"].items():
     for name, recorded in metrics.items():
@@ -149,7 +148,7 @@ def test_training_goes_on_with_the_recorded_metrics(resumed):
 
 
 @pytest.mark.parametrize("name", ["params", *(f"ema {d}" for d in make.DECAYS)])
-def test_training_ends_with_the_recorded_parameters(resumed, name):
+def test_resumed_training_gives_the_recorded_parameters(resumed, name):
   if not is_same_machine():
     pytest.skip("digests compare bits, which depend on the machine")
   assert str(resumed[name]) == read_json("losses.json")["digests"][name]

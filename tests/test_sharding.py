@@ -1,3 +1,5 @@
+"""Meshes, and the sharding of the training state."""
+
 import json
 
 import jax
@@ -22,7 +24,7 @@ from tests.training.tiny import tiny_config
     ((2, 4, 1), (2, 4, 1)),
   ],
 )
-def test_an_axis_takes_what_is_left(sizes, shape):
+def test_axis_of_minus_one_gets_the_remaining_devices(sizes, shape):
   assert sharding.mesh_shape(sizes, 8) == shape
 
 
@@ -37,13 +39,13 @@ def test_an_axis_takes_what_is_left(sizes, shape):
     ((1, 1, -2), r"^config.mesh.tensor = -2: must be -1 or at least 1$"),
   ],
 )
-def test_a_mesh_that_is_not_the_devices_is_refused(sizes, message):
+def test_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
   with pytest.raises(SettingError, match=message):
     sharding.mesh_shape(sizes, 8)
 
 
 @pytest.mark.parametrize("name", ["MDTv2-S/2", "MDT-S/2"])
-def test_moments_and_averages_lie_as_their_parameters(name):
+def test_moments_and_averages_are_sharded_like_parameters(name):
   config = tiny_config(**{"model.name": name})
   state = make_program(build(config, jax.devices()[:1])).state
   end = "decode_blocks/attention/qkv/kernel"
@@ -54,18 +56,18 @@ def test_moments_and_averages_lie_as_their_parameters(name):
     if leaf.sharding.spec == spec
   ]
   of_decoder = [path for path in paths if path.endswith(end)]
-  # The parameter, its average and the four moments of Adan.
+  # The parameter, its average, and the four moments of Adan.
   assert len(of_decoder) == 6
 
 
-def test_one_process_reads_all_rows():
+def test_single_process_reads_all_rows():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   np.testing.assert_array_equal(sharding.local_rows(mesh, 6), np.arange(6))
 
 
 @pytest.fixture(scope="module")
 def plan_of_mdtv2_b(tmp_path_factory):
-  """The compiled step of MDTv2-B/2 on eight devices that share the state."""
+  """The plan of MDTv2-B/2 with its state sharded over eight devices."""
   path = tmp_path_factory.mktemp("plan") / "plan.json"
   settings = ("mesh.data=1", "mesh.fsdp=8", "batch_size=16", "masking.num_lengths=1")
   process = forked.command(
@@ -79,26 +81,26 @@ def plan_of_mdtv2_b(tmp_path_factory):
   return json.loads(path.read_text())
 
 
-def test_the_state_at_rest_is_an_eighth_on_each_device(plan_of_mdtv2_b):
+def test_each_of_eight_devices_holds_an_eighth_of_the_state(plan_of_mdtv2_b):
   parameters = 152_112_272
   memory = plan_of_mdtv2_b["memory"]
-  # Parameters and an average; Adan has four moments.
+  # One copy of the parameters, one average, and four moments of Adan.
   for part, copies in (("parameters", 1), ("ema", 1), ("optimizer", 4)):
     assert memory[part] == pytest.approx(copies * 4 * parameters / 8, rel=0.1)
-  # What else the compiled step takes and gives: the batch and some numbers.
+  # The other inputs and outputs of the step: the batch and metrics.
   assert memory["other"] < 2**20
 
 
-def test_the_step_moves_weights_and_no_activations(plan_of_mdtv2_b):
+def test_step_communicates_weights_but_not_activations(plan_of_mdtv2_b):
   found = plan_of_mdtv2_b["collectives"]
   assert "all-to-all" not in found
   assert "collective-permute" not in found
-  # Weights in float32, once forwards in each of two passes: no more is gathered.
+  # At most two gathers of the float32 weights: one for each forward pass.
   assert found["all-gather"]["sent"] < 2 * 4 * 152_112_272
 
 
 @pytest.mark.parametrize("name", ["adafactor", "novograd"])
-def test_statistics_of_other_shapes_than_the_parameters_are_replicated(name):
+def test_optimizer_state_of_other_shapes_is_replicated(name):
   state = make_program(build(tiny_config(**{"optimizer.name": name}))).state
   shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
   others = [x for x in jax.tree.leaves(state.opt_state) if x.shape not in shapes]

@@ -1,4 +1,4 @@
-"""Every block of docs/use_the_parts.md runs, in order, and does what the page says."""
+"""The code blocks of docs/use_the_parts.md run in order and have the stated results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "use_the_parts.md"
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-  """What the blocks define, run as one program."""
+  """Runs all blocks as one program and returns the names that they define."""
   flags = re.DOTALL | re.MULTILINE
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags)
   assert len(blocks) == 7
@@ -26,33 +26,33 @@ def names(tmp_path_factory):
   return runpy.run_path(str(path))
 
 
-def test_a_loop_of_one_s_own_trains(names):
+def test_custom_loop_trains(names):
   assert np.isfinite(names["loss"])
   assert names["n"] == 1
 
 
-def test_a_loop_of_one_s_own_is_short():
+def test_custom_loop_has_at_most_20_lines():
   loop = re.findall(r"^@jax.jit\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
   assert len([line for line in loop[0].splitlines() if line.strip()]) <= 20
 
 
-def test_a_data_set_of_one_s_own_is_trained_on(names):
+def test_custom_data_set_trains(names):
   assert int(names["final"].step) == 2
 
 
-def test_a_network_of_one_s_own_is_trained_and_sampled(names):
+def test_custom_network_trains_and_samples(names):
   drawn = names["pipeline"].draw([3, 4], num_steps=2)
   assert drawn.shape == (2, 8, 8, 1) and drawn.dtype == np.uint8
   kernel = names["pipeline"].params["Conv_1"]["kernel"]
   assert kernel.shape == (3, 3, 16, 2)
 
 
-def test_a_network_of_one_s_own_is_scored(names):
+def test_custom_network_is_scored(names):
   assert names["scored"]["images"] == 16
   assert np.isfinite(names["scored"]["scores"]["frechet"])
 
 
-def test_an_objective_of_one_s_own_is_descended(names):
+def test_custom_objective_trains(names):
   assert int(names["huber"].step) == 2
 
 
@@ -62,6 +62,6 @@ def test_writers_and_hooks_see_every_step(names):
   assert names["seen"] == [1, 2]
 
 
-def test_a_config_outside_the_clone_is_found(names):
+def test_config_outside_the_clone_works(names):
   found = runpy.run_path(f"{names['workdir']}/mine.py")["get_config"]()
   assert build(found, jax.devices()[:1]).model.hidden_size == 768
