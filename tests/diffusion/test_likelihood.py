@@ -64,7 +64,7 @@ def test_total_is_the_sum_of_the_terms():
 
 
 def test_perfect_network_has_zero_divergence():
-  """The last step is excluded: its variance is clipped to that of step 1."""
+  """The last step is excluded, as its term is a likelihood and not a divergence."""
   diffusion = GaussianDiffusion.create(prediction="x0", variance="fixed_small")
   terms = calc_bpd(lambda x, t: jnp.asarray(X0), diffusion, X0, jax.random.key(0))
   np.testing.assert_allclose(terms["vb"][:, :-1], 0, atol=1e-6)
