@@ -16,7 +16,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import init_state
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_dit_config
 
 
 def make_state(config):
@@ -48,7 +48,7 @@ def assert_same(first, second):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  config = tiny_config(
+  config = tiny_dit_config(
     ema_decays=(0.5, 0.9), timestep_sampler="loss-second-moment", seed=3
   )
   return folder, config, save(folder, config)
@@ -65,7 +65,7 @@ def test_restored_state_is_bit_exact_and_logs_no_warning(saved, caplog):
 
 def test_ema_decay_zero_loads_the_parameters_themselves(tmp_path):
   """A decay of 0.0 is not treated as a missing decay."""
-  config = tiny_config(ema_decays=(0.9, 0.0))
+  config = tiny_dit_config(ema_decays=(0.9, 0.0))
   state = save(tmp_path, config)
   assert_same(load_ema(tmp_path, ema_decay=0.0).params, state.ema["0.0"])
 
@@ -87,14 +87,14 @@ def test_config_is_restored_with_the_checkpoint(saved):
 
 
 def test_setting_missing_from_an_old_config_gets_its_default():
-  old = tiny_config().to_dict()
+  old = tiny_dit_config().to_dict()
   del old["sampling"]["eta"], old["log_every"]
   settings = Settings.from_dict(old)
   assert (settings.sampling.eta, settings.log_every) == (0.0, 100)
 
 
 def test_only_the_latest_checkpoints_are_kept(tmp_path):
-  save(tmp_path, tiny_config(), steps=(1, 2, 3), to_keep=2)
+  save(tmp_path, tiny_dit_config(), steps=(1, 2, 3), to_keep=2)
   kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
   assert kept == [2, 3]
 
@@ -153,7 +153,7 @@ def test_error_for_a_missing_step_or_decay_lists_the_saved_ones(saved, argument,
 
 
 def test_only_the_saving_run_removes_unfinished_checkpoints(tmp_path):
-  config = tiny_config()
+  config = tiny_dit_config()
   state = save(tmp_path, config)
   half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
   (half / "state").mkdir(parents=True)
@@ -175,7 +175,7 @@ def restore(folder, state, config):
 
 
 def test_damaged_checkpoint_is_moved_and_the_previous_one_loaded(tmp_path, caplog):
-  config = tiny_config()
+  config = tiny_dit_config()
   state = save(tmp_path, config, steps=(7, 8))
   largest = max(
     (path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()),
@@ -191,7 +191,7 @@ def test_damaged_checkpoint_is_moved_and_the_previous_one_loaded(tmp_path, caplo
 
 
 def test_restore_fails_when_every_checkpoint_is_damaged(tmp_path):
-  config = tiny_config()
+  config = tiny_dit_config()
   state = save(tmp_path, config)
   (tmp_path / "checkpoints" / "7" / "checksums.json").unlink()
   with pytest.raises(SettingError, match="every checkpoint is damaged"):
@@ -224,7 +224,7 @@ def wait_until_it_must_be_retried(checkpoints):
 def test_failed_save_is_retried_after_a_pause(tmp_path, monkeypatch):
   failing(monkeypatch, 1)
   monkeypatch.setattr(retries, "FIRST_PAUSE", 1)
-  config = tiny_config()
+  config = tiny_dit_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
   assert checkpoints.save(1, state, config.to_dict())
@@ -243,7 +243,7 @@ def test_failed_save_is_retried_after_a_pause(tmp_path, monkeypatch):
 
 def test_last_save_is_retried_until_it_succeeds(tmp_path, monkeypatch):
   failing(monkeypatch, 2)
-  config = tiny_config()
+  config = tiny_dit_config()
   checkpoints = Checkpoints(tmp_path, 2, max_failures=3)
   checkpoints.finish(1, make_state(config), config.to_dict())
   checkpoints.close()
@@ -252,7 +252,7 @@ def test_last_save_is_retried_until_it_succeeds(tmp_path, monkeypatch):
 
 def test_max_failures_failed_saves_raise_save_error(tmp_path, monkeypatch):
   failing(monkeypatch, 9)
-  config = tiny_config()
+  config = tiny_dit_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 2, max_failures=2)
   with pytest.raises(SaveError, match=r"2 saves in a row failed.*No space left"):
@@ -261,7 +261,7 @@ def test_max_failures_failed_saves_raise_save_error(tmp_path, monkeypatch):
 
 
 def test_keep_every_keeps_multiples_besides_the_latest(tmp_path):
-  config = tiny_config()
+  config = tiny_dit_config()
   state = make_state(config)
   checkpoints = Checkpoints(tmp_path, 1, keep_every=4)
   for step in (3, 4, 5, 6):

@@ -24,7 +24,7 @@ from mdt_jax.experiment import build
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.training import loop
 from tests import reference
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_dit_config
 
 EVAL = {
   "num_steps": 3,
@@ -38,7 +38,7 @@ EVAL = {
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  loop.train(tiny_config(**EVAL), folder)
+  loop.train(tiny_dit_config(**EVAL), folder)
   return folder
 
 
@@ -74,7 +74,7 @@ def test_eval_reference_replaces_the_data_set(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "real.npz", images, np.arange(30) % 10)
   experiment = build(
-    tiny_config(
+    tiny_dit_config(
       **EVAL,
       **{"eval.reference": str(tmp_path / "real.npz"), "data.source": "images"},
     )
@@ -141,7 +141,7 @@ def references(tmp_path_factory):
 def test_impossible_scores_are_refused_before_training(
   references, metrics, num_images, reference, message
 ):
-  config = tiny_config(
+  config = tiny_dit_config(
     **EVAL
     | {
       "eval.metrics": metrics,
@@ -154,7 +154,7 @@ def test_impossible_scores_are_refused_before_training(
 
 
 def test_latents_without_autoencoder_are_refused_before_training():
-  config = tiny_config(**EVAL, **{"data.source": "latents"})
+  config = tiny_dit_config(**EVAL, **{"data.source": "latents"})
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
     make_training_evaluator(build(config))
 
@@ -174,7 +174,7 @@ def test_run_stopped_while_scoring_resumes_to_the_same_scores(
         signal.raise_signal(signal.SIGTERM)
       yield batch
 
-  config = tiny_config(**EVAL, checkpoint_every=100)
+  config = tiny_dit_config(**EVAL, checkpoint_every=100)
   with monkeypatch.context() as patch:
     patch.setattr(GeneratedImages, "batches", stop_after_one)
     with pytest.raises(loop.Interrupted, match="after step 2"):
@@ -190,11 +190,11 @@ def test_missing_last_scores_are_computed_once_on_restart(workdir, caplog):
   assert set(before) == {"step_0000002.json", "step_0000003.json"}
   last = workdir / "scores" / "step_0000003.json"
   last.unlink()
-  loop.train(tiny_config(**EVAL), workdir)
+  loop.train(tiny_dit_config(**EVAL), workdir)
   assert read_scores(workdir) == before
   made = last.stat().st_mtime_ns
   with caplog.at_level("INFO", "mdt_jax"):
-    loop.train(tiny_config(**EVAL), workdir)
+    loop.train(tiny_dit_config(**EVAL), workdir)
   assert "nothing to do" in caplog.text
   assert last.stat().st_mtime_ns == made
 
@@ -206,7 +206,7 @@ def test_scores_that_kill_the_process_are_retried_once(tmp_path, monkeypatch, ca
   def kill(*_):
     raise Killed
 
-  config = tiny_config(**EVAL, checkpoint_every=100)
+  config = tiny_dit_config(**EVAL, checkpoint_every=100)
   with monkeypatch.context() as patch:
     patch.setattr(TrainingEvaluator, "__call__", kill)
     for _ in range(2):  # At step 2, which is saved, and at the next start.
@@ -227,7 +227,7 @@ def test_run_continues_after_scoring_fails(tmp_path, monkeypatch, caplog):
     return score(*args)
 
   monkeypatch.setattr(scores, "score", fail_once)
-  assert int(loop.train(tiny_config(**EVAL), tmp_path).step) == 3
+  assert int(loop.train(tiny_dit_config(**EVAL), tmp_path).step) == 3
   assert "NO SCORES OF STEP 2: real images = None: needs their labels" in caplog.text
   assert set(read_scores(tmp_path)) == {"step_0000003.json"}
 
@@ -248,7 +248,7 @@ def test_run_continues_after_scoring_fails(tmp_path, monkeypatch, caplog):
 def test_invalid_eval_setting_is_refused_before_writing(
   tmp_path, setting, value, message
 ):
-  config = tiny_config(**(EVAL | {setting: value}))
+  config = tiny_dit_config(**(EVAL | {setting: value}))
   with pytest.raises(SettingError, match=message):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()

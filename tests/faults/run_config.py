@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_dit_config
 
 
 def get_config() -> ConfigDict:
-  return tiny_config(
+  return tiny_dit_config(
     **{
       "num_steps": 30,
       "timestep_sampler": "loss-second-moment",

@@ -50,7 +50,7 @@ def start(workdir, data, num_processes, folder, *more, before=before):
     f"--config.model.num_classes={NUM_EXAMPLES}",
     f"--config.num_steps={NUM_STEPS}",
     "--config.mesh.fsdp=2",
-    "--config.model.name=DiT-S/2",  # Compiles faster than MDT.
+    "--config.model.name=DiT-S/2",
   ]
   started = []
   for i in range(num_processes):

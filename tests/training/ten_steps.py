@@ -1,8 +1,7 @@
-"""Runs ten steps: python -m tests.training.ten_steps FOLDER DATA,FSDP,TENSOR …
+"""Runs ten steps: python -m tests.training.ten_steps FOLDER VARIANT:DATA,FSDP,TENSOR …
 
-There is one run for each mesh, on all devices of all processes. The losses and
-parameters of each run are written to FOLDER/MESH.npz. launch/local_processes.py starts
-several processes.
+Each run has its own network and mesh, and uses all devices of all processes. The losses
+and parameters of a run are written to FOLDER/VARIANT:DATA,FSDP,TENSOR.npz.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from tests.training.tiny import tiny_config
 NUM_STEPS = 10
 
 
-def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
+def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
   """Returns the losses of each step and the last parameters, by name."""
   data, fsdp, tensor = map(int, sizes.split(","))
   config = tiny_config(
     **{
       "num_steps": NUM_STEPS,
       "batch_size": 16,
+      "model.name": f"{variant}-S/2",
       "seed": 5,
       "checkpoint_every": 5,
       "optimizer.name": "adamw",  # Compiles faster than Adan.
@@ -52,6 +52,7 @@ def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
   arrays = {
     f"losses/{name}": np.stack([found[name] for found in metrics])
     for name in ("loss", "masked_loss", "gradient_norm")
+    if name in metrics[0]
   }
   for path, array in jax.tree_util.tree_leaves_with_path(state.params):
     arrays[f"params/{jax.tree_util.keystr(path)}"] = sharding.fetch(array)
@@ -61,7 +62,7 @@ def run(sizes: str, workdir: Path) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
   distributed.start()
   folder = Path(sys.argv[1])
-  for sizes in sys.argv[2:]:
-    found = run(sizes, folder / sizes)
+  for name in sys.argv[2:]:
+    found = run(*name.split(":"), folder / name)
     if jax.process_index() == 0:
-      np.savez(folder / f"{sizes}.npz", **found)
+      np.savez(folder / f"{name}.npz", **found)

@@ -19,7 +19,7 @@ from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import forked, reference
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, tiny_dit_config
 
 # Two numbers of kept tokens, so that steps run different compiled functions.
 TWO_LENGTHS = {"masking.num_lengths": 2}
@@ -89,7 +89,7 @@ def test_first_signal_saves_the_current_step(tmp_path, monkeypatch):
 
   monkeypatch.setattr(loop.Progress, "add", stop_at_three)
   with pytest.raises(Interrupted, match="step 3"):
-    loop.train(tiny_config(), tmp_path)
+    loop.train(tiny_dit_config(), tmp_path)
   checkpoints = Checkpoints(tmp_path, 2)
   assert checkpoints.latest_step() == 3
   checkpoints.close()
@@ -114,7 +114,7 @@ def test_failed_save_is_retried_before_the_next_scheduled_save(tmp_path, monkeyp
   monkeypatch.setattr(retries, "FIRST_PAUSE", 0)
   monkeypatch.setattr(Checkpoints, "must_retry", look_once_it_has_ended)
   changes = {"num_steps": 7, "checkpoint_every": 3, "checkpoints_to_keep": 9}
-  loop.train(tiny_config(**changes), tmp_path)
+  loop.train(tiny_dit_config(**changes), tmp_path)
   # The save of step 3 failed. The loop noticed after step 4 and saved step 5.
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5", "6", "7"}
 
@@ -176,7 +176,7 @@ def test_too_many_unreadable_files_save_and_stop_the_run(
   for i in range(30):
     Image.new("L", (8, 8), i).save(data / f"{i:02d}.png")
   (data / "90.png").write_bytes(b"no image")
-  config = tiny_config(
+  config = tiny_dit_config(
     **{
       "data.source": "images",
       "data.path": str(data.parent),
@@ -193,16 +193,16 @@ def test_too_many_unreadable_files_save_and_stop_the_run(
 
 
 def test_finished_run_keeps_its_config_file(tmp_path):
-  loop.train(tiny_config(num_steps=2), tmp_path)
+  loop.train(tiny_dit_config(num_steps=2), tmp_path)
   before = (tmp_path / "config.json").read_text()
-  loop.train(tiny_config(num_steps=1), tmp_path)
+  loop.train(tiny_dit_config(num_steps=1), tmp_path)
   assert (tmp_path / "config.json").read_text() == before
 
 
 def test_workdir_that_is_a_file_is_refused(tmp_path):
   (tmp_path / "run").write_text("kept")
   with pytest.raises(SettingError, match=r"--workdir = .*must be a folder"):
-    loop.train(tiny_config(), tmp_path / "run")
+    loop.train(tiny_dit_config(), tmp_path / "run")
 
 
 # Latents.
@@ -237,7 +237,7 @@ def photos(tmp_path_factory):
 
 
 def latent_config(photos, source, **changes):
-  return tiny_config(
+  return tiny_dit_config(
     **{
       "model.input_size": 4,
       "model.in_channels": 4,

@@ -7,11 +7,12 @@ import pytest
 
 from tests import forked
 
-MESHES = ("8,1,1", "1,8,1")  # The test with several processes uses 2,4,1 and 2,2,2.
+# The test with several processes uses the meshes 2,2,2 and 2,4,1.
+EIGHT_DEVICES = ("MDTv2:8,1,1", "MDTv2:1,8,1")
 
 
-def ten_steps(folder, *meshes, processes=1, devices=8):
-  """Runs `tests.training.ten_steps` in several processes; returns arrays by mesh."""
+def ten_steps(folder, *runs, processes=1, devices=8):
+  """Runs `tests.training.ten_steps` in several processes; returns arrays by run."""
   address = forked.free_address()
   running = []
   for index in range(processes):
@@ -24,25 +25,27 @@ def ten_steps(folder, *meshes, processes=1, devices=8):
       forked.command(
         "tests.training.ten_steps",
         folder,
-        *meshes,
+        *runs,
         environment=environment if processes > 1 else {},
         num_devices=devices,
       )
     )
   for process in running:
     assert process.end() == 0, process.err
-  return {mesh: dict(np.load(folder / f"{mesh}.npz")) for mesh in meshes}
+  return {run: dict(np.load(folder / f"{run}.npz")) for run in runs}
 
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
+  """Variant of the network -> its run on one device."""
   folder = tmp_path_factory.mktemp("one")
-  return ten_steps(folder, "1,1,1", devices=1)["1,1,1"]
+  runs = ten_steps(folder, "MDTv2:1,1,1", "DiT:1,1,1", devices=1)
+  return {run.partition(":")[0]: found for run, found in runs.items()}
 
 
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
-  return ten_steps(tmp_path_factory.mktemp("eight"), *MESHES)
+  return ten_steps(tmp_path_factory.mktemp("eight"), *EIGHT_DEVICES)
 
 
 def assert_same_run(found, expected):
@@ -52,21 +55,26 @@ def assert_same_run(found, expected):
 
 
 def test_losses_of_the_run_change_at_every_step(one_device):
-  losses = one_device["losses/loss"]
+  losses = one_device["MDTv2"]["losses/loss"]
   assert losses.shape == (10, 2)
   assert len(np.unique(losses[:, 0])) == 10
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_match_one_device(one_device, eight_devices, mesh):
-  assert_same_run(eight_devices[mesh], one_device)
+@pytest.mark.parametrize("run", EIGHT_DEVICES)
+def test_eight_devices_match_one_device(one_device, eight_devices, run):
+  assert_same_run(eight_devices[run], one_device["MDTv2"])
 
 
 @pytest.mark.parametrize(
-  ("processes", "devices", "mesh"), [(2, 4, "2,4,1"), (4, 2, "-1,2,2")]
+  ("processes", "devices", "variant", "mesh"),
+  [
+    (2, 4, "MDTv2", "-1,2,2"),
+    (4, 2, "DiT", "2,4,1"),  # DiT compiles faster, and each process compiles
+  ],
 )
 def test_several_processes_match_one_device(
-  one_device, tmp_path, processes, devices, mesh
+  one_device, tmp_path, processes, devices, variant, mesh
 ):
-  found = ten_steps(tmp_path, mesh, processes=processes, devices=devices)
-  assert_same_run(found[mesh], one_device)
+  run = f"{variant}:{mesh}"
+  found = ten_steps(tmp_path, run, processes=processes, devices=devices)
+  assert_same_run(found[run], one_device[variant])

@@ -18,6 +18,7 @@ from mdt_jax.training.replay import replay
 from tests.training.tiny import tiny_config
 
 NUM_EXAMPLES = 128  # 16 batches of 8.
+DIT = {"model.name": "DiT-S/2"}  # Compiles faster.
 BAD_STEP = 3
 BAD = batch_indices(NUM_EXAMPLES, 0, 8, BAD_STEP)[5]
 
@@ -115,7 +116,7 @@ def test_replay_of_a_step_outside_the_run_is_refused(data, tmp_path, step):
 
 
 def test_rollback_skips_the_bad_batches(data, tmp_path, caplog):
-  config = config_of(data, max_rollbacks=1)
+  config = config_of(data, max_rollbacks=1, **DIT)
   with caplog.at_level(logging.WARNING, "mdt_jax"):
     state = loop.train(config, tmp_path)
   assert "step 2, without batches 2 to 5" in caplog.text
@@ -157,7 +158,11 @@ def test_run_stops_when_no_rollback_is_left(
   data, tmp_path, max_rollbacks, checkpoint_every, skipped
 ):
   config = config_of(
-    data, num_steps=40, max_rollbacks=max_rollbacks, checkpoint_every=checkpoint_every
+    data,
+    num_steps=40,
+    max_rollbacks=max_rollbacks,
+    checkpoint_every=checkpoint_every,
+    **DIT,
   )
   with pytest.raises(SettingError, match=r"config.max_skipped") as error:
     loop.train(config, tmp_path)

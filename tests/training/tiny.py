@@ -37,3 +37,11 @@ def tiny_config(**settings: object) -> ConfigDict:
   )
   config.update_from_flattened_dict(settings)
   return config
+
+
+def tiny_dit_config(**settings: object) -> ConfigDict:
+  """`tiny_config` with DiT: traced and compiled in a third of the time.
+
+  For tests that depend on neither the network nor the masks.
+  """
+  return tiny_config(**{"model.name": "DiT-S/2", **settings})
