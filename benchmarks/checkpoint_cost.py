@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from benchmarks import tables
-from configs import digits
+from mdt_jax.configs import digits
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import create_loader

@@ -29,7 +29,7 @@ def build_on(config, num_devices):
   return build(config, devices=[None] * num_devices)
 
 
-def test_there_is_a_config_for_each_published_run_and_for_digits():
+def test_each_published_run_and_digits_have_a_config():
   runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit") for s in ("s", "b", "l", "xl")}
   assert {path.stem for path in CONFIGS.glob("*.py")} == runs | {"digits"}
 
@@ -128,7 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("setting", "value", "accepted"), BAD)
-def test_a_bad_setting_is_named_with_its_value_and_what_is_accepted(
+def test_error_names_setting_value_and_accepted_values(
   setting, value, accepted
 ):
   config = tiny_config(**{setting: value})
@@ -151,12 +151,12 @@ def test_guidance_without_label_dropout_is_refused():
     build(config)
 
 
-def test_an_unknown_field_cannot_be_set():
+def test_unknown_setting_cannot_be_set():
   with pytest.raises(AttributeError):
     tiny_config().modle = 1
 
 
-def test_settings_and_config_are_two_forms_of_the_same():
+def test_settings_survive_conversion_to_a_config_and_back():
   config = tiny_config(**{"sampling.spacing": "karras"})
   settings = Settings.from_config(config)
   assert settings.to_dict() == config.to_dict()
@@ -164,14 +164,14 @@ def test_settings_and_config_are_two_forms_of_the_same():
   assert Settings.from_config(default_config()) == Settings()
 
 
-def test_settings_that_a_checkpoint_lacks_have_their_defaults():
+def test_settings_missing_from_a_checkpoint_get_their_defaults():
   saved = tiny_config().to_dict()
   del saved["objective"], saved["diffusion"]["process"], saved["model"]["condition"]
   settings = Settings.from_dict(saved)
   assert settings == Settings.from_config(tiny_config())
 
 
-def test_an_optional_setting_keeps_its_type():
+def test_optional_setting_keeps_its_type():
   config = tiny_config()
   with pytest.raises(TypeError):
     config.sampling.spacing = 3
@@ -186,12 +186,12 @@ def test_an_optional_setting_keeps_its_type():
     ({"num_steps": 0}, r"^config\.sampling\.num_steps = 0: must lie in \[1, "),
   ],
 )
-def test_a_bad_setting_of_a_call_is_named(changes, message):
+def test_bad_argument_of_a_call_is_named(changes, message):
   with pytest.raises(SettingError, match=message):
     Settings.from_config(tiny_config()).with_sampling(changes)
 
 
-def test_settings_of_a_later_version_are_left_out_with_a_warning(caplog):
+def test_settings_of_a_later_version_are_ignored_with_a_warning(caplog):
   saved = tiny_config().to_dict()
   saved["newer"], saved["data"]["colour"] = 1, "red"
   settings = Settings.from_dict(saved)
@@ -206,7 +206,7 @@ def test_settings_of_a_later_version_are_left_out_with_a_warning(caplog):
     ("objective", r"config\.masking"),
   ],
 )
-def test_arguments_of_one_s_own_need_a_process_or_objective_of_one_s_own(
+def test_open_arguments_need_an_own_process_or_objective(
   group, message
 ):
   config = tiny_config()
