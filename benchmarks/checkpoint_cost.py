@@ -19,9 +19,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from benchmarks import tables
-from mdt_jax.configs import digits
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.configs import digits
 from mdt_jax.data.loader import create_loader
 from mdt_jax.experiment import build
 from mdt_jax.training.program import make_program

@@ -188,9 +188,7 @@ def test_inpainting_keeps_visible_pixels(trained, tmp_path):
     ("--checkpoint=nowhere", ["--checkpoint = 'nowhere'"]),
   ],
 )
-def test_bad_sampling_flags_are_refused_in_one_line(
-  trained, tmp_path, flag, texts
-):
+def test_bad_sampling_flags_are_refused_in_one_line(trained, tmp_path, flag, texts):
   assert_refused(sample(trained, tmp_path / "out", flag), *texts)
   assert not (tmp_path / "out").exists()
 
@@ -244,9 +242,7 @@ def test_evaluate_writes_the_variational_bound(trained, tmp_path):
     ("--vae=folder", ["--vae = 'folder': must be left out: this model draws pixels"]),
   ],
 )
-def test_bad_evaluation_flags_are_refused_in_one_line(
-  trained, tmp_path, flag, texts
-):
+def test_bad_evaluation_flags_are_refused_in_one_line(trained, tmp_path, flag, texts):
   output = tmp_path / "out"
   flags = [f"--checkpoint={trained}", f"--output={output}", *flag.split()]
   assert_refused(run("mdt_jax.evaluate", *flags), *texts)
@@ -362,9 +358,7 @@ def test_evaluate_without_images_is_refused_in_one_line():
     ("--metrics=frechet", ["--samples = None: must be given, or --checkpoint"]),
   ],
 )
-def test_bad_sample_files_are_refused_in_one_line(
-  sampled, tmp_path, flag, texts
-):
+def test_bad_sample_files_are_refused_in_one_line(sampled, tmp_path, flag, texts):
   flags = [text.format(sampled) for text in flag.split()]
   flags += [f"--reference={sampled / 'grey.npz'}", f"--output={tmp_path / 'out'}"]
   result = run("mdt_jax.evaluate", *flags)
@@ -381,7 +375,9 @@ def test_bad_sample_files_are_refused_in_one_line(
     ("--sampling=num_steps=many", ["config.sampling.num_steps = 'many'", "int"]),
   ],
 )
-def test_bad_settings_of_evaluated_samples_are_refused_in_one_line(trained, tmp_path, flag, texts):
+def test_bad_settings_of_evaluated_samples_are_refused_in_one_line(
+  trained, tmp_path, flag, texts
+):
   flags = ["--metrics=frechet", flag, f"--output={tmp_path / 'out'}"]
   result = run("mdt_jax.evaluate", f"--checkpoint={trained}", *flags)
   assert_refused(result, *texts)

@@ -128,9 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("setting", "value", "accepted"), BAD)
-def test_error_names_setting_value_and_accepted_values(
-  setting, value, accepted
-):
+def test_error_names_setting_value_and_accepted_values(setting, value, accepted):
   config = tiny_config(**{setting: value})
   with pytest.raises(SettingError) as error:
     build_on(config, 2)
@@ -206,9 +204,7 @@ def test_settings_of_a_later_version_are_ignored_with_a_warning(caplog):
     ("objective", r"config\.masking"),
   ],
 )
-def test_open_arguments_need_an_own_process_or_objective(
-  group, message
-):
+def test_open_arguments_need_an_own_process_or_objective(group, message):
   config = tiny_config()
   config[group].arguments.ratio = 0.5
   with pytest.raises(SettingError, match=rf"^config\.{group}\.arguments = .*{message}"):
