@@ -34,17 +34,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 if "XLA_FLAGS" not in os.environ:
   os.environ["XLA_FLAGS"] = FAST_COMPILATION if xla_knows(FAST_COMPILATION) else ""
 
-# Begun first, so that no worker is left with a long file at the end. Minutes, falling.
+# These files run first, so that no worker is left alone with a long one at the end.
 LONGEST = (
+  "test_sharding.py",
   "training/test_meshes.py",
-  "training/test_step.py",
-  "training/test_loop.py",
   "test_commands.py",
+  "training/test_loop.py",
   "faults/test_kill.py",
+  "training/test_step.py",
   "training/test_skipped.py",
-  "training/test_determinism.py",
   "faults/test_processes.py",
-  "evaluation/test_evaluator.py",
+  "models/test_mdt.py",
+  "training/test_determinism.py",
 )
 
 

@@ -7,6 +7,7 @@ devices. A test of what a module imports needs a new interpreter instead.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -142,4 +143,7 @@ def _run(setup: tuple, target: Callable[..., None], arguments: tuple) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
-  target(*arguments)
+  try:
+    target(*arguments)
+  finally:
+    atexit._run_exitfuncs()  # multiprocessing skips them; jax.distributed needs them

@@ -114,7 +114,7 @@ def test_resumed_run_encodes_only_the_unfinished_shards(whole, tmp_path, batches
 def test_sigkill_at_ten_random_times_loses_no_data(whole, tmp_path):
   rng = np.random.default_rng(0)
   kills = 0
-  for delay in rng.uniform(0, 0.25, 40):
+  for delay in rng.uniform(0, 0.15, 40):
     process = forked.command("tests.data.sets", tmp_path)
     process.wait_for("begun")
     time.sleep(delay)

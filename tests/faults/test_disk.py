@@ -62,6 +62,6 @@ def test_saves_succeed_again_when_the_disk_has_room(disk, tmp_path):
   (disk / "filler").unlink()
   seen = set(runs.steps_saved(workdir))
   while not any(step > failed for step in seen):
-    assert run.process.is_alive(), run.log.read_text()
+    assert run.is_alive(), run.log.read_text()
     seen |= set(runs.steps_saved(workdir))
   run.kill()
