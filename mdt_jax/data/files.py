@@ -258,13 +258,43 @@ def _index_tar(path: str, prefix: str) -> list[_TarEntry]:
               dataclasses.replace(entry, offset=entry.offset + member.offset_data)
               for entry in _tar_entries(path, folder, inner)
             ]
+            _check_end(inner, f"{path}: {member.name}")
         else:
           entries += _tar_entries(path, prefix, [member])
+      _check_end(outer, path)
   except (tarfile.TarError, OSError) as error:
     raise SettingError(
       "config.data.path", path, f"must be an uncompressed tar file: {error}"
     ) from None
   return entries
+
+
+def _check_end(archive: tarfile.TarFile, name: str) -> None:
+  """Checks that a tar file ends where its last entry ends.
+
+  tarfile stops without a word at a damaged header, at the end of a truncated file, and
+  at blocks of zeros in the middle.
+
+  Args:
+    archive: tar file whose entries have all been read.
+    name: name of the tar file, for the error.
+
+  Raises:
+    tarfile.ReadError: the file lacks its end, two blocks of zeros, or holds more data.
+  """
+  file, end = archive.fileobj, archive.offset
+  assert file is not None
+  file.seek(end)
+  found = 0
+  while chunk := file.read(1 << 20):
+    if chunk.strip(b"\0"):
+      raise tarfile.ReadError(
+        f"{name} holds more data after the file that ends at byte {end}: a header is "
+        "damaged, or several tar files were joined"
+      )
+    found += len(chunk)
+  if found < 2 * tarfile.BLOCKSIZE:
+    raise tarfile.ReadError(f"{name} is truncated: it has no end after byte {end}")
 
 
 def _tar_entries(
@@ -292,30 +322,55 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
   if not os.path.isdir(path):
     raise SettingError("config.data.path", path, "must be a folder, but is a file")
 
-  def fail(error: OSError):  # by default, os.walk skips unreadable folders
-    raise SettingError(
-      "config.data.path",
-      path,
-      f"must hold readable folders; {error.filename}: {error.strerror}",
-    ) from error
-
   files: list[str] = []
   classes: list[str] = []
-  for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
-    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-    prefix = os.path.relpath(folder, path)
-    if prefix == os.curdir:
-      prefix, classes = "", sorted(subfolders)
-    files += [
-      Path(prefix, name).as_posix()
-      for name in names
-      if not name.startswith(".") and name.lower().endswith(extensions)
-    ]
+  ignored: list[str] = []  # links that lead in a circle, pipes, devices
+  # (path relative to `path`, real paths of the folder and of all folders above it)
+  folders = [("", (os.path.realpath(path),))]
+  while folders:
+    prefix, above = folders.pop()
+    try:
+      entries = [e for e in os.scandir(os.path.join(path, prefix)) if e.name[0] != "."]
+    except OSError as error:
+      raise SettingError(
+        "config.data.path",
+        path,
+        f"must hold readable folders; {error.filename}: {error.strerror}",
+      ) from error
+    for entry in entries:
+      name = os.path.join(prefix, entry.name)
+      if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+        real = os.path.realpath(entry.path)
+        if real in above:
+          ignored.append(name)
+          continue
+        folders.append((name, (*above, real)))
+        if not prefix:
+          classes.append(name)
+      elif entry.name.lower().endswith(extensions):
+        (files if _may_be_read(entry) else ignored).append(name)
+  if ignored:
+    logger.warning(
+      "Left out %d links to a folder above, pipes and the like in %s, such as %s",
+      len(ignored),
+      path,
+      min(ignored),
+    )
   if not files:
     raise SettingError(
       "config.data.path", path, f"must hold {' '.join(extensions)} files, found none"
     )
-  return sorted(files), classes
+  return sorted(files), sorted(classes)
+
+
+def _may_be_read(entry: os.DirEntry[str]) -> bool:
+  """Whether an entry is a file, or a broken link, which counts as an unreadable file.
+
+  Reading a pipe or a device may never end.
+  """
+  if entry.is_file(follow_symlinks=False):  # needs no call of the system
+    return True
+  return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def _label_files(

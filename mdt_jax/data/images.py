@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,6 +13,28 @@ from mdt_jax.data import transforms
 from mdt_jax.data.examples import SourceArguments
 from mdt_jax.data.files import Files, FileSource, open_files
 from mdt_jax.errors import check_choice
+
+# Pillow's names of the formats of `files.IMAGE_EXTENSIONS`. Other decoders stay off:
+# whatever a file is called, Pillow would run Ghostscript on PostScript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+
+
+def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+  """Opens and decodes an image file.
+
+  Args:
+    file: path or content of a file of one of `FORMATS`.
+
+  Raises:
+    UnidentifiedImageError: the file is not an image of these formats.
+    Exception: the file is damaged. Pillow's decoders raise nearly every type.
+  """
+  try:
+    image = Image.open(file, formats=FORMATS)
+  except UnidentifiedImageError:  # Pillow's message may show the BytesIO object
+    raise UnidentifiedImageError(f"not one of {', '.join(FORMATS)}") from None
+  image.load()  # Image.open reads only the header; load finds truncated files
+  return image
 
 
 class ImageSource(FileSource):
@@ -37,12 +60,7 @@ class ImageSource(FileSource):
   def decode(self, data: bytes) -> UInt8[np.ndarray, "H W C"]:
     """Decodes, converts and crops an image file; raises if that fails."""
     size, _, channels = self.image_shape
-    try:
-      opened = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # Pillow's message shows the BytesIO object
-      raise UnidentifiedImageError("not an image of a known format") from None
-    with opened as file:
-      file.load()  # Image.open reads only the header; load finds truncated files
+    with open_image(io.BytesIO(data)) as file:
       image: Image.Image = file
       if image.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))

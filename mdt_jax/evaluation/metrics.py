@@ -127,6 +127,18 @@ def frechet_distance(
   )
 
 
+def is_covariance(matrix: Float[np.ndarray, "D D"]) -> bool:
+  """Whether a finite matrix is symmetric and positive semidefinite, up to rounding.
+
+  Other programs may have computed the matrix in half precision: 1e-3 of its largest
+  entry counts as rounding.
+  """
+  rounding = 1e-3 * np.abs(matrix).max(initial=0)
+  if np.abs(matrix - matrix.T).max(initial=0) > rounding:
+    return False
+  return bool(np.linalg.eigvalsh(matrix).min(initial=0) >= -rounding)
+
+
 def _symmetric_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
   """The square root of a symmetric positive semidefinite matrix."""
   values, vectors = np.linalg.eigh(matrix)

@@ -14,7 +14,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import IMAGES, NpzImages
-from mdt_jax.evaluation.metrics import Statistics
+from mdt_jax.evaluation.metrics import Statistics, is_covariance
 from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.summary import Summary
 
@@ -116,12 +116,12 @@ def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
       raise SettingError(setting, str(path), "must be an .npz file")
     with loaded as file:
       statistics = {
-        name: Statistics(*(file[key].astype(np.float64) for key in _keys(name)))
+        name: Statistics(*(_read_real(file, key) for key in _keys(name)))
         for name in known
         if all(key in file.files for key in _keys(name))
       }
       features = {
-        key.removeprefix(_FEATURES): file[key]
+        key.removeprefix(_FEATURES): _read_real(file, key)
         for key in file.files
         if key.startswith(_FEATURES)
       }
@@ -145,6 +145,33 @@ def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
         f"{keys} have shapes {found.mean.shape} and {found.covariance.shape}; "
         "accepted are (D,) and (D, D)",
       )
-    if not (np.isfinite(found.mean).all() and np.isfinite(found.covariance).all()):
+    # Also refuses NaN and infinity. The distance squares the numbers.
+    largest = max(np.abs(x).max(initial=0) for x in (found.mean, found.covariance))
+    if not largest < 1e100:
       raise SettingError(setting, str(path), f"{keys} must be finite")
+    if not is_covariance(found.covariance):
+      raise SettingError(
+        setting,
+        str(path),
+        f"{_keys(name)[1]} must be symmetric with eigenvalues of at least 0",
+      )
+  for name, rows in features.items():
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+      raise SettingError(
+        setting, str(path), f"{_FEATURES}{name} must have shape (N, D) and be finite"
+      )
+  if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+    raise SettingError(setting, str(path), "labels must be integers of shape (N,)")
   return Summary(statistics, features, labels), has_images
+
+
+def _read_real(file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+  """Reads an array of real numbers; statistics become float64, features stay.
+
+  Raises:
+    ValueError: the array holds anything else.
+  """
+  array = file[key]
+  if array.dtype.kind not in "biuf":
+    raise ValueError(f"{key} must hold real numbers, holds {array.dtype}")
+  return array if key.startswith(_FEATURES) else array.astype(np.float64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,10 +32,23 @@ def read_tensors(path: str | Path) -> Tensors:
     name -> array. Floats of torch files are converted to float32.
 
   Raises:
-    SettingError: setting "path": the file does not exist, has another extension, cannot
-      be read safely, or holds anything but named tensors.
+    SettingError: setting "path": the file does not exist, has another extension, is
+      damaged, cannot be read safely, or holds anything but named tensors of finite real
+      numbers.
   """
-  path = Path(path)
+  tensors = _read(Path(path))
+  for name, array in tensors.items():
+    if np.iscomplexobj(array):
+      raise SettingError("path", str(path), f"{name} must be real, is {array.dtype}")
+    if not np.isfinite(array).all():
+      raise SettingError(
+        "path", str(path), f"{name} holds numbers that are not finite (NaN or infinity)"
+      )
+  return tensors
+
+
+def _read(path: Path) -> Tensors:
+  """Reads the tensors of a file; see `read_tensors`."""
   if not path.is_file():
     raise SettingError("path", str(path), "must be a file")
   if path.suffix == ".safetensors":
@@ -46,9 +61,14 @@ def read_tensors(path: str | Path) -> Tensors:
       raise SettingError(
         "path", str(path), f"must be a safetensors file: {error}"
       ) from None
+    except Exception as error:  # a dtype without a NumPy type, such as F8_E4M3
+      raise SettingError(
+        "path", str(path), f"holds tensors of a dtype that NumPy lacks: {error}"
+      ) from None
   if path.suffix != ".bin":  # diffusers' extension for files of torch.save
     check_suffix("path", path)
   torch = _import_torch("path", path)
+  _check_zip(path)
   try:
     # Checkpoints of DiT's training code hold an argparse.Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -61,15 +81,33 @@ def read_tensors(path: str | Path) -> Tensors:
   if isinstance(loaded, Mapping) and isinstance(loaded.get("ema"), Mapping):
     loaded = loaded["ema"]
   if not isinstance(loaded, Mapping) or not all(
-    isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse
+    isinstance(name, str) and isinstance(value, torch.Tensor)
     for name, value in loaded.items()
   ):
     raise SettingError("path", str(path), "must hold a dict of named tensors")
+  for name, tensor in loaded.items():
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+      raise SettingError(
+        "path", str(path), f"{name} must be a dense tensor with values, not quantised"
+      )
   # NumPy has no bfloat16, and parameters are float32 in this package.
   return {
     name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
     for name, tensor in loaded.items()
   }
+
+
+def _check_zip(path: Path) -> None:
+  """Compares a file of torch.save with its CRC-32 checksums, which torch does not."""
+  if not zipfile.is_zipfile(path):
+    return  # the format before torch 1.6, or a file that torch.load refuses
+  try:
+    with zipfile.ZipFile(path) as file:
+      damaged = file.testzip()
+  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
+    raise SettingError("path", str(path), f"is damaged: {e}") from None
+  if damaged is not None:
+    raise SettingError("path", str(path), f"is damaged: {damaged} differs from its CRC")
 
 
 def check_suffix(setting: str, path: Path) -> None:

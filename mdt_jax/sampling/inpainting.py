@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from mdt_jax.data.images import open_image
 from mdt_jax.errors import SettingError
 
 # A PIL image, an array (H, W) or (H, W, C), or a path
@@ -185,15 +186,19 @@ def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
   if not isinstance(image, (str, Path)):
     raise SettingError(setting, _name(image), "must be a PIL image, an array or a path")
   try:
-    opened = Image.open(image)
-    opened.load()
-  except UnidentifiedImageError:
-    raise SettingError(setting, str(image), "cannot be read as an image") from None
+    return open_image(image)
+  except UnidentifiedImageError as error:
+    raise SettingError(
+      setting, str(image), f"cannot be read as an image: {error}"
+    ) from None
   except OSError as error:
     raise SettingError(
       setting, str(image), f"cannot be read: {error.strerror or error}"
     ) from None
-  return opened
+  except Exception as error:  # Pillow's decoders raise nearly every type
+    raise SettingError(
+      setting, str(image), f"cannot be read as an image: {error}"
+    ) from None
 
 
 def _name(image: ImageLike) -> str:

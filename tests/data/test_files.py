@@ -119,6 +119,44 @@ def test_error_names_a_tar_file_truncated_after_opening(tmp_path):
     files.read(0)
 
 
+MEMBERS = {f"{'ab'[i % 2]}/{i:02d}.png": image_bytes(i) for i in range(20)}
+HEADER = 10 * 1024  # The eleventh: an entry is a block of header and one of data.
+
+
+def flip_bit(data):
+  return data[: HEADER + 10] + bytes([data[HEADER + 10] ^ 1]) + data[HEADER + 11 :]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize(
+  ("harm", "message"),
+  [
+    (flip_bit, f"more data after the file that ends at byte {HEADER}"),
+    (lambda data: data[: HEADER + 100], "after the file that ends at byte"),
+    (lambda data: data[:HEADER], f"no end after byte {HEADER}"),
+    (lambda data: data[:HEADER] + bytes(1024) + data[HEADER:], "more data after"),
+    (lambda data: data + data, "more data after"),
+  ],
+  ids=["bit of a header", "cut in a header", "cut at a header", "zeros", "two files"],
+)
+def test_damaged_tar_file_is_refused(tmp_path, harm, message, outer):
+  data = tar_bytes(MEMBERS)
+  assert data[HEADER : HEADER + 8] == b"a/10.png"
+  path = tmp_path / "x.tar"
+  if outer:
+    write_tar(path, {"a.tar": harm(data)})
+  else:
+    path.write_bytes(harm(data))
+  with pytest.raises(SettingError, match=message):
+    open_files(path)
+
+
+def test_tar_file_without_padding_is_read(tmp_path):
+  path = tmp_path / "x.tar"
+  path.write_bytes(tar_bytes(MEMBERS)[: 20 * 1024 + 1024])  # two blocks of zeros
+  assert len(open_files(path)) == 20
+
+
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
   """A TFDS data set of three images."""
@@ -231,6 +269,29 @@ def test_symlink_to_a_class_folder_is_followed(tmp_path):
   (tmp_path / "data").mkdir()
   os.symlink(tmp_path / "elsewhere", tmp_path / "data" / "a")
   assert values(open_folder(tmp_path / "data")) == [7]
+
+
+def test_links_to_folders_above_are_left_out(tmp_path, warnings):
+  for name in "ab":
+    write_image(tmp_path / name / "0.png")
+  (tmp_path / "a" / "up").symlink_to(tmp_path)
+  (tmp_path / "b" / "here").symlink_to(tmp_path / "b")
+  (tmp_path / "c").symlink_to(tmp_path)
+  files = open_files(tmp_path)
+  assert [files.name(i) for i in range(len(files))] == ["a/0.png", "b/0.png"]
+  assert files.classes == ["a", "b"]
+  (warning,) = warnings
+  assert "3 links" in warning and "a/up" in warning
+
+
+def test_pipes_and_devices_are_left_out(tmp_path, warnings):
+  write_image(tmp_path / "0.png")
+  os.mkfifo(tmp_path / "1.png")
+  (tmp_path / "2.png").symlink_to("/dev/zero")
+  (tmp_path / "3.png").symlink_to(tmp_path / "nothing")  # Counts as unreadable.
+  files = open_files(tmp_path)
+  assert [files.name(i) for i in range(len(files))] == ["0.png", "3.png"]
+  assert "2 links" in warnings[0]
 
 
 def test_missing_folder_is_refused(tmp_path):

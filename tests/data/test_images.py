@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from mdt_jax.data.images import open_image
 from mdt_jax.errors import SettingError
 from tests.data.folders import SIZE, open_folder, values, write_image
 
@@ -81,3 +82,16 @@ def test_unsupported_number_of_channels_is_refused(three, channels):
     SettingError, match=rf"^config.model.in_channels = {channels}: accepted are 1, 3"
   ):
     open_folder(three, channels=channels)
+
+
+def test_postscript_in_a_file_named_png_is_not_run(tmp_path, monkeypatch):
+  from PIL import EpsImagePlugin
+
+  def run(*args, **kwargs):
+    raise AssertionError("Ghostscript was started")
+
+  monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+  path = tmp_path / "x.png"
+  path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+  with pytest.raises(UnidentifiedImageError, match="PNG"):
+    open_image(path)

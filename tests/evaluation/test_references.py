@@ -75,6 +75,13 @@ def test_error_names_scores_that_the_reference_cannot_serve(files, tmp_path):
     ({"mu": np.ones((1, 3)), "sigma": np.eye(3)}, r"shapes \(1, 3\)"),
     ({"mu": np.array([np.nan]), "sigma": np.eye(1)}, "must be finite"),
     ({"mu": np.array([None]), "sigma": np.eye(1)}, "pickle"),
+    ({"mu": np.zeros(2), "sigma": np.full((2, 2), 1e308)}, "must be finite"),
+    ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma must be symmetric"),
+    ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0, 1]])}, "sigma must be"),
+    ({"mu": np.zeros(2), "sigma": 1j * np.eye(2)}, "sigma must hold real .* complex"),
+    ({"features_pool3": np.full((3, 2), np.nan)}, "features_pool3 must"),
+    ({"features_pool3": np.ones(3)}, "features_pool3 must"),
+    ({"labels": np.ones(3)}, "labels must be integers"),
   ],
 )
 def test_invalid_statistics_are_refused(tmp_path, arrays, message):
