@@ -70,7 +70,10 @@ def create_loader(
     stream = stream.map(transforms.without_draws)
   if rows is not None:
     stream = _Rows(stream, batch_size, rows)
-  batches = stream.batch(batch_size if rows is None else len(rows))
+  # The stream is endless, so all batches are full. Without drop_remainder, Grain rounds
+  # the length up, beyond the largest integer if the batch size is 1.
+  size = batch_size if rows is None else len(rows)
+  batches = stream.batch(size, drop_remainder=True)
   batches = batches.map(transforms.pixels_to_float)[start_step:]
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)

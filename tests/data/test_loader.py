@@ -99,6 +99,14 @@ def test_a_batch_may_span_two_epochs():
   np.testing.assert_array_equal(np.sort(labels[:LENGTH]), np.arange(LENGTH))
 
 
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_batches_of_one_example_have_the_same_order(start_step):
+  found = take(LENGTH, batch_size=1, start_step=start_step)
+  assert {batch["image"].shape[0] for batch in found} == {1}
+  expected = order(take(BATCHES_AN_EPOCH + 1))[start_step : start_step + LENGTH]
+  np.testing.assert_array_equal(order(found), expected)
+
+
 def test_batch_may_be_larger_than_the_source():
   labels = order(take(1, Numbered(3), batch_size=12)).reshape(4, 3)
   np.testing.assert_array_equal(np.sort(labels), [np.arange(3)] * 4)
