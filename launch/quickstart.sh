@@ -9,7 +9,8 @@ WORKDIR="${WORKDIR:-runs/digits}"
 install
 python="$VENV/bin/python"
 "$python" -m mdt_jax.main --config=configs/digits.py --workdir="$WORKDIR"
-"$python" -m mdt_jax.sample --checkpoint="$WORKDIR" --num_images=500 --batch_size=250
+"$python" -m mdt_jax.sample --checkpoint="$WORKDIR" --num_images=500 --batch_size=250 \
+  --overwrite
 "$python" -m mdt_jax.evaluate --checkpoint="$WORKDIR" \
   --samples="$WORKDIR/samples/samples.npz"
 

@@ -138,7 +138,13 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 PNG = flags.DEFINE_bool("png", False, "Also write each image to OUTPUT/png.")
 OUTPUT = flags.DEFINE_string(
-  "output", None, "Folder for the images. Default: CHECKPOINT/samples."
+  "output",
+  None,
+  "Folder for the images. Default: CHECKPOINT/samples; with --inpaint "
+  "CHECKPOINT/inpainted; with --edit CHECKPOINT/edited.",
+)
+OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Replace finished images of other settings in the folder."
 )
 cli.require(checkpoint="runs/digits")
 
@@ -161,9 +167,10 @@ def main(argv: list[str]) -> None:
       has_null=pipeline.has_null_label,
     )
     file = pipeline.write(
-      OUTPUT.value or workdir_of(CHECKPOINT.value) / "samples",
+      OUTPUT.value or workdir_of(CHECKPOINT.value) / _default_folder(),
       labels,
       png=PNG.value,
+      overwrite=OVERWRITE.value,
       seed=SEED.value,
       batch_size=BATCH_SIZE.value,
       inpaint=INPAINT.value,
@@ -175,6 +182,13 @@ def main(argv: list[str]) -> None:
       **_sampling(),
     )
   logger.info("%d images of step %d: %s", len(labels), pipeline.step, file)
+
+
+def _default_folder() -> str:
+  """The folder in the run for images of this kind."""
+  if INPAINT.value is not None:
+    return "inpainted"
+  return "samples" if EDIT.value is None else "edited"
 
 
 def _sampling() -> dict[str, Any]:

@@ -221,6 +221,7 @@ class Pipeline:
     labels: Labels,
     *,
     png: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     **arguments: Any,
   ) -> Path:
@@ -232,6 +233,7 @@ class Pipeline:
       folder: output folder, shared by all processes.
       labels: see `__call__`.
       png: whether to write each image also as folder/png/LABEL_NUMBER.png.
+      overwrite: whether to replace finished images of other settings in the folder.
       progress: whether to show a progress bar.
       **arguments: arguments of `job`.
 
@@ -240,8 +242,8 @@ class Pipeline:
       float32 latents, and arr_1 (N,) labels.
 
     Raises:
-      SettingError: an argument is invalid, or the folder holds unfinished images of
-        other settings.
+      SettingError: an argument is invalid, or the folder holds images of other
+        settings: unfinished ones, or finished ones without `overwrite`.
     """
     job = self.job(labels, **arguments)
     if png and not self.draws_pixels:
@@ -253,6 +255,7 @@ class Pipeline:
       name="samples" if self.draws_pixels else "latents",
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      overwrite=overwrite,
     )
     if not sharded.is_complete:
       sharded.write(job.generate_blocks, progress=progress and jax.process_index() == 0)

@@ -7,9 +7,10 @@
   OUTPUT/samples.json            description of the job
   OUTPUT/png/3_000000.png        optional: an image, as LABEL_NUMBER.png
 
-The files of latents are latents.npz and latents.json. The new images replace finished
-images of other settings only after all new images exist. Several processes can share
-the folder: each process writes its own blocks, and process 0 merges the blocks.
+The files of latents are latents.npz and latents.json. Finished images of other settings
+are replaced only if `overwrite` is set, and only after all new images exist. Several
+processes can share the folder: each process writes its own blocks, and process 0 merges
+the blocks.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ class ShardedImages:
     name: stem of the files, "samples" or "latents".
     process_index: number of this process, from 0.
     process_count: number of processes that share the folder.
+    overwrite: whether to replace finished images of other settings.
 
   Raises:
-    SettingError: the folder holds unfinished images of other settings.
+    SettingError: the folder holds images of other settings: unfinished ones, or
+      finished ones without `overwrite`.
   """
 
   def __init__(
@@ -65,6 +68,7 @@ class ShardedImages:
     name: str = "samples",
     process_index: int = 0,
     process_count: int = 1,
+    overwrite: bool = False,
   ):
     self.folder = Path(folder)
     self._partial = self.folder / "partial"
@@ -78,7 +82,10 @@ class ShardedImages:
       raise SettingError(
         "folder", str(folder), "must not hold a file with the name 'partial'"
       )
-    self._check_same_settings()
+    if self._partial.exists():
+      self._check_unfinished()
+    elif self.npz.exists() and not overwrite:
+      self._check_finished()
 
   @property
   def npz(self) -> Path:
@@ -105,7 +112,7 @@ class ShardedImages:
     path = self._partial / "settings.json"
     write_json(path, self._settings)
     mine = range(self._process_index, self._request.num_blocks, self._process_count)
-    missing = [block for block in mine if not self._path(block).exists()]
+    missing = [block for block in mine if not self._is_written(block)]
     total, left = (
       sum(len(self._request.ids(b)) for b in blocks) for blocks in (mine, missing)
     )
@@ -141,24 +148,52 @@ class ShardedImages:
         list(threads.map(save, range(start, start + len(part)), part))
         start += len(part)
 
-  def _check_same_settings(self) -> None:
+  def _check_unfinished(self) -> None:
     """Raises SettingError if the unfinished images have other settings."""
-    if not self._partial.exists():
-      return
     saved = _read_json(self._partial / "settings.json")
-    if saved is None or saved == self._settings:  # None: stopped before the first block
-      return
-    differences = [
+    # None: the job stopped before its first block.
+    if saved is not None and saved != self._settings:
+      raise SettingError(
+        "folder",
+        str(self.folder),
+        f"holds unfinished images of other settings ({self._differences(saved)}): "
+        f"finish these images, delete {self._partial}, or choose another folder",
+      )
+
+  def _check_finished(self) -> None:
+    """Raises SettingError if the finished images have other settings."""
+    saved = _read_json(self.folder / f"{self._name}.json")
+    if saved != self._settings:
+      differences = f" ({self._differences(saved)})" if saved else ""
+      raise SettingError(
+        "folder",
+        str(self.folder),
+        f"holds finished images of other settings{differences}: choose another folder, "
+        "or set overwrite",
+      )
+
+  def _differences(self, saved: dict[str, Any]) -> str:
+    """The settings that differ from saved ones, for errors."""
+    return "; ".join(
       f"{name} was {saved.get(name)!r}, now {self._settings.get(name)!r}"
       for name in sorted(saved.keys() | self._settings.keys())
       if saved.get(name) != self._settings.get(name)
-    ]
-    raise SettingError(
-      "folder",
-      str(self.folder),
-      f"holds unfinished images of other settings ({'; '.join(differences)}): finish "
-      f"these images, delete {self._partial}, or choose another folder",
     )
+
+  def _is_written(self, block: int) -> bool:
+    """Whether the file of a block holds its images; a damaged file is logged."""
+    path = self._path(block)
+    if not path.exists():
+      return False
+    try:
+      images = np.load(path, mmap_mode="r", allow_pickle=False)
+      if images.ndim == 4 and len(images) == len(self._request.ids(block)):
+        return True
+      reason = f"it holds an array of shape {images.shape}"
+    except (OSError, ValueError, EOFError) as error:
+      reason = str(error)
+    logger.warning("Draws block %d again: %s is damaged (%s)", block, path, reason)
+    return False
 
   def _path(self, block: int) -> Path:
     """The file of a block."""

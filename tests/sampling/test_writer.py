@@ -99,7 +99,56 @@ def test_unfinished_images_with_other_settings_are_refused(tmp_path):
 def test_images_are_complete_only_for_the_same_settings(tmp_path):
   write(tmp_path)
   assert sharded(tmp_path).is_complete
-  assert not sharded(tmp_path, seed=1).is_complete
+  assert not sharded(tmp_path, seed=1, overwrite=True).is_complete
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_finished_images_of_other_settings_need_overwrite(tmp_path, has_settings):
+  before = write(tmp_path)
+  if not has_settings:
+    (tmp_path / "samples.json").unlink()
+  with pytest.raises(SettingError) as error:
+    sharded(tmp_path, seed=1)
+  assert error.value.setting == "folder" and error.value.value == str(tmp_path)
+  assert "overwrite" in error.value.accepted
+  assert ("seed was 0, now 1" in error.value.accepted) == has_settings
+  assert (tmp_path / "samples.npz").read_bytes() == before
+  write(tmp_path, seed=1, overwrite=True)
+  assert sharded(tmp_path, seed=1).is_complete
+
+
+def test_stopped_overwriting_resumes_without_overwrite(tmp_path):
+  write(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path, Maker(stop_at=1), seed=1, overwrite=True)
+  maker = Maker()
+  write(tmp_path, maker, seed=1)
+  assert maker.made == [1, 2]
+
+
+@pytest.mark.parametrize(
+  "content",
+  [b"", b"\x93NUMPY", PIXELS.tobytes()],
+  ids=["empty", "cut", "no array"],
+)
+def test_damaged_block_is_drawn_again(tmp_path, content, caplog):
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "stopped", Maker(stop_at=2))
+  (tmp_path / "stopped" / "partial" / "000000.npy").write_bytes(content)
+  maker = Maker()
+  resumed = write(tmp_path / "stopped", maker)
+  assert maker.made == [0, 2]
+  assert resumed == write(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 8, 8, 3)])
+def test_block_of_another_shape_is_drawn_again(tmp_path, shape):
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path, Maker(stop_at=2))
+  np.save(tmp_path / "partial" / "000000.npy", np.zeros(shape, np.uint8))
+  maker = Maker()
+  write(tmp_path, maker)
+  assert maker.made == [0, 2]
 
 
 def test_processes_share_blocks_and_process_0_merges(tmp_path):
@@ -130,7 +179,7 @@ def test_new_settings_remove_only_generated_pngs(tmp_path):
   sharded(tmp_path).write_pngs()
   sharded(tmp_path, name="latents").write(Maker(), progress=False)
   assert len(list((tmp_path / "png").iterdir())) == len(mine) + len(PIXELS)
-  sharded(tmp_path, seed=9).write(Maker(), progress=False)
+  sharded(tmp_path, seed=9, overwrite=True).write(Maker(), progress=False)
   assert {path.name for path in (tmp_path / "png").iterdir()} == mine
 
 
