@@ -126,6 +126,9 @@ class LatentSet:
 
     Returns:
       Whether the set is finished.
+
+    Raises:
+      SettingError: the set is empty, because no image could be read.
     """
     paths = [self.shard_path(shard) for shard in range(self.num_shards)]
     card_path = self.folder / latents.CARD
@@ -134,6 +137,8 @@ class LatentSet:
     except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
     images = sum(entry["images"] for entry in entries)
+    if images == 0:
+      raise self.error("gets no latents: none of the images can be read")
     write_json(card_path, {**self.card, "images": images, "shards": entries})
     for path in [self.folder / BEGUN, *map(entry_path, paths)]:
       path.unlink(missing_ok=True)

@@ -166,6 +166,13 @@ def test_only_the_lost_shard_of_a_finished_set_is_encoded_again(whole, tmp_path,
   assert contents(tmp_path) == contents(whole)
 
 
+def test_set_without_a_readable_image_is_refused(tmp_path):
+  source = sets.Images(range(sets.NUM_IMAGES), max_unreadable=sets.NUM_IMAGES)
+  with pytest.raises(SettingError, match=r"^--output = .*none of the images"):
+    sets.write(tmp_path, source=source)
+  assert not (tmp_path / latents.CARD).exists()
+
+
 @pytest.mark.parametrize("name", [latents.CARD, BEGUN])
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_card_is_refused(tmp_path, name, text):
