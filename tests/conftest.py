@@ -46,6 +46,8 @@ LONGEST = (
   "faults/test_processes.py",
   "models/test_mdt.py",
   "training/test_determinism.py",
+  "test_use_the_parts.py",
+  "test_pinned.py",
 )
 
 
