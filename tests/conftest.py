@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +29,10 @@ def xla_knows(flags: str) -> bool:
 
 # Before JAX is imported; the workers of pytest-xdist get these from the first process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mdt_jax_compiled_")
-)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  compiled = tempfile.mkdtemp(prefix="mdt_jax_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 if "XLA_FLAGS" not in os.environ:
   os.environ["XLA_FLAGS"] = FAST_COMPILATION if xla_knows(FAST_COMPILATION) else ""

@@ -44,7 +44,7 @@ class Forked:
   Args:
     target: a function of a module, found there by name.
     *arguments: of the function.
-    environment: variables to set. JAX has read its own when it was imported.
+    environment: variables to set. Variables that JAX reads at import have no effect.
     num_devices: CPU devices that JAX shows the process; None for one.
     folder: working directory.
     out: file to append the standard output to; None for a temporary one.
@@ -67,7 +67,7 @@ class Forked:
     self._out.touch()
     self._err.touch()
     setup = (environment or {}, num_devices, folder, self._out, self._err)
-    # Daemons end with the tests.
+    # Daemons end with the tests. They cannot start processes of multiprocessing.
     self._process = _SERVER.Process(
       target=_run, args=(setup, target, arguments), daemon=True
     )
