@@ -52,8 +52,8 @@ FAULTS = {
   "the variance of ddpm is that of the next step": Fault(
     "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
   ),
-  "dpm++ extrapolates in its last step": Fault(
-    "diffusion/solvers.py", "extrapolated[1:-1]", "extrapolated[1:]", "diffusion"
+  "dpm++ extrapolates half as far": Fault(
+    "diffusion/solvers.py", "h[:-1], 1) / 2", "h[:-1], 1) / 4", "diffusion"
   ),
   "guidance moves away from the condition": Fault(
     "diffusion/guidance.py",
