@@ -120,6 +120,15 @@ class Experiment:
         "optimizer", own, "must be an optax.GradientTransformation (init, update)"
       )
     _ = self.model, self.process, self.objective, self.optimizer
+    channels = self.model.in_channels * (2 if self.process.learns_variance else 1)
+    if self.model.out_channels != channels:
+      raise SettingError(
+        "model",
+        type(self.model).__name__,
+        f"must return {channels} channels for config.diffusion.variance = "
+        f"{self.settings.diffusion.variance!r}, returns {self.model.out_channels}; "
+        "learn_sigma=True doubles the channels, for learned_range",
+      )
     scale = self.settings.sampling.cfg_scale
     if scale != 1 and self.model.conditioning.dropout == 0:
       raise SettingError(

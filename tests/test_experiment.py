@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mdt_jax import create_model
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.objectives import PlainObjective
@@ -18,6 +19,15 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def test_mask_ratio_zero_gives_the_plain_objective():
   objective = build(tiny_config(**{"masking.ratio": 0.0})).objective
   assert isinstance(objective, PlainObjective)
+
+
+def test_own_network_without_the_variance_channels_is_refused():
+  model = create_model("DiT-S/2", input_size=8, in_channels=1, learn_sigma=False)
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(), model=model)
+  assert error.value.setting == "model"
+  assert "2 channels" in error.value.accepted
+  assert "'learned_range'" in error.value.accepted
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mdt_jax.checkpoints import checksums
@@ -197,6 +198,7 @@ class Checkpoints:
           workdir,
           "holds a converted model without a training state, which can only be sampled",
         )
+      self._check_optimizer(step, like, experiment)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -208,6 +210,24 @@ class Checkpoints:
     raise SettingError(
       "--workdir", workdir, f"every checkpoint is damaged, see the folder {DAMAGED!r}"
     )
+
+  def _check_optimizer(
+    self, step: int, like: TrainState, experiment: Experiment
+  ) -> None:
+    """Raises SettingError if the optimizer of the checkpoint had another state."""
+    saved: Any = ocp.PyTreeCheckpointHandler().metadata(
+      epath.Path(self._folder / str(step) / "state")
+    )
+    shapes = (
+      sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
+      for tree in (saved.tree["opt_state"], like.opt_state)
+    )
+    if len({tuple(found) for found in shapes}) > 1:
+      raise SettingError(
+        "optimizer",
+        experiment.settings.optimizer.name,
+        f"must be the optimizer of the run: its state differs from that of step {step}",
+      )
 
   def close(self) -> None:
     """Waits for the running save; a failed save is logged and not retried."""

@@ -137,7 +137,9 @@ class Subset:
 
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
     self._source, self._indices = source, indices
-    self.num_classes, self.image_shape = source.num_classes, source.image_shape
+    self.num_classes = source.num_classes
+    # A user's source may lack image_shape; see `check_source`.
+    self.image_shape = getattr(source, "image_shape", ()) or source[0]["image"].shape
 
   def __len__(self) -> int:
     return len(self._indices)

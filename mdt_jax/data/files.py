@@ -326,7 +326,7 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
   classes: list[str] = []
   ignored: list[str] = []  # links that lead in a circle, pipes, devices
   # (path relative to `path`, real paths of the folder and of all folders above it)
-  folders = [("", (os.path.realpath(path),))]
+  folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(path),))]
   while folders:
     prefix, above = folders.pop()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -55,8 +56,8 @@ def create_loader(
     "moments" (R, 2, H, W, C) in the dtype of the latent set.
 
   Raises:
-    SettingError: `batch_size` or `seed` is out of range. Errors of the source are
-      raised by the iterator.
+    SettingError: `batch_size` or `seed` is out of range. The iterator raises errors of
+      the source, and SettingError for a class label outside [0, source.num_classes).
   """
   if batch_size < 1:
     raise SettingError("config.batch_size", batch_size, "must be at least 1")
@@ -74,7 +75,11 @@ def create_loader(
   # the length up, beyond the largest integer if the batch size is 1.
   size = batch_size if rows is None else len(rows)
   batches = stream.batch(size, drop_remainder=True)
-  batches = batches.map(transforms.pixels_to_float)[start_step:]
+  batches = batches.map(transforms.pixels_to_float)
+  check_labels = functools.partial(
+    transforms.check_labels, num_classes=source.num_classes
+  )
+  batches = batches.map(check_labels)[start_step:]
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
   batches = batches.to_iter_dataset(options)
   if num_workers:

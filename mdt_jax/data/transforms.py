@@ -7,6 +7,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from mdt_jax.data.examples import Example
+from mdt_jax.errors import SettingError
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -43,6 +44,25 @@ def pixels_to_float(batch: Example) -> Example:
   if "image" not in batch or batch["image"].dtype != np.uint8:
     return batch
   return {**batch, "image": to_float(batch["image"])}
+
+
+def check_labels(batch: Example, num_classes: int) -> Example:
+  """Returns a batch; raises SettingError if a class label is out of range.
+
+  Args:
+    batch: an example or a batch. A "label" that is not an integer is not a class.
+    num_classes: class labels lie in [0, num_classes).
+  """
+  labels = np.asarray(batch.get("label", 0))
+  if np.issubdtype(labels.dtype, np.integer):
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+      raise SettingError(
+        "source",
+        f"label {wrong.flat[0]}",
+        f"labels must lie in [0, num_classes) = [0, {num_classes})",
+      )
+  return batch
 
 
 def random_flip(example: Example, rng: np.random.Generator) -> Example:

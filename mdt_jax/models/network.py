@@ -139,6 +139,10 @@ def check_network(model: Network) -> None:
       TypeError, or its output has the wrong shape. Another setting: the attribute of
       this name is invalid.
   """
+  if isinstance(model, type):
+    raise SettingError(
+      "model", model.__name__, f"must be an instance, such as {model.__name__}(…)"
+    )
   name = type(model).__name__
   if not isinstance(model, Network):
     raise SettingError("model", name, "must be a mdt_jax.models.Network")

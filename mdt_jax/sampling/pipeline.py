@@ -347,6 +347,9 @@ class Pipeline:
     """Draws images as PIL images; raises SettingError if the pipeline draws latents."""
     if not self.draws_pixels:
       raise SettingError(
-        "vae", None, "must be given, as this model draws latents; or use draw()"
+        "vae",
+        None,
+        "must be given to decode latents; for arrays, as of a model that was trained "
+        "on float images, use draw()",
       )
     return [pictures.to_pil(pixels) for pixels in self.draw(labels, **arguments)]

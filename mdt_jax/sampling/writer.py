@@ -36,6 +36,8 @@ from mdt_jax.sampling.blocks import Request
 
 MAX_IN_GRID = 100  # images in samples.png, at most
 PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
+# Settings whose values are hashes of arrays, see `SamplingJob.describe`.
+_HASHED = ("image", "labels", "mask", "parameters")
 POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
 # Numbers of blocks -> (number, images of the block), in order
 GenerateBlocks: TypeAlias = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
@@ -168,16 +170,19 @@ class ShardedImages:
       raise SettingError(
         "folder",
         str(self.folder),
-        f"holds finished images of other settings{differences}: choose another folder, "
-        "or set overwrite",
+        f"holds finished images of other settings{differences}: choose another folder "
+        "(--output), or replace the images (--overwrite)",
       )
 
   def _differences(self, saved: dict[str, Any]) -> str:
     """The settings that differ from saved ones, for errors."""
+    before, now = _flat(saved), _flat(self._settings)
     return "; ".join(
-      f"{name} was {saved.get(name)!r}, now {self._settings.get(name)!r}"
-      for name in sorted(saved.keys() | self._settings.keys())
-      if saved.get(name) != self._settings.get(name)
+      f"other {name}"
+      if name in _HASHED
+      else f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+      for name in sorted(before.keys() | now.keys())
+      if before.get(name) != now.get(name)
     )
 
   def _is_written(self, block: int) -> bool:
@@ -256,6 +261,17 @@ class ShardedImages:
       pixels = pictures.latent_preview(pixels)
     grid = pictures.make_grid(pixels, [str(label) for label in labels[: len(pixels)]])
     grid.save(self.folder / "samples.png")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+  """Replaces each dict among the values by its entries, as in "task.strength"."""
+  flat: dict[str, Any] = {}
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      flat |= {f"{name}.{key}": entry for key, entry in value.items()}
+    else:
+      flat[name] = value
+  return flat
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,11 +8,13 @@ devices or of accumulation steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Draws, Objective
 from mdt_jax.objectives.objective import Losses
@@ -69,7 +71,9 @@ def make_train_step(
     params: Params, draws: Draws, static: Hashable
   ) -> tuple[Params, Losses]:
     def loss(params: Params, draws: Draws) -> tuple[Array, Losses]:
-      return objective.loss(model.apply, params, draws, static)
+      found = objective.loss(model.apply, params, draws, static)
+      _check_loss(objective, found, len(draws.x0))
+      return found
 
     grad_fn = jax.grad(loss, has_aux=True)
     if accumulation_steps == 1:
@@ -138,6 +142,23 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
   """
   host = jax.device_get(metrics)
   return {name: float(s / n) for name, (s, n) in host.items() if n > 0}
+
+
+def _check_loss(objective: Objective, found: Any, batch_size: int) -> None:
+  """Raises SettingError if an objective returns anything but a loss and its parts."""
+  try:
+    total, losses = found
+    shapes = {name: jnp.shape(loss) for name, loss in losses.items()}
+    fits = jnp.shape(total) == () and set(shapes.values()) == {(batch_size,)}
+  except (AttributeError, TypeError, ValueError):
+    shapes, fits = {}, False
+  if not fits or "total" not in shapes:
+    raise SettingError(
+      "objective",
+      type(objective).__name__,
+      'loss must return (scalar, {name: (B,) losses, "total": (B,) losses}), with '
+      f"B = {batch_size}; the losses have the shapes {shapes}",
+    )
 
 
 def _loss_metrics(losses: Losses, t: Array, end_time: float) -> Metrics:

@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mdt_jax.checkpoints import checksums, retries
@@ -16,6 +17,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import init_state
+from mdt_jax.training.program import make_program
 from tests.training.tiny import tiny_dit_config
 
 
@@ -52,6 +54,18 @@ def saved(tmp_path_factory):
     ema_decays=(0.5, 0.9), timestep_sampler="loss-second-moment", seed=3
   )
   return folder, config, save(folder, config)
+
+
+def test_checkpoint_of_another_own_optimizer_is_refused(saved):
+  folder, config, _ = saved
+  other = build(config, optimizer=optax.lion(1e-3))
+  like = make_program(other).state
+  checkpoints = Checkpoints(folder, 2)
+  with pytest.raises(SettingError) as error:
+    checkpoints.restore(like, other)
+  checkpoints.close()
+  assert error.value.setting == "optimizer"
+  assert "step 7" in error.value.accepted
 
 
 def test_restored_state_is_bit_exact_and_logs_no_warning(saved, caplog):

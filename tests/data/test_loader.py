@@ -242,6 +242,16 @@ def test_negative_seed_is_refused():
     take(1, seed=-1)
 
 
+@pytest.mark.parametrize("label", [-1, LENGTH])
+def test_label_out_of_range_is_refused(label):
+  class Mislabelled(Numbered):
+    def __getitem__(self, index):
+      return {**super().__getitem__(index), "label": np.int32(label)}
+
+  with pytest.raises(SettingError, match=f"^source = 'label {label}'.*{LENGTH}"):
+    take(1, Mislabelled())
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_error_of_the_source_reaches_the_caller(num_workers):
   class Broken(Numbered):

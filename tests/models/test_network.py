@@ -160,6 +160,13 @@ def test_module_that_is_not_a_network_is_refused():
   assert (error.value.setting, error.value.value) == ("model", "Dense")
 
 
+def test_class_in_place_of_a_network_is_refused():
+  with pytest.raises(SettingError) as error:
+    check_network(Conv)
+  assert (error.value.setting, error.value.value) == ("model", "Conv")
+  assert "Conv(…)" in error.value.accepted
+
+
 def test_error_names_a_network_that_is_not_registered():
   with pytest.raises(SettingError) as error:
     network_of(Conv(**SMALL))

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.models.masking import token_mask_from_noise
+from mdt_jax.objectives import PlainObjective
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import step
+from mdt_jax.training.program import make_program
 from tests import reference
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, tiny_dit_config
 
 NUM_KEEP = 10
 DIT = {"model.name": "DiT-S/2"}  # Compiles faster: one pass, fewer parameters.
@@ -220,3 +223,29 @@ def test_finite_step_is_not_skipped():
   state, after, metrics = run_once()
   assert step.mean_metrics(metrics)["skipped"] == 0
   assert distance(state.params, after.params) > 0
+
+
+@pytest.mark.parametrize(
+  "output",
+  [
+    lambda total: total.mean(),
+    lambda total: (total.mean(), {}),
+    lambda total: (total.mean(), {"loss": total}),
+    lambda total: (total, {"total": total}),
+    lambda total: (total.mean(), {"total": total.mean()}),
+  ],
+  ids=["no parts", "empty", "no total", "loss of each sample", "mean total"],
+)
+def test_objective_that_returns_anything_else_is_refused(output):
+  class Own(PlainObjective):
+    def loss(self, apply, params, draws, static):
+      return output(super().loss(apply, params, draws, static)[1]["total"])
+
+  config = tiny_dit_config()
+  experiment = build(config, objective=Own)
+  program = make_program(experiment)
+  batch = jax.tree.map(jnp.asarray, make_batch(config))
+  with pytest.raises(SettingError) as error:
+    jax.eval_shape(program.step, program.state, batch, None)
+  assert (error.value.setting, error.value.value) == ("objective", "Own")
+  assert '"total": (B,)' in error.value.accepted
