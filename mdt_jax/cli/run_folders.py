@@ -29,6 +29,8 @@ def check_run_folder(
     SettingError: `value` lies in the folder "checkpoints" of a run.
   """
   path = Path(value).expanduser().absolute()
+  if path.is_file() or is_run(path):
+    return
   for folder in (path, *path.parents):
     if folder.name != _FOLDER or not _holds_steps(folder):
       continue
@@ -45,7 +47,9 @@ def check_run_folder(
 
 
 def _holds_steps(folder: Path) -> bool:
-  return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+  """Whether a folder holds checkpoints, and not only folders with a number as name."""
+  steps = [e for e in folder.iterdir() if e.name.isdigit()] if folder.is_dir() else []
+  return any((s / "checksums.json").exists() or (s / "ema").exists() for s in steps)
 
 
 def _as_typed(value: str, levels: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from mdt_jax.checkpoints import manager
@@ -49,8 +51,16 @@ def test_error_for_an_absolute_path_suggests_an_absolute_path(run):
   assert f"--workdir={run}?" in error.value.accepted
 
 
-@pytest.mark.parametrize("path", ["run", "new", "run/samples", "other/checkpoints/new"])
-def test_run_folders_and_new_folders_are_accepted(run, path):
+@pytest.mark.parametrize(
+  "path",
+  [
+    *("run", "new", "run/samples", "run/checkpoints/1500/model.pt"),
+    *("checkpoints/1", "checkpoints/digits", "checkpoints/2"),
+  ],
+)
+def test_run_folders_new_folders_and_files_are_accepted(run, path):
+  (run / "checkpoints" / "1500" / "model.pt").touch()
+  shutil.copytree(run, run.parent / "checkpoints" / "1")
   check_run_folder("workdir", path)
 
 
