@@ -54,6 +54,27 @@ def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> Non
     )
 
 
+def changed_settings(saved: Settings, current: Settings) -> list[str]:
+  """Describes the settings that differ, such as "config.batch_size was 8, now 16"."""
+  old, new = _flatten(saved.to_dict()), _flatten(current.to_dict())
+  return [
+    f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+  """Nested dicts to full name -> value."""
+  flat: dict[str, Any] = {}
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}.{name}")
+    else:
+      flat[f"{prefix}.{name}"] = value
+  return flat
+
+
 def _attributes(experiment: Experiment) -> dict[str, Any]:
   """The attributes of the network that its parameters depend on."""
   attributes = dataclasses.asdict(experiment.model)

@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints.compatibility import check_same_run
+from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
 from mdt_jax.checkpoints.retries import Retries
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment
@@ -191,7 +191,8 @@ class Checkpoints:
         self._put_aside(step, damage)
         continue
       saved = restore_config(self._manager, step)
-      check_same_run(Settings.from_dict(saved), experiment, workdir)
+      before = Settings.from_dict(saved)
+      check_same_run(before, experiment, workdir)
       if not (self._folder / str(step) / "state").is_dir():
         raise SettingError(
           "--workdir",
@@ -206,6 +207,8 @@ class Checkpoints:
           ema=restore_args(like.ema),
         ),
       )
+      if changes := changed_settings(before, experiment.settings):
+        logger.info("other settings than at step %d: %s", step, "; ".join(changes))
       return restored["state"].replace(ema=restored["ema"])
     raise SettingError(
       "--workdir", workdir, f"every checkpoint is damaged, see the folder {DAMAGED!r}"

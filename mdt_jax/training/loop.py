@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -34,6 +34,7 @@ from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
+from mdt_jax.training.step import Metrics
 from mdt_jax.types import Batch
 
 # Several processes agree every so many steps on whether to save or to stop.
@@ -171,6 +172,7 @@ class Trainer:
       self._settings, workdir, num_examples=len(experiment.source)
     )
     self._rollbacks = 0
+    self._compiled: set[Hashable] = set()  # values of `static`
 
   def run(self, state: TrainState) -> TrainState:
     """Trains from `state` to the last step of the run.
@@ -269,10 +271,30 @@ class Trainer:
     """Runs step n, counted from 0, without waiting for the devices."""
     static = self._experiment.objective.choose_static(self._settings.seed, n)
     with jax.transfer_guard("disallow"):  # forbids implicit transfers only
-      state, metrics = self._program.step(state, batch, static)
+      if static in self._compiled:
+        state, metrics = self._program.step(state, batch, static)
+      else:
+        state, metrics = self._first_step(state, batch, static)
       self._progress.add(n + 1, metrics)
     self._skipped.add(n, n + offset, metrics)
     return state
+
+  def _first_step(
+    self, state: TrainState, batch: Batch, static: Hashable
+  ) -> tuple[TrainState, Metrics]:
+    """Runs the first step with a value of `static`, which compiles the step."""
+    self._compiled.add(static)
+    choices = self._experiment.objective.static_choices
+    logger.info(
+      "compiling the training step, program %d of at most %d …",
+      len(self._compiled),
+      len(choices),
+    )
+    start = time.monotonic()
+    with self._progress.paused():  # images per second do not count the compilation
+      result = self._program.step(state, batch, static)
+    logger.info("compiled in %.1f s", time.monotonic() - start)
+    return result
 
   def _finish_step(self, state: TrainState, done: int) -> None:
     """Saves, runs the hooks that are due after `done` steps, and stops if asked to.

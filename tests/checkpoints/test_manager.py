@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import jax
@@ -136,13 +137,18 @@ def test_error_names_the_setting_that_prevents_resuming(saved, setting, value):
   assert name in str(error.value)
 
 
-def test_run_may_resume_with_another_learning_rate(saved):
+def test_other_settings_of_a_resumed_run_are_logged(saved, caplog):
   folder, config, state = saved
   other = config.copy_and_resolve_references()
-  other.optimizer.learning_rate = 0.5
+  other.optimizer.learning_rate, other.batch_size = 0.5, 16
   checkpoints = Checkpoints(folder, 2)
-  assert_same(state, checkpoints.restore(jax.eval_shape(lambda: state), build(other)))
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    restored = checkpoints.restore(jax.eval_shape(lambda: state), build(other))
   checkpoints.close()
+  assert_same(state, restored)
+  (line,) = (line for line in caplog.messages if "config.batch_size" in line)
+  assert "config.batch_size was 8, now 16" in line
+  assert "config.optimizer.learning_rate was 0.001, now 0.5" in line
 
 
 def test_folder_without_checkpoints_is_refused_and_stays_empty(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -62,13 +63,20 @@ def test_tensorboard_has_every_scalar_at_every_logged_step(whole_run):
     assert scalars[name] == [2, 4], name
 
 
-def test_resumed_run_is_bit_identical(whole_run, tmp_path):
+def test_resumed_run_is_bit_identical(whole_run, tmp_path, caplog):
   config = tiny_config(**TWO_LENGTHS)
   config.num_steps = 2
   loop.train(config, tmp_path)
   config.num_steps = 4
-  resumed = loop.train(config, tmp_path)
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    resumed = loop.train(config, tmp_path)
   assert_same(whole_run[1], resumed)
+  assert any("config.num_steps was 2, now 4" in line for line in caplog.messages)
+  compiled = [line for line in caplog.messages if line.startswith("compiling ")]
+  assert [line.split("program ")[1] for line in compiled] == [
+    f"{i + 1} of at most 2 …" for i in range(len(compiled))
+  ]
+  assert compiled
 
 
 def test_finished_run_does_not_train_again(whole_run, caplog):
