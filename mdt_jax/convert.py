@@ -77,7 +77,7 @@ _INCEPTION = {"source": "input", "target": "output"}
 
 def main(argv: list[str]) -> None:
   del argv
-  output = Path(OUTPUT.value)
+  output = Path(OUTPUT.value).expanduser()
   _check_direction()
   if INCEPTION.value:
     with renamed_in_errors(_INCEPTION):
@@ -115,10 +115,10 @@ def _check_direction() -> None:
   """Refuses an input of the other direction than that of the flags."""
   path = Path(INPUT.value).expanduser()
   if TO_TORCH.value and INCEPTION.value:
-    raise SettingError("--inception", True, "cannot be combined with --to_torch")
+    raise SettingError("inception", True, "cannot be combined with --to_torch")
   if TO_TORCH.value and path.is_file():
     raise SettingError(
-      "--input",
+      "input",
       INPUT.value,
       "is a file, and --to_torch takes the folder of a run; leave --to_torch out to "
       "convert a PyTorch file",
@@ -127,7 +127,7 @@ def _check_direction() -> None:
     cli.check_run_folder("input", INPUT.value, "step", accepts_parent=TO_TORCH.value)
   if not TO_TORCH.value and cli.is_run(path):
     raise SettingError(
-      "--input",
+      "input",
       INPUT.value,
       "is the folder of a run; did you mean --to_torch, with a file as --output?",
     )

@@ -121,6 +121,7 @@ cli.suggest(
   {
     field.name: f"--sampling={field.name}"
     for field in dataclasses.fields(SamplingSettings)
+    if field.name != "ema_decay"  # a flag of its own
   }
 )
 
@@ -184,13 +185,13 @@ def _check_flags(metrics: list[str]) -> None:
   for name in ("num_images", "batch_size"):
     value = flags.FLAGS[name].value
     if value is not None and value < 1:
-      raise SettingError(f"--{name}", value, "must be at least 1")
+      raise SettingError(name, value, "must be at least 1")
   if not 0 <= SEED.value < 2**32:
-    raise SettingError("--seed", SEED.value, "must lie in [0, 2**32)")
+    raise SettingError("seed", SEED.value, "must lie in [0, 2**32)")
   if SAVE_STATISTICS.value and Path(SAVE_STATISTICS.value).suffix != ".npz":
-    raise SettingError("--save_statistics", SAVE_STATISTICS.value, "must end in .npz")
+    raise SettingError("save_statistics", SAVE_STATISTICS.value, "must end in .npz")
   if not (CHECKPOINT.value or SAMPLES.value):
-    raise SettingError("--samples", None, "must be given, or --checkpoint")
+    raise SettingError("samples", None, "must be given, or --checkpoint")
   if NUM_STEPS.value is not None and job.BPD not in metrics:
     raise SettingError(
       _names_of_flags()["num_steps"],
@@ -203,11 +204,11 @@ def _names_of_flags() -> dict[str, str]:
   """Name of a setting or an argument -> its flag, as the user typed it."""
   is_alias = flags.FLAGS["steps"].present
   return {
-    "path": "--checkpoint",
-    "config.data.source": "--data_source",
-    "config.data.path": "--data_path",
-    "config.data.vae": "--vae",
-    "num_steps": "--steps" if is_alias else "--num_steps",
+    "path": "checkpoint",
+    "config.data.source": "data_source",
+    "config.data.path": "data_path",
+    "config.data.vae": "vae",
+    "num_steps": "steps" if is_alias else "num_steps",
   }
 
 
@@ -218,7 +219,7 @@ def _sampling() -> dict[str, Any]:
   # A comma may be part of a value, such as an interval.
   for setting in re.split(r",(?=\w+=)", SAMPLING.value) if SAMPLING.value else []:
     name, _, text = setting.partition("=")
-    check_choice("--sampling", name, sorted(known))
+    check_choice("sampling", name, sorted(known))
     found[name] = _parse(text)
   return found
 

@@ -54,13 +54,11 @@ cli.require(config="mdt_b2", topology="v5e:16x16")
 def main(argv: list[str]) -> None:
   del argv
   topology = parse_topology(TOPOLOGY.value)
-  check_choice("--what", WHAT.value, WHATS)
+  check_choice("what", WHAT.value, WHATS)
   if CHIP.value is not None:
-    check_choice("--chip", CHIP.value, CHIPS)
+    check_choice("chip", CHIP.value, CHIPS)
   if BATCH_PER_DEVICE.value is not None and BATCH_PER_DEVICE.value < 1:
-    raise SettingError(
-      "--batch_per_device", BATCH_PER_DEVICE.value, "must be at least 1"
-    )
+    raise SettingError("batch_per_device", BATCH_PER_DEVICE.value, "must be at least 1")
   settings = Settings.from_config(cli.load_config(CONFIG))
   plan = plan_run(
     settings,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import os
 import re
@@ -13,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mdt_jax.cli import usage
-from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag
+from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag, with_value
 from mdt_jax.cli.config_files import define_config, load_config, place_of_error
 from mdt_jax.cli.run_folders import check_run_folder, is_run
 from mdt_jax.errors import SettingError
@@ -55,14 +57,16 @@ JOIN_TIMEOUT = flags.DEFINE_integer(
   "Seconds to wait for the other processes, at least 1. After that the command exits "
   "with code 75.",
 )
+flags.disclaim_key_flags()  # a flag of define_alias belongs to the command
 
 EXIT_BAD_SETTING = 2
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 _HELP = {"help", "helpshort", "h", "?"}
+_HELP_OF_ABSL = {"helpfull", "helpxml"}
 # Name of a required flag -> an example of its value.
 _required: dict[str, str] = {}
-# Other name of a flag -> name.
+# Alias -> flag.
 _aliases: dict[str, str] = {}
 # Name of an unknown flag -> what to write in its place.
 _suggestions: dict[str, str] = {}
@@ -132,7 +136,7 @@ def _join() -> None:
   from mdt_jax.training import distributed  # imports JAX
 
   if JOIN_TIMEOUT.value < 1:
-    raise SettingError("--join_timeout", JOIN_TIMEOUT.value, "must be at least 1")
+    raise SettingError("join_timeout", JOIN_TIMEOUT.value, "must be at least 1")
   distributed.start(
     COORDINATOR_ADDRESS.value,
     NUM_PROCESSES.value,
@@ -157,11 +161,17 @@ def _plain_log_lines() -> None:
 def _parse_flags(argv: list[str], main: Callable[..., Any]) -> list[str]:
   """Parses the command line; refuses what the command does not accept."""
   absl_logging.set_verbosity(absl_logging.ERROR)  # the errors are printed below
-  own, shared = _flags_of(main), _flags_of(_join)
+  own, shared = (
+    flags.FLAGS.get_key_flags_for_module(function.__module__)
+    for function in (main, _join)
+  )
   arguments = argv[1:]
   try:
     arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
-    if any(a.startswith("-") and a.lstrip("-") in _HELP for a in arguments):
+    asked = {a.lstrip("-") for a in arguments if a.startswith("-")}
+    for name in asked & _HELP_OF_ABSL:
+      flags.FLAGS([argv[0], f"--{name}"])  # prints, and exits with code 1
+    if asked & _HELP:
       groups = {"Flags": own, "Flags for several processes": shared}
       summary = main.__globals__["__doc__"] or ""
       print(usage.describe(summary, groups, _required, _aliases), end="")
@@ -170,25 +180,32 @@ def _parse_flags(argv: list[str], main: Callable[..., Any]) -> list[str]:
     checks = Arguments(_name_of(main), names, _required, _aliases, _suggestions)
     arguments = checks.check(arguments)
     return flags.FLAGS([argv[0], *arguments])
-  except (flags.Error, SettingError, UsageError) as error:
+  except (Exception, SystemExit) as error:
+    _refuse_config(error, arguments)
+    if isinstance(error, SystemExit):
+      sys.exit(0)
+    if isinstance(error, OSError):  # the config cannot be read
+      _refuse(f"--config = {error.filename!r}: {error.strerror}")
+    if isinstance(error, (AttributeError, KeyError)):
+      _refuse_setting(error, arguments)
+    if not isinstance(error, (flags.Error, SettingError, UsageError)):
+      raise
     if "--config=None" in str(error):
       _refuse("--config: get_config() of the file returns nothing")
     _refuse(str(error))
-  except OSError as error:  # the config cannot be read
-    _refuse(f"--config = {error.filename!r}: {error.strerror}")
-  except (Exception, SystemExit) as error:
-    _refuse_config(error, arguments)
 
 
-def _refuse_config(error: BaseException, arguments: list[str]) -> NoReturn:
-  """Refuses a config file that raised an error, or that lacks a setting."""
-  if place := place_of_error(error, arguments):
-    _refuse(f"--config: {place}: {type(error).__name__}: {error}")
-  if isinstance(error, SystemExit):  # absl exits with 1 after --helpfull
-    sys.exit(0)
-  if not isinstance(error, (AttributeError, KeyError)):
-    raise error
-  # ml_collections: the config file lacks get_config, or a setting that a flag changes.
+def _refuse_config(error: BaseException, arguments: list[str]) -> None:
+  """Refuses a config file that raised an error, which others may have replaced."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if place := place_of_error(cause, arguments):
+      _refuse(f"--config: {place}: {type(cause).__name__}: {cause}")
+    cause = cause.__cause__ or cause.__context__
+
+
+def _refuse_setting(error: Exception, arguments: list[str]) -> NoReturn:
+  """Refuses a config file that lacks get_config, or a setting that a flag changes."""
   text = str(error)
   if "get_config" in text:
     _refuse("--config: the file has no function get_config()")
@@ -202,25 +219,21 @@ def _refuse_config(error: BaseException, arguments: list[str]) -> NoReturn:
   name = unknown[1]
   flag, value = f"setting {name!r}", ""
   for argument in arguments:
-    if argument.startswith("--config.") and f".{name}=" in argument:
+    if re.match(rf"--(no)?config\.(.*\.)?{name}(=|$)", argument):
       flag, _, value = argument.partition("=")
-  group = flag.rpartition(".")[0]
+  group = flag.replace("--no", "--", 1).rpartition(".")[0]
   if group.endswith(".arguments"):
-    accepted = f"; give all arguments at once: {group}='{{\"{name}\": {value}}}'"
+    literal = f'{{"{name}": {_literal(value or "false")}}}'
+    accepted = f"; give all arguments at once: {with_value(group, literal)}"
   _refuse(f"{flag}: the config file has no {name!r}{accepted}")
 
 
-def _flags_of(function: Callable[..., Any]) -> list[flags.Flag[Any]]:
-  """The flags that the module of a function defines, in their order."""
-  module = function.__module__
-  # absl files the flags of the main module under the path of the program.
-  keys = [sys.argv[0], module] if module == "__main__" else [module]
-  by_module = flags.FLAGS.flags_by_module_dict()
-  found = [flag for key in keys for flag in by_module.get(key, [])]
-  names = {flag.name for flag in found}
-  if "config" in flags.FLAGS and function is not _join and "config" not in names:
-    found.insert(0, flags.FLAGS["config"])
-  return found
+def _literal(text: str) -> str:
+  """Returns the value of a flag as ml_collections reads it, written in Python."""
+  try:
+    return repr(ast.literal_eval({"true": "True", "false": "False"}.get(text, text)))
+  except (ValueError, SyntaxError):
+    return json.dumps(text)
 
 
 def _name_of(main: Callable[..., Any]) -> str:

@@ -1,8 +1,7 @@
 """Checks the arguments of a command before absl parses them, and says what was meant.
 
-absl stops at the first argument that it does not know and names nothing else. These
-checks know the settings of a config, so that they can suggest --config.batch_size for
---batch_size.
+absl suggests only flags that it knows. These checks also know the settings of a config,
+so that they can suggest --config.batch_size for --batch_size.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +18,15 @@ from absl import flags
 
 from mdt_jax.cli.config_files import find_config, is_packaged
 from mdt_jax.cli.setting_names import (
-  MAX_HINTS,
   SYNONYMS,
   all_settings,
-  describe_group,
   is_own_argument,
-  listed,
   near_settings,
-  with_value,
 )
 from mdt_jax.errors import SettingError
 from mdt_jax.typed_config import kind_of
 
+_MAX_HINTS = 3
 _ACCEPTED: dict[type[Any], str] = {
   int: "must be a whole number",
   float: "must be a number",
@@ -54,7 +52,7 @@ class Arguments:
     command: name for messages, such as "mdt_jax.sample".
     own: names of the command's flags.
     examples: name of each required flag -> an example of its value.
-    aliases: other name of a flag -> name.
+    aliases: alias -> flag.
     replacements: name of an unknown flag -> what to write in its place.
     flag_values: all flags that absl knows.
   """
@@ -75,7 +73,7 @@ class Arguments:
     self._replacements = replacements
     self._flags = flag_values
     self._has_config = "config" in self._own
-    self._given: dict[str, tuple[str, str]] = {}  # name -> (flag as typed, value)
+    self._given: dict[str, tuple[str, str]] = {}  # flag -> (it or its alias, value)
 
   def check(self, arguments: Sequence[str]) -> list[str]:
     """Returns the arguments in the form --name=value, with the path of the config.
@@ -85,130 +83,141 @@ class Arguments:
         under another name; or a required flag is missing.
       SettingError: a value is empty or of a wrong type, or a config is not found.
     """
+    self._given.clear()
     checked = []
-    early = None  # a setting that comes before --config
-    for argument, typed, value in self._pairs(arguments):
-      name = typed.lstrip("-")
-      checked.append(argument)
-      if self._is_override(name):
-        _check_override(typed, value)
-        if "config" not in self._given:
-          early = early or typed
-        continue
-      known = name if name in self._flags else name.removeprefix("no")
-      target = self._aliases.get(known, known)
-      before = self._given.get(target, (typed, ""))[0].lstrip("-")
-      if before != name and {before, name} & set(self._aliases):
-        raise UsageError(
-          f"{typed} and --{before} are two names of one flag: give only one of them"
-        )
-      if name in self._flags and value is not None:
-        _check_value(typed, self._flags[name], value)
-      self._given[target] = (typed, value or "")
-      if name == "config" and value:
-        checked[-1] = f"--config={find_config(value)}"
+    for name, value in self._pairs(arguments):
+      if not self._is_override(name):
+        known = name if name in self._flags else name.removeprefix("no")
+        target = self._aliases.get(known, known)
+        earlier, _ = self._given.get(target, (known, ""))
+        if earlier != known:
+          raise UsageError(f"--{earlier} and --{known} are one flag: give one of them")
+        self._given[target] = (known, value or "")
+        if name in self._flags and value is not None:
+          _check_value(name, self._flags[name], value)
+        if name == "config" and value:
+          value = find_config(value)
+      elif value is not None:
+        _check_override(name, value)
+      checked.append(f"--{name}" if value is None else f"--{name}={value}")
     self._check_required()
-    if early is not None:
-      raise UsageError(f"{early} must come after --config={self._given['config'][1]}")
     return checked
 
-  def _pairs(self, arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
-    """(--name=value, --name, value or None) of each argument, all of them known."""
-    rest = iter(arguments)
-    before = ""  # the last flag, if it takes no separate value
-    for argument in rest:
-      if argument == "--" or not argument.strip("-"):
-        argument = next(rest, argument)
-        raise self._positional(argument, before)
-      if not argument.startswith("-"):
-        raise self._positional(argument, before)
+  def _pairs(self, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, value or None) of each argument, all of them known."""
+    undefok = re.findall(r"^--?undefok[=\n](.*)", "\n".join(arguments), re.MULTILINE)
+    ignored = set(re.split(r"[\s,]+", ",".join(undefok)))
+    rest = list(arguments)
+    last = ""  # the flag before, if it has no value
+    while rest:
+      argument = rest.pop(0)
       typed, equals, text = argument.partition("=")
-      name = typed.lstrip("-")
-      value = text if equals else None
-      is_boolean = self._is_boolean(name, typed, value)
-      before = typed if is_boolean and value is None else ""
-      if is_boolean or value is not None:
-        yield argument, typed, value
+      name, value = typed.lstrip("-"), text if equals else None
+      if argument == "--" and not rest:
+        return
+      if name == "undefok":
+        rest = rest if equals else rest[1:]
         continue
-      value = next(rest, None)
-      if value is None or value.startswith("--"):
-        raise UsageError(f"{typed} needs a value: {typed}=VALUE")
-      yield f"{typed}={value}", typed, value
+      if not name or name == typed:
+        raise self._positional(rest[0] if argument == "--" else argument, last)
+      if name not in self._flags and {name, name.removeprefix("no")} & ignored:
+        continue
+      if typed.startswith("---"):
+        raise self._unknown(name, typed, value)
+      needs_no_value = self._needs_no_value(name, typed, value)
+      last = f"--{name}" if needs_no_value and value is None else ""
+      if value is None and not needs_no_value:
+        if rest and not rest[0].startswith("--"):
+          value = rest.pop(0)
+        elif self._is_override(name) and is_own_argument(name.partition(".")[2]):
+          value = "true"  # the config file knows whether the argument is a boolean
+        else:
+          raise UsageError(f"{typed} needs a value: {typed}=VALUE")
+      yield name, value
 
   def _is_override(self, name: str) -> bool:
     return self._has_config and name.startswith(("config.", "noconfig."))
 
-  def _is_boolean(self, name: str, typed: str, value: str | None) -> bool:
-    """Whether a flag may stand without a value.
+  def _needs_no_value(self, name: str, typed: str, value: str | None) -> bool:
+    """Whether a flag needs no value.
 
     Raises:
-      UsageError: there is no such flag.
+      UsageError: there is no such flag, or it has a value and takes none.
     """
-    if self._is_override(name):
-      accepted = all_settings().get(name.partition(".")[2])
-      return name.startswith("no") or (
-        accepted is not None and kind_of(accepted)[0] is bool
-      )
-    if name in self._flags:
-      return self._flags[name].boolean
     positive = name.removeprefix("no")
-    if name != positive and positive in self._flags and self._flags[positive].boolean:
-      if value is not None:
-        raise UsageError(f"{typed} takes no value: write --{positive}={value}")
-      return True
-    raise self._unknown(name, typed, value)
+    if self._is_override(name):
+      path = positive.partition(".")[2]
+      if path not in all_settings() and not is_own_argument(path):
+        hints = near_settings(path)[:_MAX_HINTS]
+        end = f"; did you mean {_either(hints, value)}?" if hints else ""
+        raise UsageError(f"{typed}: no such setting{end}")
+      if name == positive:
+        return _is_boolean_setting(name)
+    elif name in self._flags:
+      return self._flags[name].boolean
+    elif positive == name or not self._is_boolean(positive):
+      raise self._unknown(name, typed, value)
+    if value is not None:
+      raise UsageError(f"{typed} takes no value: write --{positive}={value}")
+    return True
 
-  def _positional(self, argument: str, before: str) -> UsageError:
-    """The error of an argument without a flag before it."""
+  def _is_boolean(self, name: str) -> bool:
+    """Whether a flag of the command, or of the config, is true or false."""
+    is_own = name in self._flags and self._flags[name].boolean
+    return is_own or _is_boolean_setting(name)
+
+  def _positional(self, argument: str, last: str) -> UsageError:
+    """The error for an argument that is no flag; `last` is the flag before, if bare."""
     name, equals, value = argument.partition("=")
-    if equals and name.replace(".", "").replace("_", "").isalnum():
-      hints = self._hints(name) or [f"--{name}"]
-      near = with_value(hints[0], value)
-      return UsageError(f"unknown argument {argument!r}: did you mean {near}?")
-    if before:
-      return UsageError(
-        f"unknown argument {argument!r}: did you mean {before}={argument}?"
-      )
     path = argument.partition(":")[0]
     missing = [name for name in self._examples if name not in self._given]
     if "config" in missing and not (path.endswith(".py") or is_packaged(path)):
       missing.remove("config")
     end = "flags have the form --name=value"
-    if missing:
-      end = f"did you mean --{missing[0]}={argument}?"
+    if equals and name[:1].isalpha() and (hints := self._hints(name, value)):
+      end = f"did you mean {_either(hints[:1], value)}?"
+    elif last and _parses(bool, argument):
+      end = f"did you mean {last}={argument}?"
+    elif missing and not argument.startswith("-"):
+      end = f"did you mean {_either([f'--{missing[0]}'], argument)}?"
     return UsageError(f"unknown argument {argument!r}: {end}")
 
   def _unknown(self, name: str, typed: str, value: str | None) -> UsageError:
-    """The error of a flag that there is not."""
+    """The error for an unknown flag."""
     note = ""
     if not self._has_config and name.partition(".")[0] in ("config", "noconfig"):
       note = f": {self._command} reads no config"
       if "checkpoint" in self._own:
         note += ", the checkpoint holds the settings of its run"
-    hints = self._hints(name.rpartition(".")[2] if note else name)
+    hints = self._hints(name.rpartition(".")[2] if note else name, value)
     separator = ";" if note else ":"
     end = f"see python -m {self._command} --help"
     if hints:
-      end = f"did you mean {listed([with_value(hint, value) for hint in hints])}?"
+      end = f"did you mean {_either(hints, value)}?"
     return UsageError(f"unknown flag {typed}{note}{separator} {end}")
 
-  def _hints(self, name: str) -> list[str]:
+  def _hints(self, name: str, value: str | None) -> list[str]:
     """Flags that may be meant by an unknown one, the best first."""
     name = name.replace("-", "_").lower()
-    if name in self._replacements:
-      return [self._replacements[name]]
     if name in self._own:
       return [f"--{name}"]
+    if name in self._replacements:
+      return [self._replacements[name]]
+    if name.startswith("no") and name[2:]:
+      near = [hint[2:] for hint in self._hints(name[2:], value)]
+      prefix = "--no" if value is None else "--"
+      if booleans := [f"{prefix}{hint}" for hint in near if self._is_boolean(hint)]:
+        return booleans
     settings = near_settings(name) if self._has_config else []
     if self._has_config and name in all_settings():
       return settings[:1]
-    synonyms = [other for other in SYNONYMS.get(name, []) if other in self._own]
-    if synonyms:
-      return [f"--{synonyms[0]}"]
-    near = difflib.get_close_matches(name, self._own, MAX_HINTS, cutoff=0.7)
+    for other in SYNONYMS.get(name, []):
+      if other in self._own or other in self._replacements:
+        return [self._replacements.get(other, f"--{other}")]
+    near = difflib.get_close_matches(name, self._own, _MAX_HINTS, cutoff=0.8)
     if not near and not settings:
       near = [other for other in self._own if _resembles(name, other)]
-    return [*[f"--{other}" for other in near], *settings][:MAX_HINTS]
+    return [*[f"--{other}" for other in near], *settings][:_MAX_HINTS]
 
   def _check_required(self) -> None:
     for name, example in self._examples.items():
@@ -220,7 +229,7 @@ class Arguments:
 def missing_flag(
   flag: flags.Flag[Any], value: str | None, example: str
 ) -> UsageError | SettingError:
-  """The error of a flag that a command needs.
+  """The error for a missing flag that a command needs.
 
   Args:
     flag: the flag.
@@ -234,44 +243,64 @@ def missing_flag(
   return SettingError(f"--{flag.name}", value, accepted)
 
 
-def _check_override(typed: str, value: str | None) -> None:
-  """Checks --config.NAME=VALUE against the settings.
-
-  Raises:
-    SettingError: there is no such setting, or its value is of another type.
-  """
-  path = typed.lstrip("-").partition(".")[2]
-  if is_own_argument(path):
-    return  # the config file knows which arguments it sets
-  settings = all_settings()
-  if path not in settings:
-    hints = [with_value(hint, value) for hint in near_settings(path)]
-    hint = f"; did you mean {listed(hints)}?" if hints else ""
-    raise SettingError(typed, value, f"no such setting{hint}")
-  if value is None:
-    return
-  kind, is_optional = kind_of(settings[path])
+def _check_override(name: str, value: str) -> None:
+  """Raises SettingError where the value of --config.NAME is of another type."""
+  path = name.partition(".")[2]
+  if path not in all_settings():
+    return  # the config file knows the type of an own argument
+  kind, is_optional = kind_of(all_settings()[path])
   if dataclasses.is_dataclass(kind):
     if not _parses(dict, value):
-      raise SettingError(typed, value, describe_group(path, value))
-  elif not _parses(kind, value):
-    end = _whole_number_hint(kind, value)
-    if is_optional and value.lower() == "none":
-      end = "; only a config file can set None"
-    raise SettingError(typed, value, f"{_ACCEPTED[kind]}{end}")
+      raise SettingError(f"--{name}", value, _describe_group(path, value))
+  elif is_optional and value.lower() == "none" and not _parses(kind, value):
+    accepted = f"{_ACCEPTED[kind]}; only a config file can set None"
+    raise SettingError(f"--{name}", value, accepted)
+  else:
+    _check_type(name, kind, value)
 
 
-def _check_value(typed: str, flag: flags.Flag[Any], value: str) -> None:
+def _check_value(name: str, flag: flags.Flag[Any], value: str) -> None:
   """Raises SettingError where the value of a flag is of another type."""
-  kinds = (
-    (flags.BooleanParser, bool),
-    (flags.IntegerParser, int),
-    (flags.FloatParser, float),
-  )
-  for parser, kind in kinds:
-    if isinstance(flag.parser, parser) and not _parses(kind, value):
-      end = _whole_number_hint(kind, value)
-      raise SettingError(typed, value, f"{_ACCEPTED[kind]}{end}")
+  for kind, parser in _PARSERS.items():
+    if isinstance(flag.parser, type(parser)):
+      _check_type(name, kind, value)
+
+
+def _check_type(name: str, kind: type[Any], value: str) -> None:
+  if not _parses(kind, value):
+    accepted = _ACCEPTED[kind] + _whole_number_hint(kind, value)
+    raise SettingError(f"--{name}", value, accepted)
+
+
+def _is_boolean_setting(name: str) -> bool:
+  """Whether config.NAME is a setting that is true or false."""
+  group, _, path = name.partition(".")
+  accepted = all_settings().get(path) if group == "config" else None
+  return accepted is not None and kind_of(accepted)[0] is bool
+
+
+def _describe_group(group: str, value: str) -> str:
+  """Returns the end of the error for --config.GROUP=VALUE: what to write instead.
+
+  If the first setting of the group is a string, such as model.name, the hint gives it
+  the value. Otherwise the hint lists the first settings of the group.
+  """
+  names = [name for name in all_settings() if name.startswith(f"{group}.")]
+  hints = [f"--config.{name}" for name in names[:_MAX_HINTS]]
+  if kind_of(all_settings()[names[0]])[0] is str:
+    return f"is a group of settings; did you mean {_either(hints[:1], value)}?"
+  return f"is a group of settings, such as {_either(hints, None)}"
+
+
+def with_value(flag: str, value: str | None) -> str:
+  """Returns FLAG=VALUE as a shell takes it, or FLAG if there is no value."""
+  return flag if value is None else f"{flag}={shlex.quote(value)}"
+
+
+def _either(names: Sequence[str], value: str | None) -> str:
+  """Returns "a, b or c", each with the value."""
+  names = [with_value(name, value) for name in names]
+  return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _parses(kind: type[Any], text: str) -> bool:
@@ -300,5 +329,5 @@ def _whole_number_hint(kind: type[Any], text: str) -> str:
 def _resembles(typed: str, name: str) -> bool:
   """Whether `typed` abbreviates or contains `name`: ckpt or my_labels."""
   letters = iter(name)
-  abbreviates = typed[0] == name[0] and all(letter in letters for letter in typed)
+  abbreviates = typed[:1] == name[0] and all(letter in letters for letter in typed)
   return (abbreviates and len(typed) > 2) or (name in typed and len(name) > 2)

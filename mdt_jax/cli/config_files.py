@@ -13,6 +13,8 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.errors import SettingError
 
+flags.disclaim_key_flags()  # --config belongs to the command that defines it
+
 PACKAGED = Path(__file__).parents[1] / "configs"
 # Folders in which a clone shows the packaged configs.
 _FOLDERS = ("", "configs", os.path.join("mdt_jax", "configs"))

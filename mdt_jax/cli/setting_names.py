@@ -5,29 +5,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from mdt_jax.typed_config import kind_of, setting_types
 
-MAX_HINTS = 3
 # Names that other programs use -> names of ours, in order of preference.
 SYNONYMS = {
   "batch": ["batch_size", "batch_per_device"],
   "bs": ["batch_size", "batch_per_device"],
   "cfg": ["cfg_scale"],
-  "checkpoint": ["checkpoint", "workdir", "input"],
+  "checkpoint": ["workdir", "input"],
   "checkpoint_dir": ["checkpoint", "workdir"],
   "ckpt": ["checkpoint", "workdir", "input"],
   "classes": ["labels"],
   "dir": ["workdir", "output"],
+  "ema": ["ema_decays", "ema_decay"],
+  "epochs": ["num_steps"],
   "guidance": ["cfg_scale"],
   "guidance_scale": ["cfg_scale"],
+  "image_size": ["input_size"],
   "logdir": ["workdir"],
   "lr": ["learning_rate"],
   "max_steps": ["num_steps"],
-  "model": ["checkpoint", "model.name"],
+  "model": ["checkpoint"],
   "model_path": ["checkpoint"],
   "num_samples": ["num_images"],
   "num_sampling_steps": ["num_steps"],
@@ -71,38 +72,12 @@ def near_settings(path: str) -> list[str]:
     if found := _settings_named(wanted):
       in_group = [name for name in found if name.startswith(f"{group}.")]
       return _as_flags(in_group or found)
-  near = difflib.get_close_matches(path, settings, 1, cutoff=0.75)
+  near = difflib.get_close_matches(path, settings, 1, cutoff=0.8)
   if near and ("." in path or len(_settings_named(near[0])) == 1):
     return _as_flags(near)
   leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in settings))
-  near = difflib.get_close_matches(leaf, leaves, 1, cutoff=0.75)
+  near = difflib.get_close_matches(leaf, leaves, 1, cutoff=0.8)
   return _as_flags(_settings_named(near[0])) if near else []
-
-
-def describe_group(group: str, value: str) -> str:
-  """Returns the end of the error for --config.GROUP=VALUE: what to write instead.
-
-  Args:
-    group: name of a group of settings, such as "model".
-    value: what the user wrote after "=". If the first setting of the group is a string,
-      such as model.name, the hint gives it this value. Otherwise the hint lists the
-      first settings of the group.
-  """
-  names = [name for name in all_settings() if name.startswith(f"{group}.")]
-  if kind_of(all_settings()[names[0]])[0] is str:
-    hint = with_value(f"--config.{names[0]}", value)
-    return f"is a group of settings; did you mean {hint}?"
-  return f"is a group of settings, such as {listed(_as_flags(names))}"
-
-
-def with_value(flag: str, value: str | None) -> str:
-  """Returns FLAG=VALUE as a shell takes it, or FLAG if there is no value."""
-  return flag if value is None else f"{flag}={shlex.quote(value)}"
-
-
-def listed(names: Sequence[str]) -> str:
-  """Returns "a, b or c"."""
-  return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _settings_named(leaf: str) -> list[str]:
@@ -112,10 +87,10 @@ def _settings_named(leaf: str) -> list[str]:
 
 
 def _as_flags(names: Sequence[str]) -> list[str]:
-  """--config.NAME for the first names; for a group, its first setting."""
+  """--config.NAME for each name; for a group, its first setting."""
   settings = all_settings()
   flags = []
-  for name in names[:MAX_HINTS]:
+  for name in names:
     if dataclasses.is_dataclass(settings[name]):
       name = next(inner for inner in settings if inner.startswith(f"{name}."))
     flags.append(f"--config.{name}")

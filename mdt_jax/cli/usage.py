@@ -28,7 +28,7 @@ def describe(
     summary: what the command does; its docstring.
     groups: heading -> flags.
     required: names of the flags that must be given.
-    aliases: other name of a flag -> name.
+    aliases: alias -> flag.
   """
   parts = [summary.strip()]
   for heading, members in groups.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -12,8 +13,8 @@ from mdt_jax.cli.arguments import Arguments, UsageError
 from mdt_jax.errors import SettingError
 
 
-def check(text, *, has_config=True):
-  """Returns the checked arguments of a small command."""
+def arguments_of(*, has_config=True):
+  """Returns the checks of a small command."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "Folder of the run. More.", values)
   flags.DEFINE_integer("num_images", None, "Number of images.", flag_values=values)
@@ -22,7 +23,7 @@ def check(text, *, has_config=True):
   flags.DEFINE_alias("count", "num_images", flag_values=values)
   if has_config:
     config_flags.DEFINE_config_file("config", None, "Config.", flag_values=values)
-  arguments = Arguments(
+  return Arguments(
     "mdt_jax.small",
     list(values),
     {"config": "digits", "workdir": "runs/x"} if has_config else {},
@@ -30,7 +31,10 @@ def check(text, *, has_config=True):
     {"cfg_scale": "--sampling=cfg_scale"},
     values,
   )
-  return arguments.check(shlex.split(text))
+
+
+def check(text, **kwargs):
+  return arguments_of(**kwargs).check(shlex.split(text))
 
 
 RUN = "--config=digits --workdir=x "
@@ -64,14 +68,35 @@ def refusal(text, **kwargs):
     ("--config.sampling.steps=5", "--config.sampling.num_steps=5?"),
     ("--config.optimizer=lion", "--config.optimizer.name=lion?"),
     ("--config.mesh=8", "--config.mesh.data, --config.mesh.fsdp"),
+    ("--config.modle", "no such setting; did you mean --config.model.name?"),
+    ("--noconfig.model.dpth", "--noconfig.model.dpth: no such setting; did you mean"),
+    ("--noflip", "--noconfig.data.flip?"),
+    ("--nodata.flip", "--noconfig.data.flip?"),
+    ("--noflip=true", "--config.data.flip=true?"),
+    ("--nopngs", "--nopng?"),
+    ("--ema=0.9", "--config.ema_decays=0.9?"),
+    ("--epochs=5", "--config.num_steps=5 or --config.sampling.num_steps=5?"),
+    ("--image_size=32", "--config.model.input_size=32?"),
+    ("--guidance_scale=2", "--sampling=cfg_scale=2?"),
+    ("---eta=2", "--eta=2?"),
+    ("--noconfig.data.flip=true", "takes no value: write --config.data.flip=true"),
+    ("--nopng=true", "takes no value: write --png=true"),
     ("batch_size=3", "--config.batch_size=3?"),
-    ("--png yes", "--png=yes?"),
+    ("--png true", "--png=true?"),
+    ("--=5", "flags have the form"),
+    ("-=5", "flags have the form"),
+    ("-", "flags have the form"),
+    ("-- x", "flags have the form"),
   ],
 )
 def test_error_for_an_unknown_flag_suggests_a_flag(typed, meant):
   message = refusal(RUN + typed)
   assert meant in message
-  assert shlex.split(typed)[0].partition("=")[0] in message
+  assert shlex.split(typed)[0].partition("=")[0].strip("-") in message
+  _, _, hints = message.rstrip("?").partition("did you mean ")
+  for hint in filter(None, re.split(", | or ", hints)):
+    if not hint.startswith("--sampling"):  # a flag of another command
+      check(RUN + hint if "=" in hint or hint.startswith("--no") else f"{RUN}{hint}=1")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,7 @@ def test_error_for_a_wrong_type_names_flag_and_value(typed, accepted):
     ("configs/digits.py", "--config=configs/digits.py?"),
     ("digits --workdir=x", "--config=digits?"),
     ("--config=digits runs/a", "--workdir=runs/a?"),
+    (RUN + "--png yes", "flags have the form --name=value"),
   ],
 )
 def test_error_for_a_positional_argument_suggests_its_flag(typed, meant):
@@ -127,11 +153,6 @@ def test_flag_without_a_value_is_refused():
   assert "--eta needs a value" in refusal(RUN + "--eta")
 
 
-def test_setting_before_its_config_is_refused():
-  message = refusal("--config.seed=1 " + RUN)
-  assert "--config.seed must come after --config=digits" in message
-
-
 def test_config_setting_is_refused_by_a_command_without_config():
   message = refusal("--config.sampling.eta=1", has_config=False)
   assert "mdt_jax.small reads no config" in message
@@ -140,5 +161,13 @@ def test_config_setting_is_refused_by_a_command_without_config():
 
 def test_valid_arguments_are_returned():
   typed = "--num_images 3 --png --nopng -eta=1 --config.seed -1 --noconfig.data.flip"
-  expected = ["--num_images=3", "--png", "--nopng", "-eta=1", "--config.seed=-1"]
+  expected = ["--num_images=3", "--png", "--nopng", "--eta=1", "--config.seed=-1"]
   assert check(RUN + typed)[1:] == ["--workdir=x", *expected, "--noconfig.data.flip"]
+
+
+def test_arguments_can_be_checked_twice():
+  checks = arguments_of()
+  for _ in range(2):
+    checks.check(["--config=digits", "--workdir=x", "--count=3"])
+  with pytest.raises(UsageError, match="--workdir must be given"):
+    checks.check(["--config=digits", "--num_images=3"])

@@ -29,8 +29,9 @@ def test_packaged_configs_are_found_from_any_folder(name):
 
 
 def test_packaged_configs_are_listed_by_file_name():
-  assert packaged_configs() == sorted(path.stem for path in PACKAGED.glob("*.py"))
-  assert "mdtv2_xl2" in packaged_configs()
+  sizes = ["b2", "l2", "s2", "xl2"]
+  networks = [f"{name}_{size}" for name in ("dit", "mdt", "mdtv2") for size in sizes]
+  assert packaged_configs() == ["digits", *networks]
 
 
 def test_file_on_disk_takes_precedence(elsewhere):
@@ -41,9 +42,7 @@ def test_file_on_disk_takes_precedence(elsewhere):
     assert find_config(name) == name
 
 
-def test_symlink_unpacked_as_a_file_does_not_hide_a_config(
-  elsewhere,
-):
+def test_symlink_unpacked_as_a_file_does_not_hide_a_config(elsewhere):
   (elsewhere / "configs").write_text("mdt_jax/configs")
   assert find_config("configs/digits.py") == DIGITS
 
