@@ -106,7 +106,7 @@ class Arguments:
   def _pairs(self, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """(name, value or None) of each argument, all of them known."""
     undefok = re.findall(r"^--?undefok[=\n](.*)", "\n".join(arguments), re.MULTILINE)
-    ignored = set(re.split(r"[\s,]+", ",".join(undefok)))
+    ignored = set(re.findall(r"[^\s,]+", ",".join(undefok)))
     rest = list(arguments)
     last = ""  # the flag before, if it has no value
     while rest:
@@ -115,11 +115,11 @@ class Arguments:
       name, value = typed.lstrip("-"), text if equals else None
       if argument == "--" and not rest:
         return
+      if not name or name == typed:
+        raise self._positional(rest[0] if argument == "--" else argument, last)
       if name == "undefok":
         rest = rest if equals else rest[1:]
         continue
-      if not name or name == typed:
-        raise self._positional(rest[0] if argument == "--" else argument, last)
       if name not in self._flags and {name, name.removeprefix("no")} & ignored:
         continue
       if typed.startswith("---"):
@@ -162,9 +162,10 @@ class Arguments:
     return True
 
   def _is_boolean(self, name: str) -> bool:
-    """Whether a flag of the command, or of the config, is true or false."""
-    is_own = name in self._flags and self._flags[name].boolean
-    return is_own or _is_boolean_setting(name)
+    """Whether a flag of the command, or of its config, is true or false."""
+    if name in self._flags:
+      return self._flags[name].boolean
+    return self._has_config and _is_boolean_setting(name)
 
   def _positional(self, argument: str, last: str) -> UsageError:
     """The error for an argument that is no flag; `last` is the flag before, if bare."""

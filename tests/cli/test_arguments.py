@@ -86,6 +86,8 @@ def refusal(text, **kwargs):
     ("--=5", "flags have the form"),
     ("-=5", "flags have the form"),
     ("-", "flags have the form"),
+    ("--no", "python -m mdt_jax.small --help"),
+    ("undefok", "flags have the form"),
     ("-- x", "flags have the form"),
   ],
 )
@@ -157,6 +159,7 @@ def test_config_setting_is_refused_by_a_command_without_config():
   message = refusal("--config.sampling.eta=1", has_config=False)
   assert "mdt_jax.small reads no config" in message
   assert "--eta=1?" in message
+  assert "reads no config" in refusal("--noconfig.data.flip", has_config=False)
 
 
 def test_valid_arguments_are_returned():
