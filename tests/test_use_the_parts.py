@@ -20,7 +20,7 @@ def names(tmp_path_factory):
   """Runs all blocks as one program and returns the names that they define."""
   flags = re.DOTALL | re.MULTILINE
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags)
-  assert len(blocks) == 7
+  assert len(blocks) == 10
   path = tmp_path_factory.mktemp("page") / "program.py"
   path.write_text("\n".join(blocks))
   return runpy.run_path(str(path))
@@ -52,6 +52,10 @@ def test_custom_network_is_scored(names):
   assert np.isfinite(names["scored"]["scores"]["frechet"])
 
 
+def test_pipeline_of_the_page_draws_pixels(names):
+  assert names["drawn"].shape == (2, 8, 8, 1) and names["drawn"].dtype == np.uint8
+
+
 def test_custom_objective_trains(names):
   assert int(names["huber"].step) == 2
 
@@ -60,6 +64,26 @@ def test_writers_and_hooks_see_every_step(names):
   step, scalars = names["memory"].last
   assert step == 2 and np.isfinite(scalars["loss"])
   assert names["seen"] == [1, 2]
+
+
+def test_activations_of_every_decode_block_are_captured(names):
+  assert names["activations"].shape == (2, 3, 16, 32)
+
+
+def test_in_blocks_are_captured_twice(names):
+  first, second = names["captured"]["intermediates"]["in_blocks"]["__call__"][0]
+  assert first.shape == (1, 3, 16, 32)
+  np.testing.assert_array_equal(first, second)
+
+
+def test_sown_attention_weights_sum_to_one(names):
+  assert names["weights"].shape == (2, 3, 2, 16, 16)
+  np.testing.assert_allclose(names["weights"].sum(-1), 1, atol=1e-5)
+
+
+def test_jvp_is_finite_and_not_zero(names):
+  assert names["output"].shape == names["tangent"].shape == (3, 8, 8, 2)
+  assert np.isfinite(names["tangent"]).all() and np.any(names["tangent"])
 
 
 def test_config_outside_the_clone_works(names):

@@ -23,12 +23,13 @@ def test_images_source_is_created_by_name(three):
   assert len(create("images", three)) == 3
 
 
-def test_unknown_source_is_refused():
-  with pytest.raises(
-    SettingError,
-    match=r"^config.data.source = 'imagenet': accepted are digits, images",
-  ):
+def test_error_for_an_unknown_source_lists_all_sources():
+  with pytest.raises(SettingError) as error:
     create("imagenet")
+  start, _, listed = str(error.value).partition(": accepted are ")
+  assert start == "config.data.source = 'imagenet'"
+  known = {"digits", "images", "latents", "npz", "arrays"}
+  assert known | set(sources.SOURCES) <= set(listed.split(", "))
 
 
 @pytest.mark.parametrize("name", ["images", "npz", "latents", "arrays"])
