@@ -19,7 +19,7 @@ from absl import flags
 from mdt_jax import cli
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.errors import SettingError, renamed_in_errors
-from mdt_jax.logs import logger
+from mdt_jax.logs import counted, logger
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
@@ -181,7 +181,8 @@ def main(argv: list[str]) -> None:
       strength=STRENGTH.value,
       **_sampling(),
     )
-  logger.info("%d images of step %d: %s", len(labels), pipeline.step, file)
+  images = counted(len(labels), "image")
+  logger.info("%s of step %d: %s", images, pipeline.step, file)
 
 
 def _default_folder() -> str:

@@ -21,7 +21,7 @@ from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
-from mdt_jax.logs import logger
+from mdt_jax.logs import counted, logger
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array
 
@@ -155,7 +155,8 @@ def encode_images(
     entries = latents.read_card(latent_set.folder)["shards"]
     written = sum(entry["images"] for entry in entries)
     left_out = sum(len(entry["left_out"]) for entry in entries)
-    logger.info("%d images in %s, %d left out", written, latent_set.folder, left_out)
+    images_written = counted(written, "image")
+    logger.info("%s in %s, %d left out", images_written, latent_set.folder, left_out)
   else:
     logger.info(
       "this process is done; other processes still write %s", latent_set.folder
@@ -180,7 +181,7 @@ def verify(output: str | os.PathLike[str]) -> int:
   output = Path(output).expanduser()
   with tqdm.tqdm(total=latents.read_card(output)["images"], unit="image") as bar:
     count = latents.verify(output, bar.update)
-  logger.info("%d images in %s: every checksum agrees", count, output)
+  logger.info("%s in %s: every checksum agrees", counted(count, "image"), output)
   return count
 
 
@@ -247,7 +248,7 @@ def write_reference_batch(
     count = reference_batches.write_reference_batch(
       path, images, num_images, bar.update
     )
-  logger.info("%d images of %d pixels: %s", count, image_size, path)
+  logger.info("%s of %d pixels: %s", counted(count, "image"), image_size, path)
   return count
 
 
@@ -270,9 +271,8 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
   """Logs the size of the set; raises SettingError if it does not fit on the disk."""
   missing, free = latent_set.check_disk()
   logger.info(
-    "%d images of %d classes to %d shards: %.2f GB, %.2f GB still to be written, "
-    "%.1f GB free",
-    len(images),
+    "%s of %d classes to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free",
+    counted(len(images), "image"),
     images.num_classes,
     latent_set.num_shards,
     latent_set.num_bytes / 1e9,

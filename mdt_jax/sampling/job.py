@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from mdt_jax.experiment import Experiment
+from mdt_jax.logs import counted
 from mdt_jax.models.autoencoder_decoding import decode_in_slices
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
@@ -56,7 +57,7 @@ class SamplingJob:
   def __repr__(self) -> str:
     sampling, count = self.experiment.settings.sampling, len(self.request.labels)
     return (
-      f"SamplingJob({self.task.kind} {count} image{'s' * (count != 1)}, "
+      f"SamplingJob({self.task.kind} {counted(count, 'image')}, "
       f"{sampling.method} in {sampling.num_steps} steps, "
       f"cfg_scale {sampling.cfg_scale}, seed {self.request.seed})"
     )
