@@ -82,3 +82,16 @@ def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
   except SettingError as error:
     setting = names.get(error.setting, error.setting)
     raise SettingError(setting, error.value, error.accepted) from None
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Describes the values that differ, such as "config.batch_size was 8, now 16".
+
+  Args:
+    old, new: name -> value. A name that is missing has the value None.
+  """
+  return [
+    f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mdt_jax.errors import SettingError
+from flax import traverse_util
+
+from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 
@@ -40,12 +42,7 @@ def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> Non
     # The same network may be set by name, or attribute by attribute.
     old |= _attributes(Experiment(saved))
     new |= _attributes(experiment)
-  differences = [
-    f"{name} was {old.get(name)!r}, now {new[name]!r}"
-    for name in new
-    if old.get(name) != new[name]
-  ]
-  if differences:
+  if differences := describe_changes({name: old.get(name) for name in new}, new):
     raise SettingError(
       "--workdir",
       workdir,
@@ -56,23 +53,11 @@ def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> Non
 
 def changed_settings(saved: Settings, current: Settings) -> list[str]:
   """Describes the settings that differ, such as "config.batch_size was 8, now 16"."""
-  old, new = _flatten(saved.to_dict()), _flatten(current.to_dict())
-  return [
-    f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-  ]
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
-  """Nested dicts to full name -> value."""
-  flat: dict[str, Any] = {}
-  for name, value in settings.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}.{name}")
-    else:
-      flat[f"{prefix}.{name}"] = value
-  return flat
+  old, new = (
+    traverse_util.flatten_dict({"config": settings.to_dict()}, sep=".")
+    for settings in (saved, current)
+  )
+  return describe_changes(old, new)
 
 
 def _attributes(experiment: Experiment) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def _check_zip(path: Path) -> None:
   try:
     with zipfile.ZipFile(path) as file:
       damaged = file.testzip()
+  # zipfile raises NotImplementedError for an unknown method of compression.
   except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
     raise SettingError("path", str(path), f"is damaged: {e}") from None
   if damaged is not None:

@@ -26,10 +26,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tqdm
+from flax import traverse_util
 from jaxtyping import Int, Shaped
 
 from mdt_jax.atomic import atomic_write, write_json
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.logs import logger
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
@@ -176,14 +177,17 @@ class ShardedImages:
 
   def _differences(self, saved: dict[str, Any]) -> str:
     """The settings that differ from saved ones, for errors."""
-    before, now = _flat(saved), _flat(self._settings)
-    return "; ".join(
-      f"other {name}"
-      if name in _HASHED
-      else f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-      for name in sorted(before.keys() | now.keys())
-      if before.get(name) != now.get(name)
+    # Entries of a dict are named as in "task.strength".
+    old, new = (
+      traverse_util.flatten_dict(settings, sep=".")
+      for settings in (saved, self._settings)
     )
+    hashed = [f"other {name}" for name in _HASHED if old.get(name) != new.get(name)]
+    plain = (
+      {name: value for name, value in settings.items() if name not in _HASHED}
+      for settings in (old, new)
+    )
+    return "; ".join([*describe_changes(*plain), *hashed])
 
   def _is_written(self, block: int) -> bool:
     """Whether the file of a block holds its images; a damaged file is logged."""
@@ -261,17 +265,6 @@ class ShardedImages:
       pixels = pictures.latent_preview(pixels)
     grid = pictures.make_grid(pixels, [str(label) for label in labels[: len(pixels)]])
     grid.save(self.folder / "samples.png")
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-  """Replaces each dict among the values by its entries, as in "task.strength"."""
-  flat: dict[str, Any] = {}
-  for name, value in settings.items():
-    if isinstance(value, dict):
-      flat |= {f"{name}.{key}": entry for key, entry in value.items()}
-    else:
-      flat[name] = value
-  return flat
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
