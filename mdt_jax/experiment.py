@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source, Subset, check_source, split_indices
 from mdt_jax.data.latents import LatentSource
 from mdt_jax.data.sources import SOURCES, create_source
@@ -85,6 +86,11 @@ class Experiment:
 
   Properties that build an object raise SettingError if a setting is invalid.
 
+  Attributes:
+    settings: settings of the run.
+    data_labels: the labels that the training data holds, set by `open` or when a
+      checkpoint is loaded; None if they are unknown.
+
   Args:
     settings: settings of the run.
     devices: devices of the run; None for all devices of all processes.
@@ -100,6 +106,7 @@ class Experiment:
     self._own = own or OwnParts()
     self._devices = devices
     self.settings = settings
+    self.data_labels: DataLabels | None = None
     if (source := self._own.source) is not None:
       # Sampling reads from the checkpoint's settings whether the run used pixels.
       kind = "images" if _has_pixels(source) else "arrays"
@@ -145,14 +152,19 @@ class Experiment:
       accumulation_steps=self.settings.accumulation_steps,
     )
 
-  def open(self) -> None:
+  def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.
+
+    Returns:
+      The labels that the data holds.
 
     Raises:
       SettingError: the mesh does not fit the devices, or the autoencoder or the data
         cannot be opened.
     """
-    _ = self.mesh, self.autoencoder, self.source
+    _ = self.mesh, self.autoencoder
+    self.data_labels = DataLabels.of(self.source)
+    return self.data_labels
 
   @functools.cached_property
   def model(self) -> Model:
@@ -376,6 +388,7 @@ class Experiment:
     keeps_data = settings.data == self.settings.data
     own = self._own if keeps_data else dataclasses.replace(self._own, source=None)
     other = Experiment(settings, self._devices, own)
+    other.data_labels = self.data_labels
     other.__dict__["model"] = self.model
     other.__dict__["process"] = self.process
     if keeps_data and "autoencoder" in self.__dict__:

@@ -41,8 +41,9 @@ EMA_DECAY = flags.DEFINE_float(
 LABELS = flags.DEFINE_list(
   "labels",
   BALANCED,
-  "Classes to draw, in turn: numbers, or names of ImageNet classes; "
-  f"{BALANCED}: all classes in turn; {RANDOM}: random classes; {NONE}: no class.",
+  "Classes to draw, in turn: numbers, or names of classes of the data or of ImageNet; "
+  f"{BALANCED}: all classes of the data in turn; {RANDOM}: random classes of the data; "
+  f"{NONE}: no class.",
 )
 NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
@@ -165,6 +166,7 @@ def main(argv: list[str]) -> None:
       pipeline.model.num_classes,
       SEED.value,
       has_null=pipeline.has_null_label,
+      held=pipeline.experiment.data_labels,
     )
     file = pipeline.write(
       OUTPUT.value or workdir_of(CHECKPOINT.value) / _default_folder(),

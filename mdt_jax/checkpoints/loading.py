@@ -13,6 +13,7 @@ from etils import epath
 
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.manager import FOLDER, restore_args, restore_config
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
@@ -111,6 +112,9 @@ def load_ema(
     check_choice("ema_decay", decay, settings.ema_decays)
     settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
     experiment = Experiment(settings, own=OwnParts(model=model))
+    experiment.data_labels = DataLabels.read(
+      folder.parent, experiment.model.num_classes
+    )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

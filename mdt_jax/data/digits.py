@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.data.examples import Example, SourceArguments
+from mdt_jax.data.examples import Example, SourceArguments, count_labels
 from mdt_jax.errors import SettingError
 
 SIZE, CHANNELS = 8, 1
@@ -28,6 +28,7 @@ class DigitsSource:
     digits: Any = load_digits()
     self._images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
     self._labels = digits.target.astype(np.int32)
+    self.label_counts = count_labels(self._labels)
 
   def __len__(self) -> int:
     return len(self._images)

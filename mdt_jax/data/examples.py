@@ -24,6 +24,9 @@ class Source(Protocol):
 
   `loader.create_loader` turns a source into batches.
 
+  A source may also have `class_names`, the name of each class, and `label_counts`, a
+  dict label -> number of examples; see `class_labels.DataLabels`.
+
   Attributes:
     num_classes: labels lie in [0, num_classes).
     image_shape: (H, W, C) of an image or a latent.
@@ -140,12 +143,20 @@ class Subset:
     self.num_classes = source.num_classes
     # A user's source may lack image_shape; see `check_source`.
     self.image_shape = getattr(source, "image_shape", ()) or source[0]["image"].shape
+    self.class_names = getattr(source, "class_names", None)
+    self.label_counts = getattr(source, "label_counts", None)  # of the whole source
 
   def __len__(self) -> int:
     return len(self._indices)
 
   def __getitem__(self, index: int) -> Example:
     return self._source[int(self._indices[index])]
+
+
+def count_labels(labels: Int[np.ndarray, " N"]) -> dict[int, int]:
+  """Returns label -> number of examples, in increasing order."""
+  held, counts = np.unique(labels, return_counts=True)
+  return dict(zip(held.tolist(), counts.tolist(), strict=True))
 
 
 def split_indices(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ class Files(Protocol):
   Attributes:
     path: path of the collection, as the user typed it.
     classes: names of the classes; a label is an index into this list.
+    label_counts: label -> number of files; None if unknown.
   """
 
   @property
@@ -36,6 +37,9 @@ class Files(Protocol):
 
   @property
   def classes(self) -> Sequence[str]: ...
+
+  @property
+  def label_counts(self) -> Mapping[int, int] | None: ...
 
   def __len__(self) -> int: ...
 
@@ -62,6 +66,8 @@ class FileSource(TolerantSource):
     super().__init__(files.path, max_unreadable)
     self.files = files
     self.num_classes = len(files.classes)
+    self.class_names = files.classes
+    self.label_counts = files.label_counts
     self.image_shape = (image_size, image_size, channels)
 
   @abc.abstractmethod
@@ -113,6 +119,8 @@ class TfdsFiles:
 
   TFDS does not decode the images, so that `ImageSource` decodes them like image files.
   """
+
+  label_counts = None
 
   def __init__(self, path: str, split: str):
     # Slow to import. Reading array_record does not need TensorFlow.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
+from mdt_jax.data.examples import count_labels
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 
@@ -25,6 +26,7 @@ class FolderFiles:
     self.path = path
     self._names, subfolders = _list_folder(path, extensions)
     self._labels, self.classes = label_files(path, self._names, subfolders)
+    self.label_counts = count_labels(self._labels)
 
   def __len__(self) -> int:
     return len(self._names)

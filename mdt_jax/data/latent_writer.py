@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 
 from mdt_jax.atomic import write_json
 from mdt_jax.data import latents
-from mdt_jax.data.examples import Example
+from mdt_jax.data.examples import Example, count_labels
 from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
 from mdt_jax.errors import SettingError
@@ -180,7 +180,8 @@ def _write_shard(
   from array_record.python.array_record_module import ArrayRecordWriter
 
   partial = path.with_name(f".{path.name}.partial")
-  count, left_out = 0, []
+  labels: list[int] = []
+  left_out: list[str] = []
   with _lock(latent_set, partial, path):
     try:
       with _disk_errors(latent_set, path):
@@ -192,7 +193,7 @@ def _write_shard(
             continue
           with _disk_errors(latent_set, path):
             writer.write(record)
-          count += 1
+          labels.append(latent_set.layout.label(record))
       finally:
         with _disk_errors(latent_set, path):
           writer.close()
@@ -201,8 +202,9 @@ def _write_shard(
           os.fsync(file.fileno())
         entry = {
           "file": path.name,
-          "images": count,
+          "images": len(labels),
           "bytes": partial.stat().st_size,
+          "labels": count_labels(np.asarray(labels, int)),
           "left_out": left_out,
         }
         write_json(entry_path(path), entry)

@@ -15,6 +15,7 @@ Damage is detected in three ways:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -74,14 +75,18 @@ class Layout:
     label_bytes = int(label).to_bytes(LABEL_BYTES, "little")
     return views.tobytes() + label_bytes + name.encode()
 
+  def label(self, record: bytes) -> int:
+    """Returns the label of a record."""
+    end = self.moment_bytes + LABEL_BYTES
+    return int.from_bytes(record[self.moment_bytes : end], "little")
+
   def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
     """Returns (views, label, name); raises ValueError if the record is truncated."""
     end = self.moment_bytes + LABEL_BYTES
     if len(record) < end:
       raise ValueError(f"record has {len(record)} bytes, must have at least {end}")
     views = np.frombuffer(record, DTYPES[self.dtype], math.prod(self.shape))
-    label = int.from_bytes(record[self.moment_bytes : end], "little")
-    return views.reshape(self.shape), label, record[end:].decode()
+    return views.reshape(self.shape), self.label(record), record[end:].decode()
 
 
 def shard_name(index: int, count: int) -> str:
@@ -148,8 +153,10 @@ class LatentSource(TolerantSource):
     check_choice("config.data.path: dtype", self.layout.dtype, DTYPES)
     if self.layout.latent_shape != self.image_shape:
       raise shape_error(self._path, self.layout.latent_shape, self.image_shape)
-    self.num_classes = len(self.card["classes"])
+    self.class_names = self.card["classes"]
+    self.num_classes = len(self.class_names)
     shards = self.card["shards"]
+    self.label_counts = _label_counts(shards)
     self._records = _open_shards(Path(self._path).expanduser(), shards)
     self._ends = np.cumsum([shard["images"] for shard in shards])
 
@@ -262,6 +269,16 @@ def channel_statistics(
     progress(1)
   mean, square = totals / count
   return ChannelStatistics(mean, np.sqrt(square - mean**2))
+
+
+def _label_counts(shards: list[dict[str, Any]]) -> dict[int, int] | None:
+  """Returns label -> number of images; None for a card of an earlier version."""
+  if not all("labels" in shard for shard in shards):
+    return None
+  counts: collections.Counter[int] = collections.Counter()
+  for shard in shards:
+    counts.update({int(label): count for label, count in shard["labels"].items()})
+  return dict(counts)
 
 
 def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataSource:

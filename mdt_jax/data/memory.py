@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from mdt_jax.data.examples import Example
+from mdt_jax.data.examples import Example, count_labels
 from mdt_jax.errors import SettingError
 
 
@@ -22,17 +23,26 @@ class MemorySource:
     num_classes: labels lie in [0, num_classes).
     image_shape: (H, W, C).
     pixels: whether the images are uint8.
+    class_names: name of each class, or None.
+    label_counts: label -> number of images.
 
   Args:
     images: (N, H, W, C), uint8 or floats; floats must be finite in float32.
     labels: (N,) integers of at least 0; None for zeros.
     num_classes: number of classes; None for the largest label plus one.
+    class_names: name of each class; None for none.
 
   Raises:
     SettingError: an argument has the wrong shape, dtype or range.
   """
 
-  def __init__(self, images: Any, labels: Any = None, num_classes: int | None = None):
+  def __init__(
+    self,
+    images: Any,
+    labels: Any = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+  ):
     self._images = check_images(images)
     if self.pixels is False:
       with np.errstate(over="ignore"):  # the check below finds overflow
@@ -50,6 +60,12 @@ class MemorySource:
         "num_classes", num_classes, f"must be at least {least}, the largest label + 1"
       )
     self.num_classes = least if num_classes is None else num_classes
+    if class_names is not None and len(class_names) != self.num_classes:
+      raise SettingError(
+        "class_names", len(class_names), f"must be {self.num_classes}, one for a class"
+      )
+    self.class_names = class_names
+    self.label_counts = count_labels(self._labels)
 
   @property
   def pixels(self) -> bool:

@@ -16,6 +16,7 @@ from mdt_jax.data.examples import (
   Example,
   SourceArguments,
   TolerantSource,
+  count_labels,
   shape_error,
 )
 from mdt_jax.data.memory import check_images, check_labels
@@ -72,6 +73,7 @@ class NpzSource(TolerantSource):
     if images.shape[1:] != image_shape:
       raise shape_error(path, images.shape[1:], image_shape)
     self.num_classes = int(self._labels.max()) + 1
+    self.label_counts = count_labels(self._labels)
 
   def __len__(self) -> int:
     return len(self._labels)

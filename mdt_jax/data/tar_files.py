@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from mdt_jax.data.examples import count_labels
 from mdt_jax.data.folder_files import label_files
 from mdt_jax.errors import SettingError
 
@@ -40,6 +41,7 @@ class TarFiles:
       names = [name.split("/", 1)[1] for name in names]
     folders = sorted({name.split("/")[0] for name in names if "/" in name})
     self._labels, self.classes = label_files(path, names, folders)
+    self.label_counts = count_labels(self._labels)
 
   def __len__(self) -> int:
     return len(self._entries)

@@ -220,6 +220,7 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
       experiment.autoencoder,
       settings.seed,
       holds_pixels=experiment.holds_pixels,
+      held=experiment.data_labels,
     )
 
   drawn = draw(None)  # fails early, before the real images are read

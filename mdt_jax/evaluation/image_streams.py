@@ -16,12 +16,14 @@ from typing import IO, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Num
 
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import Generator, output_shape
+from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Params
@@ -208,7 +210,7 @@ class SourceImages:
 
 
 class GeneratedImages:
-  """Images that a network draws, of all classes in turn.
+  """Images that a network draws, of all classes of the training data in turn.
 
   All processes of a run must read the stream together; each process gets whole batches.
 
@@ -225,6 +227,7 @@ class GeneratedImages:
     autoencoder: decodes latents; None if the network draws pixels.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     holds_pixels: whether the network draws pixels.
+    held: the labels of the training data; None draws all labels of the network.
 
   Raises:
     SettingError: the network draws latents, and there is no autoencoder.
@@ -240,13 +243,14 @@ class GeneratedImages:
     seed: int = 0,
     *,
     holds_pixels: bool,
+    held: DataLabels | None = None,
   ):
     if autoencoder is None and not holds_pixels:
       raise SettingError(
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
-    self.labels = model.conditioning.choose(num_images)
+    self.labels = choose_conditions(model.conditioning, num_images, held)
     self.image_shape = output_shape(model, autoencoder)
     self._autoencoder = autoencoder
 

@@ -197,4 +197,5 @@ def _drawn(checkpoint: Checkpoint, num_images: int, seed: int) -> GeneratedImage
     experiment.autoencoder,
     seed,
     holds_pixels=experiment.holds_pixels,
+    held=experiment.data_labels,
   )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import printable
+from mdt_jax.models.conditions import Condition, LabelCondition
 
 # WordNet's names of the classes of ILSVRC 2012: line i holds the names of class i.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 BALANCED, RANDOM, NONE = "balanced", "random", "none"
+MAX_SHOWN = 5  # names of classes in an error, at most
+_WNID = re.compile(r"n\d{8}")  # number of an ImageNet class in WordNet
 MAX_DEFAULT_COUNT = 100  # default number of "balanced" or "random" labels, at most
 
-# A class number, an ImageNet name, or None for the null label (no class).
+# A class number, the name of a class, or None for the null label (no class).
 Label: TypeAlias = int | str | np.integer | None
 # One label or N labels.
 Labels: TypeAlias = Label | Sequence[Label] | np.ndarray | jax.Array
@@ -32,17 +38,23 @@ def imagenet_classes() -> tuple[tuple[str, ...], ...]:
 
 
 def parse_labels(
-  setting: str, labels: Labels, num_classes: int, *, has_null: bool = False
+  setting: str,
+  labels: Labels,
+  num_classes: int,
+  *,
+  has_null: bool = False,
+  held: DataLabels | None = None,
 ) -> Int[np.ndarray, "N"]:
   """Converts labels to class numbers.
 
   Args:
     setting: name of the argument in errors.
     labels: one label, a list or tuple of N labels, or an integer NumPy or JAX array
-      (N,). A label is a class number, a name of ImageNet if the model has ImageNet's
-      1,000 classes, or the null label: None or `num_classes`.
+      (N,). A label is a class number, the name of a class, or the null label: None or
+      `num_classes`. Names are those of the data; see `_class_of` for ImageNet's.
     num_classes: number of classes of the model.
     has_null: whether the model was trained with a null label.
+    held: the labels of the training data, with names; None if unknown.
 
   Returns:
     (N,) int64 class numbers; N = 1 for one label. The null label is `num_classes`.
@@ -53,7 +65,8 @@ def parse_labels(
       False.
   """
   found = [
-    _parse(setting, label, num_classes, has_null) for label in _listed(setting, labels)
+    _parse(setting, label, num_classes, has_null, held)
+    for label in _listed(setting, labels)
   ]
   return np.asarray(found, np.int64)
 
@@ -66,6 +79,7 @@ def choose_labels(
   seed: int,
   *,
   has_null: bool = False,
+  held: DataLabels | None = None,
 ) -> Int[np.ndarray, "N"]:
   """The label of each image that `mdt_jax.sample` draws.
 
@@ -77,7 +91,7 @@ def choose_labels(
       the number of classes, but at most MAX_DEFAULT_COUNT.
     num_classes: number of classes of the model.
     seed: seed of "random".
-    has_null: see `parse_labels`.
+    has_null, held: see `parse_labels`.
 
   Returns:
     (N,) int64 class numbers.
@@ -86,10 +100,11 @@ def choose_labels(
     SettingError: see `parse_labels`.
   """
   if list(labels) in ([BALANCED], [RANDOM]):
-    count = count or min(num_classes, MAX_DEFAULT_COUNT)
-    return draw_labels(str(labels[0]), count, num_classes, seed)
+    drawn = np.arange(num_classes) if held is None else held.labels
+    count = count or min(len(drawn), MAX_DEFAULT_COUNT)
+    return drawn[draw_labels(str(labels[0]), count, len(drawn), seed)]
   named = [None if str(label).lower() == NONE else label for label in labels]
-  parsed = parse_labels(setting, named, num_classes, has_null=has_null)
+  parsed = parse_labels(setting, named, num_classes, has_null=has_null, held=held)
   return np.resize(parsed, count or len(parsed))
 
 
@@ -114,6 +129,24 @@ def draw_labels(
   return np.random.default_rng((seed, 0x1ABE1)).integers(0, num_classes, count)
 
 
+def choose_conditions(
+  condition: Condition, count: int, held: DataLabels | None
+) -> Shaped[np.ndarray, "N ..."]:
+  """The condition y of each image that training and evaluation draw.
+
+  Args:
+    condition: the condition of the network.
+    count: number N of images.
+    held: the labels of the training data; None if unknown.
+
+  Returns:
+    (N, …). For class labels, the labels of the data in turn.
+  """
+  if held is not None and isinstance(condition, LabelCondition):
+    return held.choose(count)
+  return condition.choose(count)
+
+
 def _listed(setting: str, labels: Any) -> Sequence[Any]:
   """Converts one label, a list, a tuple or an array to a list that is not empty."""
   if hasattr(labels, "__array__"):
@@ -130,12 +163,14 @@ def _listed(setting: str, labels: Any) -> Sequence[Any]:
   return labels
 
 
-def _parse(setting: str, label: Any, num_classes: int, has_null: bool) -> int:
+def _parse(
+  setting: str, label: Any, num_classes: int, has_null: bool, held: DataLabels | None
+) -> int:
   """The class number of one label; raises SettingError for an invalid label."""
   if hasattr(label, "__array__") and np.ndim(label) == 0:  # a number of NumPy or JAX
     label = np.asarray(label).item()
   if isinstance(label, str) and not label.strip().isdecimal():
-    return _class_of(setting, label, num_classes)
+    return _class_of(setting, label, num_classes, held)
   classes = f"labels of this model are 0 … {num_classes - 1}"
   null = f", or {num_classes} or None for the null label" if has_null else ""
   if isinstance(label, bool) or not isinstance(label, (int, str, type(None))):
@@ -159,8 +194,28 @@ def _shown(value: Any) -> Any:
   return value if len(repr(value).splitlines()) == 1 else type(value).__name__
 
 
-def _class_of(setting: str, name: str, num_classes: int) -> int:
-  """The number of the ImageNet class with this name."""
+def _class_of(
+  setting: str, name: str, num_classes: int, held: DataLabels | None
+) -> int:
+  """The number of the class with this name.
+
+  Names of the data come first. ImageNet's names are valid too if the network has 1,000
+  classes and the data has no names, or has ImageNet's 1,000 numbers (n01440764) as
+  names.
+  """
+  if held is not None and len(held.names):
+    found = _find(setting, name, held.labels.tolist(), [(n,) for n in held.names])
+    if found is not None:
+      return found
+    wnids = sum(bool(_WNID.fullmatch(name)) for name in held.names)
+    if wnids < num_classes:
+      shown = ", ".join(map(printable, held.names[:MAX_SHOWN]))
+      shown += ", …" if len(held.names) > MAX_SHOWN else ""
+      raise SettingError(
+        setting,
+        name,
+        f"is no class of the data: {shown}; or give a number, 0 … {num_classes - 1}",
+      )
   classes = imagenet_classes()
   if num_classes != len(classes):
     raise SettingError(
@@ -169,19 +224,46 @@ def _class_of(setting: str, name: str, num_classes: int) -> int:
       f"labels of this model are numbers, 0 … {num_classes - 1}; names need a model "
       f"with the {len(classes)} classes of ImageNet",
     )
-  wanted = " ".join(name.lower().split())
+  found = _find(setting, name, range(num_classes), classes)
+  if found is None:
+    raise SettingError(
+      setting,
+      name,
+      "is not a name of an ImageNet class; a valid name is 'golden retriever'",
+    )
+  return found
+
+
+def _find(
+  setting: str, name: str, labels: Sequence[int], classes: Sequence[Sequence[str]]
+) -> int | None:
+  """The label whose class has this name; None if there is none.
+
+  Args:
+    setting: name of the argument in errors.
+    name: the name; case and repeated spaces are ignored unless a class has the very
+      same name.
+    labels: labels of the classes.
+    classes: names of each class.
+
+  Raises:
+    SettingError: several classes have this name.
+  """
+  wanted = _folded(name)
   # The most common name of a class has priority over other names of other classes.
-  for candidates in (
-    [i for i, names in enumerate(classes) if names[0].lower() == wanted],
-    [i for i, names in enumerate(classes) if wanted in map(str.lower, names)],
+  for matches in (
+    [i for i, names in enumerate(classes) if names[0] == name],
+    [i for i, names in enumerate(classes) if _folded(names[0]) == wanted],
+    [i for i, names in enumerate(classes) if wanted in map(_folded, names)],
   ):
-    if len(candidates) == 1:
-      return candidates[0]
-  if candidates:
-    which = " or ".join(f"{i} ({', '.join(classes[i])})" for i in candidates)
-    raise SettingError(setting, name, f"is ambiguous: give the number, {which}")
-  raise SettingError(
-    setting,
-    name,
-    "is not a name of an ImageNet class; a valid name is 'golden retriever'",
-  )
+    if len(matches) == 1:
+      return labels[matches[0]]
+  if not matches:
+    return None
+  which = " or ".join(f"{labels[i]} ({', '.join(classes[i])})" for i in matches)
+  raise SettingError(setting, name, f"is ambiguous: give the number, {which}")
+
+
+def _folded(name: str) -> str:
+  """The name in lower case, with single spaces."""
+  return " ".join(name.lower().split())

@@ -6,7 +6,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,12 +69,19 @@ def make_grid(
   drawer, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
     x, y = MARGIN + i % columns * tile_w, i // columns * tile_h
-    drawer.text((x, y), caption, fill="black", font=font)
+    drawer.text((x, y), _shortened(caption, tile_w, font), fill="black", font=font)
     size = (width * factor, height * factor)
     grid.paste(
       to_pil(image).resize(size, Image.Resampling.NEAREST), (x, y + CAPTION_HEIGHT)
     )
   return grid
+
+
+def _shortened(caption: str, width: int, font: Any) -> str:
+  """Cuts a caption that is wider than `width` pixels."""
+  while caption and font.getlength(caption) > width:
+    caption = caption[:-2] + "…" if len(caption) > 2 else ""
+  return caption
 
 
 def write_npz(

@@ -131,9 +131,10 @@ class Pipeline:
 
     Args:
       labels: one label, or N labels in a list, a tuple or an integer NumPy or JAX array
-        (N,). A label is a class number in [0, num_classes), or a name of ImageNet if
-        the model has ImageNet's 1,000 classes. None or num_classes is the null label,
-        which draws an image of no particular class.
+        (N,). A label is a class number in [0, num_classes), or the name of a class of
+        the training data, or of ImageNet if the model has ImageNet's 1,000 classes.
+        None or num_classes is the null label, which draws an image of no particular
+        class.
       **arguments: arguments of `job`, such as num_steps=50.
 
     Returns:
@@ -256,6 +257,9 @@ class Pipeline:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       overwrite=overwrite,
+      caption=str
+      if self.experiment.data_labels is None
+      else self.experiment.data_labels.caption,
     )
     if not sharded.is_complete:
       sharded.write(job.generate_blocks, progress=progress and jax.process_index() == 0)
@@ -310,7 +314,11 @@ class Pipeline:
         "cfg_scale", scale, "must be 1: the network was trained without label dropout"
       )
     label_array = parse_labels(
-      "labels", labels, self.model.num_classes, has_null=self.has_null_label
+      "labels",
+      labels,
+      self.model.num_classes,
+      has_null=self.has_null_label,
+      held=self.experiment.data_labels,
     )
     if not 0 <= seed < 2**32:
       raise SettingError("seed", seed, "must lie in [0, 2**32)")

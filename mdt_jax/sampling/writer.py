@@ -56,6 +56,7 @@ class ShardedImages:
     process_index: number of this process, from 0.
     process_count: number of processes that share the folder.
     overwrite: whether to replace finished images of other settings.
+    caption: label -> text above its image in the grid.
 
   Raises:
     SettingError: the folder holds images of other settings: unfinished ones, or
@@ -72,6 +73,7 @@ class ShardedImages:
     process_index: int = 0,
     process_count: int = 1,
     overwrite: bool = False,
+    caption: Callable[[int], str] = str,
   ):
     self.folder = Path(folder)
     self._partial = self.folder / "partial"
@@ -81,6 +83,7 @@ class ShardedImages:
     self._name = name
     self._process_index = process_index
     self._process_count = process_count
+    self._caption = caption
     if self._partial.exists() and not self._partial.is_dir():
       raise SettingError(
         "folder", str(folder), "must not hold a file with the name 'partial'"
@@ -263,7 +266,8 @@ class ShardedImages:
     pixels = np.stack(shown)
     if pixels.dtype != np.uint8:
       pixels = pictures.latent_preview(pixels)
-    grid = pictures.make_grid(pixels, [str(label) for label in labels[: len(pixels)]])
+    captions = [self._caption(int(label)) for label in labels[: len(pixels)]]
+    grid = pictures.make_grid(pixels, captions)
     grid.save(self.folder / "samples.png")
 
 

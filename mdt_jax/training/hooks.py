@@ -21,6 +21,7 @@ from mdt_jax.logs import logger
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import make_generator
+from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.progress import is_due
 from mdt_jax.types import Params
@@ -173,7 +174,9 @@ class Pictures(Hook):
     self._generator = make_generator(experiment.model, experiment.sampler)
     shards = sharding.batch_shards(experiment.mesh)
     count = -(-settings.num_samples // shards) * shards
-    self._labels = experiment.model.conditioning.choose(count)
+    held = experiment.data_labels
+    self._labels = choose_conditions(experiment.model.conditioning, count, held)
+    self._caption = str if held is None else held.caption
 
   def _make(
     self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
@@ -192,7 +195,7 @@ class Pictures(Hook):
     if jax.process_index() > 0:
       return None
     convert = pictures.to_uint8 if self._draws_pixels else pictures.latent_preview
-    captions = [str(label) for label in labels[: settings.num_samples]]
+    captions = [self._caption(label) for label in labels[: settings.num_samples]]
     return pictures.make_grid(convert(arrays[: settings.num_samples]), captions)
 
   def _write(self, path: Path, made: Image.Image) -> None:
