@@ -1,15 +1,13 @@
-"""The training loop: batches, steps, metrics, pictures, scores and checkpoints."""
+"""A training run, from its config to its last checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -20,9 +18,8 @@ from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source
-from mdt_jax.data.loader import create_loader
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation.evaluator import Stopped, check_eval, make_training_evaluator
+from mdt_jax.evaluation.evaluator import check_eval, make_training_evaluator
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import counted, logger
 from mdt_jax.models.conditions import LabelCondition
@@ -35,10 +32,8 @@ from mdt_jax.training.hooks import Hook, Pictures, Scores
 from mdt_jax.training.lock import locked
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
-from mdt_jax.training.progress import Progress
-from mdt_jax.training.skipped import SkippedSteps
-from mdt_jax.training.step import Metrics
-from mdt_jax.types import Batch
+from mdt_jax.training.trainer import StepHook, Trainer
+
 
 def train(
   config: ConfigDict,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from mdt_jax import sharding
-from mdt_jax.training import distributed, loop
+from mdt_jax.training import distributed, loop, trainer
 from tests.training.tiny import tiny_config
 
 NUM_STEPS = 10
@@ -38,17 +38,17 @@ def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
     }
   )
   metrics = []
-  add = loop.Progress.add
+  add = trainer.Progress.add
 
   def recording(self, done, found):
     metrics.append(jax.device_get(found))
     add(self, done, found)
 
-  loop.Progress.add = recording
+  trainer.Progress.add = recording
   try:
     state = loop.train(config, workdir)
   finally:
-    loop.Progress.add = add
+    trainer.Progress.add = add
   arrays = {
     f"losses/{name}": np.stack([found[name] for found in metrics])
     for name in ("loss", "masked_loss", "gradient_norm")

@@ -17,7 +17,7 @@ from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling.pipeline import Pipeline
-from mdt_jax.training import loop
+from mdt_jax.training import loop, trainer
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import forked, reference
 from tests.training.tiny import tiny_config, tiny_dit_config
@@ -88,14 +88,14 @@ def test_finished_run_does_not_train_again(whole_run, caplog):
 
 
 def test_first_signal_saves_the_current_step(tmp_path, monkeypatch):
-  original = loop.Progress.add
+  original = trainer.Progress.add
 
   def stop_at_three(self, done, metrics):
     original(self, done, metrics)
     if done == 3:
       os.kill(os.getpid(), signal.SIGINT)
 
-  monkeypatch.setattr(loop.Progress, "add", stop_at_three)
+  monkeypatch.setattr(trainer.Progress, "add", stop_at_three)
   with pytest.raises(Interrupted, match="step 3"):
     loop.train(tiny_dit_config(), tmp_path)
   checkpoints = Checkpoints(tmp_path, 2)

@@ -13,7 +13,7 @@ from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
-from mdt_jax.training import loop
+from mdt_jax.training import loop, trainer
 from mdt_jax.training.replay import replay
 from tests.training.tiny import tiny_config
 
@@ -87,13 +87,13 @@ def test_replay_finds_the_bad_example(stopped, data, caplog):
 
 def test_replayed_step_has_its_original_loss(data, tmp_path, monkeypatch):
   losses = []
-  original = loop.Progress.add
+  original = trainer.Progress.add
 
   def add(self, done, metrics):
     losses.append(np.divide(*jax.device_get(metrics["loss"] + metrics["masked_loss"])))
     return original(self, done, metrics)
 
-  monkeypatch.setattr(loop.Progress, "add", add)
+  monkeypatch.setattr(trainer.Progress, "add", add)
   config = config_of(data, num_steps=3)
   loop.train(config, tmp_path)
   for step in (1, 2):  # From the initial state, and from the checkpoint of step 2.
@@ -132,14 +132,14 @@ def test_rollback_skips_the_bad_batches(data, tmp_path, caplog):
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 
   # The expected result: a run that reads only the remaining batches.
-  create_loader = loop.create_loader
+  create_loader = trainer.create_loader
   clean = tmp_path / "clean"
   config.num_steps, config.max_rollbacks = 2, 0
   loop.train(config, clean)
   config.num_steps = 6
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      loop,
+      trainer,
       "create_loader",
       lambda source, start_step, **kwargs: create_loader(
         source, start_step=start_step + 4, **kwargs
