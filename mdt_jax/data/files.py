@@ -18,7 +18,8 @@ from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.data.tar_files import TarFiles, list_tars
 from mdt_jax.errors import SettingError
 
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+_IMAGES = ".bmp .gif .jfif .jpeg .jpg .png .tif .tiff .webp"
+IMAGE_EXTENSIONS = tuple(_IMAGES.split())
 ARRAY_EXTENSIONS = (".npy",)
 TFDS_PREFIX = "tfds:"
 

@@ -16,7 +16,7 @@ from mdt_jax.errors import check_choice
 
 # Pillow's names of the formats of `files.IMAGE_EXTENSIONS`. Other decoders stay off:
 # whatever a file is called, Pillow would run Ghostscript on PostScript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:

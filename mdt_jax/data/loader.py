@@ -107,15 +107,15 @@ def batch_indices(
 
 
 def _handle_signals(worker: int, num_workers: int) -> None:
-  """Makes a worker process ignore SIGINT and SIGTERM, and end with its parent.
+  """Makes a worker process ignore SIGINT, SIGTERM and SIGHUP, and end with its parent.
 
   A terminal and srun send signals to all processes. The training process still needs
   batches until it has saved, so the workers must continue. Grain stops workers by an
   event, then by SIGKILL.
   """
   del worker, num_workers
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
 from mdt_jax.data import latents, reference_batches
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latent_set import LatentSet
@@ -271,9 +272,9 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
   """Logs the size of the set; raises SettingError if it does not fit on the disk."""
   missing, free = latent_set.check_disk()
   logger.info(
-    "%s of %d classes to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free",
+    "%s in %s; to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free",
     counted(len(images), "image"),
-    images.num_classes,
+    DataLabels.of(images).describe(),
     latent_set.num_shards,
     latent_set.num_bytes / 1e9,
     missing / 1e9,
