@@ -12,6 +12,8 @@ torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 from pathlib import Path
 
 from absl import flags
@@ -25,7 +27,8 @@ from mdt_jax.pretrained import torch_inception, torch_vae
 INPUT = flags.DEFINE_string(
   "input",
   None,
-  "File to convert; with --to_torch, the folder of a run.",
+  "File to convert, or folder of a DiT in diffusers' format; with --to_torch, the "
+  "folder of a run.",
   required=True,
 )
 OUTPUT = flags.DEFINE_string(
@@ -56,6 +59,20 @@ NUM_HEADS = flags.DEFINE_integer(
   "num_heads",
   None,
   "Number of attention heads of a DiT. Default: that of the published size.",
+)
+NUM_CLASSES = flags.DEFINE_integer(
+  "num_classes",
+  None,
+  "Number of classes, without the null label. Give it if the network was trained "
+  "without label dropout (class_dropout_prob=0 in the released code): its label table "
+  "has no row for the null label, which the file does not show. Default: what the file "
+  "states, else one less than the rows of the table.",
+)
+INPUT_SIZE = flags.DEFINE_integer(
+  "input_size",
+  None,
+  "Height and width of the latents of a DiT in diffusers' format. Default: sample_size "
+  "of config.json beside the file.",
 )
 STEP = flags.DEFINE_integer(
   "step", None, "With --to_torch: step of the checkpoint. Default: the latest."
@@ -102,6 +119,8 @@ def main(argv: list[str]) -> None:
         overwrite=OVERWRITE.value,
         decode_depth=DECODE_DEPTH.value,
         num_heads=NUM_HEADS.value,
+        num_classes=NUM_CLASSES.value,
+        input_size=INPUT_SIZE.value,
       )
     logger.info(
       "%s: python -m mdt_jax.sample --checkpoint=%s --vae=%s",

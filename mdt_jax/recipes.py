@@ -57,7 +57,12 @@ def of_network(attributes: Mapping[str, Any]) -> Settings:
   if not learn_sigma:
     diffusion = dataclasses.replace(diffusion, variance="fixed_large")
   model = dataclasses.replace(settings.model, **{**attributes, "name": name})
-  return dataclasses.replace(settings, model=model, diffusion=diffusion)
+  sampling = settings.sampling
+  if model.label_dropout == 0:  # guidance needs a null label
+    sampling = dataclasses.replace(sampling, cfg_scale=1.0)
+  return dataclasses.replace(
+    settings, model=model, diffusion=diffusion, sampling=sampling
+  )
 
 
 def _mdtv2(size: str) -> Settings:

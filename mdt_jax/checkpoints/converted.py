@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from mdt_jax import recipes
 from mdt_jax.checkpoints import loading, manager
 from mdt_jax.config import write_config
+from mdt_jax.diffusion.gaussian import PREDICTIONS
+from mdt_jax.diffusion.schedules import SCHEDULES
 from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.logs import logger
 from mdt_jax.pretrained import torch_mdt
+from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
 from mdt_jax.settings import Settings
+
+# Settings of config.diffusion that exported files note -> accepted values.
+_NOTED_DIFFUSION: dict[str, Container[Any]] = {
+  "prediction": PREDICTIONS,
+  "schedule": SCHEDULES,
+  "num_timesteps": range(1, 100_001),
+}
 
 
 def from_torch_file(
@@ -25,15 +38,20 @@ def from_torch_file(
   overwrite: bool = False,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  num_classes: int | None = None,
+  input_size: int | None = None,
 ) -> Settings:
   """Converts a released PyTorch checkpoint to a workdir for sampling and evaluation.
 
+  Logs which network the file was read as, and what was assumed about it.
+
   Args:
-    path: file of the checkpoint; see `torch_mdt.from_torch`.
+    path: file of the checkpoint, or folder in diffusers' format; see
+      `torch_mdt.from_torch`.
     workdir: an empty folder, or the path of a new folder.
     network: name of the network; see `torch_mdt.from_torch`.
     overwrite: whether to replace the checkpoints in `workdir`.
-    decode_depth, num_heads: see `torch_mdt.from_torch`.
+    decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
 
   Returns:
     Settings of a run with this network, as saved in the workdir.
@@ -49,15 +67,21 @@ def from_torch_file(
     raise SettingError(
       "workdir", str(workdir), "must be an empty folder unless overwrite is set"
     )
-  attributes, params = torch_mdt.from_torch(
-    path, network, decode_depth=decode_depth, num_heads=num_heads
+  checkpoint = torch_mdt.read_checkpoint(
+    path,
+    network,
+    decode_depth=decode_depth,
+    num_heads=num_heads,
+    num_classes=num_classes,
+    input_size=input_size,
   )
-  settings = recipes.of_network(attributes)
+  settings = _settings_of(checkpoint)
+  _log_network(path, checkpoint, settings)
   # The old checkpoints are removed only after the new one is complete.
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
-    loading.save_model(partial, settings, params)
+    loading.save_model(partial, settings, checkpoint.params)
     write_config(settings, partial)
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workdir / manager.FOLDER, ignore_errors=True)
@@ -105,5 +129,44 @@ def to_torch_file(
     if field.name not in ("parent", "name")
   }
   tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
-  write_tensors(path, tensors)
+  diffusion = checkpoint.experiment.settings.diffusion
+  noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
+  write_tensors(path, tensors, sizes.notes(attributes, diffusion=noted))
   return checkpoint.step
+
+
+def _settings_of(checkpoint: torch_mdt.Checkpoint) -> Settings:
+  """Returns the settings of the run that a network of a file comes from."""
+  settings = recipes.of_network(checkpoint.attributes)
+  noted = sizes.read_notes(checkpoint.metadata).get("diffusion")
+  if not isinstance(noted, dict):
+    return settings
+  known = {
+    name: noted[name]
+    for name, accepted in _NOTED_DIFFUSION.items()
+    if type(noted.get(name)) in (str, int) and noted[name] in accepted
+  }
+  diffusion = dataclasses.replace(settings.diffusion, **known)
+  return dataclasses.replace(settings, diffusion=diffusion)
+
+
+def _log_network(
+  path: str | Path, checkpoint: torch_mdt.Checkpoint, settings: Settings
+) -> None:
+  """Logs what a file was read as, and what the file does not show."""
+  attributes = checkpoint.attributes
+  logger.info("%s: %s", path, sizes.describe_fully(attributes))
+  if sizes.read_notes(checkpoint.metadata):
+    return
+  also = (
+    "; the tensors of SiT, a flow model, have the same names and shapes, and "
+    "mdt_jax cannot sample from it"
+    if attributes["variant"] == "DiT"
+    else ""
+  )
+  logger.info(
+    "the file does not show what the network predicts: assumed is a DDPM network that "
+    "predicts noise (config.diffusion.prediction=%r)%s",
+    settings.diffusion.prediction,
+    also,
+  )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import zipfile
-import zlib
+import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from flax import traverse_util
 
 from mdt_jax.atomic import atomic_write
 from mdt_jax.errors import SettingError
+from mdt_jax.pretrained.torch_files import NOTES, import_torch, read_torch_file
 from mdt_jax.types import Array, Params
 
 Tensors: TypeAlias = dict[str, np.ndarray]
@@ -21,94 +21,102 @@ Tensors: TypeAlias = dict[str, np.ndarray]
 MAX_NAMES = 5  # largest number of tensors named in an error
 
 
+class WeightFile(NamedTuple):
+  """The contents of a file of weights.
+
+  Attributes:
+    tensors: name -> array.
+    metadata: what the file says about the tensors: training arguments of a torch file,
+      the metadata of a .safetensors file, and notes of `write_tensors`. Values may have
+      any type.
+  """
+
+  tensors: Tensors
+  metadata: dict[str, Any]
+
+
 def read_tensors(path: str | Path) -> Tensors:
   """Reads named tensors from a file, without running code in the file.
 
   Args:
     path: a .safetensors file, or a .pt, .pth or .bin file (needs torch). If a torch
-      file holds a dict with the entry "ema", that entry is read.
+      file holds a dict with one of the entries "ema", "model", "state_dict" or
+      "module", that entry is read; the first of these that the file has.
 
   Returns:
     name -> array. Floats of torch files are converted to float32.
 
   Raises:
     SettingError: setting "path": the file does not exist, has another extension, is
-      damaged, cannot be read safely, or holds anything but named tensors of finite real
-      numbers.
+      damaged, is larger than the memory, cannot be read safely, or holds anything but
+      named tensors of finite real numbers.
   """
-  tensors = _read(Path(path))
+  return read_weight_file(path).tensors
+
+
+def read_weight_file(path: str | Path) -> WeightFile:
+  """Reads tensors as `read_tensors` does, and what the file says about them."""
+  path = Path(path)
+  if not os.path.isfile(path):  # False for pipes, devices and names that are too long
+    raise SettingError("path", str(path), "must be a file")
+  _check_memory(path)
+  if path.suffix == ".safetensors":
+    tensors, metadata = _read_safetensors(path)
+  else:
+    if path.suffix != ".bin":  # diffusers' extension for files of torch.save
+      check_suffix("path", path)
+    tensors, metadata = read_torch_file(path)
   for name, array in tensors.items():
     if np.iscomplexobj(array):
       raise SettingError("path", str(path), f"{name} must be real, is {array.dtype}")
-    if not np.isfinite(array).all():
+    with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
+      finite = np.isfinite(array.astype(np.float32) if array.itemsize > 4 else array)
+    if not finite.all():
       raise SettingError(
         "path", str(path), f"{name} holds numbers that are not finite (NaN or infinity)"
       )
-  return tensors
+  return WeightFile(tensors, metadata)
 
 
-def _read(path: Path) -> Tensors:
-  """Reads the tensors of a file; see `read_tensors`."""
-  if not path.is_file():
-    raise SettingError("path", str(path), "must be a file")
-  if path.suffix == ".safetensors":
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+  """Reads tensors and metadata of a .safetensors file."""
+  from safetensors import SafetensorError, safe_open
 
-    try:
-      return load_file(path)
-    except (SafetensorError, OSError) as error:
-      raise SettingError(
-        "path", str(path), f"must be a safetensors file: {error}"
-      ) from None
-    except Exception as error:  # a dtype without a NumPy type, such as F8_E4M3
-      raise SettingError(
-        "path", str(path), f"holds tensors of a dtype that NumPy lacks: {error}"
-      ) from None
-  if path.suffix != ".bin":  # diffusers' extension for files of torch.save
-    check_suffix("path", path)
-  torch = _import_torch("path", path)
-  _check_zip(path)
   try:
-    # Checkpoints of DiT's training code hold an argparse.Namespace.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-      loaded = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many types for broken files
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    with safe_open(path, framework="np") as file:
+      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      return tensors, dict(file.metadata() or {})
+  except (SafetensorError, OSError) as error:
     raise SettingError(
-      "path", str(path), f"must be a checkpoint that is safe to load: {reason}"
+      "path", str(path), f"must be a safetensors file: {_first_line(error)}"
     ) from None
-  if isinstance(loaded, Mapping) and isinstance(loaded.get("ema"), Mapping):
-    loaded = loaded["ema"]
-  if not isinstance(loaded, Mapping) or not all(
-    isinstance(name, str) and isinstance(value, torch.Tensor)
-    for name, value in loaded.items()
-  ):
-    raise SettingError("path", str(path), "must hold a dict of named tensors")
-  for name, tensor in loaded.items():
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-      raise SettingError(
-        "path", str(path), f"{name} must be a dense tensor with values, not quantised"
-      )
-  # NumPy has no bfloat16, and parameters are float32 in this package.
-  return {
-    name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
-    for name, tensor in loaded.items()
-  }
+  except Exception as error:  # a dtype without a NumPy type, such as F8_E4M3
+    raise SettingError(
+      "path",
+      str(path),
+      f"holds tensors of a dtype that NumPy lacks: {_first_line(error)}",
+    ) from None
 
 
-def _check_zip(path: Path) -> None:
-  """Compares a file of torch.save with its CRC-32 checksums, which torch does not."""
-  if not zipfile.is_zipfile(path):
-    return  # the format before torch 1.6, or a file that torch.load refuses
-  try:
-    with zipfile.ZipFile(path) as file:
-      damaged = file.testzip()
-  # zipfile raises NotImplementedError for an unknown method of compression.
-  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
-    raise SettingError("path", str(path), f"is damaged: {e}") from None
-  if damaged is not None:
-    raise SettingError("path", str(path), f"is damaged: {damaged} differs from its CRC")
+def _first_line(error: Exception) -> str:
+  """Returns the first 200 characters of the first line of an error."""
+  return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _check_memory(path: Path) -> None:
+  """Raises SettingError if a file is larger than the memory of this machine.
+
+  A sparse file of any size takes no space on a disk, but fills the memory when read.
+  """
+  size = path.stat().st_size
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if size > memory:
+    raise SettingError(
+      "path",
+      str(path),
+      f"has {size / 2**30:.0f} GiB; the memory of this machine is "
+      f"{memory / 2**30:.0f} GiB",
+    )
 
 
 def check_suffix(setting: str, path: Path) -> None:
@@ -117,12 +125,17 @@ def check_suffix(setting: str, path: Path) -> None:
     raise SettingError(setting, str(path), "must end in .pt, .pth or .safetensors")
 
 
-def write_tensors(path: str | Path, tensors: Tensors) -> None:
+def write_tensors(
+  path: str | Path, tensors: Tensors, metadata: Mapping[str, str] | None = None
+) -> None:
   """Writes named tensors atomically to a .pt, .pth or .safetensors file.
 
   Args:
     path: path of the file.
     tensors: name -> array.
+    metadata: texts to store in the file, by name; `read_weight_file` returns them. A
+      .pt file holds them as an attribute of the state dict, which PyTorch's
+      `load_state_dict` ignores.
 
   Raises:
     SettingError: setting "path": the file has another extension, or torch is needed and
@@ -134,10 +147,12 @@ def write_tensors(path: str | Path, tensors: Tensors) -> None:
     if path.suffix == ".safetensors":
       from safetensors.numpy import save_file
 
-      save_file(tensors, partial)
+      save_file(tensors, partial, dict(metadata or {}) or None)
     else:
-      torch = _import_torch("path", path)
-      named = {name: torch.from_numpy(array) for name, array in tensors.items()}
+      torch = import_torch("path", path)
+      named = OrderedDict((n, torch.from_numpy(array)) for n, array in tensors.items())
+      if metadata:
+        setattr(named, NOTES, dict(metadata))
       torch.save(named, partial)
 
 
@@ -193,14 +208,3 @@ def flatten(tree: Params, separator: str = "/") -> dict[str, Array]:
 def unflatten(leaves: Mapping[str, Any], separator: str = "/") -> Params:
   """Inverts `flatten`."""
   return traverse_util.unflatten_dict(dict(leaves), sep=separator)
-
-
-def _import_torch(setting: str, path: Path) -> Any:
-  """Imports torch; raises SettingError if torch is not installed."""
-  try:
-    import torch
-  except ImportError:
-    raise SettingError(
-      setting, str(path), "needs PyTorch: pip install -e '.[torch]'"
-    ) from None
-  return torch

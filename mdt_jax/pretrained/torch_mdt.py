@@ -1,38 +1,50 @@
 """Converts PyTorch checkpoints of MDT, MDTv2 and DiT to and from flax parameters.
 
-`torch_mdt_layout` defines the names and layouts of the released tensors.
+`torch_mdt_layout` defines the names and layouts of the released tensors,
+`torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
+tensors in diffusers' format to them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
-from mdt_jax.models.registry import (
-  NETWORKS,
-  SIZES,
-  Model,
-  abstract_params,
-  create_model,
-)
+from mdt_jax.models.registry import NETWORKS, Model, abstract_params, create_model
+from mdt_jax.pretrained import diffusers_dit
 from mdt_jax.pretrained import torch_mdt_layout as layout
+from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import (
   Tensors,
   flatten,
   misfits,
-  read_tensors,
+  read_weight_file,
   refuse,
   unflatten,
 )
+from mdt_jax.pretrained.torch_names import without_prefixes
 from mdt_jax.types import Array, Params
 
-# decode_depth of the released MDT v1, which cannot be inferred from the tensors.
-MDT_DECODE_DEPTH = 2
+FLOW_NETWORKS = ("SiT",)  # their tensors look like those of a DiT
+
+
+class Checkpoint(NamedTuple):
+  """A network of a PyTorch file.
+
+  Attributes:
+    attributes: attributes for `create_model(**attributes)`.
+    params: parameters of that network, float32 NumPy arrays.
+    metadata: what the file says about itself, see `tensors.WeightFile`.
+  """
+
+  attributes: dict[str, Any]
+  params: Params
+  metadata: dict[str, Any]
 
 
 def from_torch(
@@ -41,39 +53,78 @@ def from_torch(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  num_classes: int | None = None,
+  input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """Reads a PyTorch checkpoint of MDT, MDTv2 or DiT.
 
   Args:
-    path: a .pt or .pth file (opened with weights_only=True; needs torch) or a
-      .safetensors file. If the file holds a dict with the entry "ema", as DiT's
-      training code saves it, that entry (averaged parameters) is read.
+    path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
+      .safetensors file, or a folder of a DiT in diffusers' format. Training checkpoints
+      are read as `tensors.read_tensors` says: averaged parameters ("ema") first.
+      Prefixes of wrapped networks, such as "module.", are removed.
     network: expected network, "DiT", "MDT" or "MDTv2"; None to infer the network from
       the tensors.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
-      for 2, as released. Must be None for other networks.
+      for that which the file states, else 2, as released. Must be None for other
+      networks.
     num_heads: number of heads of a DiT, which the tensors do not determine; None for
-      that of the published size of the same width.
+      that which the file states, else that of the published size of the same width.
+    num_classes: number of classes, without the null label. If the label table has
+      num_classes rows, the network has no null label (label_dropout 0). None for that
+      which the file states, else the last row is that of the null label.
+    input_size: height and width of the input of a DiT in diffusers' format, whose
+      tensors do not show the size; None for that of config.json beside the file.
 
   Returns:
     (attributes, params): attributes for `create_model(**attributes)`, and the
     parameters of that network, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is not such a checkpoint; tensors are missing, unexpected or
-      of the wrong shape; `network` is unknown or differs from the network of the
-      tensors; `num_heads` is None for a DiT of unpublished width.
+    SettingError: the file is not such a checkpoint, or is known or seems to hold a SiT;
+      tensors are missing, unexpected or of the wrong shape; `network` is unknown or
+      differs from the network of the tensors; an argument is needed and None, or does
+      not fit the tensors.
   """
-  if network is not None:
-    check_choice("network", network, NETWORKS)
+  attributes, params, _ = read_checkpoint(
+    path,
+    network,
+    decode_depth=decode_depth,
+    num_heads=num_heads,
+    num_classes=num_classes,
+    input_size=input_size,
+  )
+  return attributes, params
+
+
+def read_checkpoint(
+  path: str | Path,
+  network: str | None = None,
+  *,
+  decode_depth: int | None = None,
+  num_heads: int | None = None,
+  num_classes: int | None = None,
+  input_size: int | None = None,
+) -> Checkpoint:
+  """Same as `from_torch`, with the metadata of the file."""
+  _check_network(network)
+  file = diffusers_dit.find_file(Path(path))
   with renamed_in_errors({"tensors": "path"}):
-    return from_tensors(
-      read_tensors(path),
+    tensors, metadata = read_weight_file(file)
+    tensors = without_prefixes(tensors, "tensors", str(path))
+    if diffusers_dit.is_diffusers(tensors):
+      metadata = {**metadata, **diffusers_dit.read_sizes(file)}
+    attributes, params = from_tensors(
+      tensors,
       str(path),
       network,
       decode_depth=decode_depth,
       num_heads=num_heads,
+      num_classes=num_classes,
+      input_size=input_size,
+      metadata=metadata,
     )
+  return Checkpoint(attributes, params, metadata)
 
 
 def from_tensors(
@@ -83,20 +134,33 @@ def from_tensors(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  num_classes: int | None = None,
+  input_size: int | None = None,
+  metadata: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """Same as `from_torch`, for tensors in memory.
 
   Args:
-    tensors: released name -> array.
+    tensors: released name, or name in diffusers' format -> array.
     source: name of the tensors in errors.
-    network, decode_depth, num_heads: see `from_torch`.
+    network, decode_depth, num_heads, num_classes, input_size: see `from_torch`.
+    metadata: what a file says about the tensors, see `tensors.WeightFile`.
   """
-  attributes = infer_attributes(tensors, source)
+  _check_network(network)
+  metadata = metadata or {}
+  known = sizes.stated_sizes(metadata)
+  tensors = without_prefixes(tensors, "tensors", source)
+  if diffusers_dit.is_diffusers(tensors):
+    size = known.get("input_size") if input_size is None else input_size
+    tensors = diffusers_dit.to_released(tensors, source, size)
+  attributes = sizes.infer_attributes(tensors, source, known, num_classes)
   variant = attributes["variant"]
-  if network is not None:
-    check_choice("network", network, NETWORKS)
-    if network != variant:
-      raise SettingError("network", network, f"must be {variant}, as in {source}")
+  if network is not None and network != variant:
+    raise SettingError("network", network, f"must be {variant}, as in {source}")
+  if input_size is not None and input_size != attributes["input_size"]:
+    raise SettingError(
+      "input_size", input_size, f"must be {attributes['input_size']}, as in {source}"
+    )
   if decode_depth is not None:
     if variant != "MDT":
       raise SettingError(
@@ -109,13 +173,14 @@ def from_tensors(
     raise SettingError(
       "num_heads", None, "must be given for a DiT of unpublished width"
     )
-  taken_for = _describe(attributes)
+  taken_for = sizes.describe(attributes)
   try:
     model = create_model(**attributes)
   except SettingError as error:
     raise SettingError("tensors", source, f"{taken_for}, but {error}") from None
   params = flatten(abstract_params(model))
   refuse("tensors", source, taken_for, _misfits(tensors, model, params))
+  sizes.check_no_flow_model(tensors, attributes, metadata, source, network is not None)
   arrays = {
     path: _read_param(tensors, path, leaf.shape, model) for path, leaf in params.items()
   }
@@ -154,85 +219,16 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
   return tensors
 
 
-def infer_attributes(
-  tensors: Mapping[str, np.ndarray], source: str = "tensors"
-) -> dict[str, Any]:
-  """Infers the attributes of a network from the names and shapes of its tensors.
-
-  Args:
-    tensors: released name -> array.
-    source: name of the tensors in errors.
-
-  Returns:
-    Attributes for `create_model`. `num_heads` is None for a DiT of unpublished width;
-    `decode_depth` of an MDT v1 is MDT_DECODE_DEPTH.
-
-  Raises:
-    SettingError: a tensor that determines an attribute is missing or has the wrong
-      number of axes.
-  """
-  try:
-    if any(name.startswith("en_inblocks.") for name in tensors):
-      variant, first = "MDTv2", "en_inblocks.0"
-    elif "de_blocks.0.attn.qkv.weight" in tensors:
-      variant, first = "MDTv2", "de_blocks.0"
-    else:
-      variant = "MDT" if "decoder_pos_embed" in tensors else "DiT"
-      first = "blocks.0"
-    hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    length = tensors["pos_embed"].shape[1]
-    out_rows = tensors["final_layer.linear.weight"].shape[0]
-    attributes: dict[str, Any] = dict(
-      variant=variant,
-      input_size=round(length**0.5) * patch_size,
-      patch_size=patch_size,
-      in_channels=in_channels,
-      num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
-      hidden_size=hidden_size,
-      mlp_ratio=_mlp_ratio(hidden_size, tensors[f"{first}.mlp.fc1.weight"].shape[0]),
-      learn_sigma=out_rows == 2 * in_channels * patch_size**2,
-    )
-    if variant == "DiT":
-      attributes["num_heads"] = {
-        size["hidden_size"]: size["num_heads"] for size in SIZES.values()
-      }.get(hidden_size)
-    else:
-      attributes["num_heads"] = tensors[f"{first}.{layout.BIAS_TABLE}"].shape[1]
-  except (KeyError, ValueError, IndexError, TypeError) as error:
+def _check_network(network: str | None) -> None:
+  """Raises SettingError for a network that cannot be expected."""
+  if network in FLOW_NETWORKS:
     raise SettingError(
-      "tensors",
-      source,
-      f"must hold an MDT, MDTv2 or DiT; its sizes cannot be read: {error!r}",
-    ) from None
-  if variant == "MDTv2":
-    attributes["decode_depth"] = _count(tensors, "de_blocks")
-    pairs = _count(tensors, "en_inblocks")
-    attributes["depth"] = 2 * pairs + attributes["decode_depth"]
-  else:
-    attributes["depth"] = _count(tensors, "blocks")
-    if variant == "MDT":
-      attributes["decode_depth"] = MDT_DECODE_DEPTH
-  return attributes
-
-
-def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:
-  """Returns a ratio with int(hidden_size * ratio) == mlp_size despite rounding."""
-  ratio = mlp_size / hidden_size
-  return (
-    ratio if int(hidden_size * ratio) == mlp_size else math.nextafter(ratio, 2 * ratio)
-  )
-
-
-def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
-  """Returns the number of blocks in a stack, such as "de_blocks"."""
-  return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
-
-
-def _describe(attributes: Mapping[str, Any]) -> str:
-  """Describes, for errors, which network the tensors were read as."""
-  sizes = (attributes[key] for key in ("depth", "hidden_size", "patch_size"))
-  size = "x".join(map(str, sizes))
-  return f"read as {attributes['variant']} (depth x width x patch = {size})"
+      "network",
+      network,
+      f"flow models are not supported yet; accepted are {', '.join(NETWORKS)}",
+    )
+  if network is not None:
+    check_choice("network", network, NETWORKS)
 
 
 def _misfits(
@@ -241,12 +237,16 @@ def _misfits(
   """Describes the tensors that do not fit the model; empty if all tensors fit."""
   if problems := misfits(tensors, layout.released_shapes(model, params)):
     return problems
-  index = layout.position_index(model)
-  return [
-    f"{name} must be the position index of the released code"
-    for name, tensor in tensors.items()
-    if name.endswith(layout.BIAS_INDEX) and not np.array_equal(tensor, index)
-  ]
+  # A DiT has no index, and its number of tokens may be large.
+  index = layout.position_index(model) if model.takes_mask else np.array(0)
+  problems = []
+  for name, tensor in tensors.items():
+    if name.endswith(layout.BIAS_INDEX):
+      if not np.array_equal(tensor, index):
+        problems.append(f"{name} must be the position index of the released code")
+    elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != bfloat16:
+      problems.append(f"{name} must hold floats, holds {tensor.dtype}")
+  return problems
 
 
 def _read_param(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from mdt_jax import Experiment, SettingError, recipes
 from mdt_jax.checkpoints.converted import from_torch_file, to_torch_file
+from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.models.registry import MODELS
-from mdt_jax.pretrained.tensors import read_tensors
-from mdt_jax.pretrained.torch_mdt import from_torch
+from mdt_jax.pretrained.tensors import read_tensors, write_tensors
+from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
+from mdt_jax.pretrained.torch_mdt_sizes import notes
 from mdt_jax.sampling.pipeline import Pipeline
 from tests import reference
 
@@ -78,6 +82,67 @@ def test_network_without_learned_variance_uses_a_fixed_variance():
   settings = recipes.of_network(attributes)
   assert settings.diffusion.variance == "fixed_large"
   assert not Experiment(settings).model.learn_sigma
+
+
+# What a file does not show.
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_network_without_null_label_round_trips(suffix, tmp_path):
+  tensors = read_tensors(fixture("dit"))
+  write_tensors(tmp_path / "model.safetensors", tensors)
+  from_torch_file(
+    tmp_path / "model.safetensors", tmp_path / "run", num_heads=2, num_classes=11
+  )
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert pipeline.experiment.model.num_classes == 11
+  assert pipeline.experiment.model.label_dropout == 0
+  assert pipeline.config.sampling.cfg_scale == 1
+  assert np.isfinite(pipeline.draw([1, 10], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / f"back{suffix}")
+  from_torch_file(tmp_path / f"back{suffix}", tmp_path / "again")
+  again = Pipeline.from_checkpoint(tmp_path / "again").experiment.model
+  assert again == pipeline.experiment.model
+  back = read_tensors(tmp_path / f"back{suffix}")
+  assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+
+def test_prediction_of_a_run_survives_a_round_trip(tmp_path):
+  settings = recipes.of_network(reference.load_model("dit")[0])
+  diffusion = dataclasses.replace(
+    settings.diffusion, prediction="v", schedule="cosine", num_timesteps=500
+  )
+  settings = dataclasses.replace(settings, diffusion=diffusion)
+  save_model(tmp_path / "run", settings, reference.load_model("dit")[1])
+  to_torch_file(tmp_path / "run", tmp_path / "model.safetensors")
+  again = from_torch_file(tmp_path / "model.safetensors", tmp_path / "again")
+  assert again.diffusion == diffusion
+
+
+@pytest.mark.parametrize(
+  "noted",
+  [5, {"prediction": "velocity"}, {"num_timesteps": 10**12}, {"schedule": ["linear"]}],
+)
+def test_unknown_settings_in_a_file_are_ignored(noted, tmp_path):
+  attributes, params = reference.load_model("dit")
+  path = tmp_path / "model.safetensors"
+  write_tensors(path, to_torch(attributes, params), notes(attributes, diffusion=noted))
+  settings = from_torch_file(path, tmp_path / "run")
+  assert settings.diffusion == recipes.of_network(attributes).diffusion
+
+
+@pytest.mark.parametrize(
+  ("name", "texts"),
+  [
+    ("mdt_v2", ("read as MDTv2", "7x32x2", "10 classes and a null label")),
+    ("dit", ("read as DiT", "predicts noise", "SiT")),
+  ],
+)
+def test_log_says_what_a_file_was_read_as(name, texts, tmp_path, caplog):
+  with caplog.at_level("INFO", logger="mdt_jax"):
+    from_torch_file(fixture(name), tmp_path / "run", **HEADS[name])
+  assert str(fixture(name)) in caplog.text
+  assert all(text in caplog.text for text in texts), caplog.text
 
 
 # Errors.

@@ -21,12 +21,8 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import abstract_params, create_model
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained.tensors import write_tensors
-from mdt_jax.pretrained.torch_mdt import (
-  _mlp_ratio,
-  from_tensors,
-  from_torch,
-  to_torch,
-)
+from mdt_jax.pretrained.torch_mdt import from_tensors, from_torch, to_torch
+from mdt_jax.pretrained.torch_mdt_sizes import mlp_ratio
 from tests import reference
 
 TAKEN_FOR = {
@@ -459,7 +455,7 @@ def test_error_is_one_line(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "held", [[1.0], {"step": 3}, {"model": {"pos_embed": torch.zeros(1)}}, 5]
+  "held", [[1.0], {"step": 3}, {"net": {"pos_embed": torch.zeros(1)}}, {"ema": {}}, 5]
 )
 def test_pt_file_without_tensors_is_refused(held, tmp_path):
   path = tmp_path / "other.pt"
@@ -544,7 +540,7 @@ def test_parameters_are_copies_of_the_tensors():
 def test_mlp_ratio_gives_back_the_width(hidden_size, share):
   """A ratio that is not a binary fraction must not round to one unit less."""
   width = round(hidden_size * share)
-  assert int(hidden_size * _mlp_ratio(hidden_size, width)) == width
+  assert int(hidden_size * mlp_ratio(hidden_size, width)) == width
 
 
 def test_position_index_in_another_order_is_refused():

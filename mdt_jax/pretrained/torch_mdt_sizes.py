@@ -1,0 +1,284 @@
+"""Infers the sizes of MDT, MDTv2 and DiT from the names and shapes of their tensors.
+
+Some attributes are not in the shapes: the number of heads of a DiT, the decoder blocks
+of an MDT v1, and whether the label table has a row for the null label. They come from
+the caller, from what the file says about itself, or from the released code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mdt_jax.errors import SettingError
+from mdt_jax.models.registry import SIZES
+from mdt_jax.pretrained import torch_mdt_layout as layout
+from mdt_jax.pretrained.torch_names import some_names
+
+# decode_depth of the released MDT v1, which cannot be inferred from the tensors.
+MDT_DECODE_DEPTH = 2
+# Attributes that `notes` stores in a file, because shapes do not always show them.
+NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth")
+NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
+IMAGENET_CLASSES = 1000
+_LABEL_TABLE = "y_embedder.embedding_table.weight"
+_FLOW_MODELS = r"(?i)\bsit(?![a-z])"
+# Where training arguments and metadata name the network.
+_NETWORK_NAMES = ("model", "network", "net", "arch", "architecture", "name", "title")
+
+
+def infer_attributes(
+  tensors: Mapping[str, np.ndarray],
+  source: str = "tensors",
+  known: Mapping[str, Any] | None = None,
+  num_classes: int | None = None,
+) -> dict[str, Any]:
+  """Infers the attributes of a network from the names and shapes of its tensors.
+
+  Args:
+    tensors: released name -> array.
+    source: name of the tensors in errors.
+    known: attributes that the file states, see `stated_sizes`. Values that contradict
+      the shapes are ignored.
+    num_classes: number of classes, without the null label; None if not known.
+
+  Returns:
+    Attributes for `create_model`. `num_heads` is None for a DiT of unpublished width
+    whose number of heads is not known; `decode_depth` of an MDT v1 is MDT_DECODE_DEPTH
+    unless known. `label_dropout` is 0 if the label table has no row for the null label,
+    and absent otherwise.
+
+  Raises:
+    SettingError: a tensor that determines an attribute is missing or has the wrong
+      shape. Setting "num_classes": it does not fit the label table; or it is None, and
+      the table has IMAGENET_CLASSES rows, so it is unlikely that one of them is that of
+      the null label.
+  """
+  known = known or {}
+  if any(name.startswith("en_inblocks.") for name in tensors):
+    variant, first = "MDTv2", "en_inblocks.0"
+  elif "de_blocks.0.attn.qkv.weight" in tensors:
+    variant, first = "MDTv2", "de_blocks.0"
+  else:
+    variant = "MDT" if "decoder_pos_embed" in tensors else "DiT"
+    first = "blocks.0"
+
+  def shape(name: str, axes: int) -> tuple[int, ...]:
+    """Returns the shape of a tensor with this many axes, none of them of length 0."""
+    found = tensors[name].shape if name in tensors else None
+    if found is None or len(found) != axes or 0 in found:
+      problem = "is missing" if found is None else f"has shape {found}"
+      raise SettingError(
+        "tensors",
+        source,
+        f"must hold an MDT, MDTv2 or DiT: {name} {problem}; {some_names(tensors)}",
+      )
+    return found
+
+  hidden_size, in_channels, _, patch_size = shape("x_embedder.proj.weight", 4)
+  length = shape("pos_embed", 3)[1]
+  rows = shape(_LABEL_TABLE, 2)[0]
+  out_rows = shape("final_layer.linear.weight", 2)[0]
+  mlp_size = shape(f"{first}.mlp.fc1.weight", 2)[0]
+  has_bias = variant != "DiT"
+  heads = shape(f"{first}.{layout.BIAS_TABLE}", 2)[1] if has_bias else None
+  # Shapes that contradict each other must not ask for arrays larger than the file.
+  largest = length * max(hidden_size, length if has_bias else 0)
+  if largest > sum(tensor.size for tensor in tensors.values()):
+    raise SettingError(
+      "tensors",
+      source,
+      f"must hold an MDT, MDTv2 or DiT: pos_embed of {length} tokens does not fit the "
+      "other tensors",
+    )
+  num_classes, has_null = _count_classes(rows, num_classes, known, source)
+  attributes: dict[str, Any] = dict(
+    variant=variant,
+    input_size=round(length**0.5) * patch_size,
+    patch_size=patch_size,
+    in_channels=in_channels,
+    num_classes=num_classes,
+    hidden_size=hidden_size,
+    mlp_ratio=mlp_ratio(hidden_size, mlp_size),
+    learn_sigma=out_rows == 2 * in_channels * patch_size**2,
+  )
+  if not has_null:
+    attributes["label_dropout"] = 0.0
+  if variant == "DiT":
+    published = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+    heads = known.get("num_heads", published.get(hidden_size))
+  attributes["num_heads"] = heads
+  if variant == "MDTv2":
+    attributes["decode_depth"] = _count(tensors, "de_blocks")
+    pairs = _count(tensors, "en_inblocks")
+    attributes["depth"] = 2 * pairs + attributes["decode_depth"]
+  else:
+    attributes["depth"] = _count(tensors, "blocks")
+    if variant == "MDT":
+      attributes["decode_depth"] = known.get("decode_depth", MDT_DECODE_DEPTH)
+  return attributes
+
+
+def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the sizes that a file states about its network, by attribute.
+
+  Args:
+    metadata: metadata of the file, see `tensors.WeightFile`: the notes of this package,
+      or training arguments.
+  """
+  stated = {**metadata, **read_notes(metadata)}
+  return {
+    name: stated[name]
+    for name in ("num_classes", "num_heads", "decode_depth", "input_size")
+    if type(stated.get(name)) is int and stated[name] > 0
+  }
+
+
+def notes(attributes: Mapping[str, Any], **more: Any) -> dict[str, str]:
+  """Returns metadata for a file with this network, which `read_notes` reads.
+
+  Args:
+    attributes: attributes of the network.
+    **more: further values, of JSON's types.
+  """
+  noted = {name: attributes[name] for name in NOTED if name in attributes} | more
+  return {NOTES_NAME: json.dumps(noted)}
+
+
+def read_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the notes that this package wrote to a file; empty if there are none."""
+  text = metadata.get(NOTES_NAME)
+  if not isinstance(text, str):
+    return {}
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def check_no_flow_model(
+  tensors: Mapping[str, np.ndarray],
+  attributes: Mapping[str, Any],
+  metadata: Mapping[str, Any],
+  source: str,
+  asked: bool,
+) -> None:
+  """Refuses a DiT that is known, or seems, to be a SiT.
+
+  SiT (arXiv 2401.08740) is a flow model: it predicts velocity, its time lies in [0, 1],
+  and its tensors have the names and shapes of a DiT. Its sampler ignores the channels
+  of the variance, so their rows stay at zero, where they start.
+
+  Args:
+    tensors: released name -> array.
+    attributes: attributes of the network.
+    metadata: metadata of the file.
+    source: path of the file.
+    asked: whether the caller asked for a DiT. Then hints are ignored; the file's own
+      statement is not.
+
+  Raises:
+    SettingError: setting "tensors".
+  """
+  if attributes["variant"] != "DiT" or read_notes(metadata):
+    return
+  later = "flow models are not supported yet"
+  named = {name: str(metadata[name]) for name in _NETWORK_NAMES if name in metadata}
+  for name, text in named.items():
+    if re.search(_FLOW_MODELS, text):
+      raise SettingError("tensors", source, f"is a SiT ({name} is {text!r}): {later}")
+  if "path_type" in metadata:  # an argument of SiT's training code
+    text = str(metadata["path_type"])
+    raise SettingError("tensors", source, f"is a SiT (path_type is {text!r}): {later}")
+  hint = None
+  if re.search(
+    r"(?i)\bsit[-_](s|b|l|xl)\b", source.rpartition("/")[2].replace("_", "-")
+  ):
+    hint = "its name is that of a SiT"
+  if _leaves_variance_at_zero(tensors, attributes):
+    hint = (
+      "the rows of final_layer.linear.weight for the variance are zero, as in a SiT"
+    )
+  if hint and not asked:
+    raise SettingError(
+      "tensors",
+      source,
+      f"{hint}, whose tensors have the names and shapes of a DiT; {later}; "
+      "network=DiT reads it as a DiT",
+    )
+
+
+def describe(attributes: Mapping[str, Any]) -> str:
+  """Describes which network the tensors were read as, for errors."""
+  sizes = (attributes[key] for key in ("depth", "hidden_size", "patch_size"))
+  size = "x".join(map(str, sizes))
+  return f"read as {attributes['variant']} (depth x width x patch = {size})"
+
+
+def describe_fully(attributes: Mapping[str, Any]) -> str:
+  """Describes all that was inferred or assumed about a network, in one line."""
+  side, channels = attributes["input_size"], attributes["in_channels"]
+  has_null = attributes.get("label_dropout", 1) > 0
+  blocks = f"{attributes['num_heads']} heads"
+  if attributes["variant"] != "DiT":
+    blocks += f", {attributes['decode_depth']} decode blocks"
+  return (
+    f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
+    f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
+    f"label; {'learned' if attributes['learn_sigma'] else 'fixed'} variance"
+  )
+
+
+def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
+  """Returns a ratio with int(hidden_size * ratio) == mlp_size despite rounding."""
+  ratio = mlp_size / hidden_size
+  return (
+    ratio if int(hidden_size * ratio) == mlp_size else math.nextafter(ratio, 2 * ratio)
+  )
+
+
+def _count_classes(
+  rows: int, asked: int | None, known: Mapping[str, Any], source: str
+) -> tuple[int, bool]:
+  """Returns the number of classes, and whether the label table has a null row.
+
+  Args:
+    rows: number of rows of the table.
+    asked: number of classes that the caller states; None if the caller does not.
+    known: what the file states, see `infer_attributes`.
+    source: name of the tensors in errors.
+  """
+  accepted = (
+    f"must be {rows - 1} (the last row is that of the null label) or {rows} (no null "
+    f"label): the label table of {source} has {rows} rows"
+  )
+  if asked is None and known.get("num_classes") in (rows, rows - 1):
+    asked = known["num_classes"]
+  if asked is None and rows != IMAGENET_CLASSES:
+    return rows - 1, True
+  if asked not in (rows, rows - 1):
+    raise SettingError("num_classes", asked, accepted)
+  return asked, asked < rows
+
+
+def _leaves_variance_at_zero(
+  tensors: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
+) -> bool:
+  """Whether the output is trained, but not its channels for the variance."""
+  if not attributes["learn_sigma"]:
+    return False
+  channels, patch = attributes["in_channels"], attributes["patch_size"]
+  weight = tensors["final_layer.linear.weight"]
+  rows = weight.reshape(patch**2, 2 * channels, -1)
+  return bool(rows[:, :channels].any() and not rows[:, channels:].any())
+
+
+def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
+  """Returns the number of blocks in a stack, such as "de_blocks"."""
+  return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})

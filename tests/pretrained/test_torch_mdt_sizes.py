@@ -1,0 +1,244 @@
+"""What shapes do not show: the null label, heads, and whether a DiT is a SiT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from mdt_jax import SettingError
+from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import create_model
+from mdt_jax.pretrained.tensors import read_weight_file, write_tensors
+from mdt_jax.pretrained.torch_mdt import from_tensors, from_torch, to_torch
+from mdt_jax.pretrained.torch_mdt_sizes import (
+  describe_fully,
+  infer_attributes,
+  notes,
+  read_notes,
+)
+from tests import reference
+from tests.pretrained.test_torch_mdt import released
+
+TINY = dict(input_size=4, hidden_size=8, num_heads=2)
+NETWORKS = {
+  "DiT": dict(variant="DiT", depth=1),
+  "MDT": dict(variant="MDT", depth=3, decode_depth=1),
+  "MDTv2": dict(variant="MDTv2", depth=3, decode_depth=1),
+}
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def network(variant, num_classes, label_dropout):
+  config = dict(num_classes=num_classes, label_dropout=label_dropout)
+  config = {**TINY, **NETWORKS[variant], **config}
+  return config, reference.random_params(MDT(**config))
+
+
+def with_rows(rows):
+  return {**released("dit"), TABLE: np.ones((rows, 32), np.float32)}
+
+
+def as_torch(tensors):
+  return {name: torch.tensor(array) for name, array in tensors.items()}
+
+
+def expect_error(function, *args, **kwargs):
+  with pytest.raises(SettingError) as caught:
+    function(*args, **kwargs)
+  assert "\n" not in str(caught.value)
+  return caught.value
+
+
+# The row of the null label.
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("variant", NETWORKS)
+@pytest.mark.parametrize(
+  ("num_classes", "dropout"), [(5, 0.0), (5, 0.1), (1000, 0.0), (999, 0.1)]
+)
+def test_own_file_round_trips_with_and_without_null_label(
+  variant, num_classes, dropout, suffix, tmp_path
+):
+  """The file notes what its shapes do not show, such as the heads of a DiT."""
+  config, params = network(variant, num_classes, dropout)
+  tensors = to_torch(config, params)
+  write_tensors(tmp_path / f"model{suffix}", tensors, notes(config))
+  attributes, again = from_torch(tmp_path / f"model{suffix}")
+  model = create_model(**attributes)
+  assert {name: getattr(model, name) for name in config} == config
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  back = to_torch(attributes, again)
+  assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+
+@pytest.mark.parametrize("rows", [2, 11, 1000])
+def test_num_classes_tells_whether_the_table_has_a_null_row(rows):
+  with_null, _ = from_tensors(with_rows(rows), num_heads=2, num_classes=rows - 1)
+  without, params = from_tensors(with_rows(rows), num_heads=2, num_classes=rows)
+  assert with_null["num_classes"] == rows - 1 and "label_dropout" not in with_null
+  assert (without["num_classes"], without["label_dropout"]) == (rows, 0.0)
+  assert params["label_embed"]["table"].shape == (rows, 32)
+
+
+@pytest.mark.parametrize("num_classes", [-1, 0, 9, 12, 10**9])
+def test_num_classes_that_does_not_fit_the_table_is_refused(num_classes):
+  error = expect_error(
+    from_tensors, with_rows(11), num_heads=2, num_classes=num_classes
+  )
+  assert (error.setting, error.value) == ("num_classes", num_classes)
+  assert "must be 10" in error.accepted and "or 11" in error.accepted
+
+
+def test_table_of_1000_rows_asks_for_num_classes():
+  error = expect_error(from_tensors, with_rows(1000), num_heads=2)
+  assert (error.setting, error.value) == ("num_classes", None)
+
+
+def test_table_of_another_length_has_a_null_row():
+  attributes = infer_attributes(with_rows(1001))
+  assert attributes["num_classes"] == 1000 and "label_dropout" not in attributes
+
+
+@pytest.mark.parametrize("rows", [1000, 1001])
+def test_training_arguments_state_the_number_of_classes(rows, tmp_path):
+  """DiT's training code saves its arguments as a Namespace."""
+  args = argparse.Namespace(num_classes=1000, model="DiT-XL/2")
+  torch.save({"ema": as_torch(with_rows(rows)), "args": args}, tmp_path / "model.pt")
+  attributes, _ = from_torch(tmp_path / "model.pt", num_heads=2)
+  assert attributes["num_classes"] == 1000
+  assert attributes.get("label_dropout") == (0.0 if rows == 1000 else None)
+
+
+@pytest.mark.parametrize("stated", [7, -1, "10", None, True, 10.0, [10]])
+def test_stated_number_of_classes_that_does_not_fit_is_ignored(stated):
+  metadata = {"num_classes": stated}
+  attributes, _ = from_tensors(released("dit"), num_heads=2, metadata=metadata)
+  assert attributes == reference.load_model("dit")[0]
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", "null", '{"num_heads": [2]}', "[" * 9999]
+)
+def test_broken_notes_are_ignored(text):
+  error = expect_error(from_tensors, released("dit"), metadata={"mdt_jax": text})
+  assert (error.setting, error.value) == ("num_heads", None)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_notes_are_read_back(suffix, tmp_path):
+  noted = notes({"num_heads": 2, "hidden_size": 32}, diffusion={"prediction": "v"})
+  write_tensors(tmp_path / f"a{suffix}", {"x": np.ones(2, np.float32)}, noted)
+  found = read_weight_file(tmp_path / f"a{suffix}")
+  assert read_notes(found.metadata) == {
+    "num_heads": 2,
+    "diffusion": {"prediction": "v"},
+  }
+
+
+def test_pytorch_loads_a_state_dict_with_notes(tmp_path):
+  """The released code passes the file to load_state_dict, which checks all names."""
+  path = tmp_path / "model.pt"
+  layer = torch.nn.Linear(3, 2)
+  tensors = {"weight": np.ones((2, 3), np.float32), "bias": np.ones(2, np.float32)}
+  write_tensors(path, tensors, notes({"num_heads": 2}))
+  layer.load_state_dict(torch.load(path, weights_only=True), strict=True)
+  assert layer.weight.detach().numpy().tolist() == tensors["weight"].tolist()
+
+
+# Flow models.
+
+
+@pytest.mark.parametrize(
+  "args",
+  [
+    dict(model="SiT-XL/2"),
+    dict(model="SiT_B"),
+    dict(path_type="Linear", prediction="velocity", model="XL/2"),
+  ],
+)
+@pytest.mark.parametrize("asked", [None, "DiT"])
+def test_file_whose_arguments_name_a_sit_is_refused(args, asked, tmp_path):
+  held = {"ema": as_torch(released("dit")), "args": argparse.Namespace(**args)}
+  torch.save(held, tmp_path / "model.pt")
+  error = expect_error(from_torch, tmp_path / "model.pt", asked, num_heads=2)
+  assert error.setting == "path"
+  assert "SiT" in error.accepted and "flow models" in error.accepted
+
+
+def test_metadata_of_safetensors_that_names_a_sit_is_refused(tmp_path):
+  path = tmp_path / "model.safetensors"
+  write_tensors(path, released("dit"), {"model": "sit-b/2"})
+  assert "flow models" in expect_error(from_torch, path, num_heads=2).accepted
+
+
+@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "my_sit_b_2.pt", "sit-s.pt"])
+def test_file_named_like_a_sit_is_read_as_a_dit_only_if_asked(name, tmp_path):
+  torch.save(as_torch(released("dit")), tmp_path / name)
+  error = expect_error(from_torch, tmp_path / name, num_heads=2)
+  assert "network=DiT" in error.accepted
+  attributes, _ = from_torch(tmp_path / name, "DiT", num_heads=2)
+  assert attributes == reference.load_model("dit")[0]
+
+
+def test_variance_that_was_never_trained_marks_a_sit():
+  """The output starts at zero, and the loss of a flow model ignores the variance."""
+  name = "final_layer.linear.weight"
+  weight = released("dit")[name].reshape(4, 8, 32).copy()
+  weight[:, 4:] = 0
+  tensors = {**released("dit"), name: weight.reshape(32, 32)}
+  error = expect_error(from_tensors, tensors, num_heads=2)
+  assert "variance are zero" in error.accepted and "network=DiT" in error.accepted
+  assert from_tensors(tensors, network="DiT", num_heads=2)[0]["learn_sigma"]
+
+
+def test_untrained_dit_is_no_sit():
+  name = "final_layer.linear.weight"
+  tensors = {**released("dit"), name: np.zeros((32, 32), np.float32)}
+  assert from_tensors(tensors, num_heads=2)[0]["variant"] == "DiT"
+
+
+@pytest.mark.parametrize("name", ["DiT-XL-2-256x256.pt", "transit-b.pt", "site.pt"])
+def test_other_names_are_not_taken_for_a_sit(name, tmp_path):
+  torch.save(as_torch(released("dit")), tmp_path / name)
+  assert from_torch(tmp_path / name, num_heads=2)[0]["variant"] == "DiT"
+
+
+def test_sit_is_not_an_accepted_network():
+  error = expect_error(from_tensors, released("dit"), network="SiT", num_heads=2)
+  assert (error.setting, error.value) == ("network", "SiT")
+  assert "flow models" in error.accepted and "DiT, MDT, MDTv2" in error.accepted
+
+
+# The description for the log.
+
+
+@pytest.mark.parametrize(
+  ("name", "texts"),
+  [
+    ("mdt_v1", ("MDT (", "5x32x2", "2 heads, 2 decode blocks", "12 x 12 x 4")),
+    ("mdt_v2", ("MDTv2 (", "7x32x2", "decode blocks", "and a null label")),
+    ("dit", ("DiT (", "3x32x2", "10 classes and a null label", "learned variance")),
+  ],
+)
+def test_description_names_network_sizes_classes_and_variance(name, texts):
+  text = describe_fully(reference.load_model(name)[0])
+  assert all(part in text for part in texts), text
+
+
+def test_description_of_a_network_without_null_label_and_learned_variance():
+  attributes = {**reference.load_model("dit")[0], "label_dropout": 0.0}
+  text = describe_fully({**attributes, "learn_sigma": False})
+  assert re.search("classes without a null label; fixed variance", text)
+
+
+def test_notes_are_json():
+  assert json.loads(notes({"variant": "DiT", "depth": 3})["mdt_jax"]) == {
+    "variant": "DiT"
+  }
