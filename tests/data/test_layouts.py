@@ -160,7 +160,7 @@ def test_copies_of_macos_are_left_out(tmp_path, warnings):
   source = open_folder(tmp_path)
   assert (values(source), source.num_classes) == ([1], 1)
   (line,) = warnings
-  assert "3 hidden files or folders, such as .DS_Store" in line
+  assert "hidden files or folders (3, such as .DS_Store)" in line
 
 
 def test_copies_of_macos_in_a_tar_file_are_left_out(tmp_path, warnings):
@@ -172,7 +172,7 @@ def test_copies_of_macos_in_a_tar_file_are_left_out(tmp_path, warnings):
   }
   files = open_files(write_tar(tmp_path / "x.tar", members))
   assert list(contents(files).values()) == [(1, 0)]
-  assert "3 hidden files or folders" in warnings[0]
+  assert "hidden files or folders (3, " in warnings[0]
 
 
 def test_files_left_out_are_counted_by_kind_in_one_line(tmp_path, warnings):
@@ -182,9 +182,9 @@ def test_files_left_out_are_counted_by_kind_in_one_line(tmp_path, warnings):
   open_folder(tmp_path)
   (line,) = warnings
   for text in (
-    "2 .txt files, such as ant/a.txt",
-    "1 .xml",
-    "1 files without an ending",
+    ".txt files (2, such as ant/a.txt)",
+    ".xml files (1, ",
+    "files without an ending (1, ",
   ):
     assert text in line
 
@@ -194,7 +194,7 @@ def test_what_stands_beside_tar_files_is_counted(tmp_path, warnings):
   write_image(tmp_path / "bee/1.png", 2)
   open_files(tmp_path)
   (line,) = warnings
-  assert "1 .txt files" in line and "beside the .tar files, such as bee" in line
+  assert ".txt files (1, " in line and "beside the .tar files (1, such as bee)" in line
 
 
 def test_splits_as_classes_are_named(tmp_path, warnings):
