@@ -13,6 +13,8 @@ all of them see, and with either --process_index and --process_count, or --distr
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 from collections.abc import Sequence
 
 from absl import flags

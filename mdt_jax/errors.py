@@ -1,9 +1,11 @@
-"""Errors that a user can fix. Commands print them in one line and exit with code 2."""
+"""Errors that a user can fix, which commands print in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +28,21 @@ class SettingError(ValueError):
 
   def __str__(self) -> str:
     return f"{self.setting} = {self.value!r}: {self.accepted}"
+
+
+# Errors of a disk that is full, over its quota, failing or mounted read-only.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def reason_of_machine(error: Exception) -> str | None:
+  """What of the machine caused an exception, on one line; None for other causes."""
+  text = " ".join(str(error).split())
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return f"too little memory: {text[:300] or 'an array cannot be allocated'}"
+  if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{os.strerror(error.errno)}"
+  return None
 
 
 def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:

@@ -15,6 +15,8 @@ docs/evaluation.md describes the files.
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 import ast
 import contextlib
 import dataclasses

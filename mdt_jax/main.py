@@ -9,6 +9,8 @@ a process did not join (repeat the command), 130 interrupted by Ctrl-C, 1 other 
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +20,9 @@ from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints.retries import SaveError
+from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 from mdt_jax.logs import logger
-from mdt_jax.training import distributed, loop, replay
+from mdt_jax.training import loop, replay
 from mdt_jax.training.preemption import Interrupted
 
 CONFIG = cli.define_config()
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
     logger.info("%s; repeat the command to resume", stop)
     # Launchers restart a preempted run, but not one that a person interrupted.
     by_hand = signal.SIGINT in stop.signals
-    sys.exit(cli.EXIT_INTERRUPTED if by_hand else distributed.EXIT_TRY_AGAIN)
+    sys.exit(EXIT_INTERRUPTED if by_hand else EXIT_TRY_AGAIN)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ pip install -e '.[tpu]' in a clone. cpu:N needs no other package.
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 import dataclasses
 from pathlib import Path
 

@@ -12,6 +12,8 @@ image into images of other classes.
 
 from __future__ import annotations
 
+import mdt_jax.interrupts  # noqa: F401
+
 from typing import Any
 
 from absl import flags

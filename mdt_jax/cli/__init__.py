@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from mdt_jax.interrupts import handle_sigterm
+
 import ast
 import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from mdt_jax.cli import usage
+from mdt_jax.cli import streams, usage
 from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag, with_value
 from mdt_jax.cli.config_files import define_config, load_config, place_of_error
 from mdt_jax.cli.run_folders import check_run_folder, is_run
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, reason_of_machine
+from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_INTERRUPTED
 from mdt_jax.logs import logger
 
 __all__ = [
@@ -59,8 +64,6 @@ JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 flags.disclaim_key_flags()  # a flag of define_alias belongs to the command
 
-EXIT_BAD_SETTING = 2
-EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 _HELP = {"help", "helpshort", "h", "?"}
 _HELP_OF_ABSL = {"helpfull", "helpxml"}
@@ -113,7 +116,11 @@ def suggest(replacements: Mapping[str, str]) -> None:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """Runs a command. A bad flag or setting ends in one line and exit code 2."""
+  """Runs a command.
+
+  A bad flag or setting ends in one line and exit code 2. A full or failing disk, and
+  too little memory, end in one line and exit code 1.
+  """
 
   def guarded(argv: list[str]) -> None:
     _plain_log_lines()
@@ -127,8 +134,25 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+      if (reason := reason_of_machine(error)) is not None:
+        sys.exit(f"error: {reason}")
+      _end_one_of_several(error)
+      raise
 
+  streams.make_robust()
+  handle_sigterm()
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt
   app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
+
+
+def _end_one_of_several(error: Exception) -> None:
+  """Ends the process if it is one of several; see `distributed.end_after`."""
+  from mdt_jax.training import distributed  # imports JAX
+
+  if distributed.is_joined():
+    distributed.end_after(error)
 
 
 def _join() -> None:

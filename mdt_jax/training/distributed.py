@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
+import re
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -17,8 +21,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mdt_jax.errors import SettingError
+from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a process that exits with 75
+HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost; JAX's own: 100
+# What the collectives of CPUs and GPUs, and JAX's own messages, say of a lost process.
+_LOST = re.compile("gloo|nccl|closed by peer|connection reset|UNAVAILABLE", re.I)
+_LOST_TEXT = "another process of the run was lost: repeat the command on all of them"
+_handlers: list[Any] = []  # C functions, which must outlive their registration
 SHOWN_DIFFERENCES = 5  # settings that the error of `check_same_config` lists
 
 
@@ -75,16 +84,41 @@ def start(
         # With all three arguments JAX needs no detection, which would hide devices.
         cluster_detection_method="deactivate" if None not in given else None,
         initialization_timeout=2 * timeout,  # `_deadline` ends the process before
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       )
     except (ValueError, RuntimeError) as error:
       raise SettingError(
         "--distributed", detect, f"the processes cannot connect: {error}"
       ) from None
+  _exit_when_jax_aborts()
+
+
+def end_after(error: Exception) -> NoReturn:
+  """Ends this process, one of several, after an error that the others may not have.
+
+  A normal exit would wait for the other processes, which may wait for this one. If the
+  error is the loss of another process, this one exits with `EXIT_TRY_AGAIN` and one
+  line, else with code 1 and the traceback.
+  """
+  is_lost = _LOST.search(str(error)) is not None
+  if is_lost:
+    reason = " ".join(str(error).split())[:200]
+    print(f"error: {_LOST_TEXT} ({reason})", file=sys.stderr)
+  else:
+    traceback.print_exception(error)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(EXIT_TRY_AGAIN if is_lost else 1)
+
+
+def is_joined() -> bool:
+  """Whether `start` has connected this process to others."""
+  return jax.distributed.is_initialized()
 
 
 def process_index() -> int:
   """jax.process_index(), which does not start the devices of a single process."""
-  return jax.process_index() if jax.distributed.is_initialized() else 0
+  return jax.process_index() if is_joined() else 0
 
 
 def check_same_config(config: ConfigDict) -> None:
@@ -156,6 +190,24 @@ def together() -> Iterator[None]:
         error = RuntimeError(f"process {first}: {text}")
   if error is not None:
     raise error
+
+
+def _exit_when_jax_aborts() -> None:
+  """Makes this process exit with `EXIT_TRY_AGAIN` when JAX aborts it.
+
+  JAX's client of the coordinator aborts when another process is lost, from a thread of
+  its own, where Python handles no signals. So the handler is one of C.
+  """
+
+  def handle(number: int) -> None:
+    del number
+    os.write(2, f"error: {_LOST_TEXT}\n".encode())
+    os._exit(EXIT_TRY_AGAIN)
+
+  _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  libc.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
 
 
 def _as_json(config: ConfigDict) -> str:

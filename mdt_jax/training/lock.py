@@ -6,22 +6,49 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
+from mdt_jax.paths import open_regular
 
 LOCK = ".lock"
 # Errors of file systems without locks, such as Lustre mounted without flock.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 # Errors that a restart would not solve.
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+REFUSALS = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+  *(errno.EISDIR, errno.ELOOP, errno.ENXIO),  # .lock is a folder, a link, a socket
+)
+MAX_OWNER = 200  # characters of another run's file that an error shows
+
+
+class Lock:
+  """The lock of a workdir, held by this process; see `locked`.
+
+  Args:
+    path: the file of the lock.
+    owner: text that `locked` has written to the file.
+  """
+
+  def __init__(self, path: Path, owner: str):
+    self._path, self._owner = path, owner
+
+  def is_lost(self) -> bool:
+    """Whether the workdir was deleted, or belongs to another run by now."""
+    try:
+      return self._path.read_text() != self._owner
+    except (FileNotFoundError, NotADirectoryError):
+      return True
+    except OSError:  # the file system does not answer just now
+      return False
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Lock]:
   """Locks a workdir for the block, and creates the workdir if it does not exist.
 
   The operating system releases the lock when the process ends, even after a crash. On
@@ -31,9 +58,11 @@ def locked(workdir: Path) -> Iterator[None]:
     SettingError: another run holds the lock, or the workdir cannot be created or
       written.
   """
+  path = workdir / LOCK
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / LOCK).open("a+")
+    # "w" would empty the file of a run that holds the lock.
+    file = open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+")  # noqa: SIM115
   except OSError as error:
     if error.errno not in REFUSALS:
       raise
@@ -44,11 +73,10 @@ def locked(workdir: Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.seek(0)
       raise SettingError(
         "--workdir",
         str(workdir),
-        f"is in use by another run: {file.read().strip()}",
+        f"is in use by another run: {file.read(MAX_OWNER).strip()}",
       ) from None
     except OSError as error:
       if error.errno not in NO_LOCKS:
@@ -58,7 +86,10 @@ def locked(workdir: Path) -> Iterator[None]:
         workdir,
         error.strerror,
       )
+    # The token tells this start from another process with the same number.
+    token = secrets.token_hex(4)
+    owner = f"process {os.getpid()} on {socket.gethostname()} ({token})\n"
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(owner)
     file.flush()
-    yield
+    yield Lock(path, owner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +17,13 @@ from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source
-from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import check_eval, make_training_evaluator
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import counted, logger
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
+from mdt_jax.paths import output_folder
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
@@ -68,25 +67,27 @@ def train(
 
   Raises:
     SettingError: a setting is invalid (nothing is written then), too many steps were
-      skipped, or too many files of the data are unreadable. A single process saves the
-      state before it raises the error about unreadable files.
+      skipped, too many files of the data are unreadable, or the workdir was deleted.
     SaveError: config.save_failures saves in a row failed.
-    Interrupted: the process received SIGINT or SIGTERM, and the state is saved.
+    Interrupted: the process received SIGINT, SIGTERM or SIGHUP, or a reading process
+      was killed; the state is saved.
+    Exception: any other exception of the data, a step or a hook; a single process saves
+      the state before it raises.
   """
   distributed.check_same_config(config)
-  workdir = Path(workdir).expanduser().absolute()
   is_main = jax.process_index() == 0
+  lock = None
   with contextlib.ExitStack() as stack:
     with distributed.together():
+      workdir = output_folder("--workdir", workdir).absolute()
       experiment = build(
         config, model=model, objective=objective, optimizer=optimizer, source=source
       )
       check_eval(experiment.settings)
-      _check_is_folder(workdir)
       held = experiment.open()
       periodic = _make_hooks(experiment, workdir)
       if is_main:
-        stack.enter_context(locked(workdir))
+        lock = stack.enter_context(locked(workdir))
     settings = experiment.settings
     stop = stack.enter_context(stop_signals(settings.grace_seconds))
     saved = stack.enter_context(contextlib.closing(_checkpoints(experiment, workdir)))
@@ -108,7 +109,7 @@ def train(
     events = Events(workdir / "tensorboard", writers) if is_main else Events(None)
     stack.callback(events.close)
     trainer = Trainer(
-      experiment, workdir, program, saved, periodic, events, stop, step_hooks=hooks
+      experiment, workdir, program, saved, periodic, events, stop, lock, hooks
     )
     if trainer.run_hooks(missing, state):
       raise Interrupted(f"stopped at step {start}; its checkpoint is saved", stop)
@@ -126,12 +127,6 @@ def train(
       settings.num_steps,
     )
     return state
-
-
-def _check_is_folder(workdir: Path) -> None:
-  """Raises SettingError if `workdir` is a file."""
-  if os.path.isfile(workdir):  # Path.is_file raises without permission to look
-    raise SettingError("--workdir", str(workdir), "must be a folder, not a file")
 
 
 def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:

@@ -1,4 +1,4 @@
-"""Stopping a run after the current step: Ctrl-C, or SIGTERM on preemption."""
+"""Stopping a run after the current step: Ctrl-C, preemption, or a closed terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 from mdt_jax.logs import logger
-from mdt_jax.training import distributed
+
+# SIGHUP: the terminal, or the ssh session, of the run was closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -29,9 +32,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
-  """Yields a list that collects the numbers of received SIGINT and SIGTERM signals.
+  """Yields a list that collects the numbers of received signals of `SIGNALS`.
 
-  The block reads the list and ends by itself. A second signal has its usual effect and
+  A SIGHUP that nohup lets the process ignore stays ignored. The block reads the list
+  and ends by itself. A second signal has its usual effect and
   ends the process at once. In other threads than the main thread the list stays empty.
 
   Args:
@@ -49,7 +53,7 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
       "config.grace_seconds = %g have passed, the state is not saved: exiting",
       grace_seconds,
     )
-    os._exit(distributed.EXIT_TRY_AGAIN)
+    os._exit(EXIT_TRY_AGAIN)
 
   def restore() -> None:
     for number, handler in before.items():
@@ -70,7 +74,9 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
     restore()
 
   before = {
-    number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+    number: signal.signal(number, handle)
+    for number in SIGNALS
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
   }
   try:
     yield received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
+from mdt_jax.training.lock import Lock
 from mdt_jax.training.preemption import Interrupted
 from mdt_jax.training.program import Program
 from mdt_jax.training.progress import Progress
@@ -29,6 +31,8 @@ from mdt_jax.types import Batch
 
 # Several processes agree every so many steps on whether to save or to stop.
 STEPS_BETWEEN_AGREEMENTS = 10
+SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, so that a fast run does not wait for a disk
+WORKER_KILLED = "was terminated unexpectedly"  # in Grain's error
 
 # Called with (steps done, state) after each step.
 StepHook = Callable[[int, TrainState], None]
@@ -45,6 +49,7 @@ class Trainer:
     hooks: pictures and scores at regular intervals.
     events: writer for TensorBoard.
     stop: received signals, see `stop_signals`; a signal in the list stops the run.
+    lock: lock of the workdir; None on processes that do not hold it.
     step_hooks: called with (steps done, state) after each step.
   """
 
@@ -57,6 +62,7 @@ class Trainer:
     hooks: Sequence[Hook],
     events: Events,
     stop: list[int],
+    lock: Lock | None = None,
     step_hooks: Sequence[StepHook] = (),
   ):
     self._experiment = experiment
@@ -67,11 +73,15 @@ class Trainer:
     self._hooks = hooks
     self._events = events
     self._stop = stop
+    self._workdir = workdir
+    self._lock = lock
     self._step_hooks = step_hooks
     self._skipped = SkippedSteps(
       self._settings, workdir, num_examples=len(experiment.source)
     )
     self._rollbacks = 0
+    self._start = 0  # steps done when `run` began
+    self._next_look = 0.0  # time.monotonic() of the next look at the workdir
     self._compiled: set[Hashable] = set()  # values of `static`
 
   def run(self, state: TrainState) -> TrainState:
@@ -84,9 +94,11 @@ class Trainer:
       The state after the last step, which is saved.
 
     Raises:
-      SettingError, SaveError, Interrupted: see `train`.
+      SettingError, SaveError, Interrupted: see `train`. Any other exception of the
+        data, of a step or of a hook is raised after a single process has saved the
+        state.
     """
-    start = done = int(state.step)
+    self._start = start = done = int(state.step)
     total = self._settings.num_steps
     self._last_save = time.monotonic()
     self._progress = Progress(
@@ -98,8 +110,9 @@ class Trainer:
     )
     loader, offset = self._open_loader(state)
     while done < total:
-      batch = self._next_batch(loader, state, done, is_new=done > start)
-      state = self._step(state, batch, done, offset)
+      with self._saves_on_error(state, done):
+        batch = self._next_batch(loader)
+        state = self._step(state, batch, done, offset)
       done += 1
       if done == total:
         self._skipped.look_at_all()
@@ -109,8 +122,9 @@ class Trainer:
         loader, offset = self._open_loader(state)
         continue
       self._finish_step(state, done)
-      for hook in self._step_hooks:
-        hook(done, state)
+      with self._saves_on_error(state, done):
+        for hook in self._step_hooks:
+          hook(done, state)
     return state
 
   def run_hooks(self, hooks: Sequence[Hook], state: TrainState) -> bool:
@@ -145,27 +159,37 @@ class Trainer:
     )
     return loader, offset
 
-  def _next_batch(
-    self,
-    loader: Iterator[dict[str, np.ndarray]],
-    state: TrainState,
-    done: int,
-    is_new: bool,
-  ) -> Batch:
-    """Puts the next batch on the devices.
-
-    If too many files are unreadable, a single process saves the state before the error
-    is raised. `is_new` says whether the state differs from the state at the start.
-    """
-    try:
-      batch = next(loader)
-    except SettingError:  # too many unreadable files
-      if is_new and jax.process_count() == 1:  # a save needs all processes
-        self._saved.finish(done, state, self._config)
-      raise
+  def _next_batch(self, loader: Iterator[dict[str, np.ndarray]]) -> Batch:
+    """Puts the next batch on the devices."""
+    batch = next(loader)
     placed = sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
     with jax.transfer_guard("disallow"):  # forbids implicit transfers only
       return self._experiment.encode(placed)
+
+  @contextlib.contextmanager
+  def _saves_on_error(self, state: TrainState, done: int) -> Iterator[None]:
+    """Saves `state`, of `done` steps, if the block raises an exception.
+
+    Several processes save nothing: a save needs all of them, and this may be the only
+    one with an exception.
+
+    Raises:
+      Interrupted: a reading process was killed.
+      Exception: any other exception of the block.
+    """
+    try:
+      yield
+    except Exception as error:
+      # A step that has begun has taken the arrays of the state.
+      is_whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+      text = f"stopped after step {done}"
+      if done > self._start and is_whole and jax.process_count() == 1:
+        self._saved.finish(done, state, self._config)
+        text += "; its checkpoint is saved"
+      if WORKER_KILLED in str(error):
+        raise Interrupted(f"a reading process was killed: {text}", []) from error
+      logger.error("%s, because of an error", text)
+      raise
 
   def _step(self, state: TrainState, batch: Batch, n: int, offset: int) -> TrainState:
     """Runs step n, counted from 0, without waiting for the devices."""
@@ -202,9 +226,20 @@ class Trainer:
     Raises:
       Interrupted: the run was asked to stop, and the state is saved.
     """
-    stops, is_late, again = self._any_process(
-      done, bool(self._stop), self._is_late(), self._saved.must_retry()
+    stops, is_late, again, is_lost = self._any_process(
+      done,
+      bool(self._stop),
+      self._is_late(),
+      self._saved.must_retry(),
+      self._has_lost_workdir(),
     )
+    if is_lost:
+      raise SettingError(
+        "--workdir",
+        str(self._workdir),
+        f"was deleted, or is used by another run: stopped after step {done}, which is "
+        "not saved",
+      )
     due = [hook for hook in self._hooks if hook.is_due(done)]
     is_planned = done % self._settings.checkpoint_every == 0
     is_planned |= any(hook.is_long for hook in due)
@@ -262,6 +297,14 @@ class Trainer:
     """Whether config.checkpoint_minutes have passed since the last save."""
     minutes = self._settings.checkpoint_minutes
     return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+
+  def _has_lost_workdir(self) -> bool:
+    """Whether the workdir is no longer this run's; looked up once a second."""
+    now = time.monotonic()
+    if self._lock is None or now < self._next_look:
+      return False
+    self._next_look = now + SECONDS_BETWEEN_LOOKS
+    return self._lock.is_lost()
 
   def _is_stopped(self) -> bool:
     """Whether any process was asked to stop; all processes call this together."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,17 @@ def finish(workdir: Path, *flags: str, logs: Path | None = None) -> Run:
   run = Run(workdir, *flags, logs=logs)
   assert run.end() == 0, run.log.read_text()
   return run
+
+
+def subprocess_of(workdir: Path, *flags: str) -> subprocess.Popen[str]:
+  """Starts the command in a new interpreter, which may start processes of its own."""
+  command = [sys.executable, "-m", "mdt_jax.main", f"--config={CONFIG}"]
+  return subprocess.Popen(
+    [*command, f"--workdir={workdir}", *flags],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def steps_saved(workdir: Path) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.checkpoints.manager import Checkpoints
-from mdt_jax.training.distributed import EXIT_TRY_AGAIN
+from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 from tests.faults import runs
 
 NUM_STEPS = 30

@@ -14,6 +14,7 @@ import pytest
 
 from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.data.loader import batch_indices
+from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 from tests.faults import runs
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_STEPS, NUM_DEVICES = 64, 8, 40, 4
@@ -152,3 +153,18 @@ def test_failed_save_is_reported_and_scores_written_by_all(data, tmp_path):
   for folder, suffix in (("samples", "png"), ("scores", "json")):
     names = {path.name for path in (workdir / folder).iterdir()}
     assert names == {f"step_{step:07d}.{suffix}" for step in (20, NUM_STEPS)}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_process_ends_with_75_when_another_is_killed(data, tmp_path, killed):
+  workdir = tmp_path / "run"
+  more = ["--config.num_steps=100000", "--config.grace_seconds=60"]
+  processes = start(workdir, data, 2, tmp_path / "logs", *more)
+  processes[0].wait_for("^step 7/")
+  processes[killed].kill()
+  begin = time.monotonic()
+  other = processes[1 - killed]
+  assert other.end() == EXIT_TRY_AGAIN, other.log.read_text()
+  assert time.monotonic() - begin < 60  # config.grace_seconds
+  last = other.log.read_text().splitlines()[-1]
+  assert last.startswith("error: another process of the run was lost"), last

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from mdt_jax.errors import SettingError
+from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 from mdt_jax.training import distributed
 from tests import forked
 from tests.training.tiny import tiny_config
@@ -52,7 +53,7 @@ def join(address, index, timeout=120):
 def test_timeout_error_names_the_coordinator_address(index):
   address = forked.free_address()
   process = forked.Forked(join, address, index, TIMEOUT)
-  assert process.end() == distributed.EXIT_TRY_AGAIN
+  assert process.end() == EXIT_TRY_AGAIN
   last = process.err.splitlines()[-1]
   assert last.startswith(f"error: --coordinator_address = '{address}': ")
   assert f"{TIMEOUT} s" in last
