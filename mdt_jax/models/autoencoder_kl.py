@@ -11,12 +11,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Float32
 
 from mdt_jax.errors import SettingError
 from mdt_jax.types import Array, Dtype, Params
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers clips the log variance
+# Limits of sizes. They are far above those of known autoencoders, and keep a mistyped
+# size from taking all memory.
+MAX_CHANNELS = 2**16
+MAX_LAYERS = 32
+MAX_LEVELS = 8
 
 
 class AutoencoderKL(nn.Module):
@@ -32,6 +38,10 @@ class AutoencoderKL(nn.Module):
     norm_num_groups: groups of each GroupNorm.
     scaling_factor: factor that scales latents to about unit variance; see `scale`.
     shift_factor: mean of the latents; `scale` subtracts it.
+    latents_mean: mean of each latent channel, in place of shift_factor; None for no
+      statistics by channel.
+    latents_std: standard deviation of each latent channel, by which `scale` divides;
+      None exactly if latents_mean is None.
     mid_block_attention: whether the coarsest level has self-attention.
     use_quant_conv: whether a 1x1 convolution follows the encoder.
     use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
@@ -46,6 +56,8 @@ class AutoencoderKL(nn.Module):
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
   shift_factor: float = 0.0
+  latents_mean: tuple[float, ...] | None = None
+  latents_std: tuple[float, ...] | None = None
   mid_block_attention: bool = True
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
@@ -58,27 +70,64 @@ class AutoencoderKL(nn.Module):
 
   def check(self) -> None:
     """Raises SettingError if an attribute is invalid."""
-    sizes = "in_channels out_channels layers_per_block latent_channels norm_num_groups"
-    for name in sizes.split():
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise SettingError(name, value, "must be an integer of at least 1")
+    channels = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
+    for name in (*channels, "layers_per_block"):
+      largest = MAX_LAYERS if name == "layers_per_block" else MAX_CHANNELS
+      if not _is_size(getattr(self, name), largest):
+        raise SettingError(
+          name, getattr(self, name), f"must be an integer from 1 to {largest}"
+        )
+    for name in ("mid_block_attention", "use_quant_conv", "use_post_quant_conv"):
+      if not isinstance(getattr(self, name), bool):
+        raise SettingError(name, getattr(self, name), "must be True or False")
     widths = self.block_out_channels
-    if not widths or not all(
-      isinstance(width, int) and width > 0 and width % self.norm_num_groups == 0
+    is_list = isinstance(widths, tuple) and 0 < len(widths) <= MAX_LEVELS
+    if not is_list or not all(
+      _is_size(width, MAX_CHANNELS) and width % self.norm_num_groups == 0
       for width in widths
     ):
       raise SettingError(
         "block_out_channels",
         widths,
-        "must hold at least one integer, each positive and divisible by "
-        f"norm_num_groups = {self.norm_num_groups}",
+        f"must hold 1 to {MAX_LEVELS} integers, each from 1 to {MAX_CHANNELS} and "
+        f"divisible by norm_num_groups = {self.norm_num_groups}",
       )
+    self._check_scales()
+
+  def _check_scales(self) -> None:
+    """Raises SettingError if `scale` and `unscale` cannot be computed in float32."""
     for name in ("scaling_factor", "shift_factor"):
-      if not isinstance(getattr(self, name), int | float):
-        raise SettingError(name, getattr(self, name), "must be a number")
-    if self.scaling_factor == 0:
+      if not _is_float32(getattr(self, name)):
+        raise SettingError(name, getattr(self, name), "must be a finite number")
+    if np.float32(self.scaling_factor) == 0:
       raise SettingError("scaling_factor", self.scaling_factor, "must not be 0")
+    for name, other in (
+      ("latents_mean", "latents_std"),
+      ("latents_std", "latents_mean"),
+    ):
+      values = getattr(self, name)
+      if values is None:
+        continue
+      if getattr(self, other) is None:
+        raise SettingError(name, values, f"needs {other} too")
+      if (
+        not isinstance(values, tuple)
+        or len(values) != self.latent_channels
+        or not all(_is_float32(value) for value in values)
+      ):
+        raise SettingError(
+          name,
+          values,
+          f"must hold latent_channels = {self.latent_channels} finite numbers",
+        )
+    if self.latents_std is None:
+      return
+    if not all(np.float32(value) > 0 for value in self.latents_std):
+      raise SettingError("latents_std", self.latents_std, "must hold numbers above 0")
+    if self.shift_factor != 0:
+      raise SettingError(
+        "shift_factor", self.shift_factor, "must be 0, since latents_mean is given"
+      )
 
   def setup(self) -> None:
     self.check()
@@ -139,12 +188,29 @@ class AutoencoderKL(nn.Module):
     return self.decoder(latents).astype(jnp.float32)
 
   def scale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
-    """Scales latents to about unit variance: (x - shift_factor) * scaling_factor."""
-    return (latents - self.shift_factor) * self.scaling_factor
+    """Scales latents to about unit variance.
+
+    (x - shift_factor) * scaling_factor; with statistics by channel,
+    (x - latents_mean) * scaling_factor / latents_std, as in diffusers' pipelines.
+    """
+    if self.latents_mean is None:
+      return (latents - self.shift_factor) * self.scaling_factor
+    return self.scale_std(latents - np.asarray(self.latents_mean, np.float32))
+
+  def scale_std(self, std: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
+    """Scales standard deviations as `scale` scales latents: without the shift."""
+    if self.latents_std is None:
+      return std * self.scaling_factor
+    return std * (self.scaling_factor / np.asarray(self.latents_std, np.float32))
 
   def unscale(self, latents: Float[Array, "*B h w C"]) -> Float[Array, "*B h w C"]:
     """Inverts `scale`; the result is an input of `decode`."""
-    return latents / self.scaling_factor + self.shift_factor
+    if self.latents_std is None:
+      return latents / self.scaling_factor + self.shift_factor
+    std, mean = (
+      np.asarray(values, np.float32) for values in (self.latents_std, self.latents_mean)
+    )
+    return latents * (std / self.scaling_factor) + mean
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -307,6 +373,18 @@ class Upsample(nn.Module):
   def __call__(self, x: Array) -> Array:
     x = x.repeat(2, axis=1).repeat(2, axis=2)
     return _conv(x.shape[-1], self.dtype, "conv")(x)
+
+
+def _is_size(value: Any, largest: int) -> bool:
+  """Whether a value is an integer from 1 to `largest`."""
+  return type(value) is int and 1 <= value <= largest
+
+
+def _is_float32(value: Any) -> bool:
+  """Whether a value is a number that is finite in float32."""
+  if type(value) not in (int, float):
+    return False
+  return abs(value) <= float(np.finfo(np.float32).max)
 
 
 def _conv(features: int, dtype: Dtype, name: str, **options: Any) -> nn.Conv:

@@ -61,10 +61,10 @@ class Autoencoder:
       card: card of the latent set, see `data.latents.read_card`.
 
     Raises:
-      SettingError: scaling_factor or shift_factor differ.
+      SettingError: scaling_factor, shift_factor, latents_mean or latents_std differ.
     """
-    for factor in ("scaling_factor", "shift_factor"):
-      own, stored = getattr(self.model, factor), card[factor]
+    for factor, own in self.scales().items():
+      stored = card.get(factor)
       if own != stored:
         raise SettingError(
           "config.data.vae",
@@ -72,6 +72,18 @@ class Autoencoder:
           f"must have {factor} = {stored}, with which {card['vae']} encoded the "
           f"latents; has {own}",
         )
+
+  def scales(self) -> dict[str, Any]:
+    """Returns the numbers that scale latents, as the card of a latent set holds them.
+
+    Statistics by channel are None if the autoencoder has none.
+    """
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    values = {name: getattr(self.model, name) for name in names}
+    return {
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in values.items()
+    }
 
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
     """Returns the shape (h, w, C) of the latents of a square image."""
@@ -169,5 +181,5 @@ def _moments(model: AutoencoderKL, params: Params, images: Array) -> Array:
     images = images.astype(jnp.float32) / 127.5 - 1
   output: Any = model.apply({"params": params}, images, method="encode")
   mean, logvar = output
-  std = jnp.exp(0.5 * logvar) * model.scaling_factor
+  std = model.scale_std(jnp.exp(0.5 * logvar))
   return jnp.stack([model.scale(mean), std], axis=1)

@@ -6,8 +6,9 @@ those of diffusers, with `_0` in place of `.0`.
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ import numpy as np
 from mdt_jax.atomic import write_json
 from mdt_jax.errors import SettingError
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
+from mdt_jax.pretrained.diffusers_folders import (
+  CONFIG_FILE,
+  WEIGHT_FILES,
+  read_config,
+  weights_in,
+)
 from mdt_jax.pretrained.tensors import (
   Tensors,
   flatten,
@@ -27,16 +34,13 @@ from mdt_jax.pretrained.tensors import (
   unflatten,
   write_tensors,
 )
+from mdt_jax.pretrained.torch_names import without_prefixes
 from mdt_jax.types import Dtype, Params
 
 SETTING = "vae"  # the setting that errors name
-CONFIG_FILE = "config.json"
-WEIGHT_FILES = (
-  "diffusion_pytorch_model.safetensors",
-  "diffusion_pytorch_model.bin",
-)
 DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # the autoencoder that errors suggest
 SUBFOLDER = "vae"  # folder of the autoencoder in a diffusers pipeline
+_MAX_SHOWN = 200  # characters of a value in an error
 
 # diffusers' setting -> attribute of `AutoencoderKL`; other settings have no effect.
 _ATTRIBUTES = {
@@ -50,19 +54,18 @@ _ATTRIBUTES = {
     "norm_num_groups",
     "scaling_factor",
     "shift_factor",
+    "latents_mean",
+    "latents_std",
     "use_quant_conv",
     "use_post_quant_conv",
   )
 } | {"mid_block_add_attention": "mid_block_attention"}
 # Defaults of diffusers that differ from those of `AutoencoderKL` in this package.
 _DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
+# Lists in config.json that are tuples in this package.
+_TUPLES = ("block_out_channels", "latents_mean", "latents_std")
 # Settings of diffusers for which only one value is supported.
-_FIXED = {
-  "_class_name": "AutoencoderKL",
-  "act_fn": "silu",
-  "latents_mean": None,
-  "latents_std": None,
-}
+_FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 _BLOCK_TYPES = {
   "down_block_types": "DownEncoderBlock2D",
   "up_block_types": "UpDecoderBlock2D",
@@ -82,10 +85,11 @@ def load_vae(
   """Reads an autoencoder in diffusers' format.
 
   Args:
-    name_or_folder: a folder or a Hugging Face hub id. The folder must hold config.json
-      and diffusion_pytorch_model.safetensors (or .bin, which is opened with
-      weights_only=True and needs torch), or a subfolder `vae` with these files. A hub
-      id, such as "stabilityai/sd-vae-ft-ema", needs huggingface_hub.
+    name_or_folder: a folder, a file of weights, or a Hugging Face hub id. The folder
+      must hold config.json and a file of WEIGHT_FILES (.bin is opened with
+      weights_only=True and needs torch), or a subfolder `vae` with these files. A file
+      of weights must have config.json beside it. A hub id, such as
+      "stabilityai/sd-vae-ft-ema", needs huggingface_hub.
     dtype: compute dtype, float32 or bfloat16.
 
   Returns:
@@ -97,21 +101,23 @@ def load_vae(
       a file is broken, a setting is not supported, or tensors are missing, unexpected
       or of the wrong shape.
   """
-  folder = Path(name_or_folder).expanduser()
-  if not folder.is_dir():
+  path = Path(name_or_folder).expanduser()
+  weights = path if os.path.isfile(path) else None
+  folder = path.parent if weights else path
+  if not os.path.isdir(folder):
     folder = _download(str(name_or_folder))
-  if not (folder / CONFIG_FILE).is_file() and (folder / SUBFOLDER).is_dir():
+  has_config = (folder / CONFIG_FILE).is_file()
+  if not weights and not has_config and (folder / SUBFOLDER).is_dir():
     folder = folder / SUBFOLDER
   model = AutoencoderKL(**_read_config(folder / CONFIG_FILE), dtype=dtype)
-  for weights in WEIGHT_FILES:
-    path = folder / weights
-    if path.is_file():
-      return model, _from_tensors(_read_weights(path), model, path)
-  raise SettingError(
-    SETTING,
-    str(folder),
-    f"holds no {' or '.join(WEIGHT_FILES)}; {_by_hand(DEFAULT_ID, 'it')}",
-  )
+  weights = weights or weights_in(folder)
+  if weights is None:
+    raise SettingError(
+      SETTING,
+      str(folder),
+      f"holds no {' or '.join(WEIGHT_FILES[:2])}; {_by_hand(DEFAULT_ID, 'it')}",
+    )
+  return model, _from_tensors(_read_weights(weights), model, weights)
 
 
 def save_vae(folder: str | Path, model: AutoencoderKL, params: Params) -> None:
@@ -142,17 +148,17 @@ def vae_to_torch(params: Params) -> Tensors:
 def abstract_vae_params(model: AutoencoderKL) -> Params:
   """Returns shapes and dtypes of the parameters, without computing values."""
 
-  def init() -> Params:
-    side = model.downsampling
-    images = np.zeros((1, side, side, model.in_channels), np.float32)
+  def init(images: jax.Array) -> Params:
     return model.init(jax.random.key(0), images)["params"]
 
-  return jax.eval_shape(init)
+  side = model.downsampling
+  shape = (1, side, side, model.in_channels)
+  return jax.eval_shape(init, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
   """Converts diffusers' tensors to parameters; `path` is their file, for errors."""
-  tensors = _modern(tensors)
+  tensors = _modern(without_prefixes(tensors, SETTING, str(path)))
   params = flatten(abstract_vae_params(model))
   shapes = {
     _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
@@ -171,39 +177,49 @@ def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
 
 def _read_config(path: Path) -> dict[str, Any]:
   """Reads the attributes of `AutoencoderKL` from diffusers' config.json."""
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  if not os.path.exists(path):
     raise SettingError(
       SETTING,
       str(path.parent),
       f"holds no {CONFIG_FILE}; {_by_hand(DEFAULT_ID, 'it')}",
-    ) from None
-  except (OSError, ValueError) as error:
-    raise SettingError(SETTING, str(path), f"must be a JSON file: {error}") from None
-  if not isinstance(config, dict):
-    raise SettingError(SETTING, str(path), "must hold a dict of settings")
-  config = _DEFAULTS | config
-  widths = config["block_out_channels"]
-  levels = len(widths) if isinstance(widths, list) else 0
-  accepted = _FIXED | {name: [block] * levels for name, block in _BLOCK_TYPES.items()}
-  for name, value in accepted.items():
-    if config.get(name, value) != value:
-      raise SettingError(
-        f"{name} of {path}", config[name], f"not supported; accepted is {value!r}"
-      )
+    )
+  config = _DEFAULTS | read_config(path, SETTING)
+  _check_values(path, config, _FIXED)
   attributes = {
     ours: config[name] for name, ours in _ATTRIBUTES.items() if name in config
   }
-  attributes["block_out_channels"] = tuple(widths) if levels else ()
+  for name in _TUPLES:
+    if isinstance(value := attributes.get(name), list):
+      attributes[name] = tuple(value)
   attributes["shift_factor"] = config.get("shift_factor") or 0.0
   try:
     AutoencoderKL(**attributes).check()
   except SettingError as error:
-    raise SettingError(
-      f"{error.setting} of {path}", error.value, error.accepted
-    ) from None
+    names = {ours: theirs for theirs, ours in _ATTRIBUTES.items()}
+    name = names[error.setting]
+    raise _unsupported(name, path, error.value, error.accepted) from None
+  levels = len(attributes["block_out_channels"])
+  blocks = {name: [block] * levels for name, block in _BLOCK_TYPES.items()}
+  _check_values(path, config, blocks)
   return attributes
+
+
+def _check_values(
+  path: Path, config: Mapping[str, Any], accepted: Mapping[str, Any]
+) -> None:
+  """Raises SettingError if a setting of config.json has another value."""
+  for name, value in accepted.items():
+    if config.get(name, value) != value:
+      raise _unsupported(
+        name, path, config[name], f"not supported; accepted is {value!r}"
+      )
+
+
+def _unsupported(name: str, path: Path, value: Any, accepted: str) -> SettingError:
+  """Builds the error for a setting of config.json; shortens long values."""
+  if len(repr(value)) > _MAX_SHOWN:
+    value = f"{repr(value)[:_MAX_SHOWN]}…"
+  return SettingError(f"{name} of {path}", value, accepted)
 
 
 def _read_weights(path: Path) -> Tensors:
@@ -276,10 +292,13 @@ def _download(name: str) -> Path:
     ]
     return Path(snapshot_download(name, allow_patterns=patterns))
 
-  safetensors, pickled = WEIGHT_FILES
+  folder = Path()
   try:
-    folder = download(safetensors)
-    return folder if any(folder.rglob(safetensors)) else download(pickled)
+    for weights in WEIGHT_FILES:
+      folder = download(weights)
+      if any(folder.rglob(weights)):
+        break
+    return folder
   except Exception as error:  # network, access rights, or unknown name
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise SettingError(SETTING, name, f"{by_hand} (hub error: {reason})") from None

@@ -31,7 +31,7 @@ from mdt_jax.pretrained.torch_vae import (
 from tests import reference
 
 FIXTURES = ("vae", "vae_no_quant")
-SAFETENSORS, BIN = WEIGHT_FILES
+SAFETENSORS, BIN = WEIGHT_FILES[:2]
 OLD_SPELLING = {
   "to_q": "query",
   "to_k": "key",
@@ -65,10 +65,18 @@ def write_folder(folder, tensors=None, config=None):
   return folder
 
 
-def write_bin(folder, held):
+def write_bin(folder, held, name=BIN):
   write_folder(folder)
   (folder / SAFETENSORS).unlink()
-  torch.save(held, folder / BIN)
+  torch.save(held, folder / name)
+  return folder
+
+
+def write_as(folder, name):
+  """Writes the fixture "vae" to a folder, with its weights in the file `name`."""
+  if name.endswith(".bin"):
+    return write_bin(folder, as_torch(saved("vae")), name)
+  (write_folder(folder) / SAFETENSORS).rename(folder / name)
   return folder
 
 
@@ -124,6 +132,7 @@ def test_saved_config_matches_the_config_of_diffusers(name, tmp_path):
     dict(block_out_channels=(4, 8, 8), layers_per_block=3, latent_channels=16),
     dict(in_channels=1, out_channels=2, use_quant_conv=False, shift_factor=0.5),
     dict(mid_block_attention=False, use_post_quant_conv=False, scaling_factor=2.0),
+    dict(latent_channels=2, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.25)),
   ],
 )
 def test_other_configs_round_trip(changes, tmp_path):
@@ -182,8 +191,30 @@ def test_old_names_of_attention_tensors_are_read(as_convolutions, tmp_path):
   assert_same(load_vae(write_folder(tmp_path, tensors))[1])
 
 
-def test_bin_is_read(tmp_path):
-  assert_same(load_vae(write_bin(tmp_path, as_torch(saved("vae"))))[1])
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_every_name_of_weights_is_read_from_a_folder(name, tmp_path):
+  assert_same(load_vae(write_as(tmp_path, name))[1])
+
+
+@pytest.mark.parametrize("name", [*WEIGHT_FILES, "mine.safetensors", "mine.pt"])
+def test_file_of_weights_is_read_with_the_config_beside_it(name, tmp_path):
+  if name == "mine.pt":
+    write_bin(tmp_path, as_torch(saved("vae")), name)
+  else:
+    write_as(tmp_path, name)
+  (tmp_path / "vae").mkdir()  # a folder of this name must not be preferred
+  assert_same(load_vae(tmp_path / name)[1])
+
+
+def test_file_of_weights_without_config_is_refused(tmp_path):
+  (write_folder(tmp_path) / "config.json").unlink()
+  assert "holds no config.json" in expect_error(tmp_path / SAFETENSORS)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
+def test_prefixes_of_wrapped_networks_are_removed(prefix, tmp_path):
+  tensors = {prefix + name: array for name, array in saved("vae").items()}
+  assert_same(load_vae(write_folder(tmp_path, tensors))[1])
 
 
 def test_safetensors_are_preferred_to_a_bin(tmp_path):
@@ -241,13 +272,33 @@ def test_reading_safetensors_does_not_import_torch():
     ("layers_per_block", 0),
     ("norm_num_groups", 0),
     ("scaling_factor", None),
+    ("scaling_factor", 0),
+    ("scaling_factor", 1e-60),
+    ("scaling_factor", 1e308),
+    ("scaling_factor", True),
+    ("shift_factor", 10**400),
+    ("shift_factor", [0.1]),
+    ("latents_mean", [0.0] * 3),
+    ("latents_std", "1111"),
+    ("latents_std", {"0": 1.0}),
+    ("latent_channels", True),
+    ("latent_channels", 10**12),
+    ("in_channels", -3),
+    ("layers_per_block", 10**9),
+    ("layers_per_block", 1e308),
+    ("block_out_channels", [16] * 1000),
+    ("block_out_channels", [[16, 16], [32, 32]]),
+    ("use_quant_conv", "no"),
+    ("mid_block_add_attention", 1),
   ],
 )
 def test_error_names_an_unsupported_setting(setting, value, tmp_path):
   write_folder(tmp_path, config={**saved_config("vae"), setting: value})
   path = str(tmp_path / "config.json")
-  shown = tuple(value) if setting == "block_out_channels" else value
-  assert expect_error(tmp_path).startswith(f"{setting} of {path} = {shown!r}: ")
+  tuples = ("block_out_channels", "latents_mean", "latents_std")
+  shown = tuple(value) if setting in tuples and isinstance(value, list) else value
+  shown = repr(shown) if len(repr(shown)) < 200 else f"'{repr(shown)[:200]}…'"
+  assert expect_error(tmp_path).startswith(f"{setting} of {path} = {shown}: ")
 
 
 @pytest.mark.parametrize("value", [[], None, 32, "16"])
@@ -256,7 +307,32 @@ def test_block_out_channels_must_be_a_list(value, tmp_path):
   assert "block_out_channels of " in expect_error(write_folder(tmp_path, config=config))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x80"])
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39, None, "1"])
+def test_statistics_of_latents_must_be_finite_numbers(name, bad, tmp_path):
+  statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+  statistics[name] = [1.0, bad, 1.0, 1.0]
+  write_folder(tmp_path, config={**saved_config("vae"), **statistics})
+  assert expect_error(tmp_path).startswith(f"{name} of ")
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    (dict(latents_std=[1.0, 0.0, 1.0, 1.0]), "latents_std"),
+    (dict(latents_std=[1.0, -1.0, 1.0, 1.0]), "latents_std"),
+    (dict(shift_factor=0.1), "shift_factor"),
+  ],
+)
+def test_statistics_that_cannot_scale_are_refused(changes, named, tmp_path):
+  statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+  write_folder(tmp_path, config={**saved_config("vae"), **statistics, **changes})
+  assert expect_error(tmp_path).startswith(f"{named} of ")
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", "null", "\x80", "[" * 100_000, "1" * 5000, " " * 2**21]
+)
 def test_invalid_config_file_is_refused(text, tmp_path):
   write_folder(tmp_path)
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
@@ -333,10 +409,7 @@ def test_config_that_does_not_match_the_tensors_is_refused(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 @pytest.mark.parametrize("weights", WEIGHT_FILES)
 def test_truncated_weights_are_refused(weights, share, tmp_path):
-  if weights == BIN:
-    write_bin(tmp_path, as_torch(saved("vae")))
-  else:
-    write_folder(tmp_path)
+  write_as(tmp_path, weights)
   whole = (tmp_path / weights).read_bytes()
   (tmp_path / weights).write_bytes(whole[: int(share * len(whole))])
   message = expect_error(tmp_path)
@@ -401,10 +474,7 @@ def hub_of(repository, cache):
 def test_model_on_the_hub_is_read(weights, subfolder, hub, tmp_path):
   repository, cache = tmp_path / "repository", tmp_path / "cache"
   cache.mkdir()
-  if weights == BIN:
-    write_bin(repository / subfolder, as_torch(saved("vae")))
-  else:
-    write_folder(repository / subfolder)
+  write_as(repository / subfolder, weights)
   hub(hub_of(repository, cache))
   assert_same(load_vae("some/model")[1])
 
