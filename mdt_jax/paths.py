@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import printable
 
 # What is put around a name while its file is written, as by `atomic.write_json`.
 _ADDED = len(".") + len(".12ab34cd.partial")
@@ -48,6 +49,24 @@ def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
   return found
 
 
+def input_file(setting: str, path: str | os.PathLike[str]) -> Path:
+  """Returns the path of a regular file that exists.
+
+  Args:
+    setting: name of the setting that holds the path, for errors.
+    path: the path of the file.
+
+  Raises:
+    SettingError: see `local_path`; or there is no such file, or the path is a folder,
+      a FIFO or a device.
+  """
+  file = local_path(setting, path)
+  if not file.is_file():
+    accepted = "must be a regular file" if file.exists() else "must be a file"
+    raise SettingError(setting, str(path), accepted)
+  return file
+
+
 def is_url(text: str) -> bool:
   """Whether a text starts with a scheme, such as gs:// or file:/."""
   return _SCHEME.match(text) is not None
@@ -61,10 +80,16 @@ def output_folder(setting: str, path: str | os.PathLike[str]) -> Path:
     path: the path of the folder.
 
   Raises:
-    SettingError: see `local_path`; or the path is a file or lies below one; or its
-      folder cannot be created or written.
+    SettingError: see `local_path`; or the path is not in UTF-8, is a file or lies below
+      one; or its folder cannot be created or written.
   """
   folder = local_path(setting, path)
+  if printable(str(folder)) != str(folder):  # Orbax and XLA pass paths to C++
+    raise SettingError(
+      setting,
+      str(folder),
+      "must be in UTF-8, and the locale of the process too (LC_ALL=C.UTF-8)",
+    )
   if os.path.lexists(folder) and not folder.is_dir():
     kind = "a link to nothing" if folder.is_symlink() else "a file"
     raise SettingError(setting, str(path), f"must be a folder, not {kind}")

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import mdt_jax.interrupts  # noqa: F401
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints.loading import workdir_of
-from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.data import file_names
+from mdt_jax.errors import SettingError, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
+from mdt_jax.paths import output_folder
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
@@ -155,15 +158,16 @@ cli.require(checkpoint="runs/digits")
 def main(argv: list[str]) -> None:
   del argv
   cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
-  if NUM_IMAGES.value is not None and NUM_IMAGES.value < 1:
-    raise SettingError("num_images", NUM_IMAGES.value, "must be at least 1")
+  check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
+  check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
+  output = output_folder("output", _output())
   with renamed_in_errors(_flag_names()):
     pipeline = Pipeline.from_checkpoint(
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
     labels = choose_labels(
       "labels",
-      LABELS.value,
+      [file_names.from_path(label) for label in LABELS.value],
       NUM_IMAGES.value,
       pipeline.model.num_classes,
       SEED.value,
@@ -171,7 +175,7 @@ def main(argv: list[str]) -> None:
       held=pipeline.experiment.data_labels,
     )
     file = pipeline.write(
-      OUTPUT.value or workdir_of(CHECKPOINT.value) / _default_folder(),
+      output,
       labels,
       png=PNG.value,
       overwrite=OVERWRITE.value,
@@ -189,11 +193,14 @@ def main(argv: list[str]) -> None:
   logger.info("%s of step %d: %s", images, pipeline.step, file)
 
 
-def _default_folder() -> str:
-  """The folder in the run for images of this kind."""
+def _output() -> str | Path:
+  """The folder for the images: --output, or one in the run for images of this kind."""
+  if OUTPUT.value is not None:
+    return OUTPUT.value
+  name = "samples" if EDIT.value is None else "edited"
   if INPAINT.value is not None:
-    return "inpainted"
-  return "samples" if EDIT.value is None else "edited"
+    name = "inpainted"
+  return workdir_of(CHECKPOINT.value) / name
 
 
 def _sampling() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from mdt_jax.data import file_names
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger, printable
 
@@ -65,8 +66,8 @@ def labels_of_paths(
         f"{len(bare)} of {len(files)} have no underscore, such as {bare[0]}",
       )
     class_of = [name.split("_")[0] if not bare else "" for name in files]
-    classes = sorted(set(class_of))
-  empty = sorted(set(classes) - set(class_of))
+    classes = sorted(set(class_of), key=file_names.to_bytes)
+  empty = sorted(set(classes) - set(class_of), key=file_names.to_bytes)
   if empty:
     shown = ", ".join(map(printable, empty[:5])) + (", …" if len(empty) > 5 else "")
     logger.warning(
@@ -208,7 +209,7 @@ def _of_values(path: str, where: str, values: list[Any]) -> FileLabels:
     SettingError: the values are neither all numbers in [0, MAX_CLASSES) nor all texts.
   """
   if all(isinstance(value, str) for value in values):
-    return _numbered(values, sorted(set(values)))
+    return _numbered(values, sorted(set(values), key=file_names.to_bytes))
   for value in values:
     if type(value) is not int or not 0 <= value < MAX_CLASSES:
       raise _error(

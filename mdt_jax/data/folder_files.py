@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mdt_jax.data import file_names
 from mdt_jax.data.examples import count_labels
 from mdt_jax.data.file_labels import (
   DATASET_JSON,
@@ -42,7 +43,7 @@ class FolderFiles:
 
   def read(self, index: int) -> tuple[bytes, int]:
     """Returns (bytes, label) of a file."""
-    data = Path(self.path, self._names[index]).read_bytes()
+    data = Path(self.path, file_names.to_path(self._names[index])).read_bytes()
     return data, int(self._labels[index])
 
 
@@ -101,7 +102,12 @@ def _list_folder(path: str, extensions: tuple[str, ...]) -> tuple[list[str], lis
     raise SettingError(
       "config.data.path", path, f"must hold {' '.join(extensions)} files, found none"
     )
-  return sorted(files), sorted(classes)
+  return _sorted_names(files), _sorted_names(classes)
+
+
+def _sorted_names(paths: list[str]) -> list[str]:
+  """Returns the names of paths in an order that the locale does not change."""
+  return sorted(map(file_names.from_path, paths), key=file_names.to_bytes)
 
 
 def _may_be_read(entry: os.DirEntry[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.atomic import write_json
-from mdt_jax.data import latents
+from mdt_jax.data import file_names, latents
 from mdt_jax.errors import SettingError
 
 BEGUN = "begun.json"  # holds the card of an unfinished set
@@ -104,6 +104,8 @@ class LatentSet:
       SettingError: the folder cannot be created, or holds anything but a set with this
         card.
     """
+    if not file_names.is_utf8(str(self.folder)):
+      raise self.error("must be a path in UTF-8: ArrayRecord writes no others")
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +135,9 @@ class LatentSet:
     paths = [self.shard_path(shard) for shard in range(self.num_shards)]
     card_path = self.folder / latents.CARD
     try:
-      entries = [json.loads(entry_path(path).read_text()) for path in paths]
+      entries = [
+        json.loads(entry_path(path).read_text(encoding="utf-8")) for path in paths
+      ]
     except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
     images = sum(entry["images"] for entry in entries)
@@ -165,7 +169,7 @@ class LatentSet:
   def _read_json(self, name: str) -> dict[str, Any]:
     """Reads a JSON dict in the folder; raises SettingError if that fails."""
     try:
-      found = json.loads((self.folder / name).read_text())
+      found = json.loads((self.folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
       raise self.error(f"{name} cannot be read: {error}") from None
     if not isinstance(found, dict):

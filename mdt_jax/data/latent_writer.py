@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mdt_jax.atomic import write_json
-from mdt_jax.data import latents
+from mdt_jax.data import file_names, latents
 from mdt_jax.data.examples import Example, count_labels
 from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
@@ -185,7 +185,7 @@ def _write_shard(
   with _lock(latent_set, partial, path):
     try:
       with _disk_errors(latent_set, path):
-        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+        writer = ArrayRecordWriter(file_names.from_path(str(partial)), WRITER_OPTIONS)
       try:
         for record in records:
           if isinstance(record, str):

@@ -29,6 +29,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float64
 
+from mdt_jax.data import file_names
 from mdt_jax.data.examples import (
   Example,
   SourceArguments,
@@ -50,7 +51,7 @@ Progress = Callable[[int], Any]  # called with the number of newly done images
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The binary layout of a record: moments, label (int32), name (UTF-8).
+  """The binary layout of a record: moments, label (int32), name.
 
   Attributes:
     latent_shape: (H, W, C).
@@ -73,7 +74,7 @@ class Layout:
   def pack(self, views: Float[np.ndarray, "2 2 H W C"], label: int, name: str) -> bytes:
     """Packs a record; `views` must have the shape and dtype of this layout."""
     label_bytes = int(label).to_bytes(LABEL_BYTES, "little")
-    return views.tobytes() + label_bytes + name.encode()
+    return views.tobytes() + label_bytes + file_names.to_bytes(name)
 
   def label(self, record: bytes) -> int:
     """Returns the label of a record."""
@@ -86,7 +87,8 @@ class Layout:
     if len(record) < end:
       raise ValueError(f"record has {len(record)} bytes, must have at least {end}")
     views = np.frombuffer(record, DTYPES[self.dtype], math.prod(self.shape))
-    return views.reshape(self.shape), self.label(record), record[end:].decode()
+    name = file_names.from_bytes(record[end:])
+    return views.reshape(self.shape), self.label(record), name
 
 
 def shard_name(index: int, count: int) -> str:
@@ -102,7 +104,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
   """
   card = Path(path).expanduser() / CARD
   try:
-    found = json.loads(card.read_text())
+    found = json.loads(card.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise SettingError(
       "config.data.path",
@@ -289,6 +291,8 @@ def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataS
   def refuse(text: str) -> SettingError:
     return SettingError("config.data.path", str(folder), text)
 
+  if not file_names.is_utf8(str(folder)):
+    raise refuse("must be a path in UTF-8: ArrayRecord opens no others")
   for shard in shards:
     path = folder / shard["file"]
     if not path.is_file():
@@ -297,7 +301,7 @@ def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataS
     if size != shard["bytes"]:
       raise refuse(f"{path.name} must have {shard['bytes']} bytes ({CARD}), has {size}")
     try:
-      reader = ArrayRecordReader(str(path))
+      reader = ArrayRecordReader(file_names.from_path(str(path)))
       count = reader.num_records()
       reader.close()
     except RuntimeError as error:  # a damaged index
@@ -306,4 +310,5 @@ def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataS
       raise refuse(
         f"{path.name} must hold {shard['images']} records ({CARD}), holds {count}"
       )
-  return grain.sources.ArrayRecordDataSource([str(folder / s["file"]) for s in shards])
+  paths = [file_names.from_path(str(folder / shard["file"])) for shard in shards]
+  return grain.sources.ArrayRecordDataSource(paths)

@@ -7,7 +7,9 @@ import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from mdt_jax.data import file_names
 from mdt_jax.data.examples import count_labels
 from mdt_jax.data.file_labels import (
   DATASET_JSON,
@@ -37,7 +39,7 @@ class TarFiles:
     left_out = LeftOut()
     entries, others = [], []
     for tar in tars:
-      prefix = "" if tar == path else f"{Path(tar).stem}/"
+      prefix = "" if tar == path else f"{file_names.from_path(Path(tar).stem)}/"
       for entry in _index_tar(tar, prefix, left_out):
         is_data = entry.name.lower().endswith(extensions)
         (entries if is_data else others).append(entry)
@@ -49,7 +51,7 @@ class TarFiles:
       raise SettingError(
         "config.data.path", path, f"must hold {' '.join(extensions)} files, found none"
       )
-    self._entries = sorted(entries, key=lambda entry: entry.name)
+    self._entries = sorted(entries, key=lambda entry: file_names.to_bytes(entry.name))
     stored = self._stored_labels(others)
     for entry in others:
       if stored is None or not entry.name.endswith((*SIDECARS, DATASET_JSON)):
@@ -70,21 +72,22 @@ class TarFiles:
 
   def _labels_of_paths(self) -> FileLabels:
     """The labels that the paths of the files mean."""
-    names = [entry.name for entry in self._entries]
-    if all(name.count("/") > 1 for name in names):  # a top folder holds the classes
-      names = [name.split("/", 1)[1] for name in names]
-    folders = sorted({name.split("/")[0] for name in names if "/" in name})
-    return labels_of_paths(self.path, names, folders)
+    inside = [entry.name for entry in self._entries]
+    if all(name.count("/") > 1 for name in inside):  # a top folder holds the classes
+      inside = [name.split("/", 1)[1] for name in inside]
+    folders = {name.split("/")[0] for name in inside if "/" in name}
+    return labels_of_paths(self.path, inside, sorted(folders, key=file_names.to_bytes))
 
   def _stored_labels(self, others: list[_TarEntry]) -> FileLabels | None:
     """The labels that other files of the tar files hold; None if there are none."""
-    names = [entry.name for entry in self._entries]
+    images = [entry.name for entry in self._entries]
     for entry in others:
       folder, _, base = entry.name.rpartition("/")
       if base == DATASET_JSON and folder.count("/") == 0:
         start = len(folder) + bool(folder)
-        inside = [name[start:] for name in names if name.startswith(entry.name[:start])]
-        if len(inside) == len(names):
+        top = entry.name[:start]
+        inside = [name[start:] for name in images if name.startswith(top)]
+        if len(inside) == len(images):
           found = labels_of_dataset_json(self.path, inside, entry.read())
           if found is not None:
             return found
@@ -93,7 +96,11 @@ class TarFiles:
       for entry in others
       if entry.name.endswith(SIDECARS) and entry.size <= MAX_SIDECAR_BYTES
     }
-    return labels_of_sidecars(self.path, names, sidecars)
+    return labels_of_sidecars(self.path, images, sidecars)
+
+
+# The names of files are those of `file_names`, whatever the locale.
+_OPTIONS: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)  # slots save memory: 1.3 million files
@@ -132,12 +139,14 @@ def _index_tar(path: str, prefix: str, left_out: LeftOut) -> list[_TarEntry]:
   """
   entries = []
   try:
-    with tarfile.open(path, "r:") as outer:
+    with tarfile.open(path, "r:", **_OPTIONS) as outer:
       for member in outer:
         base = member.name.rpartition("/")[2]
         if member.isfile() and base.endswith(".tar") and not is_hidden(base):
           folder = f"{prefix}{Path(member.name).stem}/"
-          with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+          with tarfile.open(
+            fileobj=outer.extractfile(member), mode="r:", **_OPTIONS
+          ) as inner:
             entries += [
               dataclasses.replace(entry, offset=entry.offset + member.offset_data)
               for entry in _tar_entries(path, folder, inner, left_out)

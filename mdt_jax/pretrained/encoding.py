@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +14,23 @@ from jaxtyping import Float, UInt8
 
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
-from mdt_jax.data import latents, reference_batches
+from mdt_jax.data import file_names, latents, reference_batches
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
-from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
+from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
+from mdt_jax.paths import local_path, output_file, output_folder
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STATISTICS = "statistics.json"
+# Bounds far above what anyone encodes, so that a slip of the pen uses up no memory.
+MAX_IMAGES, MAX_IMAGE_SIZE = 100_000_000, 16_384
+MAX_BATCH_SIZE, MAX_THREADS, MAX_PROCESSES = 65_536, 1_024, 65_536
 # Setting in an error of an inner function -> argument of the functions below.
 _ARGUMENTS = {
   "config.data.max_unreadable": "max_unreadable",
@@ -84,16 +87,13 @@ def encode_images(
       the devices have too little memory, or writing fails; see
       `latent_writer.write_latents`.
   """
+  output = output_folder("output", output)
   check_choice("dtype", dtype, latents.DTYPES)
   check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-  _check_minimum(
-    1,
-    image_size=image_size,
-    batch_size=batch_size,
-    num_threads=num_threads,
-    num_shards=num_shards,
-  )
+  check_range("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+  check_range("num_threads", num_threads, 1, MAX_THREADS)
   images = _open_images(source, split, image_size, max_unreadable)
+  check_range("num_shards", num_shards, 1, len(images))
   index, count = _process(process_index, process_count)
   devices = jax.local_devices()
   mesh = sharding.make_mesh(devices=devices)
@@ -112,22 +112,20 @@ def encode_images(
   num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
   card = {
     "format": latents.FORMAT,
-    "source": source,
+    "source": file_names.from_path(source),
     "split": split,
     "num_source_images": len(images),
     "classes": list(images.files.classes),
     "image_size": image_size,
-    "vae": vae,
+    "vae": file_names.from_path(vae),
     "compute_dtype": compute_dtype,
-    "scaling_factor": model.scaling_factor,
-    "shift_factor": model.shift_factor,
+    # Statistics by channel are left out of the card if there are none.
+    **{name: v for name, v in autoencoder.scales().items() if v is not None},
     "latent_shape": list(autoencoder.latent_shape(image_size)),
     "dtype": dtype,
     "num_shards": num_shards,
   }
-  latent_set = LatentSet(
-    Path(output).expanduser(), card, num_images=len(images), num_shards=num_shards
-  )
+  latent_set = LatentSet(output, card, num_images=len(images), num_shards=num_shards)
   if latent_set.is_finished():
     logger.info("nothing to do: %s is finished", latent_set.folder)
     return True
@@ -179,7 +177,7 @@ def verify(output: str | os.PathLike[str]) -> int:
     SettingError: a shard or a record is missing or damaged; the message names the first
       one.
   """
-  output = Path(output).expanduser()
+  output = local_path("output", output)
   with tqdm.tqdm(total=latents.read_card(output)["images"], unit="image") as bar:
     count = latents.verify(output, bar.update)
   logger.info("%s in %s: every checksum agrees", counted(count, "image"), output)
@@ -202,7 +200,7 @@ def write_statistics(
   Raises:
     SettingError: the folder holds no latent set, or too many records are unreadable.
   """
-  output = Path(output).expanduser()
+  output = output_file("output", Path(output, STATISTICS)).parent
   source = latents.open_set(output, max_unreadable)
   with tqdm.tqdm(total=len(source), unit="image") as bar:
     found = latents.channel_statistics(source, bar.update)
@@ -242,8 +240,8 @@ def write_reference_batch(
     SettingError: an argument is out of range, no images are found, or too many images
       are unreadable.
   """
-  _check_minimum(1, image_size=image_size, num_images=num_images)
-  path = Path(reference_batch).expanduser()
+  check_range("num_images", num_images, 1, MAX_IMAGES)
+  path = output_file("reference_batch", reference_batch)
   images = _open_images(source, split, image_size, max_unreadable)
   with tqdm.tqdm(total=min(num_images, len(images)), unit="image") as bar:
     count = reference_batches.write_reference_batch(
@@ -286,7 +284,8 @@ def _open_images(
   source: str, split: str, image_size: int, max_unreadable: int
 ) -> ImageSource:
   """Opens RGB images; raises SettingError if an argument is out of range."""
-  _check_minimum(0, max_unreadable=max_unreadable)
+  check_range("image_size", image_size, 1, MAX_IMAGE_SIZE)
+  check_range("max_unreadable", max_unreadable, 0, MAX_IMAGES)
   return ImageSource(open_files(source, split), image_size, 3, max_unreadable)
 
 
@@ -298,14 +297,6 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
     raise SettingError("process_count", None, "must be given with --process_index")
   if index is None:
     raise SettingError("process_index", None, "must be given with --process_count")
-  _check_minimum(1, process_count=count)
-  if not 0 <= index < count:
-    raise SettingError("process_index", index, f"must lie in [0, {count})")
+  check_range("process_count", count, 1, MAX_PROCESSES)
+  check_range("process_index", index, 0, count - 1)
   return index, count
-
-
-def _check_minimum(minimum: int, **values: Any) -> None:
-  """Raises SettingError for the first argument below `minimum`; None is accepted."""
-  for name, value in values.items():
-    if value is not None and value < minimum:
-      raise SettingError(name, value, f"must be at least {minimum}")
