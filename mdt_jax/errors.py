@@ -53,6 +53,12 @@ def check_choice(setting: str, value: Any, choices: Iterable[Any]) -> None:
     raise SettingError(setting, value, f"accepted are {names}")
 
 
+def check_range(setting: str, value: float | None, low: float, high: float) -> None:
+  """Raises SettingError unless `value` is None or lies in [low, high]."""
+  if value is not None and not low <= value <= high:
+    raise SettingError(setting, value, f"must lie in [{low:,}, {high:,}]")
+
+
 def check_arguments(
   function: Callable[..., Any], given: Mapping[str, Any], what: str
 ) -> None:

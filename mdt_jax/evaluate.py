@@ -30,9 +30,10 @@ from absl import flags
 from mdt_jax import cli
 from mdt_jax.atomic import write_json
 from mdt_jax.checkpoints.loading import workdir_of
-from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
+from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.evaluation import bits_per_dimension, job
 from mdt_jax.logs import logger
+from mdt_jax.paths import local_path, output_file, output_folder
 from mdt_jax.settings import SamplingSettings
 
 CHECKPOINT = flags.DEFINE_string(
@@ -139,6 +140,9 @@ def main(argv: list[str]) -> None:
     has_inception=bool(INCEPTION.value),
   )
   _check_flags(metrics)
+  outputs = _outputs(metrics)
+  if SAVE_STATISTICS.value is not None:
+    output_file("save_statistics", SAVE_STATISTICS.value)
   with renamed_in_errors(_names_of_flags()):
     checkpoint = None
     if CHECKPOINT.value:
@@ -164,7 +168,7 @@ def main(argv: list[str]) -> None:
         "images at step %(step)d",
         found,
       )
-      _write("bpd.json", found)
+      _write(outputs[job.BPD], found)
     of_images = [name for name in metrics if name != job.BPD]
     if of_images:
       found = job.score_images(
@@ -180,16 +184,13 @@ def main(argv: list[str]) -> None:
       )
       for name, value in found["scores"].items():
         logger.info("%-10s %10.4f", name, value)
-      _write("scores.json", {**found, "checkpoint": CHECKPOINT.value})
+      _write(outputs["scores"], {**found, "checkpoint": CHECKPOINT.value})
 
 
 def _check_flags(metrics: list[str]) -> None:
-  for name in ("num_images", "batch_size"):
-    value = flags.FLAGS[name].value
-    if value is not None and value < 1:
-      raise SettingError(name, value, "must be at least 1")
-  if not 0 <= SEED.value < 2**32:
-    raise SettingError("seed", SEED.value, "must lie in [0, 2**32)")
+  check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
+  check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
+  check_range("seed", SEED.value, 0, 2**32 - 1)
   if SAVE_STATISTICS.value and Path(SAVE_STATISTICS.value).suffix != ".npz":
     raise SettingError("save_statistics", SAVE_STATISTICS.value, "must end in .npz")
   if not (CHECKPOINT.value or SAMPLES.value):
@@ -234,16 +235,27 @@ def _parse(text: str) -> Any:
   return text
 
 
-def _write(name: str, found: dict[str, Any]) -> None:
-  if OUTPUT.value:
-    folder = Path(OUTPUT.value)
+def _outputs(metrics: list[str]) -> dict[str, Path]:
+  """The files to write: "bpd" and "scores", as far as they are asked for.
+
+  Raises:
+    SettingError: a file cannot be written.
+  """
+  if OUTPUT.value is not None:
+    folder = output_folder("output", OUTPUT.value)
   elif CHECKPOINT.value:
     folder = workdir_of(CHECKPOINT.value) / "evaluation"
   else:
-    assert SAMPLES.value is not None
-    folder = Path(SAMPLES.value).parent
-  write_json(folder / name, found)
-  logger.info("%s", folder / name)
+    folder = local_path("samples", SAMPLES.value or "").parent
+  names = [job.BPD] if job.BPD in metrics else []
+  if metrics != [job.BPD]:
+    names.append("scores")
+  return {name: output_file("output", folder / f"{name}.json") for name in names}
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+  write_json(path, found)
+  logger.info("%s", path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import mdt_jax.interrupts  # noqa: F401
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
@@ -19,6 +18,7 @@ from mdt_jax import cli
 from mdt_jax.atomic import write_json
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.logs import logger
+from mdt_jax.paths import output_file
 from mdt_jax.planning.chips import CHIPS, parse_topology
 from mdt_jax.planning.plan import WHATS, plan_run
 from mdt_jax.planning.report import describe
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     check_choice("chip", CHIP.value, CHIPS)
   if BATCH_PER_DEVICE.value is not None and BATCH_PER_DEVICE.value < 1:
     raise SettingError("batch_per_device", BATCH_PER_DEVICE.value, "must be at least 1")
+  output = None if JSON.value is None else output_file("json", JSON.value)
   settings = Settings.from_config(cli.load_config(CONFIG))
   plan = plan_run(
     settings,
@@ -71,8 +72,8 @@ def main(argv: list[str]) -> None:
     find_batch=FIND_BATCH.value,
   )
   logger.info("%s", describe(plan))
-  if JSON.value:
-    write_json(Path(JSON.value), dataclasses.asdict(plan))
+  if output is not None:
+    write_json(output, dataclasses.asdict(plan))
 
 
 if __name__ == "__main__":

@@ -32,3 +32,22 @@ def test_two_writers_may_write_json_at_the_same_time(tmp_path, monkeypatch):
   write_json(path, "one")
   assert json.loads(path.read_text()) == "one"
   assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads /proc")
+def test_contents_reach_the_disk_before_the_name_and_then_the_folder(
+  tmp_path, monkeypatch
+):
+  calls = []
+
+  def fsync(descriptor):
+    calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+  def replace(source, target):
+    calls.append("rename")
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  monkeypatch.setattr(os, "replace", replace)
+  with atomic_write(tmp_path / "file") as partial:
+    partial.write_text("text")
+  assert calls == [str(partial), "rename", str(tmp_path)]

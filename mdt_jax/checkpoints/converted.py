@@ -17,6 +17,7 @@ from mdt_jax.diffusion.gaussian import PREDICTIONS
 from mdt_jax.diffusion.schedules import SCHEDULES
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
+from mdt_jax.paths import output_file, output_folder
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
@@ -60,9 +61,7 @@ def from_torch_file(
     SettingError: see `torch_mdt.from_torch`; or `workdir` is a file; or `workdir` is
       not empty and `overwrite` is False. Nothing is written then.
   """
-  workdir = Path(workdir)
-  if workdir.exists() and not workdir.is_dir():
-    raise SettingError("workdir", str(workdir), "must be a folder, not a file")
+  workdir = output_folder("workdir", workdir)
   if workdir.is_dir() and any(workdir.iterdir()) and not overwrite:
     raise SettingError(
       "workdir", str(workdir), "must be an empty folder unless overwrite is set"
@@ -116,7 +115,7 @@ def to_torch_file(
     SettingError: see `loading.load_ema` and `torch_mdt.to_torch`; or `path` has another
       suffix; or `path` exists and `overwrite` is False. Nothing is written then.
   """
-  path = Path(path)
+  path = output_file("path", path)
   check_suffix("path", path)
   if path.exists() and not overwrite:
     raise SettingError("path", str(path), "exists already, and overwrite is not set")

@@ -19,6 +19,7 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
+from mdt_jax.paths import local_path
 from mdt_jax.settings import MeshSettings, Settings
 from mdt_jax.types import Params
 
@@ -93,7 +94,7 @@ def load_ema(
     SettingError: there is no such checkpoint or average, or the checkpoint is damaged
       or does not fit the network.
   """
-  folder = workdir_of(path) / FOLDER
+  folder = workdir_of(local_path("path", path)) / FOLDER
   if not folder.is_dir():
     raise SettingError(
       "path", str(path), f"must be the folder of a run: no {FOLDER!r} in it"

@@ -65,6 +65,10 @@ JOIN_TIMEOUT = flags.DEFINE_integer(
 flags.disclaim_key_flags()  # a flag of define_alias belongs to the command
 
 
+# Bounds of flags, far above what anyone computes, where memory would run out first.
+MAX_IMAGES = 100_000_000
+MAX_BATCH_SIZE = 65_536
+
 _HELP = {"help", "helpshort", "h", "?"}
 _HELP_OF_ABSL = {"helpfull", "helpxml"}
 # Name of a required flag -> an example of its value.

@@ -24,6 +24,7 @@ from mdt_jax.cli.setting_names import (
   near_settings,
 )
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import is_url, local_path
 from mdt_jax.typed_config import kind_of
 
 _MAX_HINTS = 3
@@ -261,7 +262,9 @@ def _check_override(name: str, value: str) -> None:
 
 
 def _check_value(name: str, flag: flags.Flag[Any], value: str) -> None:
-  """Raises SettingError where the value of a flag is of another type."""
+  """Raises SettingError where a value is of another type, or is no local path."""
+  if is_url(value):
+    local_path(f"--{name}", value)
   for kind, parser in _PARSERS.items():
     if isinstance(flag.parser, type(parser)):
       _check_type(name, kind, value)

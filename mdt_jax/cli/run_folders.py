@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import local_path
 
 _FOLDER = "checkpoints"  # as `mdt_jax.checkpoints.manager.FOLDER`, which imports JAX
 
@@ -28,7 +29,7 @@ def check_run_folder(
   Raises:
     SettingError: `value` lies in the folder "checkpoints" of a run.
   """
-  path = Path(value).expanduser().absolute()
+  path = local_path(f"--{flag}", value).absolute()
   if path.is_file() or is_run(path):
     return
   for folder in (path, *path.parents):

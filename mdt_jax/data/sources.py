@@ -13,11 +13,13 @@ from typing import NamedTuple
 from mdt_jax.data.arrays import open_arrays
 from mdt_jax.data.digits import DigitsSource, open_digits
 from mdt_jax.data.examples import Source, SourceArguments, Subset, split_indices
+from mdt_jax.data.files import TFDS_PREFIX
 from mdt_jax.data.images import open_images
 from mdt_jax.data.latents import open_latents
 from mdt_jax.data.memory import MemorySource
 from mdt_jax.data.npz import open_npz
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.paths import local_path
 
 __all__ = [
   "SOURCES",
@@ -88,8 +90,11 @@ def create_source(
   entry = SOURCES[name]
   if entry.path is not None and not path:
     raise SettingError("config.data.path", path, f"must be given: {entry.path}")
+  path = os.fspath(path) if path else ""
+  if entry.path is not None and not path.startswith(TFDS_PREFIX):
+    local_path("config.data.path", path)
   arguments = SourceArguments(
-    path=os.fspath(path) if path else "",
+    path=path,
     split=split,
     image_size=image_size,
     channels=channels,

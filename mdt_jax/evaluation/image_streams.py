@@ -20,6 +20,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
+from mdt_jax.paths import input_file
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import Generator, output_shape
@@ -63,7 +64,7 @@ class NpzImages:
   """
 
   def __init__(self, path: str | Path, setting: str = "path"):
-    self._path, self._setting = Path(path), setting
+    self._path, self._setting = input_file(setting, path), setting
     with self._open() as member:
       self.shape, self._dtype = self._read_header(member)
     self._labels = self._read_labels()

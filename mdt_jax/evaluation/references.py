@@ -17,6 +17,7 @@ from mdt_jax.evaluation.image_streams import IMAGES, NpzImages
 from mdt_jax.evaluation.metrics import Statistics, is_covariance
 from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.summary import Summary
+from mdt_jax.paths import input_file, output_file
 
 # Features -> suffix of the names of mean and covariance in ADM's files, as in mu_s.
 _ADM_SUFFIXES = {"pool3": "", "spatial": "_s"}
@@ -52,7 +53,7 @@ def read_reference(
     SettingError: the file cannot be read (see also `NpzImages`), or holds neither
       images nor the statistics that a score needs.
   """
-  stored, has_images = _read_summary(Path(path), setting)
+  stored, has_images = _read_summary(input_file(setting, path), setting)
   lacking = _lacking(stored, names)
   if not lacking:
     return stored
@@ -76,7 +77,7 @@ def save_statistics(path: str | Path, summary: Summary) -> None:
 
   Means and covariances have the same names as in ADM's reference batches.
   """
-  path = Path(path)
+  path = output_file("path", path)
   arrays = {f"{_FEATURES}{name}": rows for name, rows in summary.features.items()}
   for name, statistics in summary.statistics.items():
     mean, covariance = _keys(name)

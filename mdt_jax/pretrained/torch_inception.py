@@ -12,6 +12,7 @@ Three released files can be read:
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
+from mdt_jax.paths import output_file
 from mdt_jax.pretrained.tensors import (
   Tensors,
   flatten,
@@ -110,7 +112,7 @@ def convert_inception(
     SettingError: `source` cannot be read, see `load_inception`; `target` does not end
       in .safetensors, or exists and `overwrite` is False. Nothing is written.
   """
-  target = Path(target)
+  target = output_file("target", target)
   if target.suffix != ".safetensors":
     raise SettingError("target", str(target), "must end in .safetensors")
   if target.exists() and not overwrite:
@@ -206,7 +208,7 @@ def _read(path: str | Path) -> Tensors:
 
 def _read_graph(path: Path) -> Tensors:
   """Reads the constants of a frozen graph, without running the graph."""
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise SettingError("path", str(path), "must be a file")
   import tensorflow as tf  # slow to import
   from google.protobuf.message import DecodeError

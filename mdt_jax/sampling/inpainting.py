@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mdt_jax.data.images import open_image
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import input_file
 
 # A PIL image, an array (H, W) or (H, W, C), or a path
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | Path
@@ -185,6 +186,7 @@ def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
     return image
   if not isinstance(image, (str, Path)):
     raise SettingError(setting, _name(image), "must be a PIL image, an array or a path")
+  image = input_file(setting, image)
   try:
     return open_image(image)
   except UnidentifiedImageError as error:

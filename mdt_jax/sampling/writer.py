@@ -32,6 +32,7 @@ from jaxtyping import Int, Shaped
 from mdt_jax.atomic import atomic_write, write_json
 from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.logs import logger
+from mdt_jax.paths import output_folder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
 
@@ -75,7 +76,7 @@ class ShardedImages:
     overwrite: bool = False,
     caption: Callable[[int], str] = str,
   ):
-    self.folder = Path(folder)
+    self.folder = output_folder("folder", folder)
     self._partial = self.folder / "partial"
     self._pngs = self.folder / "png"
     self._request = request

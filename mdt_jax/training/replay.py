@@ -21,6 +21,7 @@ from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.objectives import Draws
 from mdt_jax.objectives.objective import Losses
+from mdt_jax.paths import output_folder
 from mdt_jax.train_state import TrainState
 from mdt_jax.training.lock import locked
 from mdt_jax.training.program import make_program
@@ -67,7 +68,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
     raise SettingError(
       "--replay_step", step, f"must lie in [0, config.num_steps = {settings.num_steps})"
     )
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = output_folder("--workdir", workdir).absolute()
   if not (workdir / FOLDER).is_dir():
     raise SettingError(
       "--workdir", str(workdir), f"must be the folder of a run: no {FOLDER!r} in it"

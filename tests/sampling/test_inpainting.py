@@ -36,7 +36,7 @@ def test_grey_image_has_one_channel():
     (Image.new("RGB", (9, 8)), "image = '8x9x3': must have the model's size, 8x8x3"),
     (PIXELS[..., :1], "image = '8x8x1': must have the model's size, 8x8x3"),
     (PIXELS / 255, "must be uint8"),
-    ("nowhere.png", "image = 'nowhere.png': cannot be read: No such file"),
+    ("nowhere.png", "image = 'nowhere.png': must be a file"),
     (__file__, "cannot be read as an image"),
     (7, "image = 'int': "),
   ],
