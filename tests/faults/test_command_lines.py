@@ -1,0 +1,87 @@
+"""Hostile command lines and files: one line each, soon, and nothing written."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_TRY_AGAIN
+from tests import forked
+from tests.faults.command_lines import command_lines
+from tests.faults.world import make_world, snapshot
+
+SECONDS = 60  # a command that takes longer hangs
+MEMORY = 20 * 2**30  # bytes of addresses; a network takes a thousandth of it
+LINES_IN_A_TEST = 10
+# Progress bars and notices, which may precede the line of an error.
+NOTICE = re.compile(r"image/s|\d+%\||it/s|\?it|Warning|^\s*warnings\.warn|^[WIE]\d{4} ")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("fuzz") / "world"
+  make_world(folder)
+  return folder
+
+
+def limited(*arguments: str) -> None:
+  """Runs a command with limited memory."""
+  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  forked.run_module(*arguments)
+
+
+def problem_of(command: str, arguments: list[str], world: Path) -> str | None:
+  """Runs a command and returns what is wrong with its behaviour; None if nothing is."""
+  before = snapshot(world)
+  process = forked.Forked(
+    limited,
+    f"mdt_jax.{command}",
+    *arguments,
+    folder=world,
+    environment={"HF_HUB_OFFLINE": "1"},
+  )
+  start = time.monotonic()
+  while process.is_alive():
+    if time.monotonic() - start > SECONDS:
+      process.kill()
+      return f"hangs:\n{process.out}{process.err}"
+    time.sleep(0.005)
+  code, out, err = process.end(), process.out, process.err
+  lines = [
+    line for line in err.splitlines() if line.strip() and not NOTICE.search(line)
+  ]
+  if "Traceback" in out + err:
+    return f"gives a traceback:\n{err}"
+  if code not in (0, 1, EXIT_BAD_SETTING, EXIT_TRY_AGAIN):
+    return f"ends with {code}:\n{out}{err}"
+  if code == 0:
+    return None
+  if not lines or not lines[-1].startswith("error: "):
+    return f"ends with {code} and without an error in one line:\n{err}"
+  if len(lines) > 1:
+    return f"ends with {code} and {len(lines)} lines:\n{err}"
+  if code == EXIT_BAD_SETTING and snapshot(world) != before:
+    changed = before.items() ^ snapshot(world).items()
+    return f"is refused, but changes {sorted({path for path, _ in changed})}:\n{err}"
+  return None
+
+
+@pytest.mark.faults(short=4, whole=64)
+def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
+  world, tmp_path, fault
+):
+  problems = []
+  for i in range(LINES_IN_A_TEST):
+    copy = tmp_path / str(i)
+    shutil.copytree(world, copy, symlinks=True)
+    seed = fault * LINES_IN_A_TEST + i
+    ((command, arguments),) = command_lines(copy, seed, 1)
+    if (problem := problem_of(command, arguments, copy)) is not None:
+      problems.append(f"{command} {arguments!r} {problem}")
+    shutil.rmtree(copy)
+  assert not problems, "\n\n".join(problems)
