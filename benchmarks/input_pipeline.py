@@ -101,13 +101,13 @@ class _Blank:
 
 def write_set(folder: str, num_images: int) -> int:
   """Writes a latent set of noise, and returns the size on disk in bytes."""
-  from mdt_jax.data import latents
+  from mdt_jax.data import latent_card, latents
   from mdt_jax.data.latent_set import LatentSet
   from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
 
   rng = np.random.default_rng(0)
   card = {
-    "format": latents.FORMAT,
+    "format": latent_card.FORMAT,
     "classes": [f"n{i:08d}" for i in range(NUM_CLASSES)],
     "latent_shape": list(LATENT_SHAPE),
     "dtype": "float16",

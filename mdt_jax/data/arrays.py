@@ -7,6 +7,7 @@ import io
 import numpy as np
 from jaxtyping import Float32
 
+from mdt_jax.data import npy_format
 from mdt_jax.data.examples import SourceArguments, shape_error
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, FileSource, open_files
 from mdt_jax.data.npz import NpzSource, is_array_file, open_array_file
@@ -31,7 +32,7 @@ class ArraySource(FileSource):
   def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
     super().__init__(files, image_size, channels, max_unreadable)
     try:
-      found = np.load(io.BytesIO(files.read(0)[0]), allow_pickle=False).shape
+      found = npy_format.read_header(io.BytesIO(files.read(0)[0])).shape
     except Exception:  # `__getitem__` handles unreadable arrays.
       return
     if found != self.image_shape:
@@ -39,13 +40,14 @@ class ArraySource(FileSource):
 
   def decode(self, data: bytes) -> Float32[np.ndarray, "H W C"]:
     """Decodes an .npy file; raises ValueError for another shape, dtype, or NaNs."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
-    if array.shape != self.image_shape or array.dtype.kind != "f":
+    # The header comes first: it may claim more memory than there is.
+    found = npy_format.read_header(io.BytesIO(data))
+    if found.shape != self.image_shape or found.dtype.kind != "f":
       raise ValueError(
-        f"must be floats of shape {self.image_shape}, found {array.dtype} of shape "
-        f"{array.shape}"
+        f"must be floats of shape {self.image_shape}, found {found.dtype} of shape "
+        f"{found.shape}"
       )
-    array = array.astype(np.float32)
+    array = np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
     if not np.isfinite(array).all():
       raise ValueError("must be finite")  # one NaN would end a training run
     return array

@@ -52,6 +52,8 @@ class DataLabels:
     counts = getattr(source, "label_counts", None) or {}
     names = getattr(source, "class_names", None) or ()
     held = [label for label in sorted(counts) if counts[label] > 0]
+    if held and not 0 <= held[0] <= held[-1] < source.num_classes:
+      held = []  # the loader refuses these labels
     labels = np.asarray(held or range(source.num_classes))
     if len(names) != source.num_classes or not any(names):
       names = ()

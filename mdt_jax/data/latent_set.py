@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.atomic import write_json
-from mdt_jax.data import file_names, latents
+from mdt_jax.data import file_names, latent_card, latents
 from mdt_jax.errors import SettingError
 
 BEGUN = "begun.json"  # holds the card of an unfinished set
@@ -69,8 +69,7 @@ class LatentSet:
     """
     if not (self.folder / latents.CARD).exists():
       return False
-    card = self._read_json(latents.CARD)
-    self._check_card(card)
+    card = self._finished_card()
     return all(self._has_size(entry) for entry in card["shards"])
 
   def bytes_missing(self) -> int:
@@ -118,7 +117,7 @@ class LatentSet:
       write_json(self.folder / BEGUN, self.card)
     elif BEGUN not in names:
       raise self.error("must be empty or hold a latent set with the same settings")
-    self._check_card(self._read_json(BEGUN))
+    self._check_card(latent_card.read_json(self.folder / BEGUN, self.error))
 
   def finish(self) -> bool:
     """Writes card.json if all shards are finished.
@@ -135,11 +134,12 @@ class LatentSet:
     paths = [self.shard_path(shard) for shard in range(self.num_shards)]
     card_path = self.folder / latents.CARD
     try:
-      entries = [
-        json.loads(entry_path(path).read_text(encoding="utf-8")) for path in paths
-      ]
+      entries = [latent_card.read_json(entry_path(p), self.error) for p in paths]
     except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
+    for path, entry in zip(paths, entries, strict=True):
+      name = entry_path(path).name
+      latent_card.check_shard(entry, name, len(self.card["classes"]), self.error)
     images = sum(entry["images"] for entry in entries)
     if images == 0:
       raise self.error("gets no latents: none of the images can be read")
@@ -154,7 +154,7 @@ class LatentSet:
 
   def _reopen(self) -> None:
     """Turns a finished set with missing shards into an unfinished set."""
-    entries = self._read_json(latents.CARD)["shards"]
+    entries = self._finished_card()["shards"]
     write_json(self.folder / BEGUN, self.card)
     for entry in entries:
       if self._has_size(entry):
@@ -166,32 +166,24 @@ class LatentSet:
     path = self.folder / entry["file"]
     return path.is_file() and path.stat().st_size == entry["bytes"]
 
-  def _read_json(self, name: str) -> dict[str, Any]:
-    """Reads a JSON dict in the folder; raises SettingError if that fails."""
-    try:
-      found = json.loads((self.folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-      raise self.error(f"{name} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-      raise self.error(f"{name} must hold a dict")
-    return found
+  def _finished_card(self) -> dict[str, Any]:
+    """Reads card.json; raises SettingError if it is damaged or of another set."""
+    card = latent_card.read_json(self.folder / latents.CARD, self.error)
+    self._check_card(card)
+    latent_card.check_card(card, self.error)
+    return card
 
   def _check_card(self, found: dict[str, Any]) -> None:
     """Raises SettingError if `found` differs from the card of this set."""
     for name, value in self.card.items():
       if found.get(name) != json.loads(json.dumps(value)):
+        held, own = map(latent_card.shorten, (found.get(name), value))
         raise self.error(
-          f"holds a latent set with {name} = {_short(found.get(name))}, not "
-          f"{_short(value)}; use another folder or the settings of that set"
+          f"holds a latent set with {name} = {held}, not {own}; use another folder or "
+          "the settings of that set"
         )
 
 
 def entry_path(path: Path) -> Path:
   """Returns the path of a shard's entry while the set is unfinished."""
   return path.with_suffix(".json")
-
-
-def _short(value: Any) -> str:
-  """Returns repr(value), cut off after 80 characters."""
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:77]}…"

@@ -18,14 +18,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float64
 
@@ -36,14 +34,12 @@ from mdt_jax.data.examples import (
   TolerantSource,
   shape_error,
 )
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.data.latent_card import CARD, DTYPES, read_card
+from mdt_jax.errors import SettingError
 
 if TYPE_CHECKING:
   from grain.sources import ArrayRecordDataSource
 
-FORMAT = "mdt_jax latents 1"
-CARD = "card.json"
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LABEL_BYTES = 4
 
 Progress = Callable[[int], Any]  # called with the number of newly done images
@@ -96,32 +92,6 @@ def shard_name(index: int, count: int) -> str:
   return f"latents-{index:05d}-of-{count:05d}.array_record"
 
 
-def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads the card of the finished set in the folder `path`.
-
-  Raises:
-    SettingError: there is no card, it cannot be read, or it has another format.
-  """
-  card = Path(path).expanduser() / CARD
-  try:
-    found = json.loads(card.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise SettingError(
-      "config.data.path",
-      str(path),
-      f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode",
-    ) from None
-  except (OSError, ValueError) as error:
-    raise SettingError(
-      "config.data.path", str(path), f"{CARD} cannot be read: {error}"
-    ) from None
-  if not isinstance(found, dict) or found.get("format") != FORMAT:
-    raise SettingError(
-      "config.data.path", str(path), f"{CARD} must have the format {FORMAT!r}"
-    )
-  return found
-
-
 class LatentSource(TolerantSource):
   """A source that reads a finished latent set.
 
@@ -152,7 +122,6 @@ class LatentSource(TolerantSource):
     self.card = read_card(path)
     self.image_shape = (input_size, input_size, channels)
     self.layout = Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
-    check_choice("config.data.path: dtype", self.layout.dtype, DTYPES)
     if self.layout.latent_shape != self.image_shape:
       raise shape_error(self._path, self.layout.latent_shape, self.image_shape)
     self.class_names = self.card["classes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mdt_jax.data import npy_format
 from mdt_jax.data.examples import (
   Example,
   SourceArguments,
@@ -162,30 +162,28 @@ def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 def _read_npy(path: str, name: str) -> np.ndarray:
   """Memory-maps the .npy file `name`; errors show `path`, as the user typed it."""
   with _reading(path, name):
-    array = np.load(name, mmap_mode="r", allow_pickle=False)
-  if not isinstance(array, np.ndarray):
-    raise _error(path, f"must be an .npy file; {name} is an .npz file")
-  return array
+    if zipfile.is_zipfile(name):
+      raise _error(path, f"must be an .npy file; {name} is an .npz file")
+    with open(name, "rb") as file:
+      npy_format.read_header(file)
+    return np.load(name, mmap_mode="r", allow_pickle=False)
 
 
 def _read_npz(path: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
   """Reads the .npz file `name`; errors show `path`, as the user typed it."""
-  with _reading(path, name):
-    file = np.load(name, allow_pickle=False)
-  if isinstance(file, np.ndarray):
-    raise _error(path, "must be an .npz file, but is an .npy file")
-  with file:
-    held = ", ".join(file.files) or "none"
+  with _reading(path, name), zipfile.ZipFile(name) as archive:
+    found = npy_format.member_names(archive)
+    held = ", ".join(found) or "none"
     for images, labels in NAMES:
-      if images not in file.files:
+      if images not in found:
         continue
-      with _reading(path, name):
-        if labels in file.files:
-          return file[images], file[labels]
-        only_images = not set(file.files) - STATISTICS - {images}
-        if only_images:
-          _warn(path, f"the file holds no array {labels}")
-          return file[images], None
+      if labels in found:
+        both = [npy_format.read_member(archive, array) for array in (labels, images)]
+        return both[1], both[0]
+      only_images = not set(found) - STATISTICS - {images}
+      if only_images:
+        _warn(path, f"the file holds no array {labels}")
+        return npy_format.read_member(archive, images), None
       raise _error(path, f"must hold an array {labels} of labels; holds only {held}")
   accepted = ", or ".join(f"{images} and {labels}" for images, labels in NAMES)
   raise _error(path, f"must hold arrays {accepted}; holds only {held}")
@@ -200,9 +198,9 @@ def _reading(path: str, name: str) -> Iterator[None]:
     raise _error(path, f"must be a file; {name} is a folder")
   try:
     yield
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    if isinstance(error, SettingError):
-      raise
+  except SettingError:
+    raise
+  except npy_format.ERRORS as error:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise _error(path, f"{name} cannot be read: {reason}") from None
 

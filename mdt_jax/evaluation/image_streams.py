@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol, TypeAlias
@@ -16,6 +15,7 @@ from typing import IO, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Num
 
+from mdt_jax.data import npy_format
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
@@ -95,21 +95,12 @@ class NpzImages:
       raise self._error("must be a file") from None
     except KeyError:
       raise self._error(f"holds no array {IMAGES}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    except npy_format.ERRORS as error:
       raise self._error(f"is not a readable .npz file: {error}") from None
 
   def _read_header(self, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """Reads and checks the shape and the dtype of arr_0."""
-    version = np.lib.format.read_magic(member)
-    readers = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in readers:
-      raise self._error(f"{IMAGES} is in version {version} of the .npy format")
-    shape, fortran_order, dtype = readers[version](member)
-    if dtype.hasobject:
-      raise self._error(f"{IMAGES} holds pickled objects, which are not read")
+    shape, fortran_order, dtype = npy_format.read_header(member)
     if dtype != np.uint8 and dtype.kind != "f":
       raise self._error(
         f"{IMAGES} is of {dtype}; accepted are uint8, and floats in [0, 255]"
@@ -159,11 +150,11 @@ class NpzImages:
   def _read_labels(self) -> np.ndarray | None:
     """Reads and checks arr_1; None if the file has no labels."""
     try:
-      with np.load(self._path, allow_pickle=False) as file:
-        if LABELS not in file.files:
+      with zipfile.ZipFile(self._path) as file:
+        if LABELS not in npy_format.member_names(file):
           return None
-        labels = file[LABELS]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        labels = npy_format.read_member(file, LABELS)
+    except npy_format.ERRORS as error:
       raise self._error(f"{LABELS} cannot be read: {error}") from None
     if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
       raise self._error(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.data import npy_format
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.features import FeatureExtractor
@@ -112,27 +112,25 @@ def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
   """Reads the statistics of a file, and whether the file holds images."""
   known = dict.fromkeys(m.gaussian for m in METRICS.values() if m.gaussian is not None)
   try:
-    loaded = np.load(path, allow_pickle=False)
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-      raise SettingError(setting, str(path), "must be an .npz file")
-    with loaded as file:
+    with zipfile.ZipFile(path) as file:
+      held = npy_format.member_names(file)
       statistics = {
         name: Statistics(*(_read_real(file, key) for key in _keys(name)))
         for name in known
-        if all(key in file.files for key in _keys(name))
+        if all(key in held for key in _keys(name))
       }
       features = {
         key.removeprefix(_FEATURES): _read_real(file, key)
-        for key in file.files
+        for key in held
         if key.startswith(_FEATURES)
       }
-      labels = file["labels"] if "labels" in file.files else None
-      has_images = IMAGES in file.files
+      labels = npy_format.read_member(file, "labels") if "labels" in held else None
+      has_images = IMAGES in held
   except SettingError:
     raise
   except FileNotFoundError:
     raise SettingError(setting, str(path), "must be a file") from None
-  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+  except npy_format.ERRORS as error:
     raise SettingError(
       setting, str(path), f"is not a readable .npz file: {error}"
     ) from None
@@ -166,13 +164,13 @@ def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
   return Summary(statistics, features, labels), has_images
 
 
-def _read_real(file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+def _read_real(file: zipfile.ZipFile, key: str) -> np.ndarray:
   """Reads an array of real numbers; statistics become float64, features stay.
 
   Raises:
     ValueError: the array holds anything else.
   """
-  array = file[key]
+  array = npy_format.read_member(file, key)
   if array.dtype.kind not in "biuf":
     raise ValueError(f"{key} must hold real numbers, holds {array.dtype}")
   return array if key.startswith(_FEATURES) else array.astype(np.float64)

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
-from mdt_jax.data import file_names, latents, reference_batches
+from mdt_jax.data import file_names, latent_card, latents, reference_batches
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import ImageSource
@@ -111,7 +111,7 @@ def encode_images(
     )
   num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
   card = {
-    "format": latents.FORMAT,
+    "format": latent_card.FORMAT,
     "source": file_names.from_path(source),
     "split": split,
     "num_source_images": len(images),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.data import latents
+from mdt_jax.data import latent_card
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import write_latents
 from mdt_jax.errors import SettingError
@@ -57,7 +57,7 @@ def encode_fn(images):
 
 def latent_set(folder, **changes):
   card = {
-    "format": latents.FORMAT,
+    "format": latent_card.FORMAT,
     "classes": [f"class {i}" for i in range(NUM_CLASSES)],
     "latent_shape": list(LATENT_SHAPE),
     "dtype": "float16",

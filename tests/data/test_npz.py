@@ -159,7 +159,7 @@ def save_error(folder, what):
     ("floats", "uint8.* float32; .*config.data.source=arrays"),
     ("integers", "images = 'int32': must be uint8"),
     ("negative", "labels = -3: must be at least 0"),
-    ("pickle", "cannot be read: Object arrays"),
+    ("pickle", "cannot be read: .*pickled objects"),
     ("pickle alone", "cannot be read: "),
     ("truncated", "cannot be read: "),
     ("none", "a.npz does not exist"),

@@ -1,0 +1,147 @@
+"""The card of a latent set, card.json: reading and checking it.
+
+People edit cards by hand, so each value that a reader uses is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+from mdt_jax.errors import SettingError
+
+FORMAT = "mdt_jax latents 1"
+CARD = "card.json"
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MAX_VALUES = 2**26  # numbers in a latent, at most
+# Makes the error for a card from the sentence about it.
+Refuse = Callable[[str], SettingError]
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads the card of the finished set in the folder `path`.
+
+  Raises:
+    SettingError: there is no card, it cannot be read, has another format, or holds a
+      value that cannot be used.
+  """
+
+  def refuse(text: str) -> SettingError:
+    return SettingError("config.data.path", str(path), text)
+
+  try:
+    card = read_json(Path(path).expanduser() / CARD, refuse)
+  except FileNotFoundError:
+    raise refuse(
+      f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode"
+    ) from None
+  check_card(card, refuse)
+  return card
+
+
+def read_json(path: Path, refuse: Refuse) -> dict[str, Any]:
+  """Reads a JSON dict.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    SettingError: the error of `refuse`: the file cannot be read.
+  """
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError, RecursionError) as error:
+    raise refuse(f"{path.name} cannot be read: {error}") from None
+  if not isinstance(found, dict):
+    raise refuse(f"{path.name} must hold a dict")
+  return found
+
+
+def check_card(card: dict[str, Any], refuse: Refuse) -> None:
+  """Checks the values of a finished card that readers use.
+
+  Args:
+    card: content of card.json.
+    refuse: makes the error that is raised.
+  """
+  if card.get("format") != FORMAT:
+    raise refuse(f"{CARD} must have the format {FORMAT!r}")
+  shape = card.get("latent_shape")
+  if not (
+    isinstance(shape, list)
+    and len(shape) == 3
+    and all(is_whole(side, 1) for side in shape)
+    and math.prod(shape) <= MAX_VALUES
+  ):
+    raise refuse(
+      f"{CARD} must hold latent_shape, three whole numbers from 1 with a product of at "
+      f"most {MAX_VALUES:,}; holds {shorten(shape)}"
+    )
+  if card.get("dtype") not in [*DTYPES]:
+    held = shorten(card.get("dtype"))
+    raise refuse(f"{CARD} must hold dtype, {' or '.join(DTYPES)}; holds {held}")
+  classes = card.get("classes")
+  if not (isinstance(classes, list) and classes and all(map(_is_text, classes))):
+    raise refuse(f"{CARD} must hold classes, a list of at least one name")
+  shards = card.get("shards")
+  if not (isinstance(shards, list) and shards):
+    raise refuse(f"{CARD} must hold shards, a list of at least one shard")
+  for number, shard in enumerate(shards):
+    check_shard(shard, f"shard {number} of {CARD}", len(classes), refuse)
+  total = sum(shard["images"] for shard in shards)
+  if not total or not is_whole(card.get("images", total), 0):
+    raise refuse(f"{CARD} must hold images, the number of images, and at least one")
+
+
+def check_shard(shard: Any, where: str, num_classes: int, refuse: Refuse) -> None:
+  """Checks the entry of a shard.
+
+  Args:
+    shard: the entry.
+    where: where the entry is, for errors.
+    num_classes: number of classes of the set.
+    refuse: makes the error that is raised.
+  """
+  if not isinstance(shard, dict):
+    raise refuse(f"{where} must be a dict, is {shorten(shard)}")
+  file = shard.get("file")
+  if not _is_text(file) or Path(file).name != file or "\0" in file:
+    raise refuse(f"{where} must have file, the name of a file; has {shorten(file)}")
+  for name in ("images", "bytes"):
+    if not is_whole(shard.get(name), 0):
+      raise refuse(
+        f"{where} must have {name}, a whole number; has {shorten(shard.get(name))}"
+      )
+  left_out = shard.get("left_out", [])
+  if not (isinstance(left_out, list) and all(map(_is_text, left_out))):
+    raise refuse(f"{where} must have left_out, a list of names")
+  labels = shard.get("labels", {})
+  if not isinstance(labels, dict) or not all(
+    label.isdecimal() and int(label) < num_classes and is_whole(count, 0)
+    for label, count in labels.items()
+  ):
+    raise refuse(
+      f"{where} must have labels, numbers of images by label below {num_classes}"
+    )
+
+
+def is_whole(value: Any, least: int) -> TypeGuard[int]:
+  """Whether `value` is a whole number from `least` that NumPy can hold."""
+  return type(value) is int and least <= value < 2**63
+
+
+def shorten(value: Any) -> str:
+  """Returns repr(value), cut off after 80 characters."""
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+  return isinstance(value, str)
