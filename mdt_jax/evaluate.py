@@ -32,6 +32,7 @@ from mdt_jax.atomic import write_json
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.evaluation import bits_per_dimension, job
+from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
 from mdt_jax.paths import local_path, output_file, output_folder
 from mdt_jax.settings import SamplingSettings
@@ -45,13 +46,14 @@ CHECKPOINT = flags.DEFINE_string(
 SAMPLES = flags.DEFINE_string(
   "samples",
   None,
-  ".npz to score, with images (arr_0) and labels (arr_1). Default: draw images from "
-  "the checkpoint.",
+  "Images to score: .npz with images (arr_0) and labels (arr_1), or a folder or .tar "
+  "file of images. Default: draw images from the checkpoint.",
 )
 REFERENCE = flags.DEFINE_string(
   "reference",
   None,
-  ".npz of real images (arr_0) or of their statistics. Default: the data of the run.",
+  "Real images: .npz of images (arr_0) or of their statistics, or a folder or .tar "
+  "file of images. Default: the data of the run.",
 )
 INCEPTION = flags.DEFINE_string(
   "inception",
@@ -118,7 +120,7 @@ OUTPUT = flags.DEFINE_string(
   "output",
   None,
   "Folder for scores.json and bpd.json. Default: CHECKPOINT/evaluation, or the folder "
-  "of --samples.",
+  "that holds --samples.",
 )
 cli.suggest(
   {
@@ -138,6 +140,7 @@ def main(argv: list[str]) -> None:
     has_checkpoint=bool(CHECKPOINT.value),
     has_images=bool(SAMPLES.value or REFERENCE.value),
     has_inception=bool(INCEPTION.value),
+    has_labels=METRICS.value is not None or _have_labels(),
   )
   _check_flags(metrics)
   outputs = _outputs(metrics)
@@ -185,6 +188,12 @@ def main(argv: list[str]) -> None:
       for name, value in found["scores"].items():
         logger.info("%-10s %10.4f", name, value)
       _write(outputs["scores"], {**found, "checkpoint": CHECKPOINT.value})
+
+
+def _have_labels() -> bool:
+  """Whether the given images have labels; drawn images and the data of a run do."""
+  given = {"samples": SAMPLES.value, "reference": REFERENCE.value}
+  return all(has_labels(path, name) for name, path in given.items() if path)
 
 
 def _check_flags(metrics: list[str]) -> None:

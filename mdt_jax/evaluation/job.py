@@ -13,7 +13,8 @@ from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.evaluator import Evaluator
-from mdt_jax.evaluation.image_streams import GeneratedImages, NpzImages
+from mdt_jax.evaluation.image_files import open_image_stream
+from mdt_jax.evaluation.image_streams import GeneratedImages
 from mdt_jax.evaluation.references import save_statistics
 from mdt_jax.evaluation.registry import (
   METRICS,
@@ -35,17 +36,20 @@ def choose_metrics(
   has_checkpoint: bool,
   has_images: bool,
   has_inception: bool,
+  has_labels: bool = True,
 ) -> list[str]:
   """Checks the scores that the user asked for, or chooses scores for the given files.
 
   Default: the scores that need Inception, if Inception's weights are given; else the
-  other scores, if samples or a reference are given; else `BPD`.
+  other scores, if samples or a reference are given; else `BPD`. Without labels, the
+  scores that need labels are left out.
 
   Args:
     asked: keys of `METRICS`, or `BPD`; None for the default.
     has_checkpoint: whether the user gave a checkpoint.
     has_images: whether the user gave samples or a reference.
     has_inception: whether the user gave Inception's weights.
+    has_labels: whether the samples and the reference have labels.
 
   Returns:
     Names of the scores, without duplicates.
@@ -61,6 +65,10 @@ def choose_metrics(
     names = inception_metrics()
   elif has_images:
     names = other_metrics()
+    left_out = [name for name in names if METRICS[name].needs_labels and not has_labels]
+    names = [name for name in names if name not in left_out]
+    if left_out:
+      logger.info("without labels of the images: no %s", " and no ".join(left_out))
   else:
     names = [BPD]
   for name in names:
@@ -132,7 +140,8 @@ def score_images(
     metrics: keys of `METRICS`.
     checkpoint: draws the images if `samples` is None; provides the real images if
       `reference` is None.
-    samples: .npz file of images to score; see `NpzImages`.
+    samples: .npz file, .tar file or folder of images to score; see
+      `image_files.open_image_stream`.
     reference: file of real images; see `references.read_reference`.
     inception: file of Inception's weights.
     statistics: .npz file to write the summary of the real images to, for later use as
@@ -151,7 +160,7 @@ def score_images(
   mesh = sharding.make_mesh() if experiment is None else experiment.mesh
   # Fails early, before the reference is read.
   if samples is not None:
-    images = NpzImages(samples, "samples")
+    images = open_image_stream(samples, "samples")
   elif checkpoint is not None:
     images = _drawn(checkpoint, num_images, seed)
   else:

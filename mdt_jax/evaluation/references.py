@@ -13,6 +13,7 @@ from mdt_jax.data import npy_format
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.features import FeatureExtractor
+from mdt_jax.evaluation.image_files import FileImages, has_image_files
 from mdt_jax.evaluation.image_streams import IMAGES, NpzImages
 from mdt_jax.evaluation.metrics import Statistics, is_covariance
 from mdt_jax.evaluation.registry import METRICS
@@ -38,7 +39,8 @@ def read_reference(
   for scores whose statistics the file lacks.
 
   Args:
-    path: .npz file with images (arr_0, and labels arr_1), with statistics (mu, sigma,
+    path: folder or .tar file of images, see `FileImages`; or .npz file with images
+      (arr_0, and labels arr_1), with statistics (mu, sigma,
       mu_s, sigma_s), or with both, like ADM's reference batches; or a file of
       `save_statistics`.
     names: keys of `METRICS`.
@@ -53,6 +55,9 @@ def read_reference(
     SettingError: the file cannot be read (see also `NpzImages`), or holds neither
       images nor the statistics that a score needs.
   """
+  if has_image_files(path):
+    images = FileImages(path, setting)
+    return scores.summarize(images, extract, names, progress=progress)
   stored, has_images = _read_summary(input_file(setting, path), setting)
   lacking = _lacking(stored, names)
   if not lacking:

@@ -69,11 +69,15 @@ HOSTILE_PATHS = [
   *("{W}/latents", "{W}/vae", "{W}/weights.pt", "{W}/../nowhere/x", "~nosuchuser/x"),
   *("", ".", "-"),
 ]
-HOSTILE_NUMBERS = [
-  *("-1", "0", "-5", "1.5", "1e3", "1e12", "1000000000000", "9" * 30, "-" + "9" * 30),
-  *("2147483648", "4294967296", "18446744073709551616", "nan", "inf", "-inf", "1e-300"),
-  *("1e308", "1e400", "0.0", "3.0", "abc", "", "0x10", "1_0", "5%", "\uff11"),
+HOSTILE_INTEGERS = [
+  *("-1", "0", "-5", "1000000000000", "9" * 30, "-" + "9" * 30, "99999", "3"),
+  *("2147483647", "2147483648", "4294967296", "9223372036854775807", str(2**64)),
 ]
+HOSTILE_FLOATS = [
+  *("nan", "inf", "-inf", "1e-300", "1e308", "1e400", "0.0", "-0.5", "1.5", "3.0"),
+  *("1e12", "-1e12", "5e-324", "0.999999999999"),
+]
+NO_NUMBERS = ["1e3", "1.5.2", "0x10", "1_0", "5%", "\uff11", "", "1,2", "abc", "1-"]
 # Numbers that are accepted and take their time: a run of 10**12 steps is a valid run.
 ENDLESS = ("num_steps", "steps", "replay_step", "repeats", "join_timeout")
 UNKNOWN = [
@@ -123,12 +127,16 @@ def _replace_value(arguments: list[str], command: str, rng: random.Random):
 
 def _hostile_value(name: str, value: str, rng: random.Random) -> str:
   """A value of the kind of `value`, most often, or any text."""
-  if rng.random() < 0.25:
+  if rng.random() < 0.15:
     pool = HOSTILE_TEXTS
   elif "/" in value:
     pool = HOSTILE_PATHS
+  elif value[:1].isdigit() and rng.random() < 0.15:
+    pool = NO_NUMBERS
+  elif value.isdigit():
+    pool = HOSTILE_INTEGERS
   elif value[:1].isdigit():
-    pool = HOSTILE_NUMBERS
+    pool = HOSTILE_FLOATS
   else:
     pool = HOSTILE_TEXTS
   text = rng.choice(pool)

@@ -13,6 +13,7 @@ import pytest
 from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_TRY_AGAIN
 from tests import forked
 from tests.faults.command_lines import command_lines
+from tests.faults.hostile_files import damage_world
 from tests.faults.world import make_world, snapshot
 
 SECONDS = 60  # a command that takes longer hangs
@@ -83,5 +84,19 @@ def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
     ((command, arguments),) = command_lines(copy, seed, 1)
     if (problem := problem_of(command, arguments, copy)) is not None:
       problems.append(f"{command} {arguments!r} {problem}")
+    shutil.rmtree(copy)
+  assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.faults(short=4, whole=52)
+def test_damaged_file_is_used_or_refused_in_one_line(world, tmp_path, fault):
+  problems = []
+  for i in range(LINES_IN_A_TEST):
+    copy = tmp_path / str(i)
+    shutil.copytree(world, copy, symlinks=True)
+    seed = fault * LINES_IN_A_TEST + i
+    command, arguments, damage = damage_world(copy, seed)
+    if (problem := problem_of(command, arguments, copy)) is not None:
+      problems.append(f"{damage}: {command} {arguments!r} {problem}")
     shutil.rmtree(copy)
   assert not problems, "\n\n".join(problems)
