@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import mdt_jax.interrupts  # noqa: F401
 
-from pathlib import Path
-
 from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints import converted
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
+from mdt_jax.paths import local_path
 from mdt_jax.pretrained import torch_inception, torch_vae
 
 INPUT = flags.DEFINE_string(
@@ -94,7 +93,7 @@ _INCEPTION = {"source": "input", "target": "output"}
 
 def main(argv: list[str]) -> None:
   del argv
-  output = Path(OUTPUT.value).expanduser()
+  output = local_path("output", OUTPUT.value)
   _check_direction()
   if INCEPTION.value:
     with renamed_in_errors(_INCEPTION):
@@ -132,7 +131,7 @@ def main(argv: list[str]) -> None:
 
 def _check_direction() -> None:
   """Refuses an input of the other direction than that of the flags."""
-  path = Path(INPUT.value).expanduser()
+  path = local_path("input", INPUT.value)
   if TO_TORCH.value and INCEPTION.value:
     raise SettingError("inception", True, "cannot be combined with --to_torch")
   if TO_TORCH.value and path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Checkpoint:
 
 def workdir_of(path: str | Path) -> Path:
   """The absolute path of a workdir, from `path` = WORKDIR or WORKDIR/checkpoints."""
-  folder = Path(path).expanduser().absolute()
+  folder = Path(os.path.expanduser(path)).absolute()
   return folder.parent if folder.name == FOLDER else folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
@@ -12,7 +13,7 @@ _FOLDER = "checkpoints"  # as `mdt_jax.checkpoints.manager.FOLDER`, which import
 
 def is_run(path: str | Path) -> bool:
   """Whether a folder holds checkpoints of a run."""
-  return _holds_steps(Path(path).expanduser() / _FOLDER)
+  return _holds_steps(Path(os.path.expanduser(path), _FOLDER))
 
 
 def check_run_folder(

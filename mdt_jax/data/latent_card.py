@@ -37,7 +37,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return SettingError("config.data.path", str(path), text)
 
   try:
-    card = read_json(Path(path).expanduser() / CARD, refuse)
+    card = read_json(Path(os.path.expanduser(path), CARD), refuse)
   except FileNotFoundError:
     raise refuse(
       f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode"

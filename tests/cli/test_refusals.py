@@ -124,6 +124,11 @@ def test_help_of_absl_needs_no_other_flag(flag):
   assert "verbosity" in out
 
 
+def test_second_config_is_refused():
+  flags = ("--config=digits", "--config.seed=1", "--config=mdt_b2", "--workdir=run")
+  assert_refused(run("main", *flags), "--config=mdt_b2", "given before")
+
+
 def test_setting_before_its_config_is_refused():
   result = run("main", "--config.seed=1", "--config=digits", "--workdir=run")
   assert_refused(result, "--config.seed=1", "before a value for --config")
