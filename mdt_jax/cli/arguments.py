@@ -97,7 +97,8 @@ class Arguments:
         if name in self._flags and value is not None:
           _check_value(name, self._flags[name], value)
         if name == "config" and value:
-          if any(text.startswith("--config=") for text in checked):
+          starts = {text[: len("--config.")] for text in checked}
+          if "--config." in starts and any(s.startswith("--config=") for s in starts):
             raise UsageError(f"--config={value}: --config was given before; give one")
           value = find_config(value)
       elif value is not None:
