@@ -1,6 +1,7 @@
 """Encodes images to latents, once for all runs that train on them.
 
 python -m mdt_jax.encode --source=IMAGES --vae=VAE --output=DIR
+python -m mdt_jax.encode --features=LATENTS --output=DIR    latents of another encoder
 python -m mdt_jax.encode --statistics --output=DIR     mean and std of each channel
 python -m mdt_jax.encode --verify --output=DIR         reads and checks every record
 python -m mdt_jax.encode --reference_batch=FILE.npz --source=IMAGES    for evaluation
@@ -20,6 +21,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from mdt_jax import cli
+from mdt_jax.data import features
+from mdt_jax.errors import SettingError
 
 SOURCE = flags.DEFINE_string(
   "source",
@@ -90,6 +93,45 @@ REFERENCE_BATCH = flags.DEFINE_string(
 NUM_IMAGES = flags.DEFINE_integer(
   "num_images", 10_000, "Images in the file of --reference_batch."
 )
+FEATURES = flags.DEFINE_string(
+  "features",
+  None,
+  "Latents that another tool stored, in place of --source and --vae: a folder of .npy "
+  "files, or .npy, .npz or .safetensors. Default: encode --source.",
+)
+LABELS = flags.DEFINE_string(
+  "labels",
+  None,
+  "Labels of --features: a folder of .npy files, or one .npy file. Default: the folder "
+  "X_labels beside X_features, else those in the files, else 0.",
+)
+LAYOUT = flags.DEFINE_enum(
+  "layout",
+  None,
+  list(features.LAYOUTS),
+  "Axes of --features. Default: as the shape of a square feature says.",
+)
+KIND = flags.DEFINE_enum(
+  "kind",
+  "samples",
+  list(features.KINDS),
+  "What the channels of --features hold: latents, or their mean and then their std or "
+  "the logarithm of their variance.",
+)
+SCALING_FACTOR = flags.DEFINE_float(
+  "scaling_factor", 1.0, "Latents are (x - shift_factor) * scaling_factor."
+)
+SHIFT_FACTOR = flags.DEFINE_float("shift_factor", 0.0, "See --scaling_factor.")
+SCALED = flags.DEFINE_bool(
+  "scaled",
+  True,
+  "Whether --features are shifted and scaled already; --noscaled does it now.",
+)
+STANDARDIZE = flags.DEFINE_bool(
+  "standardize",
+  False,
+  "Shift and scale each channel of --features to mean 0 and std 1.",
+)
 _EXAMPLES = {"source": "IMAGES", "vae": "VAE_FOLDER", "output": "latents/imagenet256"}
 
 
@@ -112,6 +154,8 @@ def main(argv: Sequence[str]) -> None:
       encoding.verify(output)
     if STATISTICS.value:
       encoding.write_statistics(output, MAX_UNREADABLE.value)
+  elif FEATURES.value:
+    _import_features()
   else:
     encoding.encode_images(
       _required(SOURCE),
@@ -128,6 +172,33 @@ def main(argv: Sequence[str]) -> None:
       process_index=PROCESS_INDEX.value,
       process_count=PROCESS_COUNT.value,
     )
+
+
+def _import_features() -> None:
+  from mdt_jax.data import feature_import
+
+  for flag in (SOURCE, VAE):
+    if flag.value:
+      raise SettingError(flag.name, flag.value, "must be left out with --features")
+  feature_import.import_features(
+    FEATURES.value or "",
+    _required(OUTPUT),
+    labels=LABELS.value,
+    convention=features.Convention(
+      layout=LAYOUT.value,
+      kind=KIND.value,
+      scaling_factor=SCALING_FACTOR.value,
+      shift_factor=SHIFT_FACTOR.value,
+      scaled=SCALED.value,
+    ),
+    standardize=STANDARDIZE.value,
+    dtype=DTYPE.value,
+    num_shards=NUM_SHARDS.value,
+    num_threads=NUM_THREADS.value,
+    max_unreadable=MAX_UNREADABLE.value,
+    process_index=PROCESS_INDEX.value or 0,
+    process_count=PROCESS_COUNT.value or 1,
+  )
 
 
 def _required(flag: flags.FlagHolder[str | None]) -> str:

@@ -30,6 +30,7 @@ from jaxtyping import Float, Float64
 from mdt_jax.data import file_names
 from mdt_jax.data.examples import (
   Example,
+  Source,
   SourceArguments,
   TolerantSource,
   shape_error,
@@ -218,7 +219,7 @@ class ChannelStatistics(NamedTuple):
 
 
 def channel_statistics(
-  source: LatentSource, progress: Progress = lambda count: None
+  source: Source, progress: Progress = lambda count: None
 ) -> ChannelStatistics:
   """Computes the channel statistics of a latent set, including mirror images.
 
@@ -226,7 +227,7 @@ def channel_statistics(
   Var[z] = E[mean^2 + std^2] - E[mean]^2.
 
   Args:
-    source: the set.
+    source: the set, or a part of it.
     progress: called with the number of records read since the last call.
   """
   channels = source.image_shape[-1]

@@ -1,0 +1,179 @@
+"""Imports stored features into a latent set, on which training reads them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from mdt_jax.data import file_names, latent_card
+from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.examples import Example, Subset
+from mdt_jax.data.features import Convention, FeatureSource, open_features
+from mdt_jax.data.latent_set import LatentSet
+from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
+from mdt_jax.data.latents import channel_statistics, open_set
+from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
+from mdt_jax.logs import counted, logger
+from mdt_jax.paths import output_folder
+
+BATCH_SIZE = 64  # images in memory at once
+SAMPLED = 10_000  # records that the logged statistics read, at most
+# Standard deviations of a channel outside of this range get a warning.
+USUAL_STD = (0.5, 2.0)
+# Setting in an error of an inner function -> argument of `import_features`.
+_ARGUMENTS = {
+  "config.data.max_unreadable": "max_unreadable",
+  "config.data.path": "features",
+  "--dtype": "dtype",
+  "--output": "output",
+}
+
+
+@renamed_in_errors(_ARGUMENTS)
+def import_features(
+  features: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  labels: str | os.PathLike[str] | None = None,
+  convention: Convention | None = None,
+  standardize: bool = False,
+  dtype: str = "float16",
+  num_shards: int | None = None,
+  num_threads: int = 8,
+  max_unreadable: int = 100,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> bool:
+  """Writes a latent set of features that any encoder made.
+
+  If a call is interrupted, the same call resumes at the first unfinished shard.
+
+  Args:
+    features, labels: see `features.open_features`.
+    output: folder of the latent set; see `data.latents`.
+    convention: what the features mean; None for plain, scaled latents.
+    standardize: whether to shift and scale each channel to mean 0 and std 1. The card
+      holds the numbers as latents_mean and latents_std.
+    dtype: dtype of the stored latents, "float16" or "bfloat16".
+    num_shards: number of shards; None for one per 10,000 images.
+    num_threads: number of threads that read features.
+    max_unreadable: largest accepted number of unreadable features.
+    process_index, process_count: index of this process, and number of processes that
+      write the set.
+
+  Returns:
+    Whether the set is finished; False if other processes still write shards.
+
+  Raises:
+    SettingError: an argument is out of range, or the features or labels cannot be used.
+  """
+  convention = convention or Convention()
+  output = output_folder("output", output)
+  check_choice("dtype", dtype, latent_card.DTYPES)
+  check_range("num_threads", num_threads, 1, 1024)
+  check_range("max_unreadable", max_unreadable, 0, 10**8)
+  if standardize and (convention.scaling_factor, convention.shift_factor) != (1, 0):
+    raise SettingError(
+      "standardize", True, "replaces scaling_factor and shift_factor: leave these out"
+    )
+  source = open_features(features, labels, convention, max_unreadable)
+  check_range("num_shards", num_shards, 1, len(source))
+  num_shards = num_shards or -(-len(source) // IMAGES_PER_SHARD)
+  mean, std = _statistics(source) if standardize else (None, None)
+  card = {
+    "format": latent_card.FORMAT,
+    "source": file_names.from_path(os.fspath(features)),
+    "features": convention.kind,
+    "labels": None if labels is None else file_names.from_path(os.fspath(labels)),
+    "layout": source.layout,
+    "scaled": convention.scaled,
+    "num_source_images": len(source),
+    "classes": list(source.classes),
+    "vae": None,
+    "scaling_factor": convention.scaling_factor,
+    "shift_factor": convention.shift_factor,
+    **({} if mean is None else {"latents_mean": mean.tolist()}),
+    **({} if std is None else {"latents_std": std.tolist()}),
+    "latent_shape": list(source.image_shape),
+    "dtype": dtype,
+    "num_shards": num_shards,
+  }
+  latent_set = LatentSet(output, card, len(source), num_shards)
+  if latent_set.is_finished():
+    logger.info("nothing to do: %s is finished", latent_set.folder)
+    return True
+  latent_set.check_disk()
+  logger.info(
+    "%s of shape %s to %d shards, %.2f GB",
+    counted(len(source), "feature"),
+    source.image_shape,
+    num_shards,
+    latent_set.num_bytes / 1e9,
+  )
+
+  def store(views: np.ndarray) -> np.ndarray:
+    if mean is not None and std is not None:
+      views = np.stack([(views[:, :, 0] - mean) / std, views[:, :, 1] / std], axis=2)
+    return views.astype(latent_card.DTYPES[dtype])
+
+  shards = range(process_index, num_shards, process_count)
+  total = sum(len(latent_set.shard_images(shard)) for shard in shards)
+  with tqdm.tqdm(total=total, unit="image") as bar:
+    finished = write_latents(
+      latent_set,
+      source,
+      store,
+      batch_size=BATCH_SIZE,
+      num_threads=num_threads,
+      process_index=process_index,
+      process_count=process_count,
+      progress=bar.update,
+    )
+  if finished:
+    _describe(output)
+  return finished
+
+
+def _statistics(source: FeatureSource) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and std of each channel over all features and draws, (C,) float32 each.
+
+  The std is that of latents drawn from the moments, see `latents.channel_statistics`.
+
+  Raises:
+    SettingError: too many features are unreadable, or a channel is constant.
+  """
+  totals, count = np.zeros((2, source.image_shape[-1])), 0
+  for index in tqdm.trange(len(source), unit="image", desc="statistics"):
+    example: Example = source[index]
+    mean, std = np.moveaxis(example["image"].astype(np.float64), 1, 0)
+    totals += [mean.sum((0, 1, 2)), (mean**2 + std**2).sum((0, 1, 2))]
+    count += mean[..., 0].size
+  mean, square = totals / count
+  std = np.sqrt(np.maximum(square - mean**2, 0))
+  if not (std > 1e-6).all():
+    constant = int(np.argmin(std))
+    raise SettingError("standardize", True, f"channel {constant} is constant")
+  return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _describe(output: Any) -> None:
+  """Logs the size and the statistics of a finished set; warns if its scale is odd."""
+  source = open_set(output)
+  held = DataLabels.of(source)
+  logger.info("%s in %s: %s", counted(len(source), "image"), output, held.describe())
+  places = (
+    np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).round().astype(int)
+  )
+  mean, std = channel_statistics(Subset(source, places))
+  for name, numbers in (("mean", mean), ("std", std)):
+    logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in numbers))
+  if std.min() < USUAL_STD[0] or std.max() > USUAL_STD[1]:
+    logger.warning(
+      "the std of a channel should be near 1, and lies in [%.3g, %.3g]: give "
+      "--scaling_factor with --noscaled, or --standardize",
+      std.min(),
+      std.max(),
+    )
