@@ -44,6 +44,12 @@ OUTPUT = flags.DEFINE_string(
 IMAGE_SIZE = flags.DEFINE_integer(
   "image_size", 256, "Height and width of the cropped images, in pixels."
 )
+IMAGE_BITS = flags.DEFINE_integer(
+  "image_bits",
+  16,
+  "Bits of the values in image files of more than 8 bits, from 8 to 16: the value "
+  "2**image_bits - 1 is white.",
+)
 DTYPE = flags.DEFINE_string(
   "dtype", "float16", "Type of the stored latents: float16 or bfloat16."
 )
@@ -147,6 +153,7 @@ def main(argv: Sequence[str]) -> None:
       image_size=IMAGE_SIZE.value,
       num_images=NUM_IMAGES.value,
       max_unreadable=MAX_UNREADABLE.value,
+      image_bits=IMAGE_BITS.value,
     )
   elif VERIFY.value or STATISTICS.value:
     output = _required(OUTPUT)
@@ -169,6 +176,7 @@ def main(argv: Sequence[str]) -> None:
       batch_size=BATCH_SIZE.value,
       num_threads=NUM_THREADS.value,
       max_unreadable=MAX_UNREADABLE.value,
+      image_bits=IMAGE_BITS.value,
       process_index=PROCESS_INDEX.value,
       process_count=PROCESS_COUNT.value,
     )

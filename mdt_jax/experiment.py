@@ -422,6 +422,7 @@ class Experiment:
         image_size=image_shape[0],
         channels=image_shape[2],
         max_unreadable=data.max_unreadable,
+        image_bits=data.image_bits,
       )
     if isinstance(source, LatentSource) and self.autoencoder is not None:
       self.autoencoder.check_scale(data.vae, source.card)

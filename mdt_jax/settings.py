@@ -189,6 +189,9 @@ class DataSettings:
   path: str | None = None
   # Split of a tfds: data set.
   split: str = "train"
+  # Bits of the values in image files of more than 8 bits, in [8, 16]: the value
+  # 2**image_bits - 1 is white. Cameras and scanners store 10, 12 or 14 bits in 16.
+  image_bits: int = 16
   # Share of the examples that is held out of training, in [0, 0.5].
   validation: float = 0.0
   # Autoencoder, a folder or the id of one on the Hugging Face hub. It encodes the
@@ -208,6 +211,8 @@ class DataSettings:
   def check(self) -> None:
     for name in ("max_unreadable", "num_threads", "num_workers"):
       _at_least(self, name, 0)
+    if not 8 <= self.image_bits <= 16:
+      raise SettingError("image_bits", self.image_bits, "must lie in [8, 16]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ class SourceArguments:
     image_size: height and width of the examples.
     channels: number of channels of the examples.
     max_unreadable: largest accepted number of unreadable examples.
+    image_bits: bits of the values in image files of more than 8 bits.
   """
 
   path: str
@@ -57,6 +58,7 @@ class SourceArguments:
   image_size: int
   channels: int
   max_unreadable: int
+  image_bits: int = 16
 
 
 class TolerantSource(abc.ABC):

@@ -71,6 +71,7 @@ def create_source(
   image_size: int,
   channels: int,
   max_unreadable: int,
+  image_bits: int = 16,
 ) -> Source:
   """Opens a source by name.
 
@@ -81,6 +82,7 @@ def create_source(
     image_size: height and width of the examples; 8 for "digits".
     channels: number of channels of the examples; 1 for "digits".
     max_unreadable: largest accepted number of unreadable examples.
+    image_bits: bits of the values in image files of more than 8 bits.
 
   Raises:
     SettingError: the name is unknown, a required path is missing, the source does not
@@ -99,5 +101,6 @@ def create_source(
     image_size=image_size,
     channels=channels,
     max_unreadable=max_unreadable,
+    image_bits=image_bits,
   )
   return entry.open(arguments)

@@ -63,14 +63,15 @@ class Autoencoder:
     Raises:
       SettingError: scaling_factor, shift_factor, latents_mean or latents_std differ.
     """
+    encoder = card.get("vae") or "another tool"
     for factor, own in self.scales().items():
       stored = card.get(factor)
       if own != stored:
         raise SettingError(
           "config.data.vae",
           name,
-          f"must have {factor} = {stored}, with which {card['vae']} encoded the "
-          f"latents; has {own}",
+          f"must have {factor} = {stored}, with which {encoder} encoded the latents; "
+          f"has {own}",
         )
 
   def scales(self) -> dict[str, Any]:

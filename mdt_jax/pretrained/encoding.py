@@ -55,6 +55,7 @@ def encode_images(
   batch_size: int = 32,
   num_threads: int = 8,
   max_unreadable: int = 100,
+  image_bits: int = 16,
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> bool:
@@ -76,6 +77,7 @@ def encode_images(
     batch_size: number of images per batch, over all devices of this process.
     num_threads: number of threads that read and crop images.
     max_unreadable: largest accepted number of unreadable images, which are left out.
+    image_bits: bits of the values in image files of more than 8 bits.
     process_index: index of this process, from 0; None for jax.process_index().
     process_count: number of processes that write the set; None for jax.process_count().
 
@@ -92,7 +94,7 @@ def encode_images(
   check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
   check_range("batch_size", batch_size, 1, MAX_BATCH_SIZE)
   check_range("num_threads", num_threads, 1, MAX_THREADS)
-  images = _open_images(source, split, image_size, max_unreadable)
+  images = _open_images(source, split, image_size, max_unreadable, image_bits)
   check_range("num_shards", num_shards, 1, len(images))
   index, count = _process(process_index, process_count)
   devices = jax.local_devices()
@@ -117,6 +119,7 @@ def encode_images(
     "num_source_images": len(images),
     "classes": list(images.files.classes),
     "image_size": image_size,
+    **({} if image_bits == 16 else {"image_bits": image_bits}),
     "vae": file_names.from_path(vae),
     "compute_dtype": compute_dtype,
     # Statistics by channel are left out of the card if there are none.
@@ -222,6 +225,7 @@ def write_reference_batch(
   image_size: int = 256,
   num_images: int = 10_000,
   max_unreadable: int = 100,
+  image_bits: int = 16,
 ) -> int:
   """Writes evenly spaced images of a source to an .npz file for evaluation.
 
@@ -232,6 +236,7 @@ def write_reference_batch(
     image_size: height and width of the centre crops in pixels.
     num_images: number of images to select; all images if the source has fewer.
     max_unreadable: largest accepted number of unreadable images, which are left out.
+    image_bits: bits of the values in image files of more than 8 bits.
 
   Returns:
     The number of images written.
@@ -242,7 +247,7 @@ def write_reference_batch(
   """
   check_range("num_images", num_images, 1, MAX_IMAGES)
   path = output_file("reference_batch", reference_batch)
-  images = _open_images(source, split, image_size, max_unreadable)
+  images = _open_images(source, split, image_size, max_unreadable, image_bits)
   with tqdm.tqdm(total=min(num_images, len(images)), unit="image") as bar:
     count = reference_batches.write_reference_batch(
       path, images, num_images, bar.update
@@ -281,12 +286,14 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
 
 
 def _open_images(
-  source: str, split: str, image_size: int, max_unreadable: int
+  source: str, split: str, image_size: int, max_unreadable: int, image_bits: int
 ) -> ImageSource:
   """Opens RGB images; raises SettingError if an argument is out of range."""
   check_range("image_size", image_size, 1, MAX_IMAGE_SIZE)
   check_range("max_unreadable", max_unreadable, 0, MAX_IMAGES)
-  return ImageSource(open_files(source, split), image_size, 3, max_unreadable)
+  check_range("image_bits", image_bits, 8, 16)
+  files = open_files(source, split)
+  return ImageSource(files, image_size, 3, max_unreadable, image_bits)
 
 
 def _process(index: int | None, count: int | None) -> tuple[int, int]:

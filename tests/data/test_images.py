@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from mdt_jax.data.images import open_image
+from mdt_jax.data.files import open_files
+from mdt_jax.data.images import ImageSource, open_image
 from mdt_jax.errors import SettingError
 from tests.data.folders import SIZE, open_folder, values, write_image
 
@@ -28,6 +29,46 @@ def test_16_bit_images_become_8_bit(tmp_path):
   Image.fromarray(values).save(tmp_path / "x.png")
   image = open_folder(tmp_path, image_size=4, channels=1)[0]["image"]
   np.testing.assert_array_equal(image[0, :, 0], [0, 1, 127, 255])
+
+
+def write_16_bits(path, *values):
+  pixels = np.resize(np.array(values, np.uint16), (SIZE, SIZE))
+  Image.fromarray(pixels).save(path)
+
+
+def test_images_of_12_bits_are_warned_of(tmp_path, warnings):
+  write_16_bits(tmp_path / "x.png", 0, 4095)
+  assert open_folder(tmp_path)[0]["image"].max() == 15
+  (line,) = warnings
+  assert "4,095 of 65,535" in line and "config.data.image_bits=12" in line
+
+
+@pytest.mark.parametrize("most", [4096, 65535])
+def test_images_of_16_bits_are_not_warned_of(tmp_path, warnings, most):
+  write_16_bits(tmp_path / "x.png", 0, most)
+  write_16_bits(tmp_path / "y.png", 0, 7)
+  open_folder(tmp_path)
+  assert not warnings
+
+
+def test_image_bits_sets_the_value_of_white(tmp_path, warnings):
+  write_16_bits(tmp_path / "x.png", 0, 16, 2048, 4095)
+  source = ImageSource(open_files(tmp_path), SIZE, 1, 0, image_bits=12)
+  assert source[0]["image"][0, :4, 0].tolist() == [0, 0, 127, 255]
+  assert not warnings
+
+
+def test_value_beyond_image_bits_is_unreadable(tmp_path):
+  write_16_bits(tmp_path / "x.png", 0, 4096)
+  source = ImageSource(open_files(tmp_path), SIZE, 1, 0, image_bits=12)
+  with pytest.raises(SettingError, match=r"holds 4096; config.data.image_bits allows"):
+    source[0]
+
+
+def test_image_of_floats_is_unreadable(tmp_path):
+  Image.fromarray(np.zeros((SIZE, SIZE), np.float32)).save(tmp_path / "x.tif")
+  with pytest.raises(SettingError, match="holds floats"):
+    open_folder(tmp_path, max_unreadable=0)[0]
 
 
 def test_palette_image_is_converted_to_rgb(tmp_path):
