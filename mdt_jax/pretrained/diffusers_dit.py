@@ -9,6 +9,7 @@ Three things differ from the released file:
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,7 @@ def find_file(path: Path) -> Path:
   Raises:
     SettingError: setting "path": a folder holds no weights.
   """
-  if not path.is_dir():
+  if not os.path.isdir(path):
     return path
   for folder in (path, path / SUBFOLDER):
     if found := weights_in(folder):
@@ -100,7 +101,7 @@ def read_sizes(weights: Path) -> dict[str, Any]:
       describes another network.
   """
   path = weights.parent / CONFIG_FILE
-  if not path.exists():
+  if not os.path.lexists(path):
     return {}
   config = read_config(path, "path")
   name = config.get("_class_name", _CLASSES[0])

@@ -23,7 +23,7 @@ _MAX_CONFIG = 2**20  # bytes
 def weights_in(folder: Path) -> Path | None:
   """Returns the file of weights in a folder; None if there is none."""
   paths = (folder / name for name in WEIGHT_FILES)
-  return next((path for path in paths if path.is_file()), None)
+  return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def read_config(path: Path, setting: str) -> dict[str, Any]:

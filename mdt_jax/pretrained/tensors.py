@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,18 @@ from flax import traverse_util
 
 from mdt_jax.atomic import atomic_write
 from mdt_jax.errors import SettingError
-from mdt_jax.pretrained.torch_files import NOTES, import_torch, read_torch_file
+from mdt_jax.pretrained.torch_files import (
+  NOTES,
+  first_line,
+  import_torch,
+  read_torch_file,
+)
 from mdt_jax.types import Array, Params
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 
 MAX_NAMES = 5  # largest number of tensors named in an error
+MAX_NAME = 200  # largest number of characters in the name of a tensor
 
 
 class WeightFile(NamedTuple):
@@ -67,6 +74,8 @@ def read_weight_file(path: str | Path) -> WeightFile:
       check_suffix("path", path)
     tensors, metadata = read_torch_file(path)
   for name, array in tensors.items():
+    if not name.isprintable() or len(name) > MAX_NAME:
+      raise SettingError("path", str(path), f"has a tensor named {name[:MAX_NAME]!r}")
     if np.iscomplexobj(array):
       raise SettingError("path", str(path), f"{name} must be real, is {array.dtype}")
     with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
@@ -84,23 +93,36 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
   try:
     with safe_open(path, framework="np") as file:
+      _check_header(path)
       tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
       return tensors, dict(file.metadata() or {})
+  except SettingError:
+    raise
   except (SafetensorError, OSError) as error:
     raise SettingError(
-      "path", str(path), f"must be a safetensors file: {_first_line(error)}"
+      "path", str(path), f"must be a safetensors file: {first_line(error)}"
     ) from None
   except Exception as error:  # a dtype without a NumPy type, such as F8_E4M3
     raise SettingError(
       "path",
       str(path),
-      f"holds tensors of a dtype that NumPy lacks: {_first_line(error)}",
+      f"holds tensors of a dtype that NumPy lacks: {first_line(error)}",
     ) from None
 
 
-def _first_line(error: Exception) -> str:
-  """Returns the first 200 characters of the first line of an error."""
-  return (str(error) or type(error).__name__).splitlines()[0][:200]
+def _check_header(path: Path) -> None:
+  """Raises SettingError if a valid header of a .safetensors file repeats a name."""
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name, earlier in zip(sorted(names), sorted(names)[1:], strict=False):
+      if name == earlier:
+        raise SettingError("path", str(path), f"has two tensors named {name!r}")
+    return dict(pairs)
+
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    json.loads(file.read(length), object_pairs_hook=unique)
 
 
 def _check_memory(path: Path) -> None:

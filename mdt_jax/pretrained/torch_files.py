@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import pickletools
 import re
 import warnings
 import zipfile
@@ -23,6 +22,7 @@ import numpy as np
 
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
+from mdt_jax.pretrained.pickles import check_pickle
 
 # Entries of a training checkpoint that hold a network, the preferred one first.
 # DiT saves "ema" (averaged parameters) and "model"; Lightning saves "state_dict".
@@ -31,6 +31,9 @@ ENTRIES = ("ema", "model", "state_dict", "module")
 # notes of unknown names.
 NOTES = "_metadata"
 _MAX_DEPTH = 3  # of entries inside entries
+# A file of the format before torch 1.6 starts with these: a magic number, a version,
+# the system, what was saved, and the names of the storages.
+_LEGACY_PICKLES = 5
 _MAX_PICKLE = 2**26  # bytes; that of DiT-XL/2 with its optimizer has 1 MB
 _MAX_SHARING = 2  # how often the bytes of a file may be used, for tied tensors
 _DAMAGES = (
@@ -70,12 +73,16 @@ def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       anything but named dense tensors.
   """
   torch = import_torch("path", path)
-  is_zip = zipfile.is_zipfile(path)
+  is_zip = _is_zip(path)
   if is_zip:
     _check_zip(path)
-  else:  # the format before torch 1.6: pickles, then raw values
+  else:
     with path.open("rb") as file:
-      _check_pickle(path, io.BytesIO(file.read(_MAX_PICKLE)))
+      start = io.BytesIO(file.read(_MAX_PICKLE))
+    for _ in range(_LEGACY_PICKLES):
+      _check_pickle(path, start)
+      if start.tell() == len(start.getbuffer()):
+        break  # no such file; torch.load says why
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -110,6 +117,14 @@ def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   return arrays, _metadata(loaded, named)
 
 
+def _is_zip(path: Path) -> bool:
+  """Whether a file is a zip file, as torch.save writes since torch 1.6."""
+  try:
+    return zipfile.is_zipfile(path)
+  except _DAMAGES as error:
+    raise SettingError("path", str(path), f"is damaged: {first_line(error)}") from None
+
+
 def _check_zip(path: Path) -> None:
   """Checks sizes, pickles and CRC-32 checksums of a zip file of torch.save."""
   try:
@@ -118,7 +133,9 @@ def _check_zip(path: Path) -> None:
       for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
           raise SettingError(
-            "path", str(path), f"{entry.filename} is compressed; torch.save never does"
+            "path",
+            str(path),
+            f"{entry.filename!r} is compressed, which torch.save never does",
           )
       declared, size = sum(e.file_size for e in entries), path.stat().st_size
       if declared > size:
@@ -133,24 +150,19 @@ def _check_zip(path: Path) -> None:
   except SettingError:
     raise
   except _DAMAGES as error:
-    raise SettingError("path", str(path), f"is damaged: {error}") from None
+    raise SettingError("path", str(path), f"is damaged: {first_line(error)}") from None
   if damaged is not None:
-    raise SettingError("path", str(path), f"is damaged: {damaged} differs from its CRC")
+    raise SettingError(
+      "path", str(path), f"is damaged: {damaged!r} differs from its CRC"
+    )
 
 
 def _check_pickle(path: Path, stream: BinaryIO) -> None:
-  """Refuses a pickle that is broken, or that can ask for memory without limit.
-
-  `weights_only` allows bytearray(n), which allocates n bytes. No checkpoint needs it.
-  """
+  """Refuses a pickle that is broken, or asks for unlimited memory or time."""
   try:
-    for opcode, value, _ in pickletools.genops(stream):
-      if opcode.name == "GLOBAL" and str(value).endswith(" bytearray"):
-        raise _unsafe(path, "it calls bytearray")
-  except SettingError:
-    raise
-  except Exception as error:  # pickletools raises many types for broken pickles
-    raise _unsafe(path, _reason(error)) from None
+    check_pickle(stream)
+  except ValueError as error:
+    raise _unsafe(path, first_line(error)) from None
 
 
 def _named_tensors(loaded: Any, torch: Any) -> tuple[Mapping[str, Any] | None, str]:
@@ -217,7 +229,7 @@ def _describe(loaded: Any) -> str:
   """Describes what a file holds instead of tensors, for an error."""
   if not isinstance(loaded, Mapping):
     return f"it holds a {type(loaded).__name__}"
-  names = [str(name)[:40] for name in list(loaded)[:5]]
+  names = [_printable(str(name)[:40]) for name in list(loaded)[:5]]
   return f"it holds {len(loaded)} entries: {', '.join(names)}"
 
 
@@ -228,8 +240,20 @@ def _unsafe(path: Path, reason: str) -> SettingError:
 
 
 def _reason(error: Exception) -> str:
-  """Returns the cause of an error in a few words."""
-  text = str(error)
-  if found := re.search(r"GLOBAL (\S+)", text):
-    return f"it holds the Python object {found[1]}"
-  return (text or type(error).__name__).splitlines()[0][:200]
+  """Returns the cause of an error of torch in a few words."""
+  if found := re.search(r"GLOBAL (\S+)", str(error)):
+    return f"it holds the Python object {_printable(found[1][:80])}"
+  if found := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+    return _printable(found[1][:200])
+  return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error, at most 200 characters of it."""
+  lines = str(error).splitlines() or [type(error).__name__]
+  return _printable(lines[0][:200])
+
+
+def _printable(text: str) -> str:
+  """Returns a text without control characters, which a terminal would obey."""
+  return "".join(c if c.isprintable() else "?" for c in text)

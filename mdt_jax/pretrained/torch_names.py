@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mdt_jax.errors import SettingError
+from mdt_jax.logs import counted
 from mdt_jax.pretrained.tensors import Tensors
 
 # Parts that wrappers of modules put anywhere in a name: torch.compile, FSDP, and
@@ -65,4 +66,4 @@ def some_names(tensors: Mapping[str, np.ndarray]) -> str:
   if not tensors:
     return "it holds no tensors"
   names = ", ".join(name[:80] for name in list(tensors)[:_MAX_SHOWN])
-  return f"it holds {len(tensors)} tensors, such as {names}"
+  return f"it holds {counted(len(tensors), 'tensor')}, such as {names}"

@@ -106,8 +106,8 @@ def load_vae(
   folder = path.parent if weights else path
   if not os.path.isdir(folder):
     folder = _download(str(name_or_folder))
-  has_config = (folder / CONFIG_FILE).is_file()
-  if not weights and not has_config and (folder / SUBFOLDER).is_dir():
+  has_config = os.path.isfile(folder / CONFIG_FILE)
+  if not weights and not has_config and os.path.isdir(folder / SUBFOLDER):
     folder = folder / SUBFOLDER
   model = AutoencoderKL(**_read_config(folder / CONFIG_FILE), dtype=dtype)
   weights = weights or weights_in(folder)
@@ -177,7 +177,7 @@ def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
 
 def _read_config(path: Path) -> dict[str, Any]:
   """Reads the attributes of `AutoencoderKL` from diffusers' config.json."""
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     raise SettingError(
       SETTING,
       str(path.parent),

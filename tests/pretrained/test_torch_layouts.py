@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from mdt_jax import SettingError
+from mdt_jax.logs import counted
 from mdt_jax.models.registry import create_model
 from mdt_jax.pretrained.diffusers_folders import WEIGHT_FILES
 from mdt_jax.pretrained.torch_mdt import from_tensors, from_torch
@@ -152,7 +153,7 @@ def test_error_names_entries_of_a_file_without_network(tmp_path):
 def test_error_names_tensors_of_another_network(tensors):
   error = expect_error(from_tensors, tensors)
   assert "must hold an MDT, MDTv2 or DiT" in error.accepted
-  assert f"it holds {len(tensors)} tensors, such as " in error.accepted
+  assert f"it holds {counted(len(tensors), 'tensor')}, such as " in error.accepted
 
 
 def test_integers_are_refused_as_parameters():
