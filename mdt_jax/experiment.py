@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.data.class_labels import DataLabels
-from mdt_jax.data.examples import Source, Subset, check_source, split_indices
+from mdt_jax.data.examples import Source, Subset, split_indices
 from mdt_jax.data.latents import LatentSource
+from mdt_jax.data.own_source import CheckedSource
 from mdt_jax.data.sources import SOURCES, create_source
 from mdt_jax.diffusion import Process, create_process
 from mdt_jax.diffusion.guidance import Guidance
@@ -413,7 +414,7 @@ class Experiment:
     data, model = self.settings.data, self.model
     source, image_shape = self._own.source, self._image_shape()
     if source is not None:
-      check_source(source, image_shape)
+      source = CheckedSource(source, image_shape)
     else:
       source = create_source(
         data.source,
@@ -424,8 +425,9 @@ class Experiment:
         max_unreadable=data.max_unreadable,
         image_bits=data.image_bits,
       )
-    if isinstance(source, LatentSource) and self.autoencoder is not None:
-      self.autoencoder.check_scale(data.vae, source.card)
+    latents = source if self._own.source is None else self._own.source
+    if isinstance(latents, LatentSource) and self.autoencoder is not None:
+      self.autoencoder.check_scale(data.vae, latents.card)
     if source.num_classes > model.num_classes:
       raise SettingError(
         "config.model.num_classes",

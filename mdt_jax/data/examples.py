@@ -143,8 +143,7 @@ class Subset:
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
     self._source, self._indices = source, indices
     self.num_classes = source.num_classes
-    # A user's source may lack image_shape; see `check_source`.
-    self.image_shape = getattr(source, "image_shape", ()) or source[0]["image"].shape
+    self.image_shape = source.image_shape
     self.class_names = getattr(source, "class_names", None)
     self.label_counts = getattr(source, "label_counts", None)  # of the whole source
 
@@ -188,37 +187,3 @@ def shape_error(
     f"holds arrays of shape {found}; config.model.input_size and in_channels require "
     f"{expected}",
   )
-
-
-def check_source(source: Any, image_shape: tuple[int, int, int]) -> None:
-  """Checks a user's source by its first example.
-
-  Args:
-    source: must have `__len__`, `__getitem__` and `num_classes`, see `Source`.
-    image_shape: (H, W, C) of the input of the network, or of the autoencoder if images
-      are encoded.
-
-  Raises:
-    SettingError: setting "source": an attribute is missing, there is no example, or the
-      first example has no integer label or no image of the required shape.
-  """
-  name = type(source).__name__
-  for attribute in ("__len__", "__getitem__", "num_classes"):
-    if not hasattr(source, attribute):
-      raise SettingError("source", name, f"must have {attribute}")
-  if not len(source):
-    raise SettingError("source", name, "must hold at least one example")
-  example = source[0]
-  if not isinstance(example, dict) or "label" not in example:
-    raise SettingError("source", name, 'must return dicts with "label" and "image"')
-  expected = {"image": image_shape, "views": (2, 2, *image_shape)}
-  found = {key: np.shape(example[key]) for key in expected if key in example}
-  if not found or any(expected[key] != shape for key, shape in found.items()):
-    raise SettingError(
-      "source",
-      name,
-      f'must return an "image" of shape {image_shape}; the first example has shapes '
-      f"{ {key: np.shape(value) for key, value in example.items()} }",
-    )
-  if not np.issubdtype(np.asarray(example["label"]).dtype, np.integer):
-    raise SettingError("source", name, "must return integer labels")

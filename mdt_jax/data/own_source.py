@@ -1,0 +1,98 @@
+"""Checks of a source of examples that a user brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mdt_jax.data.examples import Example
+from mdt_jax.errors import SettingError
+
+_ARRAYS = ("image", "views")  # entries of an example that hold an image
+
+
+class CheckedSource:
+  """A user's source; each example is compared with the first one when it is read.
+
+  The attributes of the source, such as `num_classes`, are those of the user's object.
+
+  Args:
+    source: must have `__len__`, `__getitem__` and `num_classes`; see `examples.Source`.
+    image_shape: (H, W, C) of the input of the network, or of the autoencoder if images
+      are encoded.
+
+  Raises:
+    SettingError: setting "source": an attribute is missing, or there is no example.
+      `__getitem__` raises the error too, for an example that the source cannot read, or
+      that has another shape, type or label; the error names the index of the example.
+  """
+
+  num_classes: int
+
+  def __init__(self, source: Any, image_shape: tuple[int, int, int]):
+    self._source, self._name = source, type(source).__name__
+    for attribute in ("__len__", "__getitem__", "num_classes"):
+      if not hasattr(source, attribute):
+        raise SettingError("source", self._name, f"must have {attribute}")
+    if not len(source):
+      raise SettingError("source", self._name, "must hold at least one example")
+    self.num_classes = source.num_classes
+    self.image_shape = image_shape
+    self.class_names = getattr(source, "class_names", None)
+    self.label_counts = getattr(source, "label_counts", None)
+    self._is_pixels: bool | None = None
+    self._is_pixels = _is_pixels(self[0])
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} must lie in [0, {len(self)})")
+    try:
+      example = self._source[index]
+    except SettingError:
+      raise
+    except Exception as error:
+      reason = (str(error).splitlines() or [""])[0]
+      raise self._error(
+        index, f"be readable; it raises {type(error).__name__}: {reason}"
+      ) from error
+    self._check(index, example)
+    return example
+
+  def _check(self, index: int, example: Any) -> None:
+    """Raises SettingError if an example does not fit."""
+    if not isinstance(example, dict) or "label" not in example:
+      raise self._error(index, 'be a dict with "label" and "image"')
+    expected = {"image": self.image_shape, "views": (2, 2, *self.image_shape)}
+    found = {name: np.shape(example[name]) for name in _ARRAYS if name in example}
+    if not found or any(expected[name] != shape for name, shape in found.items()):
+      shapes = {name: np.shape(value) for name, value in example.items()}
+      raise self._error(
+        index, f'have an "image" of shape {self.image_shape}; has shapes {shapes}'
+      )
+    if self._is_pixels not in (None, _is_pixels(example)):
+      kinds = ("floats", "uint8 pixels")
+      raise self._error(
+        index, f'have an "image" of {kinds[bool(self._is_pixels)]}, as example 0'
+      )
+    label = np.asarray(example["label"])
+    if not np.issubdtype(label.dtype, np.integer):
+      raise self._error(index, f"have an integer label, has {label.dtype}")
+    if label.size and not 0 <= label.min() <= label.max() < self.num_classes:
+      shown = label.min() if label.min() < 0 else label.max()
+      raise self._error(
+        index,
+        f"have a label in [0, num_classes) = [0, {self.num_classes}), has {shown}",
+      )
+
+  def _error(self, index: int, text: str) -> SettingError:
+    """Returns the error for an example."""
+    return SettingError("source", self._name, f"example {index} must {text}")
+
+
+def _is_pixels(example: Example) -> bool:
+  """Whether the image of an example is uint8."""
+  return "image" in example and np.asarray(example["image"]).dtype == np.uint8
