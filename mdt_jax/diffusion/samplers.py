@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,10 @@ class Sampler:
     return calls * (1 if self.guidance.scale == 1 else 2)
 
 
+# Called with (network calls so far, network calls in all).
+OnStep: TypeAlias = Callable[[int, int], None]
+
+
 def sample(
   model_fn: ModelFn,
   diffusion: Process,
@@ -97,6 +102,7 @@ def sample(
   num_steps: int | None = None,
   hold: Callable[[Array, Array], Array] | None = None,
   repeats: int = 1,
+  on_step: OnStep | None = None,
 ) -> Array:
   """Samples x_0 from x_T. Call this function under jax.jit.
 
@@ -120,6 +126,8 @@ def sample(
     repeats: number of times to run each step. Noise is added again before each
       repetition, which harmonises the image with the held pixels (RePaint, arXiv
       2201.09865, with jumps of one step). Only for "ddpm" and "ddim".
+    on_step: called on the host at each call of the network, with (calls so far, calls
+      in all). JAX's cache on disk does not keep programs that call the host.
 
   Returns:
     (B, H, W, C) float32.
@@ -143,15 +151,23 @@ def sample(
   def draw(step: Array, given: Array | None) -> Array:
     return step_noise(key, step, x_T.shape) if given is None else given
 
+  def numbered(calls: int) -> Array | None:
+    return None if on_step is None else jnp.arange(calls)
+
+  def report(call: Array | None, calls: int) -> None:
+    if (listener := on_step) is not None:
+      jax.debug.callback(lambda i: listener(int(i) + 1, calls), call)
+
   def predict(x: Array, step: Array) -> tuple[Array, Array]:
     t = jnp.full((x.shape[0],), step)
     return model_fn(x, diffusion.network_time(t)).astype(jnp.float32), t
 
   def ancestral(
-    x: Array, inputs: tuple[Array, Array, Array | None]
+    x: Array, inputs: tuple[Array, Array, Array | None, Array | None]
   ) -> tuple[Array, None]:
     gaussian = _as_gaussian(diffusion, method)
-    step, repeat, given = inputs
+    step, repeat, given, call = inputs
+    report(call, num_steps * repeats)
     if repeats > 1:
       beta = jnp.asarray(gaussian.betas, jnp.float32)[step]
       again = draw(step + (repeats + repeat) * total, None)
@@ -166,10 +182,11 @@ def sample(
     return step_fn(gaussian, output, x, t, drawn, eta, clip_denoised), None
 
   def solve(
-    state: tuple[Array, Array, Array], inputs: tuple[Rows, Array | None]
+    state: tuple[Array, Array, Array], inputs: tuple[Rows, Array | None, Array | None]
   ) -> tuple[tuple[Array, Array, Array], None]:
     x, start, x0_before = state
-    row, given = inputs
+    row, given, call = inputs
+    report(call, len(rows.step))
     x = x if hold is None else hold(x, row.step)
     output, t = predict(x, row.step)
     x0 = diffusion.to_x0(output, x, t)
@@ -183,11 +200,11 @@ def sample(
   if method in SOLVERS:
     rows = solver_rows(Levels(*(level[:num_steps] for level in levels)), method)
     state = (x_T, x_T, jnp.zeros_like(x_T))
-    (x_0, _, _), _ = jax.lax.scan(solve, state, (rows, noise))
+    (x_0, _, _), _ = jax.lax.scan(solve, state, (rows, noise, numbered(len(rows.step))))
     return x_0
   steps = jnp.arange(num_steps, dtype=jnp.int32)[::-1].repeat(repeats)
   repeat = jnp.tile(jnp.arange(repeats, dtype=jnp.int32), num_steps)
-  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, repeat, noise))
+  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, repeat, noise, numbered(len(steps))))
   return x_0
 
 

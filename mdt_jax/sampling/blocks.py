@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped, UInt32
 
+from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.sampling.generator import Generator, Given
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Array, Params
@@ -92,6 +93,21 @@ class Request:
     return labels, ids.astype(np.uint32), given
 
 
+class Listener:
+  """Passes the steps of a compiled generator on to the function of the current call.
+
+  Attributes:
+    on_step: see `samplers.sample`; None to ignore the steps.
+  """
+
+  def __init__(self) -> None:
+    self.on_step: OnStep | None = None
+
+  def __call__(self, done: int, total: int) -> None:
+    if self.on_step is not None:
+      self.on_step(done, total)
+
+
 class BlockGenerator:
   """Runs a generator on several devices of this process, one block on each device.
 
@@ -102,9 +118,20 @@ class BlockGenerator:
     generator: generator from `make_generator`.
     decode: function that turns the latents into images on the device; see `Decode`.
     devices: devices to use.
+    listener: `on_step` of the generator; None if the generator reports no steps.
+
+  Attributes:
+    listener: see above.
   """
 
-  def __init__(self, generator: Generator, decode: Decode, devices: Sequence[Any]):
+  def __init__(
+    self,
+    generator: Generator,
+    decode: Decode,
+    devices: Sequence[Any],
+    listener: Listener | None = None,
+  ):
+    self.listener = listener or Listener()
     mesh = Mesh(np.asarray(devices), ("data",))
     whole, split = PartitionSpec(), PartitionSpec("data")
     given_specs = {"image": split, "hidden": whole, "hidden_tokens": whole}

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped, UInt32
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn
 from mdt_jax.diffusion.process import Process
-from mdt_jax.diffusion.samplers import Sampler, sample, step_noise
+from mdt_jax.diffusion.samplers import OnStep, Sampler, sample, step_noise
 from mdt_jax.errors import SettingError
 from mdt_jax.models.masking import TokenMask, token_mask_from_noise
 from mdt_jax.models.registry import Model
@@ -65,7 +65,11 @@ def output_shape(
 
 
 def make_generator(
-  model: Model, sampler: Sampler, task: Task = DRAW, platform: str | None = None
+  model: Model,
+  sampler: Sampler,
+  task: Task = DRAW,
+  platform: str | None = None,
+  on_step: OnStep | None = None,
 ) -> Generator:
   """Builds the jitted function that samples latents for labels.
 
@@ -75,6 +79,7 @@ def make_generator(
     task: draw, inpaint or edit.
     platform: "cpu", "gpu" or "tpu", where the program will run; None for the default
       backend of JAX.
+    on_step: called on the host at each call of the network; see `samplers.sample`.
 
   Returns:
     (params, labels (B, …), ids (B,), seed (), [given]) -> latents (B, H, W, C)
@@ -156,6 +161,7 @@ def make_generator(
       num_steps=edit_steps,
       hold=hold_visible if task.kind == "inpaint" else None,
       repeats=task.repeats,
+      on_step=on_step,
     )
     if task.kind == "inpaint":
       return jnp.where(given["hidden"][..., None], x_0, given["image"])

@@ -13,19 +13,23 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
+from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import counted
 from mdt_jax.models.autoencoder_decoding import decode_in_slices
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
-from mdt_jax.sampling.blocks import BlockGenerator, Decode, Request
+from mdt_jax.sampling.blocks import BlockGenerator, Decode, Listener, Request
 from mdt_jax.sampling.generator import Task, make_generator, output_shape
 from mdt_jax.settings import SamplingSettings
 from mdt_jax.types import Array, Params
 
-# (settings, task, number of devices) -> the compiled generator
-BlockGenerators: TypeAlias = dict[tuple[SamplingSettings, Task, int], BlockGenerator]
+# (settings, task, number of devices, whether steps are reported) -> the compiled
+# generator
+BlockGenerators: TypeAlias = dict[
+  tuple[SamplingSettings, Task, int, bool], BlockGenerator
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,12 +77,14 @@ class SamplingJob:
     return output_shape(self.experiment.model, self.autoencoder)
 
   def generate_blocks(
-    self, blocks: Sequence[int]
+    self, blocks: Sequence[int], on_step: OnStep | None = None
   ) -> Iterator[tuple[int, Shaped[np.ndarray, "n H W C"]]]:
     """Generates blocks of the request on the devices of this process.
 
     Args:
       blocks: numbers of the blocks.
+      on_step: called by each device at each step, from other threads; see
+        `samplers.sample`. None compiles a program that does not call the host.
 
     Yields:
       (number of the block, images of the block (n, H, W, C)), in the order of `blocks`.
@@ -86,7 +92,10 @@ class SamplingJob:
     """
     if not blocks:  # all blocks exist, or there are more processes than blocks
       return
-    generated = self._generator(min(len(blocks), jax.local_device_count()))(
+    num_devices = min(len(blocks), jax.local_device_count())
+    generator = self._generator(num_devices, reports=on_step is not None)
+    generator.listener.on_step = on_step
+    generated = generator(
       self.params,
       {} if self.autoencoder is None else self.autoencoder.params,
       self.request,
@@ -123,14 +132,20 @@ class SamplingJob:
       described["mask"] = _digest(self.hidden)
     return json.loads(json.dumps(described))
 
-  def _generator(self, num_devices: int) -> BlockGenerator:
-    """The compiled generator; jobs with equal settings share a generator."""
-    key = (self.experiment.settings.sampling, self.task, num_devices)
+  def _generator(self, num_devices: int, reports: bool) -> BlockGenerator:
+    """The compiled generator, which jobs with equal settings share."""
+    key = (self.experiment.settings.sampling, self.task, num_devices, reports)
     if key not in self.generators:
+      listener = Listener()
+      generator = make_generator(
+        self.experiment.model,
+        self.experiment.sampler,
+        self.task,
+        on_step=listener if reports else None,
+      )
+      devices = jax.local_devices()[:num_devices]
       self.generators[key] = BlockGenerator(
-        make_generator(self.experiment.model, self.experiment.sampler, self.task),
-        self._decode(),
-        jax.local_devices()[:num_devices],
+        generator, self._decode(), devices, listener
       )
     return self.generators[key]
 

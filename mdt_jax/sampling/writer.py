@@ -15,6 +15,7 @@ the blocks.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from flax import traverse_util
 from jaxtyping import Int, Shaped
 
 from mdt_jax.atomic import atomic_write, write_json
+from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.logs import logger
 from mdt_jax.paths import output_folder
@@ -41,8 +43,10 @@ PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
 # Settings whose values are hashes of arrays, see `SamplingJob.describe`.
 _HASHED = ("image", "labels", "mask", "parameters")
 POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
-# Numbers of blocks -> (number, images of the block), in order
-GenerateBlocks: TypeAlias = Callable[[list[int]], Iterable[tuple[int, np.ndarray]]]
+# (numbers of blocks, listener to the steps) -> (number, images of the block), in order
+GenerateBlocks: TypeAlias = Callable[
+  [list[int], OnStep | None], Iterable[tuple[int, np.ndarray]]
+]
 
 
 class ShardedImages:
@@ -130,7 +134,8 @@ class ShardedImages:
     with tqdm.tqdm(
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
-      for block, pixels in generate_blocks(missing):
+      show = functools.partial(_show_step, bar) if progress else None
+      for block, pixels in generate_blocks(missing, show):
         with atomic_write(self._path(block)) as partial, partial.open("wb") as file:
           np.save(file, pixels)
         bar.update(len(pixels))
@@ -270,6 +275,12 @@ class ShardedImages:
     captions = [self._caption(int(label)) for label in labels[: len(pixels)]]
     grid = pictures.make_grid(pixels, captions)
     grid.save(self.folder / "samples.png")
+
+
+def _show_step(bar: tqdm.tqdm, done: int, total: int) -> None:
+  """Shows the steps of the running block behind a progress bar."""
+  bar.set_postfix_str(f"step {done}/{total}", refresh=False)
+  bar.update(0)  # refreshes the bar, at most ten times a second
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -387,3 +387,16 @@ def test_latent_model_without_autoencoder_returns_no_pictures(latent_pipeline):
     alone([1])
   with pytest.raises(SettingError, match="vae = None"):
     alone.edit(IMAGE, [1])
+
+
+def test_steps_are_reported_and_change_no_bit(pipeline):
+  seen = []
+  for method, steps, total in (("ddim", 3, 3), ("heun", 3, 5), ("dpm++", 4, 4)):
+    job = pipeline.job([1, 2], num_steps=steps, method=method, batch_size=1)
+    quiet = dict(job.generate_blocks([0, 1]))
+    reported = dict(job.generate_blocks([0, 1], lambda *call: seen.append(call)))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([(i + 1, total) for i in range(total)] * 2)
+    seen.clear()
+    for block, pixels in quiet.items():
+      np.testing.assert_array_equal(reported[block], pixels)

@@ -30,7 +30,7 @@ class Maker:
     self.made = []
     self.stop_at = stop_at
 
-  def __call__(self, blocks):
+  def __call__(self, blocks, on_step=None):
     for block in blocks:
       if block == self.stop_at:
         raise KeyboardInterrupt
