@@ -64,9 +64,7 @@ def read_tensors(path: str | Path) -> Tensors:
 def read_weight_file(path: str | Path) -> WeightFile:
   """Reads tensors as `read_tensors` does, and what the file says about them."""
   path = Path(path)
-  if not os.path.isfile(path):  # False for pipes, devices and names that are too long
-    raise SettingError("path", str(path), "must be a file")
-  _check_memory(path)
+  check_file(path)
   if path.suffix == ".safetensors":
     tensors, metadata = _read_safetensors(path)
   else:
@@ -125,11 +123,13 @@ def _check_header(path: Path) -> None:
     json.loads(file.read(length), object_pairs_hook=unique)
 
 
-def _check_memory(path: Path) -> None:
-  """Raises SettingError if a file is larger than the memory of this machine.
+def check_file(path: Path) -> None:
+  """Raises SettingError unless a path is a file that fits into the memory.
 
   A sparse file of any size takes no space on a disk, but fills the memory when read.
   """
+  if not os.path.isfile(path):  # False for pipes, devices and names that are too long
+    raise SettingError("path", str(path), "must be a file")
   size = path.stat().st_size
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if size > memory:

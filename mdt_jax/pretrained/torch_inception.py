@@ -12,7 +12,7 @@ Three released files can be read:
 from __future__ import annotations
 
 import functools
-import os
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.paths import output_file
 from mdt_jax.pretrained.tensors import (
   Tensors,
+  check_file,
   flatten,
   misfits,
   read_tensors,
@@ -31,6 +32,7 @@ from mdt_jax.pretrained.tensors import (
   unflatten,
   write_tensors,
 )
+from mdt_jax.pretrained.torch_files import first_line
 from mdt_jax.types import Params
 
 GRAPH_SUFFIX = ".pb"
@@ -208,8 +210,7 @@ def _read(path: str | Path) -> Tensors:
 
 def _read_graph(path: Path) -> Tensors:
   """Reads the constants of a frozen graph, without running the graph."""
-  if not os.path.isfile(path):
-    raise SettingError("path", str(path), "must be a file")
+  check_file(path)
   import tensorflow as tf  # slow to import
   from google.protobuf.message import DecodeError
 
@@ -220,15 +221,25 @@ def _read_graph(path: Path) -> Tensors:
     raise SettingError(
       "path", str(path), "must be a frozen graph of TensorFlow"
     ) from None
-  constants = {
-    node.name: tf.make_ndarray(node.attr["value"].tensor)
-    for node in graph.node
-    if node.op == "Const"
-  }
+  known, size = graph_names(), path.stat().st_size
+  constants = {}
+  for node in graph.node:
+    if node.op != "Const" or node.name not in known:
+      continue
+    proto = node.attr["value"].tensor
+    # make_ndarray repeats the last value until the shape is full.
+    if math.prod(dim.size for dim in proto.tensor_shape.dim) > size:
+      raise SettingError("path", str(path), f"is smaller than its tensor {node.name}")
+    try:
+      constants[node.name] = tf.make_ndarray(proto).astype(
+        np.float32, casting="same_kind"
+      )
+    except (TypeError, ValueError, KeyError) as error:
+      raise SettingError(
+        "path", str(path), f"{node.name} cannot be read: {first_line(error)}"
+      ) from None
   tensors = {
-    ours: constants[theirs]
-    for theirs, ours in graph_names().items()
-    if theirs in constants
+    ours: constants[theirs] for theirs, ours in known.items() if theirs in constants
   }
   for name, tensor in tensors.items():
     if tensor.ndim == 4:

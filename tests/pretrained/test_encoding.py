@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -41,6 +42,24 @@ def test_set_holds_moments_of_images_and_mirror_images(images, tmp_path):
     views = np.stack([pixels, pixels[:, ::-1]])
     expected = np.asarray(autoencoder.moments(views))
     np.testing.assert_allclose(source[index]["views"], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_card_holds_the_statistics_of_the_autoencoder(images, tmp_path):
+  shutil.copytree(VAE, tmp_path / "vae")
+  config = json.loads((tmp_path / "vae" / "config.json").read_text())
+  statistics = {
+    "latents_mean": [0.5, 0.0, -1.0, 2.0],
+    "latents_std": [1.0, 2.0, 0.5, 3.0],
+  }
+  (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, **statistics}))
+  encode(images, tmp_path / "scaled", vae=str(tmp_path / "vae"))
+  encode(images, tmp_path / "plain")
+  scaled, plain = (latents.read_card(tmp_path / name) for name in ("scaled", "plain"))
+  assert {name: scaled[name] for name in statistics} == statistics
+  assert not statistics.keys() & plain.keys()
+  Autoencoder.load(str(tmp_path / "vae")).check_scale("vae", scaled)
+  with pytest.raises(SettingError, match="latents_mean"):
+    Autoencoder.load(VAE).check_scale("vae", scaled)
 
 
 def test_statistics_file_holds_mean_and_deviation(images, tmp_path):

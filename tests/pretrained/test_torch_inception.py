@@ -145,6 +145,31 @@ def test_error_names_a_file_with_other_content(tmp_path, name):
     load_inception(path)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "sides", "values"),
+  [
+    ("float32", [2**20, 2**20], dict(float_val=[1.0])),  # repeated: 4 TiB
+    ("float32", [-1], dict(float_val=[1.0])),
+    ("float32", [3], dict(tensor_content=b"12345")),
+    ("string", [1], dict(string_val=[b"text"])),
+    ("complex64", [1], dict(scomplex_val=[1.0, 2.0])),
+    ("resource", [1], {}),
+  ],
+)
+def test_graph_with_a_hostile_constant_is_refused(tmp_path, dtype, sides, values):
+  import tensorflow as tf
+
+  graph = tf.compat.v1.GraphDef()
+  tensor = graph.node.add(name="softmax/biases", op="Const").attr["value"].tensor
+  tensor.dtype = getattr(tf, dtype).as_datatype_enum
+  for side in sides:
+    tensor.tensor_shape.dim.add(size=side)
+  tensor.MergeFrom(type(tensor)(**values))
+  (tmp_path / "graph.pb").write_bytes(graph.SerializeToString())
+  with pytest.raises(SettingError, match=r"^path = .*graph\.pb.*softmax/biases"):
+    load_inception(tmp_path / "graph.pb")
+
+
 @pytest.mark.parametrize("name", ["graph.pb", "weights.pth"])
 def test_error_names_a_missing_file(tmp_path, name):
   with pytest.raises(SettingError, match=rf"^path = .*{name}.* must be a file"):
