@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save
 
 from mdt_jax.data import latent_card
 from mdt_jax.data.latent_set import LatentSet
@@ -75,6 +76,12 @@ def kinds() -> dict[tuple[str, str, str], Write]:
     found["--samples", "samples", f"zip_{name}"] = _mutated("x.npz", _zipped, harm)
     found[_PATH, "npz", f"npy_{name}"] = _mutated("x.npy", _npy, harm)
     found[_PATH, "arrays", f"array_{name}"] = _mutated("a_0.npy", _array, harm, True)
+    found["--features", "features", f"file_{name}"] = _mutated(
+      "x.safetensors", _safetensors, harm
+    )
+    found["--features", "features", f"folder_{name}"] = _mutated(
+      "a_0.npy", _array, harm, True
+    )
     found[_PATH, "images", f"tar_{name}"] = _mutated("x.tar", _tar, harm)
     found[_PATH, "images", f"shards_{name}"] = _mutated("x.tar", _webdataset, harm)
     for ending in ("png", "jpg", "gif", "bmp", "webp", "tif"):
@@ -91,6 +98,7 @@ def kinds() -> dict[tuple[str, str, str], Write]:
     found[_PATH, "npz", name] = _crafted_file("x.npz", write)
     found["--samples", "samples", name] = _crafted_file("x.npz", write)
     found["--reference", "samples", name] = _crafted_file("x.npz", write)
+    found["--features", "features", name] = _crafted_file("x.npz", write)
   for name, write in _CRAFTED_NPY.items():
     found[_PATH, "npz", name] = _crafted_file("x.npy", write)
     found[_PATH, "arrays", name] = _crafted_file("a_0.npy", write, True)
@@ -262,6 +270,11 @@ def _npy(rng: Rng) -> bytes:
 def _array(rng: Rng) -> bytes:
   array = rng.normal(size=(SIZE, SIZE, 1)).astype(np.float32)
   return _saved(lambda file: np.save(file, array))
+
+
+def _safetensors(rng: Rng) -> bytes:
+  latents = rng.normal(size=(NUM_IMAGES, 1, SIZE, SIZE)).astype(np.float32)
+  return save({"latents": latents, "labels": _labels()})
 
 
 def _image(ending: str, rng: Rng) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 
 from mdt_jax.data import latents
 from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.features import Convention, open_features
 from mdt_jax.data.sources import create_source
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.image_streams import NpzImages
@@ -26,6 +27,11 @@ SECONDS, MEGABYTES, CHARACTERS = 10, 1000, 1000
 
 def use(setting, path):
   """Reads all data of a path as a command does."""
+  if setting == "--features":
+    features = open_features(path, None, Convention(), max_unreadable=5)
+    for index in range(len(features)):
+      features[index]
+    return
   if setting != "--config.data.path":
     for _ in NpzImages(path, setting).batches(4):
       pass
