@@ -155,7 +155,9 @@ def _log_network(
   """Logs what a file was read as, and what the file does not show."""
   attributes = checkpoint.attributes
   logger.info("%s: %s", path, sizes.describe_fully(attributes))
+  prediction = settings.diffusion.prediction
   if sizes.read_notes(checkpoint.metadata):
+    logger.info("as the file notes: config.diffusion.prediction=%r", prediction)
     return
   also = (
     "; the tensors of SiT, a flow model, have the same names and shapes, and "
@@ -166,6 +168,6 @@ def _log_network(
   logger.info(
     "the file does not show what the network predicts: assumed is a DDPM network that "
     "predicts noise (config.diffusion.prediction=%r)%s",
-    settings.diffusion.prediction,
+    prediction,
     also,
   )

@@ -70,6 +70,7 @@ def find_file(path: Path) -> Path:
   Raises:
     SettingError: setting "path": a folder holds no weights.
   """
+  path = path.expanduser()
   if not os.path.isdir(path):
     return path
   for folder in (path, path / SUBFOLDER):

@@ -197,7 +197,7 @@ def _scopes() -> Iterator[str]:
 
 def _read(path: str | Path) -> Tensors:
   """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
-  path = Path(path)
+  path = Path(path).expanduser()
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
     name: tensor

@@ -23,6 +23,7 @@ from mdt_jax.pretrained.torch_mdt_sizes import (
   read_notes,
 )
 from tests import reference
+from tests.cli.commands import assert_refused, run
 from tests.pretrained.test_torch_mdt import released
 
 TINY = dict(input_size=4, hidden_size=8, num_heads=2)
@@ -94,6 +95,13 @@ def test_num_classes_that_does_not_fit_the_table_is_refused(num_classes):
   )
   assert (error.setting, error.value) == ("num_classes", num_classes)
   assert "must be 10" in error.accepted and "or 11" in error.accepted
+
+
+def test_command_names_the_flag_of_a_number_of_classes_that_does_not_fit(tmp_path):
+  flags = (f"--input={reference.FIXTURES / 'dit.pt'}", f"--output={tmp_path / 'run'}")
+  result = run("mdt_jax.convert", *flags, "--num_heads=2", "--num_classes=5")
+  assert_refused(result, "--num_classes = 5: must be 10", "or 11")
+  assert not (tmp_path / "run").exists()
 
 
 def test_table_of_1000_rows_asks_for_num_classes():
@@ -236,6 +244,12 @@ def test_description_of_a_network_without_null_label_and_learned_variance():
   attributes = {**reference.load_model("dit")[0], "label_dropout": 0.0}
   text = describe_fully({**attributes, "learn_sigma": False})
   assert re.search("classes without a null label; fixed variance", text)
+
+
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  torch.save(as_torch(released("dit")), tmp_path / "model.pt")
+  assert from_torch("~/model.pt", num_heads=2)[0]["variant"] == "DiT"
 
 
 def test_notes_are_json():
