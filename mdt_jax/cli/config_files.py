@@ -73,8 +73,10 @@ def find_config(value: str) -> str:
     SettingError: neither a file nor a packaged config has this name.
   """
   path, colon, text = value.partition(":")
-  if os.path.exists(path) and not os.path.isdir(path):
+  if os.path.isfile(path):
     return value
+  if os.path.exists(path) and not os.path.isdir(path):  # reading a pipe would hang
+    raise SettingError("--config", path, "must be a regular file")
   if is_packaged(path):
     stem = Path(path).name.removesuffix(".py")
     return f"{PACKAGED / stem}.py{colon}{text}"

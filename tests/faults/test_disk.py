@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 
+import numpy as np
 import pytest
 
+from tests.cli.commands import run as run_command
 from tests.faults import runs
 
 
@@ -65,3 +67,38 @@ def test_saves_succeed_again_when_the_disk_has_room(disk, tmp_path):
     assert run.is_alive(), run.log.read_text()
     seen |= set(runs.steps_saved(workdir))
   run.kill()
+
+
+@pytest.fixture
+def trained(tmp_path):
+  workdir = tmp_path / "trained"
+  runs.finish(workdir, "--config.num_steps=5")
+  return workdir
+
+
+def assert_one_line(result, text):
+  """Checks for exit code 1 and one line beside the progress bar."""
+  code, _, err = result
+  assert code == 1 and "Traceback" not in err, err
+  assert err.splitlines()[-1].startswith("error: ") and text in err.splitlines()[-1]
+
+
+def test_sampling_onto_a_full_disk_ends_in_one_line_and_resumes(disk, trained):
+  flags = [f"--checkpoint={trained}", f"--output={disk / 'out'}", "--num_images=64"]
+  command = ("mdt_jax.sample", *flags, "--batch_size=32", "--num_steps=2")
+  fill(disk / "filler")
+  # Room for the settings, and not for a block.
+  with (disk / "filler").open("r+b") as file:
+    file.truncate((disk / "filler").stat().st_size - 3 * 4096)
+  assert_one_line(run_command(*command), "No space left on device")
+  (disk / "filler").unlink()
+  code, _, err = run_command(*command)
+  assert code == 0, err
+  with np.load(disk / "out" / "samples.npz") as file:
+    assert file["arr_0"].shape == (64, 8, 8, 1)
+
+
+def test_scores_for_a_full_disk_end_in_one_line(disk, trained):
+  fill(disk / "filler")
+  flags = [f"--checkpoint={trained}", "--metrics=bpd", f"--output={disk}"]
+  assert_one_line(run_command("mdt_jax.evaluate", *flags), "No space left on device")
