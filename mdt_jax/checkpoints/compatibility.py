@@ -28,8 +28,9 @@ _NOT_OF_THE_PARAMS = (
 def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> None:
   """Raises SettingError if a checkpoint belongs to another run.
 
-  The check compares the network, diffusion process, optimizer, averages and timestep
-  sampler. Other settings, such as the learning rate, may change when a run is resumed.
+  The check compares the network, diffusion process, optimizer and timestep sampler. No
+  average may be missing. Other settings, such as the learning rate, may change when a
+  run is resumed, and averages may be added.
 
   Args:
     saved: settings of the checkpoint.
@@ -48,6 +49,14 @@ def check_same_run(saved: Settings, experiment: Experiment, workdir: str) -> Non
       workdir,
       f"holds checkpoints of another run ({'; '.join(differences)}): "
       "set another folder, or the settings of that run",
+    )
+  if missing := set(saved.ema_decays) - set(current.ema_decays):
+    decays = ", ".join(map(str, sorted(missing)))
+    raise SettingError(
+      "config.ema_decays",
+      tuple(current.ema_decays),
+      f"must hold the decays of the run in {workdir} too ({decays} is missing); "
+      "further decays may be added",
     )
 
 
@@ -85,7 +94,6 @@ def _identity(settings: Settings) -> dict[str, Any]:
     "config.optimizer.name": settings.optimizer.name,
     # Clipping adds a transformation to the optimizer, and so an entry to its state.
     "config.optimizer.clip_norm > 0": settings.optimizer.clip_norm > 0,
-    "config.ema_decays": tuple(settings.ema_decays),
     "config.timestep_sampler": settings.timestep_sampler,
     "config.model.condition": settings.model.condition,
     **{f"config.diffusion.{name}": getattr(diffusion, name) for name in names},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -176,12 +177,13 @@ class Checkpoints:
       until: latest step to consider; None for all steps.
 
     Returns:
-      The state of the checkpoint.
+      The state of the checkpoint. An average that the checkpoint lacks starts as a copy
+      of the parameters.
 
     Raises:
-      SettingError: the checkpoint belongs to a run with another network, optimizer or
-        averages; the checkpoint is a converted model without a training state; or all
-        checkpoints are damaged.
+      SettingError: the checkpoint belongs to a run with another network or optimizer,
+        or with averages that the experiment lacks; the checkpoint is a converted model
+        without a training state; or all checkpoints are damaged.
     """
     workdir = str(self._folder.parent)
     while (step := self.latest_step(until)) is not None:
@@ -200,16 +202,20 @@ class Checkpoints:
           "holds a converted model without a training state, which can only be sampled",
         )
       self._check_optimizer(step, like, experiment)
+      held = {str(decay): like.ema[str(decay)] for decay in before.ema_decays}
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=restore_args(like.replace(ema=None)),
-          ema=restore_args(like.ema),
+          state=restore_args(like.replace(ema=None)), ema=restore_args(held)
         ),
       )
       if changes := changed_settings(before, experiment.settings):
         logger.info("other settings than at step %d: %s", step, "; ".join(changes))
-      return restored["state"].replace(ema=restored["ema"])
+      state, ema = restored["state"], restored["ema"]
+      for decay in like.ema.keys() - held.keys():
+        logger.info("the average with decay %s starts at step %d", decay, step)
+        ema[decay] = jax.tree.map(jnp.copy, state.params)
+      return state.replace(ema=ema)
     raise SettingError(
       "--workdir", workdir, f"every checkpoint is damaged, see the folder {DAMAGED!r}"
     )

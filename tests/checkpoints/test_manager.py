@@ -137,6 +137,23 @@ def test_error_names_the_setting_that_prevents_resuming(saved, setting, value):
   assert name in str(error.value)
 
 
+def test_new_average_starts_from_the_parameters_of_the_checkpoint(saved, caplog):
+  folder, config, state = saved
+  other = config.copy_and_resolve_references()
+  other.ema_decays = (0.99, 0.9, 0.5)
+  experiment = build(other)
+  checkpoints = Checkpoints(folder, 2)
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    restored = checkpoints.restore(make_program(experiment).state, experiment)
+  checkpoints.close()
+  assert "the average with decay 0.99 starts at step 7" in caplog.messages
+  assert_same(restored.params, state.params)
+  assert_same(restored.ema["0.99"], state.params)
+  assert_same(restored.replace(ema={}), state.replace(ema={}))
+  for decay in ("0.5", "0.9"):
+    assert_same(restored.ema[decay], state.ema[decay])
+
+
 def test_other_settings_of_a_resumed_run_are_logged(saved, caplog):
   folder, config, state = saved
   other = config.copy_and_resolve_references()
