@@ -20,7 +20,12 @@ from absl import logging as absl_logging
 
 from mdt_jax.cli import streams, usage
 from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag, with_value
-from mdt_jax.cli.config_files import define_config, load_config, place_of_error
+from mdt_jax.cli.config_files import (
+  define_config,
+  load_config,
+  place_of_error,
+  refusal,
+)
 from mdt_jax.cli.run_folders import check_run_folder, is_run
 from mdt_jax.errors import SettingError, reason_of_machine
 from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_INTERRUPTED
@@ -271,5 +276,4 @@ def _name_of(main: Callable[..., Any]) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(EXIT_BAD_SETTING)
+  sys.exit(refusal(message))

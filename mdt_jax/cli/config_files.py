@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax.errors import SettingError
+from mdt_jax.exit_codes import EXIT_BAD_SETTING
 
 flags.disclaim_key_flags()  # --config belongs to the command that defines it
 
@@ -22,15 +24,24 @@ _FOLDERS = ("", "configs", os.path.join("mdt_jax", "configs"))
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
   """Defines --config, and --config.NAME=VALUE for each of its settings."""
-  return config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config of the run: the name of a packaged config, such as digits or mdtv2_b2, or "
-    "a Python file with a function get_config(). A text after a colon goes to the "
-    "function: FILE:TEXT. --config.NAME=VALUE changes a setting; mdt_jax/settings.py "
-    "describes all settings.",
-    lock_config=True,
-  )
+  try:
+    return config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "Config of the run: the name of a packaged config, such as digits or mdtv2_b2, "
+      "or a Python file with a function get_config(). A text after a colon goes to the "
+      "function: FILE:TEXT. --config.NAME=VALUE changes a setting; "
+      "mdt_jax/settings.py describes all settings.",
+      lock_config=True,
+    )
+  except flags.Error as error:  # ml_collections reads the file of --flagfile here
+    sys.exit(refusal(str(error)))
+
+
+def refusal(message: str) -> int:
+  """Prints an error on one line, and returns the exit code for it."""
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  return EXIT_BAD_SETTING
 
 
 def load_config(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:

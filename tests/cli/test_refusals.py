@@ -124,6 +124,11 @@ def test_help_of_absl_needs_no_other_flag(flag):
   assert "verbosity" in out
 
 
+@pytest.mark.parametrize("command", ["main", "sample"])
+def test_missing_flagfile_is_refused(command):
+  assert_refused(run(command, "--flagfile=nowhere"), "nowhere")
+
+
 def test_second_config_is_refused():
   flags = ("--config=digits", "--config.seed=1", "--config=mdt_b2", "--workdir=run")
   assert_refused(run("main", *flags), "--config=mdt_b2", "given before")
