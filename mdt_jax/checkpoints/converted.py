@@ -159,12 +159,12 @@ def _log_network(
   if sizes.read_notes(checkpoint.metadata):
     logger.info("as the file notes: config.diffusion.prediction=%r", prediction)
     return
-  also = (
-    "; the tensors of SiT, a flow model, have the same names and shapes, and "
-    "mdt_jax cannot sample from it"
-    if attributes["variant"] == "DiT"
-    else ""
-  )
+  also = ""
+  if attributes["variant"] == "DiT":
+    also = (
+      f"; {' and '.join(sizes.LOOKALIKES)} have tensors of the same names and shapes, "
+      f"and {sizes.NOT_YET}"
+    )
   logger.info(
     "the file does not show what the network predicts: assumed is a DDPM network that "
     "predicts noise (config.diffusion.prediction=%r)%s",

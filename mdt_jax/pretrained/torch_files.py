@@ -160,7 +160,9 @@ def _check_zip(path: Path) -> None:
 def _check_pickle(path: Path, stream: BinaryIO) -> None:
   """Refuses a pickle that is broken, or asks for unlimited memory or time."""
   try:
-    check_pickle(stream)
+    with warnings.catch_warnings():  # of escape sequences in texts
+      warnings.simplefilter("ignore")
+      check_pickle(stream)
   except ValueError as error:
     raise _unsafe(path, first_line(error)) from None
 

@@ -30,8 +30,6 @@ from mdt_jax.pretrained.tensors import (
 from mdt_jax.pretrained.torch_names import without_prefixes
 from mdt_jax.types import Array, Params
 
-FLOW_NETWORKS = ("SiT",)  # their tensors look like those of a DiT
-
 
 class Checkpoint(NamedTuple):
   """A network of a PyTorch file.
@@ -81,7 +79,7 @@ def from_torch(
     parameters of that network, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is not such a checkpoint, or is known or seems to hold a SiT;
+    SettingError: the file is not such a checkpoint, or seems to hold a SiT or TREAD;
       tensors are missing, unexpected or of the wrong shape; `network` is unknown or
       differs from the network of the tensors; an argument is needed and None, or does
       not fit the tensors.
@@ -180,7 +178,7 @@ def from_tensors(
     raise SettingError("tensors", source, f"{taken_for}, but {error}") from None
   params = flatten(abstract_params(model))
   refuse("tensors", source, taken_for, _misfits(tensors, model, params))
-  sizes.check_no_flow_model(tensors, attributes, metadata, source, network is not None)
+  sizes.check_is_ddpm(tensors, attributes, metadata, source, network is not None)
   arrays = {
     path: _read_param(tensors, path, leaf.shape, model) for path, leaf in params.items()
   }
@@ -221,11 +219,11 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 
 def _check_network(network: str | None) -> None:
   """Raises SettingError for a network that cannot be expected."""
-  if network in FLOW_NETWORKS:
+  if network in sizes.LOOKALIKES:
     raise SettingError(
       "network",
       network,
-      f"flow models are not supported yet; accepted are {', '.join(NETWORKS)}",
+      f"{sizes.NOT_YET}; accepted are {', '.join(NETWORKS)}",
     )
   if network is not None:
     check_choice("network", network, NETWORKS)

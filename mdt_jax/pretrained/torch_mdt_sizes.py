@@ -27,7 +27,11 @@ NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth")
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
-_FLOW_MODELS = r"(?i)\bsit(?![a-z])"
+# Networks whose tensors have the names and shapes of a DiT, but which are no DDPM: SiT
+# (arXiv 2401.08740), a flow model, and TREAD (arXiv 2501.04765), trained by EDM.
+LOOKALIKES = ("SiT", "TREAD")
+NOT_YET = "flow models and EDM are not supported yet"
+_LOOKALIKE = r"(?i)\b(sit|tread)(?![a-z])"
 # Where training arguments and metadata name the network.
 _NETWORK_NAMES = ("model", "network", "net", "arch", "architecture", "name", "title")
 
@@ -162,18 +166,17 @@ def read_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def check_no_flow_model(
+def check_is_ddpm(
   tensors: Mapping[str, np.ndarray],
   attributes: Mapping[str, Any],
   metadata: Mapping[str, Any],
   source: str,
   asked: bool,
 ) -> None:
-  """Refuses a DiT that is known, or seems, to be a SiT.
+  """Refuses a DiT that is known, or seems, to be one of LOOKALIKES.
 
-  SiT (arXiv 2401.08740) is a flow model: it predicts velocity, its time lies in [0, 1],
-  and its tensors have the names and shapes of a DiT. Its sampler ignores the channels
-  of the variance, so their rows stay at zero, where they start.
+  SiT predicts velocity, and its time lies in [0, 1]. Its loss ignores the channels of
+  the variance, so their rows stay at zero, where they start.
 
   Args:
     tensors: released name -> array.
@@ -188,14 +191,13 @@ def check_no_flow_model(
   """
   if attributes["variant"] != "DiT" or read_notes(metadata):
     return
-  later = "flow models are not supported yet"
-  named = {name: str(metadata[name]) for name in _NETWORK_NAMES if name in metadata}
-  for name, text in named.items():
-    if re.search(_FLOW_MODELS, text):
-      raise SettingError("tensors", source, f"is a SiT ({name} is {text!r}): {later}")
-  if "path_type" in metadata:  # an argument of SiT's training code
-    text = str(metadata["path_type"])
-    raise SettingError("tensors", source, f"is a SiT (path_type is {text!r}): {later}")
+  for name in (*_NETWORK_NAMES, "path_type"):
+    text = str(metadata.get(name, ""))[:80]
+    # Only SiT's training code has a path_type.
+    if re.search(_LOOKALIKE, text) or (name == "path_type" and text):
+      raise SettingError(
+        "tensors", source, f"is no DiT, as its {name} {text!r} says: {NOT_YET}"
+      )
   hint = None
   if re.search(
     r"(?i)\bsit[-_](s|b|l|xl)\b", source.rpartition("/")[2].replace("_", "-")
@@ -209,7 +211,7 @@ def check_no_flow_model(
     raise SettingError(
       "tensors",
       source,
-      f"{hint}, whose tensors have the names and shapes of a DiT; {later}; "
+      f"{hint}, whose tensors have the names and shapes of a DiT; {NOT_YET}; "
       "network=DiT reads it as a DiT",
     )
 

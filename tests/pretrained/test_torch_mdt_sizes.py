@@ -168,6 +168,7 @@ def test_pytorch_loads_a_state_dict_with_notes(tmp_path):
   [
     dict(model="SiT-XL/2"),
     dict(model="SiT_B"),
+    dict(model="TREAD-XL/2"),
     dict(path_type="Linear", prediction="velocity", model="XL/2"),
   ],
 )
@@ -177,7 +178,7 @@ def test_file_whose_arguments_name_a_sit_is_refused(args, asked, tmp_path):
   torch.save(held, tmp_path / "model.pt")
   error = expect_error(from_torch, tmp_path / "model.pt", asked, num_heads=2)
   assert error.setting == "path"
-  assert "SiT" in error.accepted and "flow models" in error.accepted
+  assert "is no DiT" in error.accepted and "flow models" in error.accepted
 
 
 def test_metadata_of_safetensors_that_names_a_sit_is_refused(tmp_path):
@@ -218,9 +219,10 @@ def test_other_names_are_not_taken_for_a_sit(name, tmp_path):
   assert from_torch(tmp_path / name, num_heads=2)[0]["variant"] == "DiT"
 
 
-def test_sit_is_not_an_accepted_network():
-  error = expect_error(from_tensors, released("dit"), network="SiT", num_heads=2)
-  assert (error.setting, error.value) == ("network", "SiT")
+@pytest.mark.parametrize("network", ["SiT", "TREAD"])
+def test_lookalike_of_a_dit_is_not_an_accepted_network(network):
+  error = expect_error(from_tensors, released("dit"), network=network, num_heads=2)
+  assert (error.setting, error.value) == ("network", network)
   assert "flow models" in error.accepted and "DiT, MDT, MDTv2" in error.accepted
 
 
