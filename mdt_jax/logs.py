@@ -1,10 +1,24 @@
-"""The logger of the package; commands format its lines, see `mdt_jax.cli`."""
+"""The logger of the package, and the format of its lines."""
 
 from __future__ import annotations
 
 import logging
+import sys
 
 logger = logging.getLogger("mdt_jax")
+
+
+def print_log_lines() -> None:
+  """Prints the package's log lines to standard output, without a prefix.
+
+  Commands and notebooks call `print_log_lines`. The log lines of other libraries stay
+  as they are.
+  """
+  logger.setLevel(logging.INFO)
+  logger.propagate = False  # a handler of the root logger would print each line again
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  logger.handlers = [handler]
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

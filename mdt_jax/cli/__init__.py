@@ -29,7 +29,7 @@ from mdt_jax.cli.config_files import (
 from mdt_jax.cli.run_folders import check_run_folder, is_run
 from mdt_jax.errors import SettingError, reason_of_machine
 from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_INTERRUPTED
-from mdt_jax.logs import logger
+from mdt_jax.logs import logger, print_log_lines
 
 __all__ = [
   "EXIT_BAD_SETTING",
@@ -184,11 +184,7 @@ def _join() -> None:
 def _plain_log_lines() -> None:
   """Prints the package's log lines as they are, and only warnings of libraries."""
   absl_logging.set_verbosity(absl_logging.WARNING)
-  logger.setLevel(logging.INFO)
-  logger.propagate = False
-  handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter("%(message)s"))
-  logger.handlers = [handler]
+  print_log_lines()
 
 
 def _parse_flags(argv: list[str], main: Callable[..., Any]) -> list[str]:

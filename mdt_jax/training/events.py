@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ class Events:
   `Events` writes nothing to TensorBoard for a minute, and then opens a new event file.
 
   Args:
-    folder: folder of the event files; None writes no event files.
+    folder: folder of the event files; None writes no event files. Without a TensorFlow
+      that can be imported, `Events` logs one line and writes no event files.
     writers: further writers that receive the same scalars and images; `close` does not
       close them.
   """
@@ -55,8 +57,13 @@ class Events:
     self._writers = writers
     self._writer: MetricWriter | None = None
     self._not_before = 0.0  # time.monotonic() of the next try
-    if folder is not None:
+    if folder is None:
+      return
+    if (reason := _reason_of_tensorflow()) is None:
       self._writer = _open(folder)
+    else:
+      self._folder = None
+      logger.info("no TensorBoard events are written: %s", reason)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes metrics by name, after `step` steps."""
@@ -109,12 +116,31 @@ def tolerate(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # TensorFlow raises other exceptions than OSError
-    reason = " ".join(str(error).split())[:300]
-    logger.error("NOT WRITTEN: %s: %s", what, reason)
+    logger.error("NOT WRITTEN: %s: %s", what, _short(error))
+
+
+def _short(error: Exception) -> str:
+  """The message of an exception in one line of at most 300 characters."""
+  return " ".join(str(error).split())[:300]
+
+
+def _reason_of_tensorflow() -> str | None:
+  """Why TensorFlow, which writes event files, cannot be imported; None if it can."""
+  is_own_import = "tensorflow" not in sys.modules
+  try:
+    import tensorflow as tf  # takes seconds
+  except (
+    Exception
+  ) as error:  # a wrong protobuf raises other exceptions than ImportError
+    return _short(error)
+  if is_own_import:  # a TensorFlow built for GPUs would take the memory that JAX needs
+    with contextlib.suppress(RuntimeError):
+      tf.config.set_visible_devices([], "GPU")
+  return None
 
 
 def _open(folder: Path) -> MetricWriter:
   """Opens a new event file with clu's writer."""
-  from clu import metric_writers  # imports TensorFlow, which takes seconds
+  from clu import metric_writers  # imports TensorFlow
 
   return metric_writers.SummaryWriter(str(folder))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import logging
+import sys
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,6 +33,32 @@ def test_events_without_a_folder_write_nothing():
   events = Events(None)
   events.write_scalars(3, {"loss": 1.5})
   events.close()
+
+
+def test_training_without_tensorflow_logs_one_line(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # import raises ImportError
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    events = Events(tmp_path)
+    events.write_scalars(3, {"loss": 1.5})
+    events.write_images(4, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
+    events.close()
+  assert len(caplog.messages) == 1
+  assert "tensorflow" in caplog.messages[0]
+  assert not any(tmp_path.iterdir())
+
+
+def test_tensorflow_that_protobuf_breaks_is_like_none(tmp_path, monkeypatch, caplog):
+  class Broken(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+      if name == "tensorflow":
+        raise TypeError("Descriptors cannot\nbe created directly")
+
+  monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+  monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    Events(tmp_path).write_scalars(3, {"loss": 1.5})
+  assert "Descriptors cannot be created directly" in caplog.messages[0]
+  assert not any(tmp_path.iterdir())
 
 
 def test_failed_write_is_logged_and_a_new_file_started(tmp_path, monkeypatch, caplog):
