@@ -34,13 +34,16 @@ SIZE, NUM_CLASSES, NUM_IMAGES = 8, 3, 12
 _PATH = "--config.data.path"
 
 
-def cases(folder: str | Path, seed: int, count: int) -> list[tuple[str, Path]]:
+def cases(
+  folder: str | Path, seed: int, count: int, first: int = 0
+) -> list[tuple[str, Path]]:
   """Writes `count` hostile inputs, of each kind in turn.
 
   Args:
     folder: folder to write to; one folder is created for each input.
     seed: seed of everything random.
     count: number of inputs. There are `len(kinds())` kinds.
+    first: number of the first input, to write the inputs of a seed in several calls.
 
   Returns:
     A list of (setting, path): the setting or flag, such as "--config.data.path", and
@@ -49,7 +52,7 @@ def cases(folder: str | Path, seed: int, count: int) -> list[tuple[str, Path]]:
   folder = Path(folder)
   found = []
   named = list(kinds().items())
-  for i in range(count):
+  for i in range(first, first + count):
     (setting, source, name), write = named[i % len(named)]
     place = folder / f"{i:05d}_{name}" / source
     place.mkdir(parents=True)

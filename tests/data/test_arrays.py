@@ -51,3 +51,10 @@ def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path):
     match=r"^config.data.path = .*\(4, 4, 3\).*\(4, 4, 4\)",
   ):
     open_arrays(tmp_path)
+
+
+def test_arrays_of_height_and_width_are_checked_in_this_order(tmp_path):
+  write_array(tmp_path / "x.npy", np.ones((4, 6, 2), np.float32))
+  assert open_arrays(tmp_path, (4, 6), 2)[0]["image"].shape == (4, 6, 2)
+  with pytest.raises(SettingError, match=r"\(4, 6, 2\).*\(6, 4, 2\)"):
+    open_arrays(tmp_path, (6, 4), 2)

@@ -102,6 +102,14 @@ def test_image_is_center_cropped(tmp_path):
   np.testing.assert_array_equal(image[..., 0], pixels[:, 2:10])
 
 
+def test_image_is_cropped_to_height_and_width(tmp_path):
+  pixels = np.arange(6 * 12, dtype=np.uint8).reshape(6, 12)
+  Image.fromarray(pixels).save(tmp_path / "x.png")
+  source = open_folder(tmp_path, image_size=(6, 9), channels=1)
+  assert source.image_shape == (6, 9, 1)
+  np.testing.assert_array_equal(source[0]["image"][..., 0], pixels[:, 1:10])
+
+
 @pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "bmp"])
 def test_truncated_image_is_skipped(three, extension):
   path = three / f"0.{extension}"

@@ -59,7 +59,9 @@ def test_source_returns_the_encoded_examples(original):
     assert example["label"] == index % sets.NUM_CLASSES
 
 
-@pytest.mark.parametrize(("size", "channels"), [(8, CHANNELS), (4, CHANNELS + 1)])
+@pytest.mark.parametrize(
+  ("size", "channels"), [(8, CHANNELS), (4, CHANNELS + 1), ((4, 8), CHANNELS)]
+)
 def test_latents_that_do_not_fit_the_model_are_refused(original, size, channels):
   with pytest.raises(SettingError, match=r"\(4, 4, 3\)"):
     latents.LatentSource(original, size, channels, 0)

@@ -52,6 +52,15 @@ def test_npz_file_provides_images_and_labels(tmp_path, names):
   assert_is_the_set(open_source(save_npz(tmp_path / "a.npz", names=names)))
 
 
+@pytest.mark.parametrize("name", ["npz", "arrays"])
+def test_images_of_height_and_width_are_checked_in_this_order(tmp_path, name):
+  dtype = np.uint8 if name == "npz" else np.float32
+  path = save_npz(tmp_path / "a.npz", np.ones((4, 6, 10, 1), dtype))
+  assert open_source(path, name, image_size=(6, 10)).image_shape == (6, 10, 1)
+  with pytest.raises(SettingError, match=r"\(6, 10, 1\).* \(10, 6, 1\)"):
+    open_source(path, name, image_size=(10, 6))
+
+
 @pytest.mark.parametrize("beside", ["a_labels.npy", "labels.npy"])
 def test_labels_are_read_from_a_file_beside_the_npy_file(tmp_path, beside):
   np.save(tmp_path / "a.npy", PIXELS)

@@ -103,6 +103,41 @@ def test_crop_matches_the_released_code_byte_for_byte(seed):
   assert cropped.tobytes() == _released_crop(image, size).tobytes()
 
 
+def _covering_crop(image, height, width):
+  """The same steps for a rectangle: one scale, so that both sides are covered."""
+  while image.height >= 2 * height and image.width >= 2 * width:
+    image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+  if image.height * width <= image.width * height:  # the height is the scarce side
+    new_size = (round(image.width * height / image.height), height)
+  else:
+    new_size = (width, round(image.height * width / image.width))
+  pixels = np.array(image.resize(new_size, Image.Resampling.BICUBIC))
+  top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+  return pixels[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_crop_to_a_rectangle_covers_it_with_one_scale(seed):
+  rng = np.random.default_rng(seed)
+  height, width = rng.integers(1, 200, 2)
+  target = tuple(int(side) for side in rng.integers(3, 70, 2))
+  image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+  cropped = np.array(transforms.center_crop(image, target))
+  assert cropped.shape == (*target, 3)
+  np.testing.assert_array_equal(cropped, _covering_crop(image, *target))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_crop_of_the_transposed_image_is_transposed(seed):
+  pixels = np.random.default_rng(seed).integers(0, 256, (45, 31 + seed), np.uint8)
+  crop, transposed = (
+    np.array(transforms.center_crop(Image.fromarray(p), size)).astype(int)
+    for p, size in ((pixels, (16, 10)), (pixels.T, (10, 16)))
+  )
+  # Pillow resizes rows before columns, and rounds in between.
+  assert np.abs(crop - transposed.T).max() <= 3
+
+
 def example_of_latents():
   return {"views": np.arange(2 * 2 * 12).reshape(2, 2, 2, 2, 3), "label": 1}
 

@@ -12,9 +12,11 @@ import pytest
 
 from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_TRY_AGAIN
 from tests import forked
+from tests.data import hostile_data
 from tests.faults.command_lines import command_lines
 from tests.faults.hostile_files import damage_world
 from tests.faults.world import make_world, snapshot
+from tests.pretrained import hostile_weights
 
 SECONDS = 60  # a command that takes longer hangs
 MEMORY = 20 * 2**30  # bytes of addresses; a network takes a thousandth of it
@@ -88,7 +90,7 @@ def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
   assert not problems, "\n\n".join(problems)
 
 
-@pytest.mark.faults(short=4, whole=52)
+@pytest.mark.faults(short=4, whole=26)
 def test_damaged_file_is_used_or_refused_in_one_line(world, tmp_path, fault):
   problems = []
   for i in range(LINES_IN_A_TEST):
@@ -99,4 +101,41 @@ def test_damaged_file_is_used_or_refused_in_one_line(world, tmp_path, fault):
     if (problem := problem_of(command, arguments, copy)) is not None:
       problems.append(f"{damage}: {command} {arguments!r} {problem}")
     shutil.rmtree(copy)
+  assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.faults(short=1, whole=14)
+def test_hostile_weights_are_refused_in_one_line(world, tmp_path, fault):
+  problems = []
+  first = fault * LINES_IN_A_TEST
+  places = tmp_path / "weights"
+  for path in hostile_weights.files(places, 1, LINES_IN_A_TEST, first):
+    (folder := path.parent / "world").mkdir(exist_ok=True)
+    flags = [f"--input={path}", f"--output={folder}/out", "--num_heads=2"]
+    if (problem := problem_of("convert", flags, folder)) is not None:
+      problems.append(f"{path}: {problem}")
+  assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.faults(short=1, whole=26)
+def test_hostile_data_are_refused_in_one_line(world, tmp_path, fault):
+  problems = []
+  first = fault * LINES_IN_A_TEST
+  for setting, path in hostile_data.cases(tmp_path, 1, LINES_IN_A_TEST, first):
+    copy = tmp_path / "worlds" / path.parts[len(tmp_path.parts)]
+    shutil.copytree(world, copy, symlinks=True)
+    given = hostile_data.flags(setting, path)
+    if setting == "--features":
+      command, flags = "encode", [*given, f"--output={copy}/out"]
+    elif setting in ("--samples", "--reference"):
+      lines = {
+        name: f"--{name}={copy}/samples.npz" for name in ("samples", "reference")
+      }
+      del lines[setting.strip("-")]
+      command, flags = "evaluate", [*given, *lines.values(), f"--output={copy}/out"]
+    else:
+      command = "main"
+      flags = [f"--config={copy}/config.py", f"--workdir={copy}/new", *given]
+    if (problem := problem_of(command, flags, copy)) is not None:
+      problems.append(f"{path}: {command} {flags} {problem}")
   assert not problems, "\n\n".join(problems)

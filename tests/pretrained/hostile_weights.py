@@ -20,7 +20,7 @@ from tests.pretrained.hostile_network import KINDS
 __all__ = ["KINDS", "files", "hostile_safetensors", "hostile_torch", "one"]
 
 
-def files(folder: Path, seed: int, count: int) -> list[Path]:
+def files(folder: Path, seed: int, count: int, first: int = 0) -> list[Path]:
   """Writes hostile files of weights.
 
   Args:
@@ -28,12 +28,13 @@ def files(folder: Path, seed: int, count: int) -> list[Path]:
     seed: seed of all draws.
     count: number of files. The first ones are one of each kind; the others are files of
       random kinds with one to three random mutations.
+    first: number of the first file, to write the files of a seed in several calls.
 
   Returns:
     Paths to pass to a reader. Some are folders, pipes, links or do not exist.
   """
   paths = []
-  for i in range(count):
+  for i in range(first, first + count):
     rng = np.random.default_rng([seed, i])
     name = list(KINDS)[i] if i < len(KINDS) else str(rng.choice(list(KINDS)))
     place = folder / f"{i:04d}_{name}"
