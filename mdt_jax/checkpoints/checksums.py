@@ -31,6 +31,9 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
   Returns:
     A description of the damage for messages; None if the checkpoint is intact.
   """
+  for path in folder.rglob("*"):  # reading a pipe would hang, whoever reads it
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      return f"{path.relative_to(folder)} is not a file"
   try:
     written = json.loads((folder / FILE).read_text())
     files = written["files"]

@@ -127,7 +127,8 @@ def to_torch_file(
     for field in dataclasses.fields(model)
     if field.name not in ("parent", "name")
   }
-  tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
+  with renamed_in_errors({"input_size": "config.model.input_size"}):
+    tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   diffusion = checkpoint.experiment.settings.diffusion
   noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
   write_tensors(path, tensors, sizes.notes(attributes, diffusion=noted))

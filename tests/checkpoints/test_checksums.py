@@ -1,5 +1,7 @@
 """Checksums of a checkpoint: every damage to every file is found."""
 
+import os
+
 import pytest
 
 from mdt_jax.checkpoints import checksums
@@ -40,6 +42,13 @@ def test_undamaged_checkpoint_passes(folder):
 def test_damage_names_the_damaged_file(folder, name, damage):
   DAMAGES[damage](folder / name)
   assert checksums.damage(folder).startswith(name)
+
+
+@pytest.mark.parametrize("name", [*FILES, checksums.FILE, "unlisted"])
+def test_pipe_is_named_and_not_read(folder, name):
+  (folder / name).unlink(missing_ok=True)
+  os.mkfifo(folder / name)
+  assert checksums.damage(folder, items=("ema",)).startswith(f"{name} is not a file")
 
 
 def test_every_byte_of_the_checksums_file_is_protected(folder):
