@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,11 @@ from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
+
+try:
+  import fcntl
+except ModuleNotFoundError:
+  raise ImportError("mdt_jax needs Linux or macOS; on Windows, use WSL") from None
 
 if TYPE_CHECKING:
   from mdt_jax.types import Array
