@@ -25,6 +25,7 @@ from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
 from mdt_jax.logs import logger
+from mdt_jax.sizes import Size, to_size
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
 
@@ -34,9 +35,10 @@ class ModelSettings:
 
   # Preset, a key of mdt_jax.MODELS: DiT-S/2, MDT-B/4, MDTv2-XL/2, ….
   name: str = "MDTv2-S/2"
-  # Height and width of the network's input, in pixels or latents; divisible by
-  # patch_size. Latents of 256x256 images have 32.
-  input_size: int = 32
+  # Height and width of the network's input, in pixels or latents, each divisible by
+  # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
+  # or (height, width), such as (32, 48) for those of images 256 high and 384 wide.
+  input_size: Size = 32
   # Channels of the input: 4 for latents, 3 for RGB, 1 for grey images.
   in_channels: int = 4
   # Number of classes, at least 1. Labels lie in [0, num_classes); 1: unconditional.
@@ -69,6 +71,11 @@ class ModelSettings:
   unroll: int = 1
   # Whether jax.jvp can differentiate the network. Gradients are slower then.
   forward_mode: bool = False
+
+  def __post_init__(self) -> None:
+    # (32, 32) is 32, so that settings of the same network are equal.
+    size = to_size(self.input_size, "input_size")
+    object.__setattr__(self, "input_size", size)
 
 
 @dataclasses.dataclass(frozen=True)

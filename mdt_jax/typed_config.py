@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, named_in_errors
 
 
 def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
@@ -21,7 +21,8 @@ def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
 
   Args:
     cls: frozen dataclass. A field is a number, a string, a tuple, a dict, a group, or
-      one of these or None.
+      one of these or None, or one of several of these, such as `int | tuple[int, int]`.
+      `cls` may raise SettingError for a field.
     config: ConfigDict with all fields of `cls`.
     prefix: name of the group in errors, such as "config.model".
 
@@ -47,7 +48,8 @@ def parse(cls: type[Any], config: ConfigDict, prefix: str) -> Any:
       values[name] = parse(accepted, config[name], setting)  # type: ignore[arg-type]
     else:
       values[name] = parse_value(config[name], accepted, setting)
-  return cls(**values)
+  with named_in_errors(prefix):
+    return cls(**values)
 
 
 def parse_value(value: Any, accepted: Any, setting: str) -> Any:
@@ -69,8 +71,14 @@ def parse_value(value: Any, accepted: Any, setting: str) -> Any:
     return None
   if kind is dict and isinstance(value, ConfigDict):
     return _with_tuples(value.to_dict())
-  if kind is tuple and isinstance(value, list):
+  kinds = _kinds_of(accepted)
+  if tuple in kinds and isinstance(value, list):
     return tuple(value)
+  if len(kinds) > 1:
+    if isinstance(value, bool) or not isinstance(value, tuple(kinds)):
+      names = " or ".join(kind.__name__ for kind in kinds)
+      raise SettingError(setting, value, f"must be of type {names}")
+    return value
   if kind not in (int, float):
     if not isinstance(value, kind):
       raise SettingError(setting, value, f"must be of type {kind.__name__}")
@@ -94,12 +102,21 @@ def _with_tuples(value: Any) -> Any:
 
 
 def kind_of(accepted: Any) -> tuple[type[Any], bool]:
-  """Returns the class of an annotation such as `int | None`, and if it has None."""
+  """Returns the class of an annotation such as `int | None`, and if it has None.
+
+  The class is `object` for an annotation of several, such as `int | tuple[int, int]`.
+  """
+  kinds = _kinds_of(accepted)
+  is_optional = types.NoneType in typing.get_args(accepted)
+  return kinds[0] if len(kinds) == 1 else object, is_optional
+
+
+def _kinds_of(accepted: Any) -> list[type[Any]]:
+  """Returns the classes of an annotation, without None."""
   options: Iterable[Any] = (accepted,)
   if isinstance(accepted, types.UnionType):
     options = typing.get_args(accepted)
-  kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
-  return kinds[0], len(kinds) < len(tuple(options))
+  return [typing.get_origin(o) or o for o in options if o is not types.NoneType]
 
 
 def setting_types(cls: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -121,7 +138,8 @@ def setting_types(cls: type[Any], prefix: str = "") -> dict[str, Any]:
 def to_config(settings: Any) -> ConfigDict:
   """Returns a ConfigDict with the fields of a group.
 
-  A field that may be None keeps its type: assigning another type raises TypeError.
+  A field that may be None keeps its type: assigning another type raises TypeError. A
+  field of several types takes any value; `parse` checks its type.
   """
   config = ConfigDict()
   types_of = typing.get_type_hints(type(settings))
@@ -131,7 +149,7 @@ def to_config(settings: Any) -> ConfigDict:
       config[name] = to_config(value)
       continue
     kind, is_optional = kind_of(accepted)
-    if is_optional:
+    if is_optional or kind is object:
       config[name] = placeholder(kind)
       if value is not None:
         config[name] = value

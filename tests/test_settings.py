@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,43 @@ def test_settings_missing_from_a_checkpoint_get_their_defaults():
   del saved["objective"], saved["diffusion"]["process"], saved["model"]["condition"]
   settings = Settings.from_dict(saved)
   assert settings == Settings.from_config(tiny_config())
+
+
+@pytest.mark.parametrize("square", [8, (8, 8), [8, 8]])
+def test_square_input_is_one_number_however_it_is_given(square):
+  settings = Settings.from_config(tiny_config(**{"model.input_size": square}))
+  assert settings == Settings.from_config(tiny_config())
+  assert settings.to_dict()["model"]["input_size"] == 8
+  assert build(settings).model.input_size == 8
+
+
+@pytest.mark.parametrize("size", [(4, 8), [4, 8]])
+def test_input_of_height_and_width_survives_a_checkpoint(size):
+  settings = Settings.from_config(tiny_config(**{"model.input_size": size}))
+  saved = json.loads(json.dumps(settings.to_dict()))
+  assert Settings.from_dict(saved) == settings
+  assert Settings.from_dict(saved).model.input_size == (4, 8)
+
+
+@pytest.mark.parametrize(
+  ("size", "accepted"),
+  [
+    ((4, 8, 8), "must be a whole number, or (height, width)"),
+    ((4,), "must be a whole number, or (height, width)"),
+    ((4.0, 8), "must be a whole number, or (height, width)"),
+    ((4, "8"), "must be a whole number, or (height, width)"),
+    ("8", "must be of type int or tuple"),
+    (8.0, "must be of type int or tuple"),
+    (True, "must be of type int or tuple"),
+    (None, "must be of type int or tuple"),
+    ((0, 8), "must be at least 1"),
+    ((8, 9), "must be divisible by patch_size = 2"),
+  ],
+)
+def test_size_of_another_form_is_refused(size, accepted):
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**{"model.input_size": size}))
+  assert str(error.value) == f"config.model.input_size = {size!r}: {accepted}"
 
 
 def test_optional_setting_keeps_its_type():

@@ -25,6 +25,7 @@ from mdt_jax.cli.setting_names import (
 )
 from mdt_jax.errors import SettingError
 from mdt_jax.paths import is_url, local_path
+from mdt_jax.sizes import Size, parse_size
 from mdt_jax.typed_config import kind_of
 
 _MAX_HINTS = 3
@@ -253,6 +254,9 @@ def _check_override(name: str, value: str) -> None:
   path = name.partition(".")[2]
   if path not in all_settings():
     return  # the config file knows the type of an own argument
+  if all_settings()[path] == Size:
+    parse_size(f"--{name}", value)
+    return
   kind, is_optional = kind_of(all_settings()[path])
   if dataclasses.is_dataclass(kind):
     if not _parses(dict, value):

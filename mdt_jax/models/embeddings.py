@@ -12,47 +12,64 @@ from jaxtyping import Float, Int, Shaped
 
 from mdt_jax.models.layers import linear, normal_init
 from mdt_jax.models.partitioning import gather, parameter_axes
+from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array, Dtype
 
 NUM_FREQUENCIES = 256  # of the timestep embedding
 MAX_PERIOD = 10_000
 
 
-def sincos_positions(hidden_size: int, grid_size: int) -> Float[np.ndarray, "L D"]:
+def sincos_positions(hidden_size: int, grid_size: Size) -> Float[np.ndarray, "L D"]:
   """Computes the 2-D sin-cos position embedding of MAE (arXiv 2111.06377).
 
   Args:
     hidden_size: D, divisible by 4.
-    grid_size: tokens along each side.
+    grid_size: tokens along each side, or (tokens of a column, tokens of a row).
 
   Returns:
-    (L, D) float32 for the L = grid_size**2 tokens in row-major order. The first half of
+    (L, D) float32 for the L tokens of the grid in row-major order. The first half of
     a row embeds the column, the second half the row: D/4 sines, then D/4 cosines each.
   """
   quarter = hidden_size // 4
   frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
-  rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
+  rows, columns = _rows_and_columns(grid_size)
   angles = [np.outer(coordinate, frequencies) for coordinate in (columns, rows)]
   waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
   return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def relative_position_index(grid_size: int) -> Int[np.ndarray, "L L"]:
+def num_relative_positions(grid_size: Size) -> int:
+  """Returns the number of possible (dy, dx) of two tokens: (2H - 1)(2W - 1)."""
+  height, width = height_width(grid_size)
+  return (2 * height - 1) * (2 * width - 1)
+
+
+def relative_position_index(grid_size: Size) -> Int[np.ndarray, "L L"]:
   """Returns the row of the bias table for each (query, key) pair of tokens.
 
-  The row is (dy + W - 1)(2W - 1) + dx + W - 1. W is the grid size; dy and dx are the
-  query's row and column minus the key's.
+  The row is (dy + H - 1)(2W - 1) + dx + W - 1. H and W are the height and the width of
+  the grid; dy and dx are the query's row and column minus the key's.
 
   Args:
-    grid_size: W, tokens along each side.
+    grid_size: H = W, tokens along each side, or (H, W).
 
   Returns:
-    (L, L) int32 with L = W**2 tokens in row-major order.
+    (L, L) int32 with L = H W tokens in row-major order.
   """
-  rows, columns = np.divmod(np.arange(grid_size**2), grid_size)
-  dy = rows[:, None] - rows[None, :] + grid_size - 1
-  dx = columns[:, None] - columns[None, :] + grid_size - 1
-  return (dy * (2 * grid_size - 1) + dx).astype(np.int32)
+  height, width = height_width(grid_size)
+  rows, columns = _rows_and_columns(grid_size)
+  dy = rows[:, None] - rows[None, :] + height - 1
+  dx = columns[:, None] - columns[None, :] + width - 1
+  return (dy * (2 * width - 1) + dx).astype(np.int32)
+
+
+def _rows_and_columns(
+  grid_size: Size,
+) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
+  """Returns row and column of each token of a grid, in row-major order."""
+  height, width = height_width(grid_size)
+  rows, columns = np.divmod(np.arange(height * width), width)
+  return rows, columns
 
 
 def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
@@ -106,6 +123,22 @@ class PatchEmbed(nn.Module):
       forward_mode=self.forward_mode,
     )
     return embed(patches)  # (B, L, D)
+
+
+def unpatchify(
+  patches: Float[Array, "B L P"], grid_size: Size, patch_size: int
+) -> Float[Array, "B H W C"]:
+  """Joins patches of p x p pixels to images: P = p p C numbers, the channels last.
+
+  Args:
+    patches: (B, L, P), one patch for each token.
+    grid_size: tokens along each side, or (tokens of a column, tokens of a row).
+    patch_size: p.
+  """
+  (rows, columns), p = height_width(grid_size), patch_size
+  images = patches.reshape(len(patches), rows, columns, p, p, -1)
+  images = images.transpose(0, 1, 3, 2, 4, 5)  # (B, H / p, p, W / p, p, C)
+  return images.reshape(len(patches), rows * p, columns * p, -1)
 
 
 class TimestepEmbed(nn.Module):

@@ -19,19 +19,21 @@ from mdt_jax.models.attention import attention, attention_weights, plain_attenti
 from mdt_jax.models.embeddings import (
   PatchEmbed,
   TimestepEmbed,
+  num_relative_positions,
   relative_position_index,
   sincos_positions,
+  unpatchify,
 )
 from mdt_jax.models.layers import gelu, linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
 from mdt_jax.models.network import Network
 from mdt_jax.models.partitioning import gather, parameter_axes, shard_batch
+from mdt_jax.sizes import Size, to_size
 from mdt_jax.types import Array, Dtype
 
 VARIANTS = ("DiT", "MDT", "MDTv2")
 
-# The released bias tables have 3 extra rows that no index reads. They come from BEiT,
-# which uses them for its class token.
+# The released bias tables have 3 extra rows, of BEiT's class token, that none reads.
 UNUSED_BIAS_ROWS = 3
 
 
@@ -161,6 +163,7 @@ class FinalLayer(nn.Module):
 
   patch_size: int
   out_channels: int
+  grid_size: Size
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
 
@@ -168,21 +171,17 @@ class FinalLayer(nn.Module):
   def __call__(
     self, x: Float[Array, "B L D"], c: Float[Array, "B D"]
   ) -> Float[Array, "B H W C"]:
-    batch, length, _ = x.shape
-    p, grid = self.patch_size, int(length**0.5)
     modulation = Modulation(2, self.dtype, self.forward_mode, name="modulation")
     shift, scale = modulation(c)
     x = linear(
-      p * p * self.out_channels,
+      self.patch_size**2 * self.out_channels,
       "linear",
       path="final_layer/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
       forward_mode=self.forward_mode,
     )(modulated_norm(x, shift, scale))  # (B, L, p p C)
-    x = x.reshape(batch, grid, grid, p, p, self.out_channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5)  # (B, H / p, p, W / p, p, C)
-    return x.reshape(batch, grid * p, grid * p, self.out_channels)
+    return unpatchify(x, self.grid_size, self.patch_size)
 
 
 class MDT(Network, kw_only=True):
@@ -242,9 +241,10 @@ class MDT(Network, kw_only=True):
   sow_attention: bool = False
 
   @property
-  def grid_size(self) -> int:
-    """Tokens along each side of an image."""
-    return self.input_size // self.patch_size
+  def grid_size(self) -> Size:
+    """Tokens along each side of an image, or (tokens of a column, tokens of a row)."""
+    height, width, _ = self.input_shape
+    return to_size((height // self.patch_size, width // self.patch_size))
 
   @property
   def takes_mask(self) -> bool:
@@ -268,7 +268,7 @@ class MDT(Network, kw_only=True):
     """Predicts noise (or x0, or v) and, if learn_sigma is set, the variance.
 
     Args:
-      x: (B, H, W, C) noisy latents, H = W = input_size.
+      x: (B, H, W, C) noisy latents of the size `input_size`.
       t: (B,) timesteps of the original process, in [0, T - 1], integer or float.
       y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
         num_classes is the null label. Labels out of range do not raise an error: JAX
@@ -307,8 +307,8 @@ class MDT(Network, kw_only=True):
       tokens = self._interpolate(tokens, c, index, token_mask)  # (B, L, D)
       tokens = self._decode(tokens, embedded, c, index)
 
-    channels = self.out_channels
-    final_layer = FinalLayer(self.patch_size, channels, **options, name="final_layer")
+    sizes = self.patch_size, self.out_channels, self.grid_size
+    final_layer = FinalLayer(*sizes, **options, name="final_layer")
     return final_layer(tokens, c).astype(jnp.float32)
 
   def _encode(
@@ -375,11 +375,11 @@ class MDT(Network, kw_only=True):
 
   def _block_attributes(self) -> dict[str, Any]:
     """Returns the attributes that all blocks share."""
-    offsets = (2 * self.grid_size - 1) ** 2  # possible (dy, dx) of two tokens
+    rows = num_relative_positions(self.grid_size) + UNUSED_BIAS_ROWS
     return dict(
       num_heads=self.num_heads,
       mlp_ratio=self.mlp_ratio,
-      bias_rows=offsets + UNUSED_BIAS_ROWS if self.takes_mask else 0,
+      bias_rows=rows if self.takes_mask else 0,
       dtype=self.dtype,
       forward_mode=self.forward_mode,
       sow_attention=self.sow_attention,

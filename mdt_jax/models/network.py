@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from mdt_jax.errors import SettingError
 from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.masking import TokenMask
+from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array
 
 SIGNATURE = "(x, t, y, token_mask=None, train=False)"
@@ -34,7 +35,8 @@ class Network(nn.Module, kw_only=True):
         return nn.Conv(self.out_channels, (3, 3))(h + c[:, None, None])
 
   Attributes:
-    input_size: height and width of the input, divisible by patch_size.
+    input_size: height and width of the input, each divisible by patch_size: one number
+      for a square, or (height, width).
     patch_size: side of a patch; one patch is one token.
     in_channels: C, channels of the input.
     num_classes: number of classes; the label num_classes is the null label.
@@ -48,7 +50,7 @@ class Network(nn.Module, kw_only=True):
       (faster on CPUs, slower to compile). Networks without such a loop ignore it.
   """
 
-  input_size: int = 32
+  input_size: Size = 32
   patch_size: int = 1
   in_channels: int = 4
   num_classes: int = 1000
@@ -63,9 +65,16 @@ class Network(nn.Module, kw_only=True):
     return self.in_channels * (2 if self.learn_sigma else 1)
 
   @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of an input of the network."""
+    height, width = height_width(self.input_size, "input_size")
+    return height, width, self.in_channels
+
+  @property
   def num_tokens(self) -> int:
     """L, number of tokens of an image."""
-    return (self.input_size // self.patch_size) ** 2
+    height, width, _ = self.input_shape
+    return (height // self.patch_size) * (width // self.patch_size)
 
   @property
   def takes_mask(self) -> bool:
@@ -95,7 +104,7 @@ class Network(nn.Module, kw_only=True):
     """Predicts noise (or x0, or v) and, if learn_sigma is set, the variance.
 
     Args:
-      x: (B, H, W, C) noisy images or latents, H = W = input_size.
+      x: (B, H, W, C) noisy images or latents of the size `input_size`.
       t: (B,) timesteps, integer or float.
       y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
         num_classes is the null label. Labels out of range do not raise an error; see
@@ -112,12 +121,13 @@ class Network(nn.Module, kw_only=True):
 
   def check(self) -> None:
     """Raises SettingError if an attribute is invalid."""
-    for name in ("input_size", "patch_size", "in_channels", "num_classes"):
+    sides = self.input_shape[:2]
+    self._require("input_size", min(sides) >= 1, "must be at least 1")
+    for name in ("patch_size", "in_channels", "num_classes"):
       self._require(name, getattr(self, name) >= 1, "must be at least 1")
     p = self.patch_size
-    self._require(
-      "input_size", self.input_size % p == 0, f"must be divisible by patch_size = {p}"
-    )
+    holds = all(side % p == 0 for side in sides)
+    self._require("input_size", holds, f"must be divisible by patch_size = {p}")
     holds = 0 <= self.conditioning.dropout < 1
     self._require("label_dropout", holds, "must lie in [0, 1)")
     holds = self.unroll == -1 or self.unroll > 0
@@ -147,13 +157,12 @@ def check_network(model: Network) -> None:
   if not isinstance(model, Network):
     raise SettingError("model", name, "must be a mdt_jax.models.Network")
   model.check()
-  size = model.input_size
-  expected = (2, size, size, model.out_channels)
+  expected = (2, *model.input_shape[:2], model.out_channels)
   start = f"must return (B, H, W, C) of shape {expected}"
   end = f"expected signature {SIGNATURE}"
 
   def call() -> Any:
-    x = jnp.zeros((2, size, size, model.in_channels), jnp.float32)
+    x = jnp.zeros((2, *model.input_shape), jnp.float32)
     t = jnp.zeros((2,), jnp.float32)
     y = model.conditioning.dummy(2)
     key = jax.random.key(0)

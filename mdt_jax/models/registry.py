@@ -18,6 +18,7 @@ from mdt_jax.models import mdt_flops
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
+from mdt_jax.sizes import to_size
 from mdt_jax.types import Array, Params
 
 Model: TypeAlias = Network  # any network
@@ -119,6 +120,8 @@ def create_model(
   if isinstance(dtype := given.get("dtype"), str):
     check_choice("dtype", dtype, DTYPES)
     given["dtype"] = DTYPES[dtype]
+  if "input_size" in given:
+    given["input_size"] = to_size(given["input_size"], "input_size")
   model = module(**given)
   # For labels, `condition` stays None, so that the attributes match old checkpoints.
   if condition is not None and condition != "label":
@@ -146,8 +149,7 @@ def network_of(model: Model) -> NetworkEntry:
 
 def init_params(model: Model, key: Array) -> Params:
   """Initialises the parameters of a network, in float32."""
-  size = model.input_size
-  images = jnp.zeros((1, size, size, model.in_channels), jnp.float32)
+  images = jnp.zeros((1, *model.input_shape), jnp.float32)
   timesteps = jnp.zeros((1,), jnp.int32)
   return model.init(key, images, timesteps, model.conditioning.dummy(1))["params"]
 

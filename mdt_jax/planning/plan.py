@@ -272,12 +272,11 @@ def largest_batch(
 def _lower_step(experiment: Experiment, program: Program) -> Any:
   """Lowers the training step whose static argument takes the most memory."""
   model, batch_size = experiment.model, experiment.settings.batch_size
-  size = (model.input_size, model.input_size, model.in_channels)
   over_batch = sharding.over_batch(program.mesh)
   images: dict[str, tuple[tuple[int, ...], Any]]
-  images = {"image": ((batch_size, *size), jnp.float32)}
+  images = {"image": ((batch_size, *model.input_shape), jnp.float32)}
   if not experiment.holds_pixels:
-    images = {"moments": ((batch_size, 2, *size), jnp.float16)}
+    images = {"moments": ((batch_size, 2, *model.input_shape), jnp.float16)}
   shapes = {"label": ((batch_size,), jnp.int32), **images}
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=over_batch)

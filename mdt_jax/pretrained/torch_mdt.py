@@ -197,10 +197,17 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
     arrays keep their dtype of `params`.
 
   Raises:
-    SettingError: an attribute is invalid, or the network has a condition other than
-      labels.
+    SettingError: an attribute is invalid, the input is not a square, or the network has
+      a condition other than labels.
   """
   model = create_model(**attributes)
+  height, width, _ = model.input_shape
+  if height != width:
+    raise SettingError(
+      "input_size",
+      (height, width),
+      "must be a square: released networks hold no others",
+    )
   if model.condition is not None:
     raise SettingError(
       "condition", model.condition, "must be None: released networks use labels"

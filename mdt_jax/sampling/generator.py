@@ -58,10 +58,11 @@ def output_shape(
   model: Model, autoencoder: Autoencoder | None = None
 ) -> tuple[int, int, int]:
   """(H, W, C) of the network's samples, or of decoded images with an autoencoder."""
-  size, channels = model.input_size, model.in_channels
-  if autoencoder is not None:
-    size, channels = size * autoencoder.model.downsampling, 3
-  return size, size, channels
+  if autoencoder is None:
+    return model.input_shape
+  height, width, _ = model.input_shape
+  factor = autoencoder.model.downsampling
+  return height * factor, width * factor, 3
 
 
 def make_generator(

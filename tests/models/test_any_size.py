@@ -12,7 +12,7 @@ from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.models.mdt import MDT
 from tests import reference
 
-CASES = range(6)
+CASES = range(8)
 BATCH = 2
 TOLERANCE = reference.FORWARD_TOLERANCE
 
@@ -28,9 +28,12 @@ def draw(case):
     depth += 1
   num_heads, patch_size = int(rng.integers(1, 5)), int(rng.choice([4, 8]))
   grid = int(rng.choice([3, 5]))
+  # Half of the cases are no squares.
+  size = grid * patch_size
+  size = size if case < 4 else (size, size + patch_size * int(rng.integers(1, 3)))
   model = MDT(
     variant=variant,
-    input_size=grid * patch_size,
+    input_size=size,
     patch_size=patch_size,
     in_channels=int(rng.integers(1, 5)),
     num_classes=int(rng.integers(1, 6)),
@@ -41,9 +44,8 @@ def draw(case):
     mlp_ratio=float(rng.choice([1.5, 4.0])),
   )
   model.check()
-  size = model.input_size
   inputs = (
-    rng.standard_normal((BATCH, size, size, model.in_channels)).astype(np.float32),
+    rng.standard_normal((BATCH, *model.input_shape)).astype(np.float32),
     rng.uniform(0, 999, BATCH).astype(np.float32),
     rng.integers(0, model.num_classes + 1, BATCH),
   )

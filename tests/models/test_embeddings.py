@@ -14,6 +14,7 @@ from mdt_jax.models.embeddings import (
   LabelEmbed,
   PatchEmbed,
   drop_labels,
+  num_relative_positions,
   relative_position_index,
   sincos_positions,
   timestep_frequencies,
@@ -24,12 +25,13 @@ from mdt_jax.models.mdt import FinalLayer
 # Positions.
 
 
-@pytest.mark.parametrize("grid", [1, 2, 5])
+@pytest.mark.parametrize("grid", [1, 2, 5, (2, 3), (7, 4), (1, 5)])
 @pytest.mark.parametrize("width", [4, 12, 64])
 def test_sincos_positions_match_their_definition(width, grid):
-  expected = np.zeros((grid * grid, width))
-  for token in range(grid * grid):
-    row, column = token // grid, token % grid
+  rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
+  places = [(row, column) for row in range(rows) for column in range(columns)]
+  expected = np.zeros((rows * columns, width))
+  for token, (row, column) in enumerate(places):
     values = []
     for coordinate in (column, row):
       angles = [coordinate / 10000 ** (4 * i / width) for i in range(width // 4)]
@@ -51,6 +53,17 @@ def test_relative_position_index_matches_its_definition(grid):
     for query in range(grid * grid)
   ]
   np.testing.assert_array_equal(relative_position_index(grid), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 2), (1, 4), (4, 1)])
+def test_relative_positions_of_a_rectangle_count_all_offsets(height, width):
+  """Rows of the table are the offsets (dy, dx), sorted: one row for each offset."""
+  places = [(y, x) for y in range(height) for x in range(width)]
+  offsets = [[(qy - ky, qx - kx) for ky, kx in places] for qy, qx in places]
+  table = sorted({offset for row in offsets for offset in row})
+  expected = [[table.index(offset) for offset in row] for row in offsets]
+  np.testing.assert_array_equal(relative_position_index((height, width)), expected)
+  assert num_relative_positions((height, width)) == len(table)
 
 
 @pytest.mark.parametrize("grid", [1, 4])
@@ -141,22 +154,25 @@ def test_patch_embedding_equals_a_strided_convolution(patch, channels, shape):
   np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5), (4, 1)])
 @pytest.mark.parametrize(("patch", "channels"), [(1, 4), (2, 3), (4, 1)])
-def test_final_layer_places_each_patch_at_its_token(patch, channels):
-  grid, width = 3, patch * patch * channels
+def test_final_layer_places_each_patch_at_its_token(patch, channels, grid):
+  rows, columns = grid
+  width = patch * patch * channels
   rng = np.random.default_rng(0)
-  tokens = rng.standard_normal((2, grid * grid, width)).astype(np.float32)
+  tokens = rng.standard_normal((2, rows * columns, width)).astype(np.float32)
   params = {  # LayerNorm, then the identity.
     "modulation": {"linear": {"kernel": np.zeros((width, 2 * width)), "bias": 0.0}},
     "linear": {"kernel": np.eye(width), "bias": np.zeros(width)},
   }
   params["modulation"]["linear"]["bias"] = np.zeros(2 * width)
-  images = FinalLayer(patch, channels).apply(
+  images = FinalLayer(patch, channels, grid).apply(
     {"params": params}, tokens, np.zeros((2, width), np.float32)
   )
   normed = np.asarray(layer_norm(jnp.asarray(tokens)))
-  for token in range(grid * grid):
-    row, column = (patch * place for place in divmod(token, grid))
+  assert images.shape == (2, rows * patch, columns * patch, channels)
+  for token in range(rows * columns):
+    row, column = (patch * place for place in divmod(token, columns))
     actual = images[:, row : row + patch, column : column + patch]
     expected = normed[:, token].reshape(2, patch, patch, channels)
     np.testing.assert_allclose(actual, expected, atol=1e-5)

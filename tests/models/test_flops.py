@@ -30,8 +30,7 @@ def product_flops(jaxpr):
 
 
 def traced_flops(model, num_keep):
-  size = model.input_size
-  x = jnp.zeros((1, size, size, model.in_channels))
+  x = jnp.zeros((1, *model.input_shape))
   t = y = jnp.zeros((1,), jnp.int32)
   mask = None
   if num_keep is not None:
@@ -51,6 +50,8 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("MDT-S/2", dict(depth=5, decode_depth=2, mlp_ratio=3.0), 10),
     ("MDTv2-S/2", dict(depth=6, decode_depth=2), None),
     ("MDTv2-S/4", dict(depth=6, decode_depth=2, learn_sigma=False), 3),
+    ("MDTv2-S/2", dict(depth=6, decode_depth=2, input_size=(6, 10)), 8),
+    ("DiT-S/2", dict(depth=3, input_size=(10, 4)), None),
   ],
 )
 def test_forward_flops_match_the_traced_program(name, sizes, num_keep):

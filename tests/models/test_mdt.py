@@ -181,19 +181,21 @@ def test_parameter_counts_match_the_released_code(name, expected):
     dict(in_channels=3, patch_size=4),
     dict(input_size=6, hidden_size=24),
     dict(input_size=8, patch_size=8),
+    dict(input_size=(4, 10)),
+    dict(input_size=(9, 15), patch_size=3),
+    dict(input_size=(3, 5), patch_size=1),
     dict(depth=6, decode_depth=4),
   ],
 )
 def test_forward_runs_for_any_channels_size_patch_and_classes(name, overrides):
   model = create_model(name, **({**TINY, "decode_depth": 2} | overrides))
-  size = model.input_size
-  x = jax.random.normal(jax.random.key(0), (2, size, size, model.in_channels))
+  x = jax.random.normal(jax.random.key(0), (2, *model.input_shape))
   y = jnp.array([0, model.num_classes])
   mask = random_token_mask(jax.random.key(1), 2, model.num_tokens, 1)
   params = reference.random_params(model)
   output = apply(model, params, x, y * 0.5, y, mask if model.takes_mask else None)
   channels = model.in_channels * (2 if model.learn_sigma else 1)
-  assert output.shape == (2, size, size, channels)
+  assert output.shape == (*x.shape[:3], channels)
   assert output.dtype == jnp.float32
   assert jnp.isfinite(output).all()
 
@@ -293,6 +295,12 @@ BAD = [
     )
   ),
   ("MDT-S/4", "input_size", 30, "must be divisible by patch_size = 4"),
+  ("MDT-S/4", "input_size", (32, 30), "must be divisible by patch_size = 4"),
+  ("MDT-S/4", "input_size", (30, 32), "must be divisible by patch_size = 4"),
+  ("MDT-S/4", "input_size", (0, 32), "must be at least 1"),
+  ("MDT-S/4", "input_size", (8, 8, 8), "must be a whole number, or (height, width)"),
+  ("MDT-S/4", "input_size", (8.0, 4), "must be a whole number, or (height, width)"),
+  ("MDT-S/4", "input_size", True, "must be a whole number, or (height, width)"),
   ("MDT-S/2", "hidden_size", 388, "must be divisible by num_heads = 6 and by 4"),
   ("MDT-S/2", "hidden_size", 390, "must be divisible by num_heads = 6 and by 4"),
   ("MDT-S/2", "label_dropout", -0.1, "must lie in [0, 1)"),
