@@ -23,6 +23,7 @@ from absl import flags
 from mdt_jax import cli
 from mdt_jax.data import features
 from mdt_jax.errors import SettingError
+from mdt_jax.sizes import parse_size
 
 SOURCE = flags.DEFINE_string(
   "source",
@@ -41,8 +42,11 @@ VAE = flags.DEFINE_string(
 OUTPUT = flags.DEFINE_string(
   "output", None, "Folder of the set of latents. Needed except for --reference_batch."
 )
-IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size", 256, "Height and width of the cropped images, in pixels."
+IMAGE_SIZE = flags.DEFINE_string(
+  "image_size",
+  "256",
+  "Height and width of the cropped images, in pixels: one number for a square, or "
+  "HEIGHT,WIDTH such as 256,384. Both divisible by the factor of the autoencoder.",
 )
 IMAGE_BITS = flags.DEFINE_integer(
   "image_bits",
@@ -150,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
       REFERENCE_BATCH.value,
       _required(SOURCE),
       split=SPLIT.value,
-      image_size=IMAGE_SIZE.value,
+      image_size=parse_size("image_size", IMAGE_SIZE.value or ""),
       num_images=NUM_IMAGES.value,
       max_unreadable=MAX_UNREADABLE.value,
       image_bits=IMAGE_BITS.value,
@@ -169,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
       _required(OUTPUT),
       vae=_required(VAE),
       split=SPLIT.value,
-      image_size=IMAGE_SIZE.value,
+      image_size=parse_size("image_size", IMAGE_SIZE.value or ""),
       dtype=DTYPE.value,
       compute_dtype=COMPUTE_DTYPE.value,
       num_shards=NUM_SHARDS.value,

@@ -420,7 +420,7 @@ class Experiment:
         data.source,
         path=data.path,
         split=data.split,
-        image_size=image_shape[0],
+        image_size=image_shape[:2],
         channels=image_shape[2],
         max_unreadable=data.max_unreadable,
         image_bits=data.image_bits,
@@ -439,10 +439,11 @@ class Experiment:
 
   def _image_shape(self) -> tuple[int, int, int]:
     """Returns the required shape (H, W, C) of the images or latents in the data."""
-    side, channels = self.model.input_size, self.model.in_channels
-    if self.encodes_images and self.autoencoder is not None:
-      side, channels = side * self.autoencoder.model.downsampling, 3
-    return side, side, channels
+    height, width, channels = self.model.input_shape
+    if not self.encodes_images or self.autoencoder is None:
+      return height, width, channels
+    factor = self.autoencoder.model.downsampling
+    return height * factor, width * factor, 3
 
 
 def _has_pixels(source: Source) -> bool:

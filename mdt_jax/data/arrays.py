@@ -11,17 +11,18 @@ from mdt_jax.data import npy_format
 from mdt_jax.data.examples import SourceArguments, shape_error
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, FileSource, open_files
 from mdt_jax.data.npz import NpzSource, is_array_file, open_array_file
+from mdt_jax.sizes import Size
 
 
 class ArraySource(FileSource):
   """A source of float arrays, one per .npy file.
 
-  The entry "image" of an example is float32 (image_size, image_size, channels) and
+  The entry "image" of an example is float32 (H, W, channels) and
   finite. It is neither scaled nor flipped.
 
   Args:
     files: the .npy files.
-    image_size: height and width of an array.
+    image_size: height and width of an array, see `mdt_jax.sizes`.
     channels: number of channels of an array.
     max_unreadable: largest accepted number of unreadable arrays.
 
@@ -29,7 +30,9 @@ class ArraySource(FileSource):
     SettingError: the first array has another shape.
   """
 
-  def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
+  def __init__(
+    self, files: Files, image_size: Size, channels: int, max_unreadable: int
+  ):
     super().__init__(files, image_size, channels, max_unreadable)
     try:
       found = npy_format.read_header(io.BytesIO(files.read(0)[0])).shape

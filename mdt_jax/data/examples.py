@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
+from mdt_jax.sizes import Size
 
 # A dict with "label", an int32 scalar in [0, num_classes), and one of
 #   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) to be used as stored;
@@ -47,7 +48,8 @@ class SourceArguments:
   Attributes:
     path: path of the data; "" for a source without a path.
     split: split of a TFDS data set; other sources ignore it.
-    image_size: height and width of the examples.
+    image_size: height and width of the examples: one number for a square, or (height,
+      width); see `mdt_jax.sizes`.
     channels: number of channels of the examples.
     max_unreadable: largest accepted number of unreadable examples.
     image_bits: bits of the values in image files of more than 8 bits.
@@ -55,7 +57,7 @@ class SourceArguments:
 
   path: str
   split: str
-  image_size: int
+  image_size: Size
   channels: int
   max_unreadable: int
   image_bits: int = 16

@@ -93,8 +93,6 @@ class FeatureSource(TolerantSource):
     self.layout = convention.layout or _layout_of(path, shape)
     self._first = self.layout == "channels_first"
     channels, height, width = shape if self._first else (shape[2], *shape[:2])
-    if height != width:
-      raise refuse(path, f"must hold square features, holds {height} x {width}")
     if convention.kind != "samples" and channels % 2:
       raise refuse(
         path,

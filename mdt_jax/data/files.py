@@ -17,6 +17,7 @@ from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.data.tar_files import TarFiles, list_tars
 from mdt_jax.errors import SettingError
+from mdt_jax.sizes import Size, height_width
 
 _IMAGES = ".bmp .gif .jfif .jpeg .jpg .png .tif .tiff .webp"
 IMAGE_EXTENSIONS = tuple(_IMAGES.split())
@@ -58,18 +59,20 @@ class FileSource(TolerantSource):
 
   Args:
     files: the files.
-    image_size: height and width of a decoded array.
+    image_size: height and width of a decoded array, see `mdt_jax.sizes`.
     channels: number of channels of a decoded array.
     max_unreadable: largest accepted number of unreadable files.
   """
 
-  def __init__(self, files: Files, image_size: int, channels: int, max_unreadable: int):
+  def __init__(
+    self, files: Files, image_size: Size, channels: int, max_unreadable: int
+  ):
     super().__init__(files.path, max_unreadable)
     self.files = files
     self.num_classes = len(files.classes)
     self.class_names = files.classes
     self.label_counts = files.label_counts
-    self.image_shape = (image_size, image_size, channels)
+    self.image_shape = (*height_width(image_size, "image_size"), channels)
 
   @abc.abstractmethod
   def decode(self, data: bytes) -> np.ndarray:

@@ -14,6 +14,7 @@ from mdt_jax.data.examples import SourceArguments
 from mdt_jax.data.files import Files, FileSource, open_files
 from mdt_jax.errors import check_choice
 from mdt_jax.logs import logger, printable
+from mdt_jax.sizes import Size
 
 # Pillow's names of the formats of `files.IMAGE_EXTENSIONS`. Other decoders stay off:
 # whatever a file is called, Pillow would run Ghostscript on PostScript.
@@ -42,12 +43,12 @@ def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
 class ImageSource(FileSource):
   """A source of images with ADM's centre crop.
 
-  The entry "image" of an example is uint8 (image_size, image_size, channels). Images
-  are converted to grey or RGB. Of an animation, the first frame is used.
+  The entry "image" of an example is uint8 (H, W, channels). Images are
+  converted to grey or RGB. Of an animation, the first frame is used.
 
   Args:
     files: the image files.
-    image_size: height and width of the crop in pixels.
+    image_size: height and width of the crop in pixels, see `mdt_jax.sizes`.
     channels: 1 (grey) or 3 (RGB).
     max_unreadable: largest accepted number of unreadable images.
     image_bits: bits of the values in images of more than 8 bits; 2**image_bits - 1
@@ -60,7 +61,7 @@ class ImageSource(FileSource):
   def __init__(
     self,
     files: Files,
-    image_size: int,
+    image_size: Size,
     channels: int,
     max_unreadable: int,
     image_bits: int = 16,
@@ -72,7 +73,7 @@ class ImageSource(FileSource):
 
   def decode(self, data: bytes) -> UInt8[np.ndarray, "H W C"]:
     """Decodes, converts and crops an image file; raises if that fails."""
-    size, _, channels = self.image_shape
+    height, width, channels = self.image_shape
     with open_image(io.BytesIO(data)) as file:
       image: Image.Image = file
       if image.mode == "F":
@@ -80,12 +81,12 @@ class ImageSource(FileSource):
       if image.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255
         image = Image.fromarray(self._to_8_bits(np.asarray(image, np.int64)))
       image = image.convert("L" if channels == 1 else "RGB")
-    smaller, larger = sorted(image.size)
     most = Image.MAX_IMAGE_PIXELS
-    # The crop may enlarge the smaller side to `size`, and the larger side with it.
-    if most is not None and larger * size**2 / smaller > most:
+    # The crop may enlarge a small side to its target, and the other side with it.
+    scale = max(height / image.height, width / image.width)
+    if most is not None and image.height * image.width * scale**2 > most:
       raise ValueError(f"image of {image.size} pixels is too long and narrow to crop")
-    cropped = np.array(transforms.center_crop(image, size))
+    cropped = np.array(transforms.center_crop(image, (height, width)))
     return cropped.reshape(self.image_shape)
 
   def _to_8_bits(self, values: Int64[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W"]:

@@ -37,6 +37,7 @@ from mdt_jax.data.examples import (
 )
 from mdt_jax.data.latent_card import CARD, DTYPES, read_card
 from mdt_jax.errors import SettingError
+from mdt_jax.sizes import Size, height_width
 
 if TYPE_CHECKING:
   from grain.sources import ArrayRecordDataSource
@@ -103,7 +104,7 @@ class LatentSource(TolerantSource):
 
   Args:
     path: output folder of `mdt_jax.encode`.
-    input_size: height and width of the latents.
+    input_size: height and width of the latents, see `mdt_jax.sizes`.
     channels: number of channels of the latents.
     max_unreadable: largest accepted number of unreadable records.
 
@@ -115,13 +116,13 @@ class LatentSource(TolerantSource):
   def __init__(
     self,
     path: str | os.PathLike[str],
-    input_size: int,
+    input_size: Size,
     channels: int,
     max_unreadable: int,
   ):
     super().__init__(str(path), max_unreadable)
     self.card = read_card(path)
-    self.image_shape = (input_size, input_size, channels)
+    self.image_shape = (*height_width(input_size, "input_size"), channels)
     self.layout = Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
     if self.layout.latent_shape != self.image_shape:
       raise shape_error(self._path, self.layout.latent_shape, self.image_shape)
@@ -167,8 +168,8 @@ def open_latents(arguments: SourceArguments) -> LatentSource:
 
 def open_set(path: str | os.PathLike[str], max_unreadable: int = 0) -> LatentSource:
   """Opens a latent set of any shape; arguments as for `LatentSource`."""
-  height, _, channels = read_card(path)["latent_shape"]
-  return LatentSource(path, height, channels, max_unreadable)
+  height, width, channels = read_card(path)["latent_shape"]
+  return LatentSource(path, (height, width), channels, max_unreadable)
 
 
 def verify(

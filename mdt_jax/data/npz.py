@@ -22,6 +22,7 @@ from mdt_jax.data.examples import (
 from mdt_jax.data.memory import check_images, check_labels
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
+from mdt_jax.sizes import height_width
 
 EXTENSIONS = (".npz", ".npy")
 # Accepted names of images and labels in an .npz file; np.savez uses arr_0 and arr_1.
@@ -116,10 +117,9 @@ def open_npz(arguments: SourceArguments) -> NpzSource:
 
 def open_array_file(arguments: SourceArguments, pixels: bool) -> NpzSource:
   """Opens a file of uint8 images (`pixels`) or of floats; see `NpzSource`."""
-  size = arguments.image_size
-  return NpzSource(
-    arguments.path, (size, size, arguments.channels), pixels, arguments.max_unreadable
-  )
+  height, width = height_width(arguments.image_size, "image_size")
+  shape = (height, width, arguments.channels)
+  return NpzSource(arguments.path, shape, pixels, arguments.max_unreadable)
 
 
 def read_arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -20,6 +20,7 @@ from mdt_jax.data.memory import MemorySource
 from mdt_jax.data.npz import open_npz
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.paths import local_path
+from mdt_jax.sizes import Size, to_size
 
 __all__ = [
   "SOURCES",
@@ -68,7 +69,7 @@ def create_source(
   *,
   path: str | os.PathLike[str] | None,
   split: str = "train",
-  image_size: int,
+  image_size: Size,
   channels: int,
   max_unreadable: int,
   image_bits: int = 16,
@@ -79,7 +80,7 @@ def create_source(
     name: a key of SOURCES, as in `config.data.source`.
     path: path of the data; see the entry in SOURCES. Ignored for "digits".
     split: split of a TFDS data set; other sources ignore it.
-    image_size: height and width of the examples; 8 for "digits".
+    image_size: height and width of the examples, see `mdt_jax.sizes`; 8 for "digits".
     channels: number of channels of the examples; 1 for "digits".
     max_unreadable: largest accepted number of unreadable examples.
     image_bits: bits of the values in image files of more than 8 bits.
@@ -98,7 +99,7 @@ def create_source(
   arguments = SourceArguments(
     path=path,
     split=split,
-    image_size=image_size,
+    image_size=to_size(image_size, "image_size"),
     channels=channels,
     max_unreadable=max_unreadable,
     image_bits=image_bits,

@@ -8,30 +8,32 @@ from PIL import Image
 
 from mdt_jax.data.examples import Example
 from mdt_jax.errors import SettingError
+from mdt_jax.sizes import Size, height_width
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-  """Scales the smaller side to `size` and crops the central square, as ADM does.
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+  """Scales an image until it just covers `size`, and crops the centre, as ADM does.
 
-  Steps and rounding equal those of ADM's data loader, because the reference statistics
-  of ADM's evaluation suite were computed on images cropped in this way.
+  For a square, steps and rounding equal those of ADM's data loader, because the
+  reference statistics of ADM's evaluation suite were computed on images cropped in this
+  way. ADM crops squares only; other sizes follow the same steps.
 
   Args:
     image: an image of any size and mode.
-    size: side of the result in pixels.
+    size: height and width of the result in pixels, see `mdt_jax.sizes`.
 
   Returns:
-    An image of size x size pixels in the mode of `image`.
+    An image of this size in the mode of `image`.
   """
+  height, width = height_width(size, "image_size")
   # Averaging 2x2 blocks first avoids aliasing in the bicubic resize.
-  while min(image.size) >= 2 * size:
-    width, height = image.size
-    image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
-  scale = size / min(image.size)
-  width, height = (round(side * scale) for side in image.size)
-  image = image.resize((width, height), Image.Resampling.BICUBIC)
-  left, top = (width - size) // 2, (height - size) // 2
-  return image.crop((left, top, left + size, top + size))
+  while image.height >= 2 * height and image.width >= 2 * width:
+    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+  scale = max(height / image.height, width / image.width)
+  scaled = round(image.width * scale), round(image.height * scale)
+  image = image.resize(scaled, Image.Resampling.BICUBIC)
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return image.crop((left, top, left + width, top + height))
 
 
 def to_float(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:

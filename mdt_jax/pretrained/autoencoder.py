@@ -19,6 +19,7 @@ from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.autoencoder_decoding import decode_in_slices
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.torch_vae import load_vae
+from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array, Dtype, Params
 
 
@@ -86,10 +87,11 @@ class Autoencoder:
       for name, value in values.items()
     }
 
-  def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-    """Returns the shape (h, w, C) of the latents of a square image."""
-    side = image_size // self.model.downsampling
-    return (side, side, self.model.latent_channels)
+  def latent_shape(self, image_size: Size) -> tuple[int, int, int]:
+    """Returns the shape (h, w, C) of the latents of an image; see `mdt_jax.sizes`."""
+    factor = self.model.downsampling
+    height, width = height_width(image_size, "image_size")
+    return height // factor, width // factor, self.model.latent_channels
 
   def moments(
     self, images: Shaped[Array | np.ndarray, "B H W 3"]

@@ -24,6 +24,7 @@ from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_e
 from mdt_jax.logs import counted, logger
 from mdt_jax.paths import local_path, output_file, output_folder
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sizes import Size, describe_size, height_width, to_size
 from mdt_jax.types import Array
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -48,7 +49,7 @@ def encode_images(
   *,
   vae: str,
   split: str = "train",
-  image_size: int = 256,
+  image_size: Size = 256,
   dtype: str = "float16",
   compute_dtype: str = "float32",
   num_shards: int | None = None,
@@ -70,7 +71,8 @@ def encode_images(
     output: folder of the latent set; see `data.latents`.
     vae: autoencoder, as a folder in diffusers' format or a Hugging Face hub id.
     split: split of a TFDS data set.
-    image_size: height and width of the centre crops in pixels.
+    image_size: height and width of the centre crops in pixels: one number for a square,
+      or (height, width).
     dtype: dtype of the stored latents, "float16" or "bfloat16".
     compute_dtype: compute dtype of the autoencoder, "float32" or "bfloat16".
     num_shards: number of shards of the set; None for one per 10,000 images.
@@ -107,18 +109,19 @@ def encode_images(
     vae, COMPUTE_DTYPES[compute_dtype], sharding.replicated(mesh)
   )
   model = autoencoder.model
-  if image_size % model.downsampling:
+  if any(side % model.downsampling for side in height_width(image_size)):
     raise SettingError(
       "image_size", image_size, f"must be divisible by {model.downsampling}"
     )
   num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
+  size = to_size(image_size)
   card = {
     "format": latent_card.FORMAT,
     "source": file_names.from_path(source),
     "split": split,
     "num_source_images": len(images),
     "classes": list(images.files.classes),
-    "image_size": image_size,
+    "image_size": size if isinstance(size, int) else list(size),
     **({} if image_bits == 16 else {"image_bits": image_bits}),
     "vae": file_names.from_path(vae),
     "compute_dtype": compute_dtype,
@@ -222,7 +225,7 @@ def write_reference_batch(
   source: str,
   *,
   split: str = "train",
-  image_size: int = 256,
+  image_size: Size = 256,
   num_images: int = 10_000,
   max_unreadable: int = 100,
   image_bits: int = 16,
@@ -233,7 +236,8 @@ def write_reference_batch(
     reference_batch: path of the .npz file; see `data.reference_batches`.
     source: folder of images, .tar file, folder of .tar files, or "tfds:NAME".
     split: split of a TFDS data set.
-    image_size: height and width of the centre crops in pixels.
+    image_size: height and width of the centre crops in pixels: one number for a square,
+      or (height, width).
     num_images: number of images to select; all images if the source has fewer.
     max_unreadable: largest accepted number of unreadable images, which are left out.
     image_bits: bits of the values in image files of more than 8 bits.
@@ -252,7 +256,8 @@ def write_reference_batch(
     count = reference_batches.write_reference_batch(
       path, images, num_images, bar.update
     )
-  logger.info("%s of %d pixels: %s", counted(count, "image"), image_size, path)
+  sides = describe_size(image_size)
+  logger.info("%s of %s pixels: %s", counted(count, "image"), sides, path)
   return count
 
 
@@ -286,10 +291,14 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
 
 
 def _open_images(
-  source: str, split: str, image_size: int, max_unreadable: int, image_bits: int
+  source: str, split: str, image_size: Size, max_unreadable: int, image_bits: int
 ) -> ImageSource:
   """Opens RGB images; raises SettingError if an argument is out of range."""
-  check_range("image_size", image_size, 1, MAX_IMAGE_SIZE)
+  for side in height_width(image_size, "image_size"):
+    if not 1 <= side <= MAX_IMAGE_SIZE:
+      raise SettingError(
+        "image_size", image_size, f"must lie in [1, {MAX_IMAGE_SIZE:,}]"
+      )
   check_range("max_unreadable", max_unreadable, 0, MAX_IMAGES)
   check_range("image_bits", image_bits, 8, 16)
   files = open_files(source, split)

@@ -38,7 +38,7 @@ def with_inpainting(
   """
   model, method = job.experiment.model, job.experiment.sampler.method
   pixels = _read_images(job, "inpaint", image)
-  hidden_pixels = inpainting.read_mask("mask", mask, job.image_shape[0])
+  hidden_pixels = inpainting.read_mask("mask", mask, job.image_shape[:2])
   hidden = hidden_pixels
   if job.autoencoder is not None:
     factor = job.autoencoder.model.downsampling
@@ -101,9 +101,9 @@ def _read_images(
   """Reads the pixels of one image, or of one image for each label."""
   if not job.draws_pixels:
     raise SettingError("vae", None, "must be given: this model works on latents")
-  size, _, channels = job.image_shape
+  height, width, channels = job.image_shape
   count = len(job.request.labels)
-  return inpainting.read_images(setting, image, count, size, channels)
+  return inpainting.read_images(setting, image, count, (height, width), channels)
 
 
 def _encode(

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from mdt_jax.data.images import open_image
 from mdt_jax.errors import SettingError
 from mdt_jax.paths import input_file
+from mdt_jax.sizes import Size, describe_size, height_width
 
 # A PIL image, an array (H, W) or (H, W, C), or a path
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | Path
@@ -26,18 +27,18 @@ HIDDEN_FROM = 128  # smallest grey level of a mask that hides a pixel
 
 
 def read_images(
-  setting: str, image: ImageLike, count: int, size: int, channels: int
+  setting: str, image: ImageLike, count: int, size: Size, channels: int
 ) -> UInt8[np.ndarray, "*N H W C"]:
   """Reads one image for all labels, or an array with one image for each label.
 
   Args:
     setting: name of the argument in errors.
-    image: see `read_image`, or an array (N, size, size, channels).
+    image: see `read_image`, or an array (N, H, W, channels).
     count: N, number of labels.
     size, channels: see `read_image`.
 
   Returns:
-    (size, size, channels) or (N, size, size, channels) uint8.
+    (H, W, channels) or (N, H, W, channels) uint8.
 
   Raises:
     SettingError: see `read_image`; or the array holds another number of images than
@@ -53,7 +54,7 @@ def read_images(
 
 
 def read_image(
-  setting: str, image: ImageLike, size: int, channels: int
+  setting: str, image: ImageLike, size: Size, channels: int
 ) -> UInt8[np.ndarray, "H W C"]:
   """Reads an image of the model's size.
 
@@ -62,11 +63,11 @@ def read_image(
   Args:
     setting: name of the argument in errors.
     image: PIL image, uint8 array (H, W) or (H, W, C), or path.
-    size: height and width of the model's images.
+    size: height and width of the model's images, see `mdt_jax.sizes`.
     channels: channels of the model's images, 1 or 3.
 
   Returns:
-    (size, size, channels) uint8.
+    (H, W, channels) uint8.
 
   Raises:
     SettingError: the image cannot be read, or has another size or other channels than
@@ -84,17 +85,17 @@ def read_image(
       wanted, found = (IN_WORDS.get(m, m) for m in (MODES[channels], opened.mode))
       raise SettingError(setting, _name(image), f"must be {wanted}, is {found}")
     pixels = np.asarray(opened).reshape(opened.height, opened.width, channels)
-  if pixels.shape != (size, size, channels):
+  if pixels.shape != (*height_width(size), channels):
     raise SettingError(
       setting,
       "x".join(map(str, pixels.shape)),
-      f"must have the model's size, {size}x{size}x{channels}",
+      f"must have the model's size, {describe_size(size)}x{channels}",
     )
   return pixels
 
 
 def read_mask(
-  setting: str, mask: ImageLike | None, size: int
+  setting: str, mask: ImageLike | None, size: Size
 ) -> Bool[np.ndarray, "H W"]:
   """Reads a mask of the pixels to paint.
 
@@ -102,10 +103,10 @@ def read_mask(
     setting: name of the argument in errors.
     mask: PIL image or path, or array (H, W) uint8 or bool. White (at least
       `HIDDEN_FROM`) or True marks a pixel to paint.
-    size: height and width of the image.
+    size: height and width of the image, see `mdt_jax.sizes`.
 
   Returns:
-    (size, size) bool, True where the image is painted.
+    (H, W) bool, True where the image is painted.
 
   Raises:
     SettingError: the mask is None, cannot be read, has another size, or marks all or no
@@ -121,11 +122,11 @@ def read_mask(
     raise SettingError(setting, f"{mask.dtype} array", "must be bool or uint8")
   else:
     hidden = np.asarray(_open(setting, mask).convert("L")) >= HIDDEN_FROM
-  if hidden.shape != (size, size):
+  if hidden.shape != height_width(size):
     raise SettingError(
       setting,
       "x".join(map(str, hidden.shape)),
-      f"must have the size of the image, {size}x{size}",
+      f"must have the size of the image, {describe_size(size)}",
     )
   if hidden.all() or not hidden.any():
     what = "has only white pixels" if hidden.all() else "has no white pixel"

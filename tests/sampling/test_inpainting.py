@@ -53,6 +53,19 @@ def test_white_mask_pixels_are_hidden():
     np.testing.assert_array_equal(inpainting.read_mask("mask", mask, 8), HALF)
 
 
+def test_images_and_masks_of_height_and_width_are_read_in_this_order():
+  image, mask = PIXELS[:6], HALF[:6]
+  read = inpainting.read_image("image", Image.fromarray(image), (6, 8), 3)
+  np.testing.assert_array_equal(read, image)
+  np.testing.assert_array_equal(inpainting.read_mask("mask", mask, (6, 8)), mask)
+  with pytest.raises(SettingError, match=r"'6x8x3': must have .* size, 8x6x3"):
+    inpainting.read_image("image", image, (8, 6), 3)
+  with pytest.raises(SettingError, match=r"'6x8': must have .* image, 8x6"):
+    inpainting.read_mask("mask", mask, (8, 6))
+  tokens = inpainting.hidden_tokens(mask, 2)
+  assert tokens.tolist() == [False, False, True, True] * 3
+
+
 @pytest.mark.parametrize(
   ("mask", "message"),
   [
