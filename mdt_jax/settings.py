@@ -25,6 +25,7 @@ from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice, named_in_errors
 from mdt_jax.logs import logger
+from mdt_jax.setting_limits import check_maxima
 from mdt_jax.sizes import Size, to_size
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
@@ -417,6 +418,7 @@ class Settings:
         "config.ema_decays", decays, "must be one or more numbers in [0, 1)"
       )
     self._check_sampling()
+    check_maxima(dataclasses.asdict(self))
 
   @property
   def sampled_decay(self) -> float:

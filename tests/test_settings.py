@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mdt_jax import setting_limits
 from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
@@ -142,6 +143,23 @@ def test_error_names_setting_value_and_accepted_values(setting, value, accepted)
     "accumulation_steps",
   )
   assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", setting_limits.MAXIMA)
+def test_setting_above_its_largest_value_is_refused(name):
+  largest = setting_limits.MAXIMA[name]
+  config = default_config()
+  settings = Settings.from_config(config).to_dict()
+  *groups, last = name.split(".")[1:]
+  group = settings
+  for part in groups:
+    group = group[part]
+  group[last] = largest
+  setting_limits.check_maxima(settings)
+  group[last] = largest + 1
+  with pytest.raises(SettingError) as error:
+    setting_limits.check_maxima(settings)
+  assert (error.value.setting, error.value.value) == (name, largest + 1)
 
 
 def test_guidance_without_label_dropout_is_refused():
