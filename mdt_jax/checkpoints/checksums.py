@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+
+from mdt_jax.atomic import atomic_write
 
 FILE = "checksums.json"  # inside the folder of a checkpoint
 _OWN = "seal"  # key of the checksum of all other entries; part of the file format
@@ -16,9 +17,8 @@ _CHUNK = 1 << 22  # bytes read at a time
 def write_checksums(folder: Path) -> None:
   """Writes size and CRC-32 of each file of a complete checkpoint to checksums.json."""
   files = {name: _checksum(folder / name) for name in _files(folder)}
-  partial = folder / f".{FILE}.partial"
-  partial.write_text(json.dumps({"files": files, _OWN: _of_names(files)}))
-  os.replace(partial, folder / FILE)
+  with atomic_write(folder / FILE) as partial:
+    partial.write_text(json.dumps({"files": files, _OWN: _of_names(files)}))
 
 
 def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
