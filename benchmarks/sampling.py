@@ -68,7 +68,7 @@ def benchmark(name: str) -> dict[str, Any]:
 
   key = jax.random.key(0)
   params = jax.jit(functools.partial(init_params, model))(key)
-  shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
+  shape = (BATCH_SIZE.value, *model.input_shape)
   x = jax.random.normal(key, shape)
   labels = jax.random.randint(key, shape[:1], 0, model.num_classes)
   compiled = steps.lower(params, x, labels, key).compile()

@@ -68,7 +68,7 @@ def benchmark(name: str) -> dict[str, Any]:
     # Rounded up, so that mdt_jax never computes fewer tokens than the reference.
     num_keep = multiple * math.ceil(kept / multiple)
   random = np.random.default_rng(0)
-  shape = (BATCH_SIZE.value, model.input_size, model.input_size, model.in_channels)
+  shape = (BATCH_SIZE.value, *model.input_shape)
   with sharding.use_mesh(mesh):
     program = make_program(experiment)
     state = program.init(jax.random.key(0))

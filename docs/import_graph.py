@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_name("architecture.md")
 BEGIN, END = "<!-- graph: python docs/import_graph.py -->\n", "<!-- end of graph -->\n"
 COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan"}
 # Everything may import these; `conversion` is an old address of `pretrained`.
-LEFT_OUT = {"errors", "logs", "types", "atomic", "typed_config", "conversion"}
+LEFT_OUT = {"errors", "logs", "types", "atomic", "typed_config", "sizes", "conversion"}
 
 
 def read_imports() -> dict[str, set[str]]:

@@ -284,17 +284,17 @@ class MDT(Network, kw_only=True):
 
     Raises:
       SettingError: an attribute is invalid.
-      ValueError: `token_mask` is given to DiT.
+      ValueError: `x` has another shape, or `token_mask` is given to DiT.
     """
     self.check()
+    self.check_input(x)
     if token_mask is not None and not self.takes_mask:
       raise ValueError("DiT has no side-interpolater: token_mask must be None")
 
     width, dtype = self.hidden_size, self.dtype
     options = dict(dtype=dtype, forward_mode=self.forward_mode)
     patch_embed = PatchEmbed(self.patch_size, width, **options, name="patch_embed")
-    embedded = patch_embed(x.astype(self.dtype))  # (B, L, D)
-    embedded = embedded + self._positions("pos_embed")
+    embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
 
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
     c = c + self.conditioning.embedder(width, dtype)(y, train)  # (B, D)

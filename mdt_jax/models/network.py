@@ -133,6 +133,14 @@ class Network(nn.Module, kw_only=True):
     holds = self.unroll == -1 or self.unroll > 0
     self._require("unroll", holds, "must be -1 (all) or at least 1")
 
+  def check_input(self, x: Float[Array, "B H W C"]) -> None:
+    """Raises ValueError if x has another shape than `input_shape`.
+
+    Otherwise a network of (16, 24) would read images of (24, 16), of as many tokens.
+    """
+    if x.shape[1:] != self.input_shape:
+      raise ValueError(f"x must have shape {('B', *self.input_shape)}, has {x.shape}")
+
   def _require(self, name: str, holds: bool, accepted: str) -> None:
     """Raises SettingError for the attribute `name` unless `holds`."""
     if not holds:

@@ -113,3 +113,12 @@ def test_hidden_tokens_of_a_rectangle_do_not_reach_the_encoder():
   visible[:, 2:4, 4:6] += 5
   np.testing.assert_array_equal(forward(hidden), before)
   assert float(jnp.abs(forward(visible) - before).max()) > 0
+
+
+@pytest.mark.parametrize("shape", [(2, LENGTH, HEIGHT, 2), (2, 4, 15, 2)])
+def test_input_of_another_shape_is_refused(shape):
+  model = make("MDTv2-S/2", (HEIGHT, LENGTH))
+  params = {"params": reference.random_params(model)}
+  _, t, y = inputs()
+  with pytest.raises(ValueError, match=r"\('B', 6, 10, 2\), has \(2, "):
+    model.apply(params, np.zeros(shape, np.float32), t, y)
