@@ -118,7 +118,7 @@ def import_features(
     if mean is not None and std is not None:
       views = np.stack([(views[:, :, 0] - mean) / std, views[:, :, 1] / std], axis=2)
     with np.errstate(over="ignore"):  # the writer refuses what is not finite
-    return views.astype(latent_card.DTYPES[dtype])
+      return views.astype(latent_card.DTYPES[dtype])
 
   shards = range(process_index, num_shards, process_count)
   total = sum(len(latent_set.shard_images(shard)) for shard in shards)
