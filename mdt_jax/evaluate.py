@@ -36,6 +36,7 @@ from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
 from mdt_jax.paths import local_path, output_file, output_folder
 from mdt_jax.settings import SamplingSettings
+from mdt_jax.training.distributed import process_index
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -263,6 +264,9 @@ def _outputs(metrics: list[str]) -> dict[str, Path]:
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
+  """Writes scores; all processes hold the same ones, and process 0 writes them."""
+  if process_index() > 0:
+    return
   write_json(path, found)
   logger.info("%s", path)
 

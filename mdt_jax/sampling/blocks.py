@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped, UInt32
 
 from mdt_jax.diffusion.samplers import OnStep
+from mdt_jax.logs import counted, logger
 from mdt_jax.sampling.generator import Generator, Given
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Array, Params
@@ -189,7 +191,7 @@ class BlockGenerator:
       decode_params = jax.device_put(decode_params, self._replicated)
       seed = jax.device_put(np.uint32(request.seed), self._replicated)
 
-    def start(group: list[int]) -> Array:
+    def start(group: list[int]) -> tuple[Array, Array]:
       filled = group + group[:1] * (self._num_devices - len(group))
       labels, ids, given = request.inputs(filled)
       # The mesh is set only here, so the caller's mesh is in place at each `yield`.
@@ -202,23 +204,37 @@ class BlockGenerator:
           {n: jax.device_put(a, self._shardings[n]) for n, a in given.items()},
         )
         images = self._decode(decode_params, latents)
+        finite = _are_finite(latents)
       images.copy_to_host_async()
-      return images
+      return images, finite
 
-    def finish(group: list[int], images: Array) -> Iterator[tuple[int, np.ndarray]]:
-      rows = np.asarray(images).reshape(-1, request.block_size, *images.shape[1:])
-      for block, images_of_block in zip(group, rows, strict=False):
-        yield block, images_of_block[: len(request.ids(block))]
+    def finish(
+      group: list[int], images: Array, finite: Array
+    ) -> Iterator[tuple[int, np.ndarray]]:
+      rows, finite_rows = (
+        np.asarray(array).reshape(-1, request.block_size, *array.shape[1:])
+        for array in (images, finite)
+      )
+      for block, row, finite_row in zip(group, rows, finite_rows, strict=False):
+        ids = request.ids(block)
+        _warn_of_not_finite(ids, finite_row[: len(ids)])
+        yield block, row[: len(ids)]
 
-    started: tuple[list[int], Array] | None = None
+    started: tuple[list[int], Array, Array] | None = None
     for first in range(0, len(blocks), self._num_devices):
       group = blocks[first : first + self._num_devices]
-      following = (group, start(group))
+      following = (group, *start(group))
       if started is not None:
         yield from finish(*started)
       started = following
     if started is not None:
       yield from finish(*started)
+
+
+@jax.jit
+def _are_finite(latents: Array) -> Bool[Array, "B"]:
+  """Whether all numbers of each latent are finite."""
+  return jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 @contextlib.contextmanager
@@ -257,4 +273,20 @@ def generate_batches(
   for block in range(request.num_blocks):
     block_labels, ids, _ = request.inputs([block])
     images = generator(params, block_labels, ids, np.uint32(seed))
-    yield fetch(images)[: len(request.ids(block))]
+    found = fetch(images)[: len(request.ids(block))]
+    _warn_of_not_finite(request.ids(block), np.asarray(_are_finite(found)))
+    yield found
+
+
+def _warn_of_not_finite(
+  ids: Int[np.ndarray, "n"], finite: Bool[np.ndarray, "n"]
+) -> None:
+  """Warns of images that hold NaN or infinity, which become black pixels."""
+  if not finite.all():
+    logger.warning(
+      "%s of images %d to %d not finite: the network is trained too little, or has "
+      "diverged",
+      counted(int((~finite).sum()), "image"),
+      ids[0],
+      ids[-1],
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.sampling.blocks import Request
+from mdt_jax.sampling.blocks import BlockGenerator, Request, generate_batches
 
 LABELS = np.array([3, 1, 4, 1, 5])
 
@@ -23,3 +25,19 @@ def test_request_accepts_one_input_image_or_one_per_image():
   assert own["image"].ravel().tolist() == [2, 3]
   same = Request(LABELS, seed=0, block_size=2, image=images[4]).inputs([1])[2]
   assert same["image"].ravel().tolist() == [4, 4]
+
+
+def test_images_that_are_not_finite_are_counted_in_a_warning(caplog):
+  def generator(params, labels, ids, seed, given=None):
+    return jnp.where(ids[:, None, None, None] % 3 == 1, jnp.nan, jnp.ones((1, 2, 2, 1)))
+
+  request = Request(np.zeros(7, int), 0, 4)
+  blocks = BlockGenerator(generator, lambda _, latents: latents, jax.devices()[:1])
+  with caplog.at_level("WARNING", "mdt_jax"):
+    found = dict(blocks({}, {}, request))
+    (batch, *_) = generate_batches(generator, {}, request.labels, seed=0, batch_size=7)
+  assert found[1].shape == (3, 2, 2, 1) and batch.shape == (7, 2, 2, 1)
+  first, second = (m for m in caplog.messages if "0 to 6" not in m)
+  assert first.startswith("1 image of images 0 to 3 ")
+  assert second.startswith("1 image of images 4 to 6 ")
+  assert any(m.startswith("2 images of images 0 to 6 ") for m in caplog.messages)
