@@ -268,6 +268,17 @@ def test_bad_image_size_is_refused_in_one_line(encoded, flag, texts):
   assert_refused(encode(encoded, f"--image_size={flag}"), *texts)
 
 
+def test_square_given_as_two_numbers_resumes_a_run_of_one_number(tmp_path, caplog):
+  loop.train(tiny_dit_config(num_steps=2), tmp_path)
+  config = tiny_dit_config(num_steps=4, **{"model.input_size": (8, 8)})
+  with caplog.at_level("INFO", "mdt_jax"):
+    loop.train(config, tmp_path)
+  assert "resuming from the checkpoint at step 2" in caplog.text
+  assert "config.model.input_size" not in caplog.text
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved["model"]["input_size"] == 8
+
+
 def test_default_network_of_a_rectangle_is_built_from_settings():
   config = default_config()
   config.model.input_size = (32, 48)

@@ -33,7 +33,7 @@ class Convention(NamedTuple):
   """What stored features mean.
 
   Attributes:
-    layout: one of LAYOUTS; None infers the layout from the shape of a feature.
+    layout: one of LAYOUTS; None infers the layout from the shape of a square feature.
     kind: one of KINDS.
     scaling_factor, shift_factor: latents are (x - shift_factor) * scaling_factor.
     scaled: whether the stored features are these latents already.
