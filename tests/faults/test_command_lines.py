@@ -76,7 +76,7 @@ def problem_of(command: str, arguments: list[str], world: Path) -> str | None:
   return None
 
 
-@pytest.mark.faults(short=4, whole=64)
+@pytest.mark.faults(short=2, whole=64)
 def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
   world, tmp_path, fault
 ):
@@ -92,7 +92,7 @@ def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
   assert not problems, "\n\n".join(problems)
 
 
-@pytest.mark.faults(short=4, whole=26)
+@pytest.mark.faults(short=2, whole=26)
 def test_damaged_file_is_used_or_refused_in_one_line(world, tmp_path, fault):
   problems = []
   for i in range(LINES_IN_A_TEST):
