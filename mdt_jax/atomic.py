@@ -1,6 +1,7 @@
 """Atomic writing of files: a reader sees the old or the new file, never a part.
 
 This holds after a power cut too: the contents reach the disk before the name does.
+`read_json` reads files that `write_json` or a user wrote.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Errors of file systems that cannot wait, such as some network file systems.
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+# Far above the card of the largest latent set, which counts the labels of each shard.
+MAX_JSON = 2**30  # bytes
 
 
 @contextlib.contextmanager
@@ -46,6 +50,44 @@ def write_json(path: Path, value: Any) -> None:
   unique = f".{secrets.token_hex(4)}"  # process ids are not unique across hosts
   with atomic_write(path, unique) as partial:
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(
+  path: Path, refuse: Callable[[str], Exception], max_bytes: int = MAX_JSON
+) -> dict[str, Any]:
+  """Reads a JSON dict from a file that may be damaged.
+
+  Args:
+    path: path of the file, or of a link to the file.
+    refuse: makes the error that is raised from one line about the file, such as
+      "card.json must hold a dict".
+    max_bytes: largest accepted size of the file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    Exception: the error of `refuse`: the file cannot be read, is a folder, a FIFO or a
+      device, is larger than `max_bytes`, or holds anything but a JSON dict in UTF-8.
+  """
+  try:
+    # Without O_NONBLOCK, opening a FIFO waits for its other end.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+      if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise ValueError("it is no regular file")
+      content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+      raise ValueError(f"it has more than {max_bytes:,} bytes")
+    found = json.loads(content.decode("utf-8"))
+  except FileNotFoundError:
+    raise
+  except RecursionError:
+    raise refuse(f"{path.name} cannot be read: it is nested too deep") from None
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise refuse(f"{path.name} cannot be read: {reason}") from None
+  if not isinstance(found, dict):
+    raise refuse(f"{path.name} must hold a dict")
+  return found
 
 
 def _to_disk(path: Path) -> None:

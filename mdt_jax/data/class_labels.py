@@ -10,7 +10,7 @@ learned:
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mdt_jax.atomic import write_json
+from mdt_jax.atomic import read_json, write_json
 from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import counted, printable
@@ -46,8 +46,8 @@ class DataLabels:
     """Returns the labels of a source.
 
     A source may have `label_counts`, a dict label -> number of examples. Without it,
-    the source is taken to hold every label below `num_classes`. A source may also have
-    `class_names`, the name of each class.
+    the source counts as holding every label below `num_classes`. A source may also
+    have `class_names`, the name of each class.
     """
     counts = getattr(source, "label_counts", None) or {}
     names = getattr(source, "class_names", None) or ()
@@ -74,21 +74,19 @@ class DataLabels:
     Raises:
       SettingError: setting "path": labels.json is damaged.
     """
-    path = workdir / FILE
+    refuse = functools.partial(_damaged, workdir)
     try:
-      found = json.loads(path.read_text(encoding="utf-8"))
+      found = read_json(workdir / FILE, refuse)
     except FileNotFoundError:
       return None
-    except (OSError, ValueError, RecursionError) as error:
-      raise _damaged(workdir, f"cannot be read: {error}") from None
-    labels = found.get("labels") if isinstance(found, dict) else None
+    labels = found.get("labels")
     if not _is_list(labels, int) or not labels:
-      raise _damaged(workdir, 'must hold "labels", a list of whole numbers')
+      raise refuse(f'{FILE} must hold "labels", a list of whole numbers')
     if sorted(set(labels)) != labels or labels[0] < 0 or labels[-1] >= num_classes:
-      raise _damaged(workdir, f"must hold increasing labels in [0, {num_classes})")
+      raise refuse(f"{FILE} must hold increasing labels in [0, {num_classes})")
     names = found.get("names") or []
     if not _is_list(names, str) or len(names) not in (0, len(labels)):
-      raise _damaged(workdir, 'must hold "names", one text for each label, or null')
+      raise refuse(f'{FILE} must hold "names", one text for each label, or null')
     return cls(np.asarray(labels), names)
 
   def write(self, workdir: Path) -> None:
@@ -128,7 +126,5 @@ def _is_list(value: Any, kind: type) -> bool:
 def _damaged(workdir: Path, text: str) -> SettingError:
   """Returns the error for a labels.json that cannot be used."""
   return SettingError(
-    "path",
-    str(workdir),
-    f"{FILE} {text}; delete this file to draw all labels",
+    "path", str(workdir), f"{text}; delete this file to draw all labels"
   )

@@ -5,7 +5,6 @@ People edit cards by hand, so each value that a reader uses is checked.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from mdt_jax.atomic import read_json
 from mdt_jax.errors import SettingError
 
 FORMAT = "mdt_jax latents 1"
@@ -44,24 +44,6 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     ) from None
   check_card(card, refuse)
   return card
-
-
-def read_json(path: Path, refuse: Refuse) -> dict[str, Any]:
-  """Reads a JSON dict.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    SettingError: the error of `refuse`: the file cannot be read.
-  """
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise
-  except (OSError, ValueError, RecursionError) as error:
-    raise refuse(f"{path.name} cannot be read: {error}") from None
-  if not isinstance(found, dict):
-    raise refuse(f"{path.name} must hold a dict")
-  return found
 
 
 def check_card(card: dict[str, Any], refuse: Refuse) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mdt_jax.atomic import write_json
+from mdt_jax.atomic import read_json, write_json
 from mdt_jax.data import file_names, latent_card, latents
 from mdt_jax.errors import SettingError
 
@@ -117,7 +117,7 @@ class LatentSet:
       write_json(self.folder / BEGUN, self.card)
     elif BEGUN not in names:
       raise self.error("must be empty or hold a latent set with the same settings")
-    self._check_card(latent_card.read_json(self.folder / BEGUN, self.error))
+    self._check_card(read_json(self.folder / BEGUN, self.error))
 
   def finish(self) -> bool:
     """Writes card.json if all shards are finished.
@@ -134,7 +134,7 @@ class LatentSet:
     paths = [self.shard_path(shard) for shard in range(self.num_shards)]
     card_path = self.folder / latents.CARD
     try:
-      entries = [latent_card.read_json(entry_path(p), self.error) for p in paths]
+      entries = [read_json(entry_path(p), self.error) for p in paths]
     except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
     for path, entry in zip(paths, entries, strict=True):
@@ -168,7 +168,7 @@ class LatentSet:
 
   def _finished_card(self) -> dict[str, Any]:
     """Reads card.json; raises SettingError if it is damaged or of another set."""
-    card = latent_card.read_json(self.folder / latents.CARD, self.error)
+    card = read_json(self.folder / latents.CARD, self.error)
     self._check_card(card)
     latent_card.check_card(card, self.error)
     return card

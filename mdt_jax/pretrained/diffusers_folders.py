@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from mdt_jax.atomic import read_json
 from mdt_jax.errors import SettingError
 
 CONFIG_FILE = "config.json"
@@ -36,14 +36,11 @@ def read_config(path: Path, setting: str) -> dict[str, Any]:
   Raises:
     SettingError: the file cannot be read, or holds anything but a dict.
   """
-  if not os.path.isfile(path) or path.stat().st_size > _MAX_CONFIG:
-    raise SettingError(
-      setting, str(path), f"must be a JSON file of at most {_MAX_CONFIG} bytes"
-    )
+
+  def refuse(text: str) -> SettingError:
+    return SettingError(setting, str(path), text)
+
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise SettingError(setting, str(path), f"must be a JSON file: {error}") from None
-  if not isinstance(config, dict):
-    raise SettingError(setting, str(path), "must hold a dict of settings")
-  return config
+    return read_json(path, refuse, _MAX_CONFIG)
+  except FileNotFoundError:
+    raise refuse("must be a JSON file; there is no such file") from None
