@@ -13,6 +13,7 @@ import jax
 from mdt_jax import recipes
 from mdt_jax.checkpoints import loading, manager
 from mdt_jax.config import write_config
+from mdt_jax.data import class_labels
 from mdt_jax.diffusion.gaussian import PREDICTIONS
 from mdt_jax.diffusion.schedules import SCHEDULES
 from mdt_jax.errors import SettingError, renamed_in_errors
@@ -51,7 +52,8 @@ def from_torch_file(
       `torch_mdt.from_torch`.
     workdir: an empty folder, or the path of a new folder.
     network: name of the network; see `torch_mdt.from_torch`.
-    overwrite: whether to replace the checkpoints in `workdir`.
+    overwrite: whether to replace the checkpoints in `workdir`. Other files stay, except
+      labels.json, which belongs to the old checkpoints.
     decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
 
   Returns:
@@ -84,6 +86,8 @@ def from_torch_file(
     write_config(settings, partial)
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workdir / manager.FOLDER, ignore_errors=True)
+    # The labels of the data of the old run do not belong to the new network.
+    (workdir / class_labels.FILE).unlink(missing_ok=True)
     for entry in partial.iterdir():
       entry.replace(workdir / entry.name)
   finally:

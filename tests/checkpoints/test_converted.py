@@ -12,6 +12,7 @@ from mdt_jax import Experiment, SettingError, recipes
 from mdt_jax.checkpoints.converted import from_torch_file, to_torch_file
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.models.registry import MODELS
 from mdt_jax.pretrained.tensors import read_tensors, write_tensors
 from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
@@ -166,6 +167,14 @@ def test_overwrite_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
   from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=True)
   assert Pipeline.from_checkpoint(tmp_path / "run").config.model.name == "MDTv2-S/2"
   assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+
+
+def test_overwrite_removes_the_labels_of_the_old_run(tmp_path):
+  from_torch_file(fixture("mdt_v1"), tmp_path / "run")
+  DataLabels(np.array([1, 4]), ["ant", "bee"]).write(tmp_path / "run")
+  from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=True)
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert pipeline.experiment.data_labels is None
 
 
 def test_invalid_file_overwrites_nothing(tmp_path):
