@@ -24,6 +24,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.logs import counted, printable
 
 FILE = "labels.json"
+_MAX_DIGITS = 18  # of a class number: each such number fits into int64
 SHOWN_CLASSES = 3  # number of class names in a log line
 
 
@@ -116,6 +117,12 @@ class DataLabels:
       text += f": {', '.join(map(printable, self.names[:SHOWN_CLASSES]))}"
       text += ", …" if len(self.names) > SHOWN_CLASSES else ""
     return text
+
+
+def class_number(text: str) -> int | None:
+  """Returns the class number in a text; None for other texts, and above 18 digits."""
+  text = text.strip()
+  return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
 
 
 def _is_list(value: Any, kind: type) -> bool:

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from mdt_jax.atomic import read_json
+from mdt_jax.data.class_labels import class_number
 from mdt_jax.errors import SettingError
 
 FORMAT = "mdt_jax latents 1"
@@ -106,7 +107,9 @@ def check_shard(shard: Any, where: str, num_classes: int, refuse: Refuse) -> Non
     raise refuse(f"{where} must have left_out, a list of names")
   labels = shard.get("labels", {})
   if not isinstance(labels, dict) or not all(
-    label.isdecimal() and int(label) < num_classes and is_whole(count, 0)
+    (number := class_number(label)) is not None
+    and number < num_classes
+    and is_whole(count, 0)
     for label, count in labels.items()
   ):
     raise refuse(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.class_labels import DataLabels, class_number
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import printable
 from mdt_jax.models.conditions import Condition, LabelCondition
@@ -169,11 +169,14 @@ def _parse(
   """The class number of one label; raises SettingError for an invalid label."""
   if hasattr(label, "__array__") and np.ndim(label) == 0:  # a number of NumPy or JAX
     label = np.asarray(label).item()
-  if isinstance(label, str) and not label.strip().isdecimal():
-    return _class_of(setting, label, num_classes, held)
+  if isinstance(label, str):
+    found = class_number(label)
+    if found is None:
+      return _class_of(setting, label, num_classes, held)
+    label = found
   classes = f"labels of this model are 0 … {num_classes - 1}"
   null = f", or {num_classes} or None for the null label" if has_null else ""
-  if isinstance(label, bool) or not isinstance(label, (int, str, type(None))):
+  if isinstance(label, bool) or not isinstance(label, (int, type(None))):
     raise SettingError(
       setting, _shown(label), f"must be a whole number or a name: {classes}{null}"
     )

@@ -158,6 +158,11 @@ def test_imagenet_folders_accept_names_of_imagenet():
   assert found.tolist() == [207, 3]
 
 
+def test_class_may_have_a_long_number_as_its_name():
+  held = DataLabels(np.arange(2), ["9" * 20, "bee"])
+  assert parse_labels("labels", ["9" * 20], 2, held=held).tolist() == [0]
+
+
 def test_same_name_of_two_classes_is_ambiguous():
   held = DataLabels(np.arange(3), ["Ant", "ANT", "bee"])
   assert parse_labels("labels", ["ANT"], 10, held=held).tolist() == [1]

@@ -88,6 +88,15 @@ def test_card_with_wrong_image_count_is_refused(folder):
     open_set(folder)
 
 
+@pytest.mark.parametrize("label", ["x", "-1", "5", "9" * 20, "9" * 5_000])
+def test_card_with_a_label_of_no_class_is_refused(folder, label):
+  card = latents.read_card(folder)
+  card["shards"][1]["labels"] = {label: 8}
+  (folder / latents.CARD).write_text(json.dumps(card))
+  with pytest.raises(SettingError, match=r"shard 1 of card\.json must have labels"):
+    open_set(folder)
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [(None, "holds no card.json"), ("{", "cannot be read"), ("{}", "format 'mdt_jax")],

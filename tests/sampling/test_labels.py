@@ -74,6 +74,8 @@ def test_numbers_and_names_may_be_mixed():
     (b"3", 10, "labels = b'3': must be a whole number"),
     ([1.5], 10, "labels = 1.5: must be a whole number or a name"),
     ([True], 10, "labels = True: must be a whole number or a name"),
+    (["9" * 20], 10, "labels of this model are numbers, 0 … 9"),
+    (["9" * 5_000], 1000, "is not a name of an ImageNet class"),
     (["golden retriever"], 10, "labels of this model are numbers, 0 … 9"),
     (["golden retriver"], 1000, "labels = 'golden retriver': "),
     (["crane"], 1000, "134 (crane) or 517 (crane)"),
