@@ -208,8 +208,8 @@ def _import_features() -> None:
     num_shards=NUM_SHARDS.value,
     num_threads=NUM_THREADS.value,
     max_unreadable=MAX_UNREADABLE.value,
-    process_index=PROCESS_INDEX.value or 0,
-    process_count=PROCESS_COUNT.value or 1,
+    process_index=PROCESS_INDEX.value,
+    process_count=PROCESS_COUNT.value,
   )
 
 

@@ -13,7 +13,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Example, Subset
 from mdt_jax.data.features import Convention, FeatureSource, open_features
 from mdt_jax.data.latent_set import LatentSet
-from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
+from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
 from mdt_jax.data.latents import channel_statistics, open_set
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
@@ -44,8 +44,8 @@ def import_features(
   num_shards: int | None = None,
   num_threads: int = 8,
   max_unreadable: int = 100,
-  process_index: int = 0,
-  process_count: int = 1,
+  process_index: int | None = None,
+  process_count: int | None = None,
 ) -> bool:
   """Writes a latent set of features that any encoder made.
 
@@ -61,8 +61,8 @@ def import_features(
     num_shards: number of shards; None for one per 10,000 images.
     num_threads: number of threads that read features.
     max_unreadable: largest accepted number of unreadable features.
-    process_index, process_count: index of this process, and number of processes that
-      write the set.
+    process_index, process_count: index of this process, from 0, and number of processes
+      that write the set; None for those of JAX.
 
   Returns:
     Whether the set is finished; False if other processes still write shards.
@@ -79,6 +79,7 @@ def import_features(
     raise SettingError(
       "standardize", True, "replaces scaling_factor and shift_factor: leave these out"
     )
+  index, count = this_process(process_index, process_count)
   source = open_features(features, labels, convention, max_unreadable)
   check_range("num_shards", num_shards, 1, len(source))
   num_shards = num_shards or -(-len(source) // IMAGES_PER_SHARD)
@@ -120,7 +121,7 @@ def import_features(
     with np.errstate(over="ignore"):  # the writer refuses what is not finite
       return views.astype(latent_card.DTYPES[dtype])
 
-  shards = range(process_index, num_shards, process_count)
+  shards = range(index, num_shards, count)
   total = sum(len(latent_set.shard_images(shard)) for shard in shards)
   with tqdm.tqdm(total=total, unit="image") as bar:
     finished = write_latents(
@@ -129,8 +130,8 @@ def import_features(
       store,
       batch_size=BATCH_SIZE,
       num_threads=num_threads,
-      process_index=process_index,
-      process_count=process_count,
+      process_index=index,
+      process_count=count,
       progress=bar.update,
     )
   if finished:

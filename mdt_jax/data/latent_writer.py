@@ -22,7 +22,7 @@ from mdt_jax.data import file_names, latents
 from mdt_jax.data.examples import Example, count_labels
 from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, check_range
 from mdt_jax.logs import logger
 
 try:
@@ -42,6 +42,7 @@ EncodeFn: TypeAlias = Callable[
 Loaded: TypeAlias = tuple[np.ndarray, int, str] | str
 
 IMAGES_PER_SHARD = 10_000
+MAX_PROCESSES = 65_536
 # One record per chunk makes random access fast. Latents do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -63,6 +64,32 @@ class NamedImages(Protocol):
   def leave_out(self, index: int, error: Exception, /) -> None:
     """Counts an unreadable image; raises SettingError if there are too many."""
     ...
+
+
+def this_process(index: int | None, count: int | None) -> tuple[int, int]:
+  """Returns (index of this process, number of processes) that write a set.
+
+  Args:
+    index, count: both numbers as the user gives them; None for both: those of JAX.
+
+  Raises:
+    SettingError: setting "process_index" or "process_count": only one of the two is
+      given, or a number is out of range.
+  """
+  if index is None and count is None:
+    import jax
+
+    # Without this test, jax.process_index() would start the devices.
+    if not jax.distributed.is_initialized():
+      return 0, 1
+    return jax.process_index(), jax.process_count()
+  if count is None:
+    raise SettingError("process_count", None, "must be given with --process_index")
+  if index is None:
+    raise SettingError("process_index", None, "must be given with --process_count")
+  check_range("process_count", count, 1, MAX_PROCESSES)
+  check_range("process_index", index, 0, count - 1)
+  return index, count
 
 
 def write_latents(

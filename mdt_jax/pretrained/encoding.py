@@ -19,7 +19,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latent_set import LatentSet
-from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, write_latents
+from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
 from mdt_jax.paths import local_path, output_file, output_folder
@@ -29,9 +29,9 @@ from mdt_jax.types import Array
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STATISTICS = "statistics.json"
-# Bounds far above what anyone encodes, so that a slip of the pen uses up no memory.
+# Bounds far above any use, so that a mistyped value does not use up the memory.
 MAX_IMAGES, MAX_IMAGE_SIZE = 100_000_000, 16_384
-MAX_BATCH_SIZE, MAX_THREADS, MAX_PROCESSES = 65_536, 1_024, 65_536
+MAX_BATCH_SIZE, MAX_THREADS = 65_536, 1_024
 # Setting in an error of an inner function -> argument of the functions below.
 _ARGUMENTS = {
   "config.data.max_unreadable": "max_unreadable",
@@ -80,8 +80,8 @@ def encode_images(
     num_threads: number of threads that read and crop images.
     max_unreadable: largest accepted number of unreadable images, which are left out.
     image_bits: bits of the values in image files of more than 8 bits.
-    process_index: index of this process, from 0; None for jax.process_index().
-    process_count: number of processes that write the set; None for jax.process_count().
+    process_index, process_count: index of this process, from 0, and number of processes
+      that write the set; None for those of JAX.
 
   Returns:
     Whether the set is finished; False if other processes still write shards.
@@ -98,7 +98,7 @@ def encode_images(
   check_range("num_threads", num_threads, 1, MAX_THREADS)
   images = _open_images(source, split, image_size, max_unreadable, image_bits)
   check_range("num_shards", num_shards, 1, len(images))
-  index, count = _process(process_index, process_count)
+  index, count = this_process(process_index, process_count)
   devices = jax.local_devices()
   mesh = sharding.make_mesh(devices=devices)
   if batch_size % len(devices):
@@ -303,16 +303,3 @@ def _open_images(
   check_range("image_bits", image_bits, 8, 16)
   files = open_files(source, split)
   return ImageSource(files, image_size, 3, max_unreadable, image_bits)
-
-
-def _process(index: int | None, count: int | None) -> tuple[int, int]:
-  """Returns (index, count) of the processes; None means JAX's values for both."""
-  if index is None and count is None:
-    return jax.process_index(), jax.process_count()
-  if count is None:
-    raise SettingError("process_count", None, "must be given with --process_index")
-  if index is None:
-    raise SettingError("process_index", None, "must be given with --process_count")
-  check_range("process_count", count, 1, MAX_PROCESSES)
-  check_range("process_index", index, 0, count - 1)
-  return index, count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -198,6 +199,52 @@ def test_same_call_resumes_and_other_settings_are_refused(tmp_path):
       num_shards=3,
       convention=Convention(scaled=False),
     )
+
+
+def test_processes_write_one_set_together(tmp_path):
+  np.savez(tmp_path / "x.npz", latents=FEATURES, labels=LABELS)
+
+  def run(output, **process):
+    return import_features(
+      tmp_path / "x.npz", tmp_path / output, num_shards=3, **process
+    )
+
+  assert not run("set", process_index=1, process_count=2)
+  assert run("set", process_index=0, process_count=2)
+  assert run("alone")
+  for path in (tmp_path / "alone").iterdir():
+    assert (tmp_path / "set" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_processes_of_jax_write_one_set_together(tmp_path, monkeypatch):
+  write_array(tmp_path / "x.npy", FEATURES)
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert not import_features(tmp_path / "x.npy", tmp_path / "set", num_shards=3)
+  written = [path.name for path in (tmp_path / "set").glob("*.array_record")]
+  assert written == ["latents-00001-of-00003.array_record"]
+
+
+@pytest.mark.parametrize(
+  ("index", "count", "argument"),
+  [
+    (1, None, "process_count"),
+    (None, 2, "process_index"),
+    (-1, 2, "process_index"),
+    (2, 2, "process_index"),
+    (0, 0, "process_count"),
+    (0, 10**9, "process_count"),
+  ],
+)
+def test_impossible_process_is_refused(tmp_path, index, count, argument):
+  write_array(tmp_path / "x.npy", FEATURES)
+  with pytest.raises(SettingError) as caught:
+    import_features(
+      tmp_path / "x.npy", tmp_path / "set", process_index=index, process_count=count
+    )
+  assert caught.value.setting == argument
+  assert not (tmp_path / "set").exists()
 
 
 def test_unreadable_feature_is_left_out(fast_dit, tmp_path):
