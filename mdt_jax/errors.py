@@ -35,7 +35,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def reason_of_machine(error: Exception) -> str | None:
-  """What of the machine caused an exception, on one line; None for other causes."""
+  """Describes, in one line, a fault of the machine that caused an exception.
+
+  Returns:
+    The disk or the memory as the cause; None for any other cause.
+  """
   text = " ".join(str(error).split())
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
     return f"too little memory: {text[:300] or 'an array cannot be allocated'}"

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM end a command with one line, also while it imports its modules.
 
-The commands import this module first. To import it elsewhere has no effect.
+The commands import this module first. Importing it elsewhere has no effect.
 """
 
 from __future__ import annotations
@@ -10,17 +10,31 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 
 
-def handle_sigterm() -> None:
-  """Makes SIGTERM end the process with one line and `EXIT_TRY_AGAIN`.
+def raise_on_sigint() -> None:
+  """Makes SIGINT raise KeyboardInterrupt again, as Python does by default."""
+  _handle(signal.SIGINT, signal.default_int_handler)
 
-  In other threads than the main thread, Python allows no signal handlers.
+
+def handle_sigterm() -> None:
+  """Makes SIGTERM end the process with one line and `EXIT_TRY_AGAIN`."""
+  _handle(signal.SIGTERM, _end)
+
+
+def _handle(number: int, handler: Callable[[int, Any], Any]) -> None:
+  """Sets the handler of a signal, unless the process ignores the signal.
+
+  Shells start background commands with SIGINT ignored. In other threads than the main
+  thread, Python allows no signal handlers.
   """
-  if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, _end)
+  is_main = threading.current_thread() is threading.main_thread()
+  if is_main and signal.getsignal(number) != signal.SIG_IGN:
+    signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> None:
@@ -44,4 +58,4 @@ def _is_command() -> bool:
 
 if _is_command():
   handle_sigterm()
-  signal.signal(signal.SIGINT, _end)  # until `cli.run`
+  _handle(signal.SIGINT, _end)  # until `cli.run`

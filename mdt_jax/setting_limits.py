@@ -1,7 +1,7 @@
 """Largest values of settings, far above any use.
 
-A slip of the hand, such as a batch of 10**12 images, would otherwise use up the memory
-or the day before anything refuses it. Smallest values stand in `settings`.
+A mistyped value, such as a batch of 10**12 images, would otherwise use up the memory or
+the day before anything refuses it. `settings` checks the smallest values.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from flax import traverse_util
 
 from mdt_jax.errors import SettingError
+from mdt_jax.sizes import height_width
 
 MAXIMA = {
   "config.batch_size": 1_048_576,
-  "config.checkpoints_to_keep": 100_000,
   "config.num_samples": 65_536,
   "config.data.num_threads": 1_024,
   "config.data.num_workers": 1_024,
@@ -43,6 +43,7 @@ def check_maxima(settings: Mapping[str, Any]) -> None:
   flat = traverse_util.flatten_dict({"config": settings}, sep=".")
   for name, largest in MAXIMA.items():
     value: Any = flat[name]
-    sides = value if isinstance(value, (tuple, list)) else [value]
-    if any(side is not None and side > largest for side in sides):
+    if name == "config.model.input_size":
+      value = max(height_width(value, name))
+    if value is not None and value > largest:
       raise SettingError(name, value, f"must be at most {largest:,}")

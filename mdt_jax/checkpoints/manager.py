@@ -212,7 +212,7 @@ class Checkpoints:
       if changes := changed_settings(before, experiment.settings):
         logger.info("other settings than at step %d: %s", step, "; ".join(changes))
       state, ema = restored["state"], restored["ema"]
-      for decay in like.ema.keys() - held.keys():
+      for decay in sorted(like.ema.keys() - held.keys()):  # alike on every process
         logger.info("the average with decay %s starts at step %d", decay, step)
         ema[decay] = jax.tree.map(jnp.copy, state.params)
       return state.replace(ema=ema)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from mdt_jax.interrupts import handle_sigterm
+from mdt_jax.interrupts import handle_sigterm, raise_on_sigint
 
 import ast
 import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -28,7 +27,12 @@ from mdt_jax.cli.config_files import (
 )
 from mdt_jax.cli.run_folders import check_run_folder, is_run
 from mdt_jax.errors import SettingError, reason_of_machine
-from mdt_jax.exit_codes import EXIT_BAD_SETTING, EXIT_INTERRUPTED
+from mdt_jax.exit_codes import (
+  EXIT_BAD_SETTING,
+  EXIT_INTERRUPTED,
+  EXIT_OTHER,
+  EXIT_TRY_AGAIN,
+)
 from mdt_jax.logs import logger, print_log_lines
 
 __all__ = [
@@ -137,31 +141,44 @@ def run(main: Callable[[list[str]], None]) -> None:
       _join()
       main(argv)
     except UsageError as error:
-      _refuse(str(error))
+      _end(f"error: {error}", EXIT_BAD_SETTING)
     except SettingError as error:
-      _refuse(f"--{error}" if error.setting in flags.FLAGS else str(error))
+      is_flag = error.setting in flags.FLAGS
+      _end(f"error: --{error}" if is_flag else f"error: {error}", EXIT_BAD_SETTING)
     except KeyboardInterrupt:
-      print("interrupted", file=sys.stderr)
-      sys.exit(EXIT_INTERRUPTED)
+      _end("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
       if (reason := reason_of_machine(error)) is not None:
-        sys.exit(f"error: {reason}")
-      _end_one_of_several(error)
-      raise
+        _end(f"error: {reason}", EXIT_OTHER)
+      if not distributed.is_joined():
+        raise
+      traceback.print_exception(error)
+      if distributed.is_loss(error):
+        _end(distributed.LOST, EXIT_TRY_AGAIN)
+      _end(f"error: {type(error).__name__}", EXIT_OTHER)
+
+  from mdt_jax.training import distributed  # imports JAX
 
   streams.make_robust()
   handle_sigterm()
-  if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt
+  raise_on_sigint()
   app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
 
 
-def _end_one_of_several(error: Exception) -> None:
-  """Ends the process if it is one of several; see `distributed.end_after`."""
+def _end(message: str, code: int) -> NoReturn:
+  """Prints a line and ends the process.
+
+  One of several processes ends at once: a normal exit would wait for the others, which
+  may wait for this one.
+  """
   from mdt_jax.training import distributed  # imports JAX
 
+  print(" ".join(message.split()), file=sys.stderr)
   if distributed.is_joined():
-    distributed.end_after(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _join() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from typing import TextIO
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of pipes and terminals
 
 
 class RobustStream(io.TextIOBase):
@@ -41,18 +44,23 @@ class RobustStream(io.TextIOBase):
   def write(self, text: str) -> int:
     try:
       return self._stream.write(text)
-    except OSError:
-      self._drop()
+    except OSError as error:
+      self._drop(error)
       return len(text)
 
   def flush(self) -> None:
     try:
       self._stream.flush()
-    except OSError:
-      self._drop()
+    except OSError as error:
+      self._drop(error)
 
-  def _drop(self) -> None:
-    """Connects the stream to nothing, so that Python's last flush succeeds too."""
+  def _drop(self, error: OSError) -> None:
+    """Connects a stream without a reader to nothing; Python's last flush then succeeds.
+
+    After other errors, such as a full disk, the next text is tried again.
+    """
+    if error.errno not in GONE:
+      return
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, self._stream.fileno())
     os.close(nothing)

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from mdt_jax.data import npy_format
+from mdt_jax.data.class_labels import class_number
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import open_image
 from mdt_jax.errors import SettingError, renamed_in_errors
@@ -23,7 +25,7 @@ from mdt_jax.evaluation.image_streams import (
 )
 from mdt_jax.paths import input_file, local_path
 
-GREY = ("1", "L", "LA", "I", "I;16")  # Pillow's modes of pictures without colours
+GREY = ("1", "L", "LA")  # Pillow's modes of pictures without colours
 
 
 class FileImages:
@@ -42,13 +44,14 @@ class FileImages:
     setting: name of the setting that holds `path`, for errors.
 
   Raises:
-    SettingError: the path holds no images, or the first image cannot be read. `batches`
-      raises the error for an image that cannot be read or has another size; the error
-      names the file.
+    SettingError: the path holds no images, or the first image cannot be read or has
+      more than 8 bits for a channel. `batches` raises the error for any other such
+      image, and for an image of another size or, unlike the first one, with or without
+      colours; the error names the file.
   """
 
   def __init__(self, path: str | Path, setting: str = "path"):
-    self._path, self._setting = str(path), setting
+    self._path, self._setting = str(local_path(setting, path)), setting
     with renamed_in_errors({"config.data.path": setting}):
       self._files = open_files(self._path)
     self._labels_of_classes = _labels_of(self._files.classes)
@@ -78,6 +81,11 @@ class FileImages:
   def _read(self, index: int) -> tuple[UInt8[np.ndarray, "H W C"], int]:
     """Pixels and class of an image."""
     image, label = self._open(index)
+    if (image.mode in GREY) != (self._mode == "L"):
+      kind, first = (
+        "grey" if m in GREY else "coloured" for m in (image.mode, self._mode)
+      )
+      raise self._error(f"{self._files.name(index)} is {kind}, the first image {first}")
     pixels = np.asarray(image.convert(self._mode))
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.shape != self.shape[1:]:
@@ -89,10 +97,13 @@ class FileImages:
     """An image and its class."""
     try:
       data, label = self._files.read(index)
-      return open_image(io.BytesIO(data)), label
+      image = open_image(io.BytesIO(data))
     except Exception as error:  # Pillow's decoders raise nearly every type
       reason = " ".join(str(error).split())
       raise self._error(f"{self._files.name(index)} cannot be read: {reason}") from None
+    if image.mode.startswith(("I", "F")):
+      raise self._error(f"{self._files.name(index)} has more than 8 bits for a channel")
+    return image, label
 
   def _error(self, accepted: str) -> SettingError:
     return SettingError(self._setting, self._path, accepted)
@@ -108,12 +119,12 @@ def open_image_stream(path: str | Path, setting: str = "path") -> ImageStream:
   Raises:
     SettingError: the images cannot be read.
   """
-  found = local_path(setting, path)
-  return (FileImages if has_image_files(found) else NpzImages)(found, setting)
+  return (FileImages if has_image_files(path) else NpzImages)(path, setting)
 
 
 def has_image_files(path: str | Path) -> bool:
   """Whether a path is a folder or a .tar file, and not a file of arrays."""
+  path = os.path.expanduser(path)
   return os.path.isdir(path) or os.path.splitext(path)[1] == ".tar"
 
 
@@ -129,10 +140,11 @@ def has_labels(path: str | Path, setting: str = "path") -> bool:
   """
   if has_image_files(path):
     return FileImages(path, setting).has_labels
+  found = input_file(setting, path)
   try:
-    with zipfile.ZipFile(input_file(setting, path)) as file:
-      return not {f"{LABELS}.npy", "labels.npy"}.isdisjoint(file.namelist())
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    with zipfile.ZipFile(found) as file:
+      return not {LABELS, "labels"}.isdisjoint(npy_format.member_names(file))
+  except npy_format.ERRORS as error:
     raise SettingError(
       setting, str(path), f"is not a readable .npz file: {error}"
     ) from None
@@ -140,6 +152,7 @@ def has_labels(path: str | Path, setting: str = "path") -> bool:
 
 def _labels_of(classes: Sequence[str]) -> np.ndarray | None:
   """The label of each class; None if there is one class without a number."""
-  if all(name.isdecimal() for name in classes):
-    return np.array([int(name) for name in classes], np.int64)
+  numbers = [class_number(name) for name in classes]
+  if None not in numbers:
+    return np.array(numbers, np.int64)
   return np.arange(len(classes)) if len(classes) > 1 else None

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped, UInt32
 
 from mdt_jax.diffusion.samplers import OnStep
-from mdt_jax.logs import counted, logger
+from mdt_jax.logs import logger
 from mdt_jax.sampling.generator import Generator, Given
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Array, Params
@@ -274,7 +274,9 @@ def generate_batches(
     block_labels, ids, _ = request.inputs([block])
     images = generator(params, block_labels, ids, np.uint32(seed))
     found = fetch(images)[: len(request.ids(block))]
-    _warn_of_not_finite(request.ids(block), np.asarray(_are_finite(found)))
+    if jax.process_index() == 0:  # every process holds the whole batch
+      finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)
+      _warn_of_not_finite(request.ids(block), np.asarray(finite))
     yield found
 
 
@@ -284,9 +286,9 @@ def _warn_of_not_finite(
   """Warns of images that hold NaN or infinity, which become black pixels."""
   if not finite.all():
     logger.warning(
-      "%s of images %d to %d not finite: the network is trained too little, or has "
-      "diverged",
-      counted(int((~finite).sum()), "image"),
+      "images %d to %d: %d hold NaN or infinity, which become black; the network is "
+      "trained too little, or has diverged",
       ids[0],
       ids[-1],
+      int((~finite).sum()),
     )

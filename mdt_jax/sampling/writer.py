@@ -19,6 +19,7 @@ import functools
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,9 @@ class ShardedImages:
     with tqdm.tqdm(
       total=total, initial=total - left, unit="image", disable=not progress
     ) as bar:
-      show = functools.partial(_show_step, bar) if progress else None
+      # JAX's cache on disk does not keep a program that reports its steps.
+      reports = progress and sys.stderr.isatty()
+      show = functools.partial(_show_step, bar) if reports else None
       for block, pixels in generate_blocks(missing, show):
         with atomic_write(self._path(block)) as partial, partial.open("wb") as file:
           np.save(file, pixels)

@@ -11,9 +11,8 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,8 +24,12 @@ from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost; JAX's own: 100
 # What the collectives of CPUs and GPUs, and JAX's own messages, say of a lost process.
-_LOST = re.compile("gloo|nccl|closed by peer|connection reset|UNAVAILABLE", re.I)
-_LOST_TEXT = "another process of the run was lost: repeat the command on all of them"
+_LOST = re.compile(
+  r"^(UNKNOWN|INTERNAL|UNAVAILABLE|FAILED_PRECONDITION|ABORTED)\b.*"
+  r"(Gloo|NCCL|closed by peer|[Cc]onnection reset|[Hh]eartbeat|UNAVAILABLE)",
+  re.DOTALL,
+)
+LOST = "error: another process of the run was lost: repeat the command on all of them"
 _handlers: list[Any] = []  # C functions, which must outlive their registration
 SHOWN_DIFFERENCES = 5  # settings that the error of `check_same_config` lists
 
@@ -93,22 +96,11 @@ def start(
   _exit_when_jax_aborts()
 
 
-def end_after(error: Exception) -> NoReturn:
-  """Ends this process, one of several, after an error that the others may not have.
-
-  A normal exit would wait for the other processes, which may wait for this one. If the
-  error is the loss of another process, this one exits with `EXIT_TRY_AGAIN` and one
-  line, else with code 1 and the traceback.
-  """
-  is_lost = _LOST.search(str(error)) is not None
-  if is_lost:
-    reason = " ".join(str(error).split())[:200]
-    print(f"error: {_LOST_TEXT} ({reason})", file=sys.stderr)
-  else:
-    traceback.print_exception(error)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(EXIT_TRY_AGAIN if is_lost else 1)
+def is_loss(error: Exception) -> bool:
+  """Whether an exception of JAX says that another process of the run was lost."""
+  # gloo's errors are ValueErrors with the status of an error of XLA.
+  is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+  return is_of_jax and _LOST.search(str(error)) is not None
 
 
 def is_joined() -> bool:
@@ -201,7 +193,7 @@ def _exit_when_jax_aborts() -> None:
 
   def handle(number: int) -> None:
     del number
-    os.write(2, f"error: {_LOST_TEXT}\n".encode())
+    os.write(2, f"{LOST}\n".encode())
     os._exit(EXIT_TRY_AGAIN)
 
   _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import socket
@@ -14,6 +13,11 @@ from pathlib import Path
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 from mdt_jax.paths import open_regular
+
+try:
+  import fcntl
+except ModuleNotFoundError:
+  raise ImportError("mdt_jax needs Linux or macOS; on Windows, use WSL") from None
 
 LOCK = ".lock"
 # Errors of file systems without locks, such as Lustre mounted without flock.

@@ -69,8 +69,8 @@ def train(
     SettingError: a setting is invalid (nothing is written then), too many steps were
       skipped, too many files of the data are unreadable, or the workdir was deleted.
     SaveError: config.save_failures saves in a row failed.
-    Interrupted: the process received SIGINT, SIGTERM or SIGHUP, or a reading process
-      was killed; the state is saved.
+    Interrupted: the process received SIGINT, SIGTERM or SIGHUP, and the state is saved;
+      or a reading process was killed, and a single process has saved the state.
     Exception: any other exception of the data, a step or a hook; a single process saves
       the state before it raises.
   """

@@ -34,8 +34,9 @@ class Interrupted(Exception):
 def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
   """Yields a list that collects the numbers of received signals of `SIGNALS`.
 
-  A SIGHUP that nohup lets the process ignore stays ignored. The block reads the list
-  and ends by itself. A second signal has its usual effect and
+  A signal that the process ignores stays ignored, such as SIGHUP under nohup, or SIGINT
+  of a command that a script started in the background. The block reads the list and
+  ends by itself. A second signal has its usual effect and
   ends the process at once. In other threads than the main thread the list stays empty.
 
   Args:
@@ -55,9 +56,10 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
     )
     os._exit(EXIT_TRY_AGAIN)
 
-  def restore() -> None:
-    for number, handler in before.items():
+  def restore(*numbers: int) -> None:
+    for number in before.keys() & numbers:
       # None: a handler that was not installed from Python; jax.distributed sets one.
+      handler = before[number]
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   timer = threading.Timer(min(grace_seconds, threading.TIMEOUT_MAX), end)
@@ -65,21 +67,25 @@ def stop_signals(grace_seconds: float = math.inf) -> Iterator[list[int]]:
 
   def handle(number: int, frame: object) -> None:
     received.append(number)
+    if len(received) > 1:  # a second signal that came while this function ran
+      return
+    if signal.SIGHUP in before:  # a closed terminal sends SIGHUP twice
+      signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    restore(signal.SIGINT, signal.SIGTERM)
     timer.start()
     logger.info(
       "%s: saving and stopping after this step; send the signal again to stop without "
       "saving",
       signal.Signals(number).name,
     )
-    restore()
 
   before = {
     number: signal.signal(number, handle)
     for number in SIGNALS
-    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    if signal.getsignal(number) != signal.SIG_IGN
   }
   try:
     yield received
   finally:
     timer.cancel()
-    restore()
+    restore(*SIGNALS)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.data.loader import create_loader
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import Stopped
@@ -180,12 +181,16 @@ class Trainer:
     try:
       yield
     except Exception as error:
-      # A step that has begun has taken the arrays of the state.
+      # A step overwrites the arrays of the state as soon as it starts.
       is_whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+      owns_workdir = self._lock is not None and not self._lock.is_lost()
       text = f"stopped after step {done}"
-      if done > self._start and is_whole and jax.process_count() == 1:
-        self._saved.finish(done, state, self._config)
-        text += "; its checkpoint is saved"
+      if done > self._start and is_whole and owns_workdir and jax.process_count() == 1:
+        try:
+          self._saved.finish(done, state, self._config)
+          text += "; its checkpoint is saved"
+        except SaveError as failed:
+          text += f", which is not saved ({failed})"
       if WORKER_KILLED in str(error):
         raise Interrupted(f"a reading process was killed: {text}", []) from error
       logger.error("%s, because of an error", text)

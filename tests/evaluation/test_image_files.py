@@ -51,6 +51,11 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
   np.testing.assert_array_equal(images, PIXELS[[1, 2, 0]])
 
 
+def test_class_may_have_a_long_number_as_its_name(tmp_path):
+  names = ["7/1.png", f"{'9' * 20}/1.png"]
+  np.testing.assert_array_equal(read(FileImages(save(tmp_path, names)))[1], [0, 1])
+
+
 def test_images_without_classes_have_no_labels(tmp_path):
   stream = FileImages(save(tmp_path, ["000.png", "001.png"]))
   assert not stream.has_labels
@@ -68,6 +73,27 @@ def test_tar_file_is_read(tmp_path):
     tar.add(tmp_path / "images", "images")
   images, _ = read(open_image_stream(tmp_path / "images.tar"))
   np.testing.assert_array_equal(images, PIXELS[:2])
+
+
+def test_error_names_a_grey_image_among_coloured_ones_and_one_of_16_bits(tmp_path):
+  save(tmp_path / "mixed", ["1.png"])
+  save(tmp_path / "mixed", ["2.png"], PIXELS[..., :1])
+  with pytest.raises(SettingError, match=r"2\.png is grey, the first image coloured"):
+    read(FileImages(tmp_path / "mixed"))
+  save(tmp_path / "deep", ["1.png"], PIXELS[..., :1].astype(np.uint16) * 257)
+  with pytest.raises(SettingError, match="more than 8 bits"):
+    FileImages(tmp_path / "deep")
+
+
+def test_home_folder_is_expanded_and_a_missing_file_is_named_once(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  save(tmp_path / "images", ["1.png", "2.png"])
+  assert len(open_image_stream("~/images")) == 2
+  with pytest.raises(SettingError) as error:
+    has_labels("~/nowhere.npz", "samples")
+  assert error.value.accepted == "must be a file"
 
 
 def test_error_names_an_image_of_another_size_and_a_broken_one(tmp_path):

@@ -66,8 +66,9 @@ def test_exception_of_the_data_is_raised_after_a_save(tmp_path):
   error = ConnectionError("the store does not answer")
   config = run_config.get_config()
   config.checkpoint_every = 1000
-  with pytest.raises(ConnectionError):
+  with pytest.raises(SettingError) as raised:  # names the example
     loop.train(config, tmp_path, source=FailingSource(error))
+  assert raised.value.__cause__ is error
   (saved,) = runs.steps_saved(tmp_path)
   assert saved >= 2
 
@@ -81,6 +82,21 @@ def test_exception_of_a_hook_is_raised_after_a_save(tmp_path):
   with pytest.raises(ZeroDivisionError):
     loop.train(config, tmp_path, hooks=[hook])
   assert runs.steps_saved(tmp_path) == [3]
+
+
+def test_exception_after_the_workdir_is_deleted_saves_nothing(tmp_path):
+  workdir = tmp_path / "run"
+
+  def delete_and_fail(step, state):
+    if step == 7:
+      shutil.rmtree(workdir)
+      raise FileNotFoundError(workdir)
+
+  config = run_config.get_config()
+  config.checkpoint_every = 1000
+  with pytest.raises(FileNotFoundError):
+    loop.train(config, workdir, hooks=[delete_and_fail])
+  assert not (workdir / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("second", [False, True])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
+from mdt_jax.training.preemption import stop_signals
+from tests import forked
 from tests.faults import runs
 
 # Waits for a signal in the middle of the imports of a command.
@@ -49,6 +53,29 @@ def test_closed_terminal_saves_and_stops(tmp_path):
   run.signal(signal.SIGHUP)
   assert run.end() == EXIT_TRY_AGAIN, run.log.read_text()
   assert runs.steps_saved(tmp_path / "run") == run.steps()[-1:]
+
+
+@pytest.mark.parametrize("gap", [0.0001, 0.0003, 0.0006, 0.001])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_second_signal_in_the_handler_of_the_first_is_no_error(number, gap):
+  process = forked.Forked(wait_for_signals)
+  process.wait_for("^waiting")
+  process.signal(number)
+  time.sleep(gap)
+  with contextlib.suppress(ProcessLookupError):
+    process.signal(number)
+  code = process.end()
+  # bash sends SIGHUP, and then so does the kernel; SIGTERM twice may end the process.
+  assert code == 0 or (code == -number and number != signal.SIGHUP), process.err
+  assert "Error" not in process.err
+
+
+def wait_for_signals():
+  with stop_signals(grace_seconds=60) as received:
+    print("waiting")
+    while not received:
+      time.sleep(0.001)
+    time.sleep(0.05)
 
 
 def test_run_under_nohup_ignores_a_closed_terminal(tmp_path):
