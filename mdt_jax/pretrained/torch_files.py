@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     _check_zip(path)
   else:
     with path.open("rb") as file:
-      start = io.BytesIO(file.read(_MAX_PICKLE))
+      start = _start(file)
     for _ in range(_LEGACY_PICKLES):
       _check_pickle(path, start)
       if start.tell() == len(start.getbuffer()):
@@ -143,9 +143,10 @@ def _check_zip(path: Path) -> None:
           "path", str(path), f"is damaged: declares {declared} bytes, has {size}"
         )
       for entry in entries:
-        if entry.filename.endswith("/data.pkl"):
+        # torch looks up this name without regard to case.
+        if entry.filename.lower().endswith("/data.pkl"):
           with file.open(entry) as stream:
-            _check_pickle(path, io.BytesIO(stream.read(_MAX_PICKLE)))
+            _check_pickle(path, _start(stream))
       damaged = file.testzip()
   except SettingError:
     raise
@@ -157,13 +158,27 @@ def _check_zip(path: Path) -> None:
     )
 
 
-def _check_pickle(path: Path, stream: BinaryIO) -> None:
-  """Refuses a pickle that is broken, or asks for unlimited memory or time."""
+def _start(stream: IO[bytes]) -> io.BytesIO:
+  """Reads the first _MAX_PICKLE bytes, in which a pickle must end."""
+  return io.BytesIO(stream.read(_MAX_PICKLE))
+
+
+def _check_pickle(path: Path, start: io.BytesIO) -> None:
+  """Refuses a pickle that is broken, too large, or asks for unlimited memory or time.
+
+  Args:
+    path: path of the file, for errors.
+    start: result of `_start`; is at the end of the pickle afterwards.
+  """
   try:
     with warnings.catch_warnings():  # of escape sequences in texts
       warnings.simplefilter("ignore")
-      check_pickle(stream)
+      check_pickle(start)
   except ValueError as error:
+    if start.tell() == len(start.getbuffer()) == _MAX_PICKLE:
+      raise SettingError(
+        "path", str(path), f"holds a pickle of more than {_MAX_PICKLE:,} bytes"
+      ) from None
     raise _unsafe(path, first_line(error)) from None
 
 

@@ -139,7 +139,7 @@ def _add_bytes(name: str, make: Callable[[], bytes], suffix: str = ".pt") -> Non
   KINDS[f"bytes_{name}"] = write
 
 
-def _tuples_of_tuples(zipped: bool) -> bytes:
+def _tuples_of_tuples(zipped: bool, name: str = "data.pkl") -> bytes:
   """A pickle of {x: 1} with x = ((…), (…)), 60 levels deep: its hash takes years."""
   levels = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(60))
   held = b"\x80\x02}N\x85q\0" + levels + b"K\x01s."
@@ -148,8 +148,8 @@ def _tuples_of_tuples(zipped: bool) -> bytes:
     return magic + pickle.dumps({}, 2) + held + pickle.dumps([], 2)
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w") as archive:
-    for name, content in (("data.pkl", held), ("version", b"3\n")):
-      archive.writestr(zipfile.ZipInfo(f"model/{name}"), content)
+    for entry, content in ((name, held), ("version", b"3\n")):
+      archive.writestr(zipfile.ZipInfo(f"model/{entry}"), content)
   return file.getvalue()
 
 
@@ -185,6 +185,7 @@ for _name, _make in {
   "end_of_zip": lambda: b"PK\x05\x06" + b"\0" * 18,
   "end_of_zip_lies": lambda: b"PK\x05\x06" + b"\xff" * 16 + b"\0\0",
   "tuples_of_tuples": lambda: _tuples_of_tuples(zipped=True),
+  "tuples_of_tuples_in_capitals": lambda: _tuples_of_tuples(True, "DATA.PKL"),
   "legacy_tuples_of_tuples": lambda: _tuples_of_tuples(zipped=False),
   "legacy_large_storage": _legacy_with_large_storage,
 }.items():

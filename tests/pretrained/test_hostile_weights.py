@@ -8,9 +8,10 @@ import resource
 import signal
 
 import pytest
+import torch
 
 from mdt_jax import SettingError
-from mdt_jax.pretrained import torch_inception
+from mdt_jax.pretrained import torch_files, torch_inception
 from mdt_jax.pretrained.torch_mdt import from_torch
 from mdt_jax.pretrained.torch_vae import load_vae
 from tests.cli.commands import assert_refused, run
@@ -89,6 +90,16 @@ def test_kind_of_file_is_read_or_refused(name, tmp_path):
     assert error is not None and error.setting in ("path", "num_classes", "input_size")
     assert_one_line(error, path)
   assert not list((tmp_path / "here").iterdir())  # no code in the file ran
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_large_pickle_is_refused_as_such(is_zip, tmp_path, monkeypatch):
+  monkeypatch.setattr(torch_files, "_MAX_PICKLE", 1000)
+  path = tmp_path / "model.pt"
+  held = {f"a.{i}": torch.ones(1) for i in range(100)}
+  torch.save(held, path, _use_new_zipfile_serialization=is_zip)
+  with pytest.raises(SettingError, match=r"^path = .* more than 1,000 bytes"):
+    from_torch(path)
 
 
 @pytest.mark.parametrize("seed", range(4))
