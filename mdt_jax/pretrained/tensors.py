@@ -200,19 +200,19 @@ def misfits(
   return problems
 
 
-def refuse(setting: str, source: Any, taken_for: str, problems: Sequence[str]) -> None:
+def refuse(setting: str, source: Any, read_as: str, problems: Sequence[str]) -> None:
   """Raises SettingError with the first MAX_NAMES of `problems`, if there are any.
 
   Args:
     setting: setting named in the error.
     source: value of the setting.
-    taken_for: what the tensors were read as; starts the message.
+    read_as: what the tensors were read as; starts the message.
     problems: phrases of `misfits`.
   """
   if problems:
     more = len(problems) - MAX_NAMES
     named = "; ".join(problems[:MAX_NAMES]) + (f"; and {more} more" if more > 0 else "")
-    raise SettingError(setting, str(source), f"{taken_for}: {named}")
+    raise SettingError(setting, str(source), f"{read_as}: {named}")
 
 
 def flatten(tree: Params, separator: str = "/") -> dict[str, Array]:

@@ -112,15 +112,15 @@ def read_checkpoint(
     tensors = without_prefixes(tensors, "tensors", str(path))
     if diffusers_dit.is_diffusers(tensors):
       metadata = {**metadata, **diffusers_dit.read_sizes(file)}
-    attributes, params = from_tensors(
+    attributes, params = _read_network(
       tensors,
       str(path),
       network,
+      metadata,
       decode_depth=decode_depth,
       num_heads=num_heads,
       num_classes=num_classes,
       input_size=input_size,
-      metadata=metadata,
     )
   return Checkpoint(attributes, params, metadata)
 
@@ -145,9 +145,31 @@ def from_tensors(
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
   """
   _check_network(network)
-  metadata = metadata or {}
+  return _read_network(
+    without_prefixes(tensors, "tensors", source),
+    source,
+    network,
+    metadata or {},
+    decode_depth=decode_depth,
+    num_heads=num_heads,
+    num_classes=num_classes,
+    input_size=input_size,
+  )
+
+
+def _read_network(
+  tensors: Tensors,
+  source: str,
+  network: str | None,
+  metadata: Mapping[str, Any],
+  *,
+  decode_depth: int | None,
+  num_heads: int | None,
+  num_classes: int | None,
+  input_size: int | None,
+) -> tuple[dict[str, Any], Params]:
+  """Same as `from_tensors`, for names without prefixes."""
   known = sizes.stated_sizes(metadata)
-  tensors = without_prefixes(tensors, "tensors", source)
   if diffusers_dit.is_diffusers(tensors):
     size = known.get("input_size") if input_size is None else input_size
     tensors = diffusers_dit.to_released(tensors, source, size)
@@ -171,13 +193,13 @@ def from_tensors(
     raise SettingError(
       "num_heads", None, "must be given for a DiT of unpublished width"
     )
-  taken_for = sizes.describe(attributes)
+  read_as = sizes.describe(attributes)
   try:
     model = create_model(**attributes)
   except SettingError as error:
-    raise SettingError("tensors", source, f"{taken_for}, but {error}") from None
+    raise SettingError("tensors", source, f"{read_as}, but {error}") from None
   params = flatten(abstract_params(model))
-  refuse("tensors", source, taken_for, _misfits(tensors, model, params))
+  refuse("tensors", source, read_as, _misfits(tensors, model, params))
   sizes.check_is_ddpm(tensors, attributes, metadata, source, network is not None)
   arrays = {
     path: _read_param(tensors, path, leaf.shape, model) for path, leaf in params.items()

@@ -164,8 +164,8 @@ def _from_tensors(tensors: Tensors, model: AutoencoderKL, path: Path) -> Params:
     _torch_name(ours): jax.eval_shape(_to_torch, leaf).shape
     for ours, leaf in params.items()
   }
-  taken_for = f"read as the network of its {CONFIG_FILE}"
-  refuse(SETTING, path, taken_for, misfits(tensors, shapes))
+  read_as = f"read as the network of its {CONFIG_FILE}"
+  refuse(SETTING, path, read_as, misfits(tensors, shapes))
   return unflatten(
     {
       # A copy, because safetensors and torch may return views of shared memory.
