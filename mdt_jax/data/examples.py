@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -107,11 +108,32 @@ class TolerantSource(abc.ABC):
         return self.load(candidate)
       except Exception as error:  # Pillow's decoders raise nearly every type.
         self.leave_out(candidate, error)
-    raise SettingError(
-      "config.data.path",
-      self._path,
-      f"must hold readable files; none of its {len(self)} files can be read",
-    )
+    raise self._none_readable()
+
+  def readable(
+    self, progress: Callable[[int], Any] = lambda count: None
+  ) -> Iterator[Example]:
+    """Yields the readable examples in order, and replaces none.
+
+    Args:
+      progress: called with the number of examples done since the last call.
+
+    Raises:
+      SettingError: more than `max_unreadable` examples, or all examples, are
+        unreadable.
+    """
+    is_any = False
+    for index in range(len(self)):
+      try:
+        example = self.load(index)
+      except Exception as error:  # Pillow's decoders raise nearly every type.
+        self.leave_out(index, error)
+      else:
+        is_any = True
+        yield example
+      progress(1)
+    if not is_any:
+      raise self._none_readable()
 
   def leave_out(self, index: int, error: Exception) -> None:
     """Counts and logs an unreadable example; raises SettingError if too many."""
@@ -130,6 +152,14 @@ class TolerantSource(abc.ABC):
         f"{count} files cannot be read, the last is {name} ({reason}); repair or "
         "remove these files, or set a higher number",
       ) from error
+
+  def _none_readable(self) -> SettingError:
+    """Returns the error for a source without a readable example."""
+    return SettingError(
+      "config.data.path",
+      self._path,
+      f"must hold readable files; none of its {len(self)} files can be read",
+    )
 
   def __getstate__(self) -> dict[str, Any]:
     """Drops the lock, which cannot be pickled for a worker process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -10,7 +11,6 @@ import tqdm
 
 from mdt_jax.data import file_names, latent_card
 from mdt_jax.data.class_labels import DataLabels
-from mdt_jax.data.examples import Example, Subset
 from mdt_jax.data.features import Convention, FeatureSource, open_features
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
@@ -23,6 +23,8 @@ BATCH_SIZE = 64  # images in memory at once
 SAMPLED = 10_000  # records that the logged statistics read, at most
 # Standard deviations of a channel outside of this range get a warning.
 USUAL_STD = (0.5, 2.0)
+MIN_STD = 1e-6  # a channel with a smaller std counts as constant
+MAX_STORED = 1e38  # mean or std of a channel in a card, at most
 # Setting in an error of an inner function -> argument of `import_features`.
 _ARGUMENTS = {
   "config.data.max_unreadable": "max_unreadable",
@@ -83,7 +85,6 @@ def import_features(
   source = open_features(features, labels, convention, max_unreadable)
   check_range("num_shards", num_shards, 1, len(source))
   num_shards = num_shards or -(-len(source) // IMAGES_PER_SHARD)
-  mean, std = _statistics(source) if standardize else (None, None)
   card = {
     "format": latent_card.FORMAT,
     "source": file_names.from_path(os.fspath(features)),
@@ -96,13 +97,17 @@ def import_features(
     "vae": None,
     "scaling_factor": convention.scaling_factor,
     "shift_factor": convention.shift_factor,
-    **({} if mean is None else {"latents_mean": mean.tolist()}),
-    **({} if std is None else {"latents_std": std.tolist()}),
+    "latents_mean": None,
+    "latents_std": None,
     "latent_shape": list(source.image_shape),
     "dtype": dtype,
     "num_shards": num_shards,
   }
   latent_set = LatentSet(output, card, len(source), num_shards)
+  mean, std = _standardization(latent_set, source) if standardize else (None, None)
+  if mean is not None and std is not None:
+    scale = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    latent_set = dataclasses.replace(latent_set, card=card | scale)
   if latent_set.is_finished():
     logger.info("nothing to do: %s is finished", latent_set.folder)
     return True
@@ -139,26 +144,48 @@ def import_features(
   return finished
 
 
-def _statistics(source: FeatureSource) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and std of each channel over all features and draws, (C,) float32 each.
+def _standardization(
+  latent_set: LatentSet, source: FeatureSource
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and std of each channel over all readable features, (C,) float32 each.
 
-  The std is that of latents drawn from the moments, see `latents.channel_statistics`.
+  A set that is begun or finished holds these numbers in its card.
 
   Raises:
-    SettingError: too many features are unreadable, or a channel is constant.
+    SettingError: too many features are unreadable, a channel is constant, or the folder
+      holds a set that is not standardized.
   """
-  totals, count = np.zeros((2, source.image_shape[-1])), 0
-  for index in tqdm.trange(len(source), unit="image", desc="statistics"):
-    example: Example = source[index]
-    mean, std = np.moveaxis(example["image"].astype(np.float64), 1, 0)
-    totals += [mean.sum((0, 1, 2)), (mean**2 + std**2).sum((0, 1, 2))]
-    count += mean[..., 0].size
-  mean, square = totals / count
-  std = np.sqrt(np.maximum(square - mean**2, 0))
-  if not (std > 1e-6).all():
+  stored = latent_set.stored_card()
+  if stored is not None:
+    mean, std = (
+      _stored(latent_set, stored, name) for name in ("latents_mean", "latents_std")
+    )
+    return mean, std
+  with tqdm.tqdm(total=len(source), unit="image", desc="statistics") as bar:
+    readable = source.readable(bar.update)
+    mean, std = channel_statistics(example["image"] for example in readable)
+  if not (std > MIN_STD).all():
     constant = int(np.argmin(std))
     raise SettingError("standardize", True, f"channel {constant} is constant")
   return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _stored(latent_set: LatentSet, card: dict[str, Any], name: str) -> np.ndarray:
+  """The numbers of each channel in a card, (C,) float32; raises SettingError."""
+  values, channels = card.get(name), latent_set.layout.latent_shape[-1]
+  if (
+    not isinstance(values, list)
+    or len(values) != channels
+    or not all(
+      type(value) in (int, float) and abs(value) < MAX_STORED for value in values
+    )
+    or (name == "latents_std" and np.float32(min(values)) <= 0)
+  ):
+    raise latent_set.error(
+      f"holds a latent set with {name} = {latent_card.shorten(values)}, not one number "
+      f"for each of {channels} channels; use another folder or the settings of that set"
+    )
+  return np.asarray(values, np.float32)
 
 
 def _describe(output: Any) -> None:
@@ -169,7 +196,7 @@ def _describe(output: Any) -> None:
   places = (
     np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).round().astype(int)
   )
-  mean, std = channel_statistics(Subset(source, places))
+  mean, std = channel_statistics(source[place]["views"] for place in places.tolist())
   for name, numbers in (("mean", mean), ("std", std)):
     logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in numbers))
   if std.min() < USUAL_STD[0] or std.max() > USUAL_STD[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -71,6 +72,17 @@ class LatentSet:
       return False
     card = self._finished_card()
     return all(self._has_size(entry) for entry in card["shards"])
+
+  def stored_card(self) -> dict[str, Any] | None:
+    """Reads the card of the finished or begun set; None if the folder holds neither.
+
+    Raises:
+      SettingError: the card is damaged.
+    """
+    for name in (latents.CARD, BEGUN):
+      with contextlib.suppress(FileNotFoundError):
+        return read_json(self.folder / name, self.error)
+    return None
 
   def bytes_missing(self) -> int:
     """Returns the approximate size in bytes of the shards that are not written yet."""

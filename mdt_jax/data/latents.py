@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,6 @@ from jaxtyping import Float, Float64
 from mdt_jax.data import file_names
 from mdt_jax.data.examples import (
   Example,
-  Source,
   SourceArguments,
   TolerantSource,
   shape_error,
@@ -220,28 +219,27 @@ class ChannelStatistics(NamedTuple):
 
 
 def channel_statistics(
-  source: Source, progress: Progress = lambda count: None
+  views: Iterable[Float[np.ndarray, "2 2 H W C"]],
 ) -> ChannelStatistics:
-  """Computes the channel statistics of a latent set, including mirror images.
+  """Computes the channel statistics of latents, including mirror images.
 
   The standard deviation is that of latents z drawn from the posteriors:
   Var[z] = E[mean^2 + std^2] - E[mean]^2.
 
   Args:
-    source: the set, or a part of it.
-    progress: called with the number of records read since the last call.
+    views: moments of at least one image and of its mirror image; axis 1 is mean, std.
   """
-  channels = source.image_shape[-1]
-  totals = np.zeros((2, channels))
+  total: Any = 0
+  square: Any = 0
   count = 0
-  for index in range(len(source)):
-    mean, std = np.moveaxis(source[index]["views"].astype(np.float64), 1, 0)
-    totals[0] += mean.sum(axis=(0, 1, 2))
-    totals[1] += (mean**2 + std**2).sum(axis=(0, 1, 2))
-    count += mean.size // channels
-    progress(1)
-  mean, square = totals / count
-  return ChannelStatistics(mean, np.sqrt(square - mean**2))
+  for moments in views:
+    mean, std = np.moveaxis(moments.astype(np.float64), 1, 0)
+    total += mean.sum(axis=(0, 1, 2))
+    square += (mean**2 + std**2).sum(axis=(0, 1, 2))
+    count += mean[..., 0].size
+  mean = total / count
+  variance = square / count - mean**2
+  return ChannelStatistics(mean, np.sqrt(np.maximum(variance, 0)))
 
 
 def _label_counts(shards: list[dict[str, Any]]) -> dict[int, int] | None:

@@ -209,7 +209,8 @@ def write_statistics(
   output = output_file("output", Path(output, STATISTICS)).parent
   source = latents.open_set(output, max_unreadable)
   with tqdm.tqdm(total=len(source), unit="image") as bar:
-    found = latents.channel_statistics(source, bar.update)
+    readable = source.readable(bar.update)
+    found = latents.channel_statistics(example["views"] for example in readable)
   # statistics.json calls the standard deviation "deviation".
   values = {"mean": found.mean.tolist(), "deviation": found.std.tolist()}
   write_json(output / STATISTICS, values)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mdt_jax.atomic import write_json
 from mdt_jax.data import latents
 from mdt_jax.data.feature_import import import_features
-from mdt_jax.data.features import Convention
+from mdt_jax.data.features import Convention, FeatureSource
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
@@ -176,6 +177,51 @@ def test_standardized_channels_have_mean_0_and_std_1(tmp_path):
   expected = features.std(axis=(0, 2, 3))
   np.testing.assert_allclose(card["latents_std"], expected, rtol=1e-4)
   np.testing.assert_allclose(card["latents_mean"], features.mean((0, 2, 3)), rtol=1e-4)
+
+
+def test_unreadable_features_do_not_count_when_channels_are_standardized(
+  fast_dit, tmp_path
+):
+  (fast_dit / "3.npy").write_bytes(b"")
+  import_features(fast_dit, tmp_path / "set", standardize=True)
+  card = latents.read_card(tmp_path / "set")
+  kept = np.delete(FEATURES, 3, axis=0)
+  np.testing.assert_allclose(card["latents_mean"], kept.mean((0, 2, 3)), rtol=1e-5)
+  np.testing.assert_allclose(card["latents_std"], kept.std((0, 2, 3)), rtol=1e-5)
+
+
+def test_statistics_are_computed_once(tmp_path, monkeypatch):
+  write_array(tmp_path / "x.npy", FEATURES)
+  arguments = dict(standardize=True, num_shards=3)
+  stop = dict(process_index=1, process_count=2)
+  assert not import_features(tmp_path / "x.npy", tmp_path / "set", **arguments, **stop)
+  import_features(tmp_path / "x.npy", tmp_path / "whole", **arguments)
+
+  def fail(*_):
+    raise AssertionError("reads all features again")
+
+  monkeypatch.setattr(FeatureSource, "readable", fail)
+  for _ in range(2):  # resumes, then finds the set finished
+    assert import_features(tmp_path / "x.npy", tmp_path / "set", **arguments)
+  for path in (tmp_path / "whole").iterdir():
+    assert (tmp_path / "set" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_set_is_standardized_as_a_whole_or_not_at_all(tmp_path, first):
+  write_array(tmp_path / "x.npy", FEATURES)
+  import_features(tmp_path / "x.npy", tmp_path / "set", standardize=first)
+  with pytest.raises(SettingError, match=r"^output = .*latents_mean"):
+    import_features(tmp_path / "x.npy", tmp_path / "set", standardize=not first)
+
+
+@pytest.mark.parametrize("std", [None, [1.0], ["1"] * 4, [0.0] * 4, [1e400] * 4, 10**9])
+def test_damaged_statistics_of_a_begun_set_are_refused(tmp_path, std):
+  write_array(tmp_path / "x.npy", FEATURES)
+  begun = {"latents_mean": [0.0] * 4, "latents_std": std}
+  write_json(tmp_path / "set/begun.json", begun)
+  with pytest.raises(SettingError, match=r"^output = .*latents_std"):
+    import_features(tmp_path / "x.npy", tmp_path / "set", standardize=True)
 
 
 def test_unusual_scale_is_logged(tmp_path, caplog):

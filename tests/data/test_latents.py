@@ -207,7 +207,9 @@ def test_verify_finds_invalid_labels_and_nonfinite_moments(
 
 
 def test_channel_statistics_match_those_of_sampled_latents(original):
-  found = latents.channel_statistics(open_set(original))
+  found = latents.channel_statistics(
+    example["views"] for example in open_set(original).readable()
+  )
   rng = np.random.default_rng(0)
   views = np.stack([sets.views(i) for i in range(sets.NUM_IMAGES)]).astype(np.float64)
   mean, std = views[:, :, 0], views[:, :, 1]
