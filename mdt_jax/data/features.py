@@ -176,7 +176,7 @@ def open_features(
 
 
 def _layout_of(path: str, shape: tuple[int, ...]) -> str:
-  """The layout of square features; raises SettingError if the shape fits both."""
+  """The layout of square features; raises SettingError if both fit, or neither."""
   first, last = shape[1] == shape[2], shape[0] == shape[1]
   if first == last:
     raise SettingError(

@@ -6,6 +6,7 @@ many types of errors for a damaged header.
 
 from __future__ import annotations
 
+import lzma
 import math
 import tokenize
 import warnings
@@ -15,16 +16,17 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-# Everything that reading a damaged .npz or .npy file raises. RuntimeError: encrypted.
+# Everything that reading a damaged .npz or .npy file raises. RuntimeError: an encrypted
+# member; NotImplementedError, an unknown compression, is a RuntimeError.
 ERRORS = (
   OSError,
   ValueError,
   EOFError,
   MemoryError,
   RuntimeError,
-  NotImplementedError,
   zipfile.BadZipFile,
   zlib.error,
+  lzma.LZMAError,
 )
 # Deflate packs at most 1,032 bytes into one.
 MAX_RATIO = 1100
@@ -89,7 +91,10 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
   Raises:
     one of ERRORS: the member is missing, damaged, encrypted or larger than its file.
   """
-  info = archive.getinfo(f"{name}.npy")
+  try:
+    info = archive.getinfo(f"{name}.npy")
+  except KeyError:
+    raise ValueError(f"{name} is missing") from None
   if info.file_size > MAX_RATIO * info.compress_size + 1000:
     raise ValueError(f"{name} claims more bytes than its file can hold")
   with archive.open(info) as member:

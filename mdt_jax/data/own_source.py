@@ -15,7 +15,7 @@ _ARRAYS = ("image", "views")  # entries of an example that hold an image
 class CheckedSource:
   """A user's source; each example is compared with the first one when it is read.
 
-  The attributes of the source, such as `num_classes`, are those of the user's object.
+  Copies num_classes, class_names and label_counts of the source.
 
   Args:
     source: must have `__len__`, `__getitem__` and `num_classes`; see `examples.Source`.

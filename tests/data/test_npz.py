@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mdt_jax.data import sources
+from mdt_jax.data import npy_format, sources
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from tests.data.folders import labels, values
@@ -155,6 +156,21 @@ def save_error(folder, what):
       path = folder / "a.txt"
       path.write_text("")
   return path
+
+
+def test_missing_and_damaged_members_raise_one_of_the_errors(tmp_path):
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+    archive.writestr("a.npy", bytes(range(256)) * 8)
+  with zipfile.ZipFile(path) as archive:
+    start = archive.getinfo("a.npy").header_offset + 30 + len("a.npy") + 9
+  content = bytearray(path.read_bytes())
+  content[start : start + 100] = b"\xff" * 100
+  path.write_bytes(content)
+  with zipfile.ZipFile(path) as archive:
+    for name in ("a", "b"):
+      with pytest.raises(npy_format.ERRORS):
+        npy_format.read_member(archive, name)
 
 
 @pytest.mark.parametrize(
