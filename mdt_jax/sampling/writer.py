@@ -16,7 +16,6 @@ the blocks.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shutil
 import sys
@@ -31,7 +30,7 @@ import tqdm
 from flax import traverse_util
 from jaxtyping import Int, Shaped
 
-from mdt_jax.atomic import atomic_write, write_json
+from mdt_jax.atomic import atomic_write, read_json, write_json
 from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.logs import logger
@@ -287,5 +286,16 @@ def _show_step(bar: tqdm.tqdm, done: int, total: int) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-  """Reads a JSON file; None if the file does not exist."""
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+  """Reads a JSON file; None if the file does not exist.
+
+  Raises:
+    SettingError: the file is damaged.
+  """
+
+  def refuse(reason: str) -> SettingError:
+    return SettingError("folder", str(path.parent), f"is damaged: {reason}; delete it")
+
+  try:
+    return read_json(path, refuse)
+  except FileNotFoundError:
+    return None

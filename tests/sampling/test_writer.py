@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,3 +249,14 @@ def test_killed_run_resumes_to_the_same_images(checkpoint, on_one_device, tmp_pa
   assert process.end() == -signal.SIGKILL
   assert not (tmp_path / "samples.npz").exists()
   assert run(checkpoint, tmp_path, 8) == on_one_device
+
+
+@pytest.mark.parametrize("name", ["samples.json", "partial/settings.json"])
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 5000, "\udcff"])
+def test_damaged_settings_are_named(tmp_path, name, text):
+  write(tmp_path)
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+  with pytest.raises(SettingError, match=Path(name).name) as error:
+    sharded(tmp_path)
+  assert error.value.setting == "folder"
