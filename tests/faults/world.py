@@ -61,6 +61,14 @@ def make_world(folder: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-  """Size and time of the last change of everything in a folder."""
-  stats = {str(path): path.lstat() for path in [folder, *folder.rglob("*")]}
-  return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+  """Size and time of the last change of every file in a folder, and its folders.
+
+  Python's cache of the compiled config file does not count.
+  """
+  found = {}
+  for path in folder.rglob("*"):
+    if "__pycache__" not in path.parts:
+      stat = path.lstat()
+      is_folder = path.is_dir() and not path.is_symlink()
+      found[str(path)] = (0, 0) if is_folder else (stat.st_size, stat.st_mtime_ns)
+  return found
