@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
+import tempfile
 
 import pytest
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, reason_of_machine
 from mdt_jax.paths import input_file, local_path, output_file, output_folder
 
 URLS = ["gs://bucket/run", "gs:/bucket", "s3://b/x", "file:///tmp/x", "https://x.org"]
@@ -93,7 +95,32 @@ def test_unwritable_folder_is_refused(tmp_path):
     output_file("path", f"{folder}/plan.json")
 
 
-def test_full_disk_is_named(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("check", [output_file, output_folder])
+def test_error_of_a_full_disk_is_named(tmp_path, monkeypatch, check, number):
+  def fail(**options):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+  with pytest.raises(SettingError, match="its disk is full"):
+    check("path", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+  ("error", "text"),
+  [
+    (OSError(errno.ENOSPC, "", "a.npz"), "a.npz: No space left on device"),
+    (MemoryError("Unable to allocate 7 TiB"), "Unable to allocate 7 TiB"),
+    (FileNotFoundError(errno.ENOENT, "", "a.npz"), None),
+    (ValueError("other"), None),
+  ],
+)
+def test_fault_of_the_machine_is_described(error, text):
+  found = reason_of_machine(error)
+  assert found is None if text is None else text in found
+
+
+def test_mounted_full_disk_is_named(tmp_path):
   mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs", str(tmp_path)]
   try:
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
