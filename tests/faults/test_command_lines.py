@@ -22,6 +22,13 @@ from tests.pretrained import hostile_weights
 CPU_SECONDS, SECONDS = 60, 300
 MEMORY = 20 * 2**30  # bytes of addresses; a network takes a thousandth of it
 LINES_IN_A_TEST = 10
+# Setting of `hostile_data` -> command and its other flags; {W} is a world.
+LINES_WITH_DATA = {
+  "--config.data.path": ("main", "--config={W}/config.py", "--workdir={W}/new"),
+  "--features": ("encode", "--output={W}/out"),
+  "--samples": ("evaluate", "--reference={W}/samples.npz", "--output={W}/out"),
+  "--reference": ("evaluate", "--samples={W}/samples.npz", "--output={W}/out"),
+}
 # Progress bars and notices, which may precede the line of an error.
 NOTICE = re.compile(r"image/s|\d+%\||it/s|\?it|Warning|^\s*warnings\.warn|^[WIE]\d{4} ")
 
@@ -76,68 +83,63 @@ def problem_of(command: str, arguments: list[str], world: Path) -> str | None:
   return None
 
 
+@pytest.fixture
+def worlds(world, tmp_path):
+  """Ten numbers and copies of the world, which follow those of the test before."""
+
+  def make(fault):
+    first = fault * LINES_IN_A_TEST
+    for number in range(first, first + LINES_IN_A_TEST):
+      copy = tmp_path / "worlds" / str(number)
+      shutil.copytree(world, copy, symlinks=True)
+      yield number, copy
+      shutil.rmtree(copy)
+
+  return make
+
+
+def assert_none(problems):
+  assert not problems, "\n\n".join(problems)
+
+
 @pytest.mark.faults(short=2, whole=64)
-def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(
-  world, tmp_path, fault
-):
+def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(worlds, fault):
   problems = []
-  for i in range(LINES_IN_A_TEST):
-    copy = tmp_path / str(i)
-    shutil.copytree(world, copy, symlinks=True)
-    seed = fault * LINES_IN_A_TEST + i
-    ((command, arguments),) = command_lines(copy, seed, 1)
+  for number, copy in worlds(fault):
+    ((command, arguments),) = command_lines(copy, number, 1)
     if (problem := problem_of(command, arguments, copy)) is not None:
       problems.append(f"{command} {arguments!r} {problem}")
-    shutil.rmtree(copy)
-  assert not problems, "\n\n".join(problems)
+  assert_none(problems)
 
 
 @pytest.mark.faults(short=2, whole=26)
-def test_damaged_file_is_used_or_refused_in_one_line(world, tmp_path, fault):
+def test_damaged_file_is_used_or_refused_in_one_line(worlds, fault):
   problems = []
-  for i in range(LINES_IN_A_TEST):
-    copy = tmp_path / str(i)
-    shutil.copytree(world, copy, symlinks=True)
-    seed = fault * LINES_IN_A_TEST + i
-    command, arguments, damage = damage_world(copy, seed)
+  for number, copy in worlds(fault):
+    command, arguments, damage = damage_world(copy, number)
     if (problem := problem_of(command, arguments, copy)) is not None:
       problems.append(f"{damage}: {command} {arguments!r} {problem}")
-    shutil.rmtree(copy)
-  assert not problems, "\n\n".join(problems)
+  assert_none(problems)
 
 
 @pytest.mark.faults(short=1, whole=14)
-def test_hostile_weights_are_refused_in_one_line(world, tmp_path, fault):
+def test_hostile_weights_are_refused_in_one_line(worlds, tmp_path, fault):
   problems = []
-  first = fault * LINES_IN_A_TEST
-  places = tmp_path / "weights"
-  for path in hostile_weights.files(places, 1, LINES_IN_A_TEST, first):
-    (folder := path.parent / "world").mkdir(exist_ok=True)
-    flags = [f"--input={path}", f"--output={folder}/out", "--num_heads=2"]
-    if (problem := problem_of("convert", flags, folder)) is not None:
+  for number, copy in worlds(fault):
+    (path,) = hostile_weights.files(tmp_path / "weights", 1, 1, first=number)
+    flags = [f"--input={path}", f"--output={copy}/out", "--num_heads=2"]
+    if (problem := problem_of("convert", flags, copy)) is not None:
       problems.append(f"{path}: {problem}")
-  assert not problems, "\n\n".join(problems)
+  assert_none(problems)
 
 
 @pytest.mark.faults(short=1, whole=26)
-def test_hostile_data_are_refused_in_one_line(world, tmp_path, fault):
+def test_hostile_data_are_refused_in_one_line(worlds, tmp_path, fault):
   problems = []
-  first = fault * LINES_IN_A_TEST
-  for setting, path in hostile_data.cases(tmp_path, 1, LINES_IN_A_TEST, first):
-    copy = tmp_path / "worlds" / path.parts[len(tmp_path.parts)]
-    shutil.copytree(world, copy, symlinks=True)
-    given = hostile_data.flags(setting, path)
-    if setting == "--features":
-      command, flags = "encode", [*given, f"--output={copy}/out"]
-    elif setting in ("--samples", "--reference"):
-      lines = {
-        name: f"--{name}={copy}/samples.npz" for name in ("samples", "reference")
-      }
-      del lines[setting.strip("-")]
-      command, flags = "evaluate", [*given, *lines.values(), f"--output={copy}/out"]
-    else:
-      command = "main"
-      flags = [f"--config={copy}/config.py", f"--workdir={copy}/new", *given]
+  for number, copy in worlds(fault):
+    ((setting, path),) = hostile_data.cases(tmp_path / "data", 1, 1, first=number)
+    command, *more = LINES_WITH_DATA[setting]
+    flags = [*hostile_data.flags(setting, path), *(f.format(W=copy) for f in more)]
     if (problem := problem_of(command, flags, copy)) is not None:
       problems.append(f"{path}: {command} {flags} {problem}")
-  assert not problems, "\n\n".join(problems)
+  assert_none(problems)
