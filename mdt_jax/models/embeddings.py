@@ -72,6 +72,22 @@ def _rows_and_columns(
   return rows, columns
 
 
+def _frequencies() -> Float[np.ndarray, "128"]:
+  """Computes the frequencies w_i of `timestep_frequencies` with the bits of PyTorch."""
+  half = NUM_FREQUENCIES // 2
+  exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
+  # t multiplies an error in the last bit: 3e-5 rad at t = 999. The float32 exp of NumPy
+  # and of XLA have such errors; a float64 exp, rounded once, has none.
+  frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+  # PyTorch's float32 exp rounds two values up that lie just below the middle.
+  rounded_up = [12, 106]
+  frequencies[rounded_up] = np.nextafter(frequencies[rounded_up], np.float32(1))
+  return frequencies
+
+
+FREQUENCIES = _frequencies()
+
+
 def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
   """Computes sinusoids of timesteps: 128 of cos(t w_i), then 128 of sin(t w_i).
 
@@ -83,13 +99,7 @@ def timestep_frequencies(t: Shaped[Array, "B"]) -> Float[Array, "B 256"]:
   Returns:
     (B, 256) float32.
   """
-  half = NUM_FREQUENCIES // 2
-  exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
-  # exp runs in float64 and is rounded once, because t multiplies an error in the last
-  # bit. PyTorch's float32 exp agrees with this rounding in all but 2 of 128 entries;
-  # the exp of XLA and of NumPy does not.
-  frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-  angles = t.astype(jnp.float32)[:, None] * frequencies
+  angles = t.astype(jnp.float32)[:, None] * FREQUENCIES
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

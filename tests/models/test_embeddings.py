@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from mdt_jax.models.embeddings import (
+  FREQUENCIES,
   LabelEmbed,
   PatchEmbed,
   drop_labels,
@@ -82,6 +84,11 @@ def test_timestep_frequencies_match_their_definition(t):
   # The relative error of float32 frequencies is 3e-8, so angles are off by 3e-5.
   actual = timestep_frequencies(jnp.array([t]))[0]
   np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_frequencies_have_the_bits_of_pytorch():
+  exponents = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128
+  np.testing.assert_array_equal(FREQUENCIES, torch.exp(exponents).numpy())
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
