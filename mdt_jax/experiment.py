@@ -46,6 +46,7 @@ from mdt_jax.optimizers import (
 )
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
+from mdt_jax.pretrained.zero_shards import zero_shards
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
@@ -151,6 +152,7 @@ class Experiment:
       self.model,
       batch_size=self.settings.batch_size,
       accumulation_steps=self.settings.accumulation_steps,
+      groups=self.objective.groups,
     )
 
   def open(self) -> DataLabels:
@@ -205,6 +207,13 @@ class Experiment:
     name = chosen.name
     if name is None:
       name = "mdt" if self.model.takes_mask and masking.ratio > 0 else "plain"
+      if self.model.takes_mask and masking.ratio == 0 < masking.width:
+        raise SettingError(
+          "config.masking.width",
+          masking.width,
+          "needs config.objective.name = 'mdt' where config.masking.ratio = 0; with a "
+          "width of 0 there is one unmasked pass",
+        )
     is_mdt = name == "mdt"
     if is_mdt and chosen.arguments:
       raise SettingError(
@@ -256,6 +265,9 @@ class Experiment:
         eps=chosen.eps,
         weight_decay=chosen.weight_decay,
         clip_norm=chosen.clip_norm or None,
+        clip_shards=zero_shards(self.model, chosen.clip_shards)
+        if chosen.clip_shards > 1
+        else None,
         frozen=self.model.frozen,
         arguments=chosen.arguments,
       )

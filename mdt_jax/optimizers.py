@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Int
 
 from mdt_jax.errors import (
   SettingError,
@@ -56,6 +59,22 @@ def learning_rate_schedule(
     return after
   warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
   return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def bias_correction(decay: float, count: Array) -> Array:
+  """Computes 1 - decay^count, the weight of all gradients in an average from zero.
+
+  For a decay of 0.999, 1 - 0.999 ** count in float32, as in optax, is off by 1.3e-5 at
+  the first step, and a step of AdamW by half of that. PyTorch uses float64.
+
+  Args:
+    decay: in [0, 1).
+    count: () int32, number of gradients.
+
+  Returns:
+    () float32.
+  """
+  return -jnp.expm1(count * (math.log(decay) if decay else -jnp.inf))
 
 
 class AdanState(NamedTuple):
@@ -116,7 +135,7 @@ def adan(
     difference = optax.tree.update_moment(change, state.difference, b2, 1)
     square = optax.tree.update_moment(ahead, state.square, b3, 2)
     correction1, correction2, correction3 = (
-      1 - jnp.asarray(b, jnp.float32) ** count for b in (b1, b2, b3)
+      bias_correction(b, count) for b in (b1, b2, b3)
     )
 
     def step(p: Array, m: Array, v: Array, n: Array) -> Array:
@@ -128,6 +147,50 @@ def adan(
     return updates, AdanState(count, mean, difference, square, gradients)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def adamw(
+  learning_rate: float | Schedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  eps_root: float = 0.0,
+  mu_dtype: Any = None,
+  weight_decay: float = 1e-4,
+  mask: Any = None,
+  *,
+  nesterov: bool = False,
+) -> optax.GradientTransformation:
+  """AdamW with the arguments and the state of `optax.adamw`, and steps as PyTorch's.
+
+  The only difference is `bias_correction`.
+  """
+  moments = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+
+  def update(
+    gradients: Params, state: optax.OptState, params: Params | None = None
+  ) -> tuple[Params, optax.OptState]:
+    del params
+    _, state = moments.update(gradients, state)  # XLA leaves the unused step out.
+    assert isinstance(state, optax.ScaleByAdamState)
+    count: Any = state.count
+    correction1, correction2 = (bias_correction(b, count) for b in (b1, b2))
+    # (weight of the average, weight of the gradient) in the corrected average
+    average, last = 1 / correction1, 0.0
+    if nesterov:
+      average, last = b1 / bias_correction(b1, count + 1), (1 - b1) / correction1
+
+    def step(m: Array, n: Array, g: Array) -> Array:
+      numerator = average * m + (last * g if nesterov else 0)
+      return numerator / (jnp.sqrt(n / correction2 + eps_root) + eps)
+
+    return jax.tree.map(step, state.mu, state.nu, gradients), state
+
+  return optax.chain(
+    optax.GradientTransformation(moments.init, update),  # pyright: ignore[reportArgumentType]
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
 
 
 def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
@@ -145,6 +208,40 @@ def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransforma
   return optax.stateless(clip)
 
 
+def clip_by_norms_of_shards(
+  max_norm: float, eps: float, shards: Mapping[str, Int[np.ndarray, "..."]]
+) -> optax.GradientTransformation:
+  """Clips the norm of each shard of the parameters alone; see `clip_by_global_norm`.
+
+  Args:
+    max_norm: largest norm of a shard.
+    eps: added to the norm.
+    shards: path of a parameter -> its shard, or the shard of each layer; see
+      `pretrained.zero_shards`.
+  """
+  num_shards = 1 + max(int(shard.max()) for shard in shards.values())
+
+  def shard_of(path: Any) -> Int[np.ndarray, "..."]:
+    return shards[jax.tree_util.keystr(path, simple=True, separator="/")]
+
+  def clip(gradients: Params, params: Params | None) -> Params:
+    del params
+    squares = jnp.zeros(num_shards)
+    for path, g in jax.tree_util.tree_leaves_with_path(gradients):
+      shard = shard_of(path)
+      axes = tuple(range(shard.ndim, g.ndim))  # all but that of the layers
+      squares = squares.at[shard].add(jnp.square(g).sum(axes))
+    factors = jnp.minimum(1.0, max_norm / (jnp.sqrt(squares) + eps))
+
+    def scale(path: Any, g: Array) -> Array:
+      shard = shard_of(path)
+      return g * jnp.expand_dims(factors[shard], range(shard.ndim, g.ndim))
+
+    return jax.tree_util.tree_map_with_path(scale, gradients)
+
+  return optax.stateless(clip)
+
+
 def create_optimizer(
   name: str,
   learning_rate: float | Schedule,
@@ -155,6 +252,7 @@ def create_optimizer(
   eps: float | None = None,
   weight_decay: float = 0.0,
   clip_norm: float | None = None,
+  clip_shards: Mapping[str, Int[np.ndarray, "..."]] | None = None,
   frozen: Iterable[str] = (),
   arguments: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
@@ -172,6 +270,8 @@ def create_optimizer(
       decay, even if 0.
     clip_norm: largest global norm of the gradients of trained parameters; None for no
       clipping.
+    clip_shards: limits the norm of each shard of the parameters alone, see
+      `clip_by_norms_of_shards`; None for the norm of all.
     frozen: names of top-level parameters that are not updated.
     arguments: further arguments of the optimizer's function, such as {"momentum": 0.9}
       for "sgd".
@@ -192,16 +292,19 @@ def create_optimizer(
   check_arguments(function, {"learning_rate": learning_rate, **given}, name)
   optimizer = _call(name, function, learning_rate, given, arguments or {})
   if clip_norm is not None:
-    optimizer = optax.chain(
-      clip_by_global_norm(clip_norm, 1e-8 if eps is None else eps), optimizer
-    )
+    eps = 1e-8 if eps is None else eps
+    if clip_shards is None:
+      clip = clip_by_global_norm(clip_norm, eps)
+    else:
+      clip = clip_by_norms_of_shards(clip_norm, eps, clip_shards)
+    optimizer = optax.chain(clip, optimizer)
   return without_frozen(optimizer, tuple(frozen))
 
 
 # Name -> function (learning_rate, **settings) -> optimizer. `_function` looks up other
 # names in optax.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  "adamw": optax.adamw,
+  "adamw": adamw,
   "adan": adan,
 }
 

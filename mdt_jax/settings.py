@@ -29,6 +29,8 @@ from mdt_jax.setting_limits import check_maxima
 from mdt_jax.sizes import Size, to_size
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
+LABELS_OF_SCORES = ("random", "balanced")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
@@ -84,8 +86,9 @@ class ObjectiveSettings:
   """The random draws and the loss of a training step."""
 
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
-  # keeps), or an objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None:
-  # mdt if the network takes a mask and masking.ratio is above 0, otherwise plain.
+  # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
+  # masking), or an objective of your own (a key of mdt_jax.objectives.OBJECTIVES).
+  # None: mdt if the network takes a mask and masking.ratio is above 0, otherwise plain.
   name: str | None = None
   # Arguments of an objective of your own: '{"margin": 0.5}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,6 +108,11 @@ class MaskingSettings:
   num_lengths: int = 4
   # The numbers of kept tokens are multiples of this, where the sequence is long enough.
   multiple: int = 8
+  # Equal parts of the batch that keep different numbers of tokens, spread evenly over
+  # the range: a released run on N GPUs draws N ratios a step. All parts are in one
+  # program, and num_lengths and multiple have no effect. 1: all images of a step keep
+  # the same number.
+  groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +179,10 @@ class OptimizerSettings:
   weight_decay: float = 0.0
   # Gradients of a larger global norm are scaled down to this norm; 0: no limit.
   clip_norm: float = 1.0
+  # Shards of the parameters, each of which is scaled down to clip_norm by its own norm;
+  # 1: by the norm of all parameters. A released run of MDTv2 on N GPUs clips N shards,
+  # because it puts Adan into PyTorch's ZeroRedundancyOptimizer (docs/parity.md).
+  clip_shards: int = 1
   # More arguments of an optimizer of optax, such as '{"momentum": 0.9}' for sgd.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -182,6 +194,11 @@ class OptimizerSettings:
     for name in ("weight_decay", "clip_norm"):
       if not getattr(self, name) >= 0:
         raise SettingError(name, getattr(self, name), "must be 0 or more")
+    _at_least(self, "clip_shards", 1)
+    if self.clip_shards > 1 and not self.clip_norm:
+      raise SettingError(
+        "clip_shards", self.clip_shards, "must be 1: clip_norm = 0 clips nothing"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +313,9 @@ class EvalSettings:
   num_images: int = 10_000
   # Images at once, over all devices; at least 1.
   batch_size: int = 64
+  # Labels of these images: random (as in the released scripts) or balanced (all classes
+  # in turn). None: random if a score needs `inception`, else balanced.
+  labels: str | None = None
   # .npz of real images or of their statistics. None: the training data.
   reference: str | None = None
   # File with the weights of FID's Inception network: .safetensors of mdt_jax.convert,
@@ -309,6 +329,8 @@ class EvalSettings:
   def check(self) -> None:
     for name, least in (("every", 0), ("num_images", 2), ("batch_size", 1)):
       _at_least(self, name, least)
+    if self.labels is not None:
+      check_choice("labels", self.labels, LABELS_OF_SCORES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -502,6 +524,11 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   saved, unknown = known_settings(saved, Settings(), "config")
   if unknown:
     logger.warning("ignored settings of another version: %s", ", ".join(unknown))
+  masking = dict(saved.get("masking", {}))
+  objective = saved.get("objective", {}).get("name")
+  if objective is None and masking.get("ratio") == 0:
+    masking["width"] = 0.0  # earlier versions accepted any width and ignored it
+    saved = {**saved, "masking": masking}
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
   sampling = dict(saved.get("sampling", {}))

@@ -99,6 +99,7 @@ def check_mesh(
   *,
   batch_size: int,
   accumulation_steps: int,
+  groups: int = 1,
 ) -> None:
   """Checks that a batch and a network can be sharded over a mesh.
 
@@ -108,19 +109,21 @@ def check_mesh(
     model: the network.
     batch_size: number of images per step, over all devices.
     accumulation_steps: number of parts that a batch is split into.
+    groups: number of groups that each part is split into; see `Objective.groups`.
 
   Raises:
     SettingError: the mesh does not fit the devices, or an axis does not divide the
       batch size, the width, the heads or the hidden units.
   """
   data, fsdp, tensor = mesh_shape(sizes, num_devices)
-  parts = data * fsdp * accumulation_steps
+  parts = data * fsdp * accumulation_steps * groups
   if batch_size % parts:
+    by_groups = f" x config.masking.groups = {groups}" if groups > 1 else ""
     raise SettingError(
       "config.batch_size",
       batch_size,
       f"must be divisible by {parts} = {data * fsdp} devices (mesh axes data x fsdp) x "
-      f"config.accumulation_steps = {accumulation_steps}",
+      f"config.accumulation_steps = {accumulation_steps}{by_groups}",
     )
   width = getattr(model, "hidden_size", fsdp)
   if width % fsdp:

@@ -14,7 +14,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.objectives import PlainObjective
 from mdt_jax.settings import Settings
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, tiny_dit_config
 
 CONFIGS = Path(__file__).parents[1] / "mdt_jax" / "configs"
 
@@ -92,6 +92,8 @@ BAD = [
   ("masking.ratio", 0.81, "must lie in [0, 0.8]"),
   ("masking.width", 0.6, "must lie in [0, 0.8 - ratio = 0.5]"),
   ("masking.num_lengths", 0, "must be at least 1"),
+  ("masking.groups", 0, "must be at least 1"),
+  ("eval.labels", "uniform", "accepted are random, balanced"),
   ("batch_size", 0, "must be at least 1"),
   ("batch_size", 9, "must be divisible by 2"),
   ("accumulation_steps", 3, "must be divisible by 6"),
@@ -143,6 +145,37 @@ def test_error_names_setting_value_and_accepted_values(setting, value, accepted)
     "accumulation_steps",
   )
   assert "\n" not in message
+
+
+def test_groups_must_divide_the_images_of_each_device():
+  changes = {"batch_size": 12, "accumulation_steps": 2, "masking.groups": 4}
+  with pytest.raises(SettingError) as error:
+    build_on(tiny_config(**changes), 2)
+  assert str(error.value) == (
+    "config.batch_size = 12: must be divisible by 16 = 2 devices (mesh axes data x "
+    "fsdp) x config.accumulation_steps = 2 x config.masking.groups = 4"
+  )
+  assert build_on(tiny_config(**{**changes, "batch_size": 16}), 2).objective.groups == 4
+
+
+def test_a_width_without_a_ratio_is_not_ignored():
+  changes = {"masking.ratio": 0.0, "masking.width": 0.2}
+  with pytest.raises(
+    SettingError, match=r"^config.masking.width = 0.2: needs config.objective.name"
+  ):
+    build(tiny_config(**changes))
+  build(tiny_dit_config(**changes))  # has no masked pass in any case
+  masks = build(tiny_config(**changes, **{"objective.name": "mdt"})).objective
+  assert masks.static_choices == (14,)
+  plain = build(tiny_config(**{**changes, "masking.width": 0.0})).objective
+  assert isinstance(plain, PlainObjective)
+
+
+def test_checkpoints_with_an_ignored_width_can_be_resumed():
+  saved = tiny_config(**{"masking.ratio": 0.0, "masking.width": 0.2}).to_dict()
+  settings = Settings.from_dict(saved)
+  assert settings.masking.width == 0
+  assert isinstance(build(settings).objective, PlainObjective)
 
 
 @pytest.mark.parametrize("name", setting_limits.MAXIMA)

@@ -74,6 +74,18 @@ def num_kept(length: int, ratio: float) -> int:
   return int(length * (1 - ratio))
 
 
+def spread_lengths(
+  length: int, ratio: float, width: float, groups: int
+) -> tuple[int, ...]:
+  """Returns a number of kept tokens for each part of a batch, decreasing.
+
+  The masked shares are the middles of `groups` equal parts of [ratio, ratio + width],
+  so their mean is that of a uniform draw.
+  """
+  shares = [ratio + width * (group + 0.5) / groups for group in range(groups)]
+  return tuple(num_kept(length, share) for share in shares)
+
+
 @dataclasses.dataclass(frozen=True)
 class KeptLengths:
   """The possible numbers of kept tokens in a run, and their probabilities.

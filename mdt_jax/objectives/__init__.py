@@ -1,6 +1,7 @@
 """Objectives: the random draws and the loss of a training step."""
 
 from mdt_jax.objectives.mdt import MDTObjective
+from mdt_jax.objectives.mdt_unmasked import MDTUnmaskedObjective
 from mdt_jax.objectives.objective import (
   OBJECTIVES,
   Draws,
@@ -14,6 +15,7 @@ __all__ = [
   "OBJECTIVES",
   "Draws",
   "MDTObjective",
+  "MDTUnmaskedObjective",
   "Objective",
   "PlainObjective",
   "create_objective",

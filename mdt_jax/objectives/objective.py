@@ -64,6 +64,8 @@ class Objective(abc.ABC):
   # objectives with one pass, so that runs with and without a masked pass draw the same
   # random numbers in the first pass.
   num_passes: ClassVar[int] = 2
+  # Number of equal parts that `loss` divides the images of each device into.
+  groups: int = 1
 
   def __init__(
     self,
@@ -203,10 +205,10 @@ def create_objective(
   """Builds an objective by name.
 
   Args:
-    name: a key of OBJECTIVES, such as "plain" or "mdt".
+    name: a key of OBJECTIVES: "plain", "mdt" or "mdt_unmasked".
     model, process, timestep_sampler: see `Objective`.
     **settings: further arguments of the objective's class; for "mdt": ratio, width,
-      num_lengths and multiple.
+      num_lengths, multiple and groups.
 
   Raises:
     SettingError: a name or a setting is unknown, or a value is invalid.

@@ -11,6 +11,7 @@ In this module, `path` is the path of a parameter of this package, such as
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from mdt_jax.types import Array
 BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer, not a parameter
 
-# Path inside a block -> released name inside a block.
+# Path inside a block -> released name inside a block, in the order of PyTorch.
 _BLOCK_NAMES = {
   "attention/qkv": "attn.qkv",
   "attention/proj": "attn.proj",
@@ -47,6 +48,26 @@ _OTHER_NAMES = {
   "decode_pos_embed": "decoder_pos_embed",
   "mask_token": "mask_token",
 }
+# Modules of the released code in the order of `module.parameters()`.
+_MODULE_ORDER = (
+  "pos_embed",
+  "decoder_pos_embed",
+  "mask_token",
+  "x_embedder.proj",
+  "t_embedder.mlp.0",
+  "t_embedder.mlp.2",
+  "y_embedder.embedding_table",
+  "blocks",
+  "en_inblocks",
+  "en_outblocks",
+  "de_blocks",
+  "sideblocks",
+  "final_layer.linear",
+  "final_layer.adaLN_modulation.1",
+)
+_ORDER_IN_BLOCK = tuple(_BLOCK_NAMES.values())
+# (stack, layer)?, module, (weight or bias)?
+_PARAMETER = re.compile(r"(?:(\w*blocks)\.(\d+)\.)?(.+?)(?:\.(weight|bias))?")
 
 
 def is_stacked(path: str) -> bool:
@@ -73,6 +94,19 @@ def released_names(path: str, model: Model) -> Iterator[str]:
   }[stack]
   for layer in range(count):
     yield f"{released}.{offset + layer}.{name}"
+
+
+def parameter_order(name: str) -> tuple[int, int, int, bool]:
+  """Returns the key that sorts parameters as `module.parameters()` in PyTorch does.
+
+  Args:
+    name: name of a released tensor that is not a buffer.
+  """
+  match = _PARAMETER.fullmatch(name)
+  assert match is not None
+  stack, layer, module, leaf = match.groups()
+  place = _ORDER_IN_BLOCK.index(module) if stack else 0
+  return _MODULE_ORDER.index(stack or module), int(layer or 0), place, leaf == "bias"
 
 
 def index_name(name: str) -> str | None:

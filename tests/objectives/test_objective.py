@@ -10,6 +10,7 @@ import pytest
 from mdt_jax import create_model, create_objective, create_process
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
+from mdt_jax.models.masking import spread_lengths
 from mdt_jax.objectives.objective import draw_images
 from tests import reference
 from tests.training.test_step import make_batch
@@ -87,7 +88,10 @@ def test_kept_length_depends_only_on_seed_and_step():
 @pytest.mark.parametrize(
   ("name", "settings", "message"),
   [
-    ("mae", {}, r"^objective = 'mae': accepted are mdt, plain"),
+    ("mae", {}, r"^objective = 'mae': accepted are mdt, mdt_unmasked, plain"),
+    ("mdt", {"groups": 0}, r"^groups = 0: must be at least 1"),
+    ("mdt", {"groups": 2, "width": 0.0}, r"^groups = 2: must be 1: width = 0 has one"),
+    ("mdt", {"ratio": 0.0, "width": 0.0}, r"^ratio = 0.0: masks nothing: config"),
     ("mdt", {"rate": 0.5}, r"^rate = 0.5: is no setting of the objective 'mdt'"),
     ("mdt", {"ratio": 0.9}, r"^ratio = 0.9: must lie in \[0, 0.8\]"),
     ("plain", {"ratio": 0.5}, r"^ratio = 0.5: is no setting of the objective 'plain'"),
@@ -98,10 +102,59 @@ def test_error_names_the_invalid_setting(name, settings, message):
     make_objective(name, **settings)
 
 
-def test_mdt_objective_refuses_dit():
+@pytest.mark.parametrize("groups", [2, 4])
+def test_each_group_of_a_batch_keeps_its_own_number_of_tokens(groups):
+  """The losses of image i are those of a step in which all keep its number."""
+  objective = make_objective("mdt", groups=groups, ratio=0.2, width=0.6)
+  (static,) = objective.static_choices
+  assert len(set(static)) == groups and objective.largest_static == static
+  params = reference.random_params(objective.model)
+  draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
+  apply = objective.model.apply
+  total, losses = objective.loss(apply, params, draws, static)
+  for group, length in enumerate(static):
+    _, alone = objective.loss(apply, params, draws, length)
+    for name, loss in alone.items():
+      np.testing.assert_allclose(losses[name][group::groups], loss[group::groups], 1e-5)
+  np.testing.assert_allclose(total, losses["total"].mean(), rtol=1e-6)
+  # Not the operations of the mean length, because attention grows with its square.
+  flops = [objective.flops(length) for length in static]
+  assert objective.flops(static) == pytest.approx(np.mean(flops))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+@pytest.mark.parametrize(("ratio", "width"), [(0.3, 0.2), (0.0, 0.2), (0.5, 0.1)])
+def test_numbers_of_groups_have_the_mean_of_the_released_draw(ratio, width, groups):
+  lengths = spread_lengths(256, ratio, width, groups)
+  released = [int(256 * (1 - ratio - width * u)) for u in np.linspace(0, 1, 10_001)]
+  assert abs(np.mean(lengths) - np.mean(released)) < 0.5
+  assert min(released) <= lengths[-1] < lengths[0] <= max(released)
+
+
+def test_unmasked_objective_is_the_sum_of_two_plain_losses():
+  objective, plain = make_objective("mdt_unmasked"), make_objective("plain")
+  params = reference.random_params(objective.model)
+  draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
+  apply = objective.model.apply
+  total, losses = objective.loss(apply, params, draws, None)
+  passes = [
+    plain.loss(apply, params, draws.replace(noise=noise, y=y), None)[1]["loss"]
+    for noise, y in zip(
+      np.split(draws.noise, 2, axis=1), np.split(draws.y, 2, axis=1), strict=True
+    )
+  ]
+  np.testing.assert_allclose(losses["loss"], passes[0], rtol=1e-6)
+  np.testing.assert_allclose(losses["second_loss"], passes[1], rtol=1e-6)
+  np.testing.assert_allclose(total, np.mean(passes[0] + passes[1]), rtol=1e-6)
+  assert np.abs(passes[0] - passes[1]).max() > 1e-3
+  assert objective.flops(None) == 2 * plain.flops(None)
+
+
+@pytest.mark.parametrize("name", ["mdt", "mdt_unmasked"])
+def test_objectives_of_mdt_refuse_dit(name):
   with pytest.raises(SettingError, match="DiT") as error:
-    make_objective("mdt", network="DiT-S/2")
-  assert (error.value.setting, error.value.value) == ("objective", "mdt")
+    make_objective(name, network="DiT-S/2")
+  assert (error.value.setting, error.value.value) == ("objective", name)
   assert "plain" in error.value.accepted
 
 
