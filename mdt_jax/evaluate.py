@@ -35,7 +35,7 @@ from mdt_jax.evaluation import bits_per_dimension, job
 from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
 from mdt_jax.paths import local_path, output_file, output_folder
-from mdt_jax.settings import SamplingSettings
+from mdt_jax.settings import LABELS_OF_SCORES, SamplingSettings
 from mdt_jax.training.distributed import process_index
 
 CHECKPOINT = flags.DEFINE_string(
@@ -105,6 +105,13 @@ NUM_IMAGES = flags.DEFINE_integer(
   None,
   f"Number of images to draw, or, for bpd, number of images of the data. Default: "
   f"{job.NUM_IMAGES:,} drawn images, {bits_per_dimension.NUM_IMAGES:,} images for bpd.",
+)
+LABELS = flags.DEFINE_string(
+  "labels",
+  None,
+  "Labels of the drawn images: random (random classes, as in the released scripts) or "
+  "balanced (all classes in turn). Default: config.eval.labels of the run, else random "
+  "with a score that needs --inception and balanced without.",
 )
 NUM_STEPS = flags.DEFINE_integer(
   "num_steps",
@@ -185,6 +192,7 @@ def main(argv: list[str]) -> None:
         num_images=NUM_IMAGES.value or job.NUM_IMAGES,
         batch_size=BATCH_SIZE.value,
         seed=SEED.value,
+        labels=LABELS.value,
       )
       for name, value in found["scores"].items():
         logger.info("%-10s %10.4f", name, value)
@@ -201,6 +209,12 @@ def _check_flags(metrics: list[str]) -> None:
   check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
   check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
   check_range("seed", SEED.value, 0, 2**32 - 1)
+  if LABELS.value is not None:
+    check_choice("labels", LABELS.value, LABELS_OF_SCORES)
+    if SAMPLES.value or metrics == [job.BPD]:
+      raise SettingError(
+        "labels", LABELS.value, "is for images that a checkpoint draws"
+      )
   if SAVE_STATISTICS.value and Path(SAVE_STATISTICS.value).suffix != ".npz":
     raise SettingError("save_statistics", SAVE_STATISTICS.value, "must end in .npz")
   if not (CHECKPOINT.value or SAMPLES.value):

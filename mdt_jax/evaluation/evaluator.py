@@ -17,12 +17,13 @@ from mdt_jax.evaluation.image_streams import (
   LabelledImages,
   SourceImages,
 )
-from mdt_jax.evaluation.registry import check_metrics
+from mdt_jax.evaluation.registry import check_metrics, default_labels
 from mdt_jax.evaluation.summary import Summary
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.pretrained.torch_inception import load_inception
-from mdt_jax.sampling.generator import make_generator
+from mdt_jax.sampling.generator import Generator, make_generator
+from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.settings import Settings
 from mdt_jax.types import Params
 
@@ -197,6 +198,42 @@ def check_eval(settings: Settings) -> None:
     check_metrics(f"{_EVAL}metrics", chosen.metric_names, has_inception)
 
 
+def draw_images(
+  experiment: Experiment,
+  generator: Generator,
+  params: Params,
+  metrics: Sequence[str],
+  num_images: int,
+  seed: int,
+  labels: str | None = None,
+) -> GeneratedImages:
+  """Returns the images that a run draws for its scores.
+
+  Args:
+    experiment: objects of the run.
+    generator: see `GeneratedImages`.
+    params: averaged parameters, on the devices that draw.
+    metrics: keys of `registry.METRICS`.
+    num_images: number of images.
+    seed: seed of labels and noise, in [0, 2**32).
+    labels: "balanced" or "random", see `labels.draw_labels`; None for
+      `config.eval.labels`, or else as `registry.default_labels` says.
+  """
+  how = labels or experiment.settings.eval.labels or default_labels(metrics)
+  conditions = choose_conditions(
+    experiment.model.conditioning, num_images, experiment.data_labels, how, seed
+  )
+  return GeneratedImages(
+    experiment.model,
+    generator,
+    params,
+    conditions,
+    experiment.autoencoder,
+    seed,
+    holds_pixels=experiment.holds_pixels,
+  )
+
+
 def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
   """Builds the evaluator of `config.eval`, which runs on the mesh of the run.
 
@@ -212,15 +249,13 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
   generator = make_generator(experiment.model, experiment.sampler)
 
   def draw(params: Params) -> GeneratedImages:
-    return GeneratedImages(
-      experiment.model,
+    return draw_images(
+      experiment,
       generator,
       params,
+      chosen.metric_names,
       chosen.num_images,
-      experiment.autoencoder,
       settings.seed,
-      holds_pixels=experiment.holds_pixels,
-      held=experiment.data_labels,
     )
 
   drawn = draw(None)  # fails early, before the real images are read

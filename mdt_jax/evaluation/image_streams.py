@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Num
 
 from mdt_jax.data import npy_format
-from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
@@ -24,7 +23,6 @@ from mdt_jax.paths import input_file
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import Generator, output_shape
-from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.sharding import fetch
 from mdt_jax.types import Params
@@ -202,12 +200,12 @@ class SourceImages:
 
 
 class GeneratedImages:
-  """Images that a network draws, of all classes of the training data in turn.
+  """Images that a network draws.
 
   All processes of a run must read the stream together; each process gets whole batches.
 
   Attributes:
-    labels: (N,) classes of the images.
+    labels: (N, …) conditions of the images, such as their classes.
     image_shape: (H, W, C) of an image.
 
   Args:
@@ -215,11 +213,10 @@ class GeneratedImages:
     generator: generator from `sampling.generator.make_generator`.
     params: averaged parameters. The devices that hold the parameters draw the images,
       and share each batch inside `sharding.use_mesh`.
-    num_images: number N of images.
+    labels: (N, …) conditions of the images; see `labels.choose_conditions`.
     autoencoder: decodes latents; None if the network draws pixels.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     holds_pixels: whether the network draws pixels.
-    held: the labels of the training data; None draws all labels of the network.
 
   Raises:
     SettingError: the network draws latents, and there is no autoencoder.
@@ -230,19 +227,18 @@ class GeneratedImages:
     model: Model,
     generator: Generator,
     params: Params,
-    num_images: int,
+    labels: np.ndarray,
     autoencoder: Autoencoder | None = None,
     seed: int = 0,
     *,
     holds_pixels: bool,
-    held: DataLabels | None = None,
   ):
     if autoencoder is None and not holds_pixels:
       raise SettingError(
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
-    self.labels = choose_conditions(model.conditioning, num_images, held)
+    self.labels, self._model = labels, model
     self.image_shape = output_shape(model, autoencoder)
     self._autoencoder = autoencoder
 
@@ -263,4 +259,4 @@ class GeneratedImages:
       start += len(arrays)
       if self._autoencoder is not None:
         arrays = fetch(self._autoencoder.decode(arrays))
-      yield to_uint8(arrays), labels
+      yield to_uint8(arrays, self._model), labels

@@ -12,7 +12,7 @@ import jax
 from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.evaluator import Evaluator, draw_images
 from mdt_jax.evaluation.image_files import open_image_stream
 from mdt_jax.evaluation.image_streams import GeneratedImages
 from mdt_jax.evaluation.references import save_statistics
@@ -133,6 +133,7 @@ def score_images(
   num_images: int = NUM_IMAGES,
   batch_size: int = 64,
   seed: int = 0,
+  labels: str | None = None,
 ) -> dict[str, Any]:
   """Scores images of a file, or images that a checkpoint draws, with progress bars.
 
@@ -149,6 +150,7 @@ def score_images(
     num_images: number of images to draw.
     batch_size: number of images in a batch, over all devices.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
+    labels: how the labels of drawn images are chosen; see `evaluator.draw_images`.
 
   Returns:
     "scores" by name, number of "images", and the arguments that the scores depend on.
@@ -162,7 +164,16 @@ def score_images(
   if samples is not None:
     images = open_image_stream(samples, "samples")
   elif checkpoint is not None:
-    images = _drawn(checkpoint, num_images, seed)
+    assert experiment is not None
+    images = draw_images(
+      experiment,
+      make_generator(experiment.model, experiment.sampler),
+      jax.device_put(checkpoint.params, sharding.replicated(mesh)),
+      metrics,
+      num_images,
+      seed,
+      labels,
+    )
   else:
     raise SettingError("samples", None, "samples or a checkpoint must be given")
   evaluate = Evaluator.create(
@@ -193,18 +204,3 @@ def score_images(
     "reference": reference,
     "inception": inception,
   }
-
-
-def _drawn(checkpoint: Checkpoint, num_images: int, seed: int) -> GeneratedImages:
-  """The images that a checkpoint draws on all devices."""
-  experiment = checkpoint.experiment
-  return GeneratedImages(
-    experiment.model,
-    make_generator(experiment.model, experiment.sampler),
-    jax.device_put(checkpoint.params, sharding.replicated(experiment.mesh)),
-    num_images,
-    experiment.autoencoder,
-    seed,
-    holds_pixels=experiment.holds_pixels,
-    held=experiment.data_labels,
-  )

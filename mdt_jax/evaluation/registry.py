@@ -21,6 +21,7 @@ from mdt_jax.evaluation.features import (
   pixel_features,
 )
 from mdt_jax.evaluation.summary import Summary
+from mdt_jax.sampling.labels import BALANCED, RANDOM
 
 # (real images, generated images) -> the score, or several scores by name.
 ScoreFn: TypeAlias = Callable[[Summary, Summary], float | dict[str, float]]
@@ -135,7 +136,7 @@ def _repeated_class(real: Int[np.ndarray, " N"], drawn: Int[np.ndarray, " M"]) -
       "num_images",
       len(drawn),
       "diversity needs a class with at least 2 real images and 2 images to be drawn; "
-      "images are drawn of all classes in turn",
+      "balanced labels are those of all classes in turn",
     )
 
 
@@ -170,6 +171,14 @@ def inception_metrics() -> list[str]:
 def other_metrics() -> list[str]:
   """Names of the scores that need no weights."""
   return [name for name, metric in METRICS.items() if not metric.needs_inception]
+
+
+def default_labels(names: Sequence[str]) -> str:
+  """Returns how the labels of drawn images are chosen, if no setting says it.
+
+  "random", as in the released scripts, if a score needs Inception; else "balanced".
+  """
+  return RANDOM if any(METRICS[name].needs_inception for name in names) else BALANCED
 
 
 def check_metrics(setting: str, names: Sequence[str], has_inception: bool) -> None:

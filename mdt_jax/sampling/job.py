@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import counted
 from mdt_jax.models.autoencoder_decoding import decode_in_slices
-from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Listener, Request
@@ -126,6 +124,9 @@ class SamplingJob:
       **{f"sampling.{name}": value for name, value in sampling.items()},
       "task": dataclasses.asdict(self.task),
     }
+    if self.draws_pixels and getattr(self.experiment.model, "variant", None) == "DiT":
+      # Earlier versions rounded as MDT does.
+      described["pixels"] = "127.5 x + 128"
     if self.pixels is not None:
       described["image"] = _digest(self.pixels)
     if self.hidden is not None:
@@ -151,19 +152,18 @@ class SamplingJob:
 
   def _decode(self) -> Decode:
     """The function that turns the sampler's output into images, on the device."""
+    network = self.experiment.model
     if self.autoencoder is not None:
-      return functools.partial(_decode_latents, self.autoencoder.model)
+      model = self.autoencoder.model
+
+      def decode(params: Params, latents: Array) -> UInt8[Array, "B H W 3"]:
+        images = decode_in_slices(model, params, model.unscale(latents))
+        return pictures.to_uint8(images, network)
+
+      return decode
     if self.experiment.holds_pixels:
-      return lambda _, pixels: pictures.to_uint8_on_device(pixels)
+      return lambda _, pixels: pictures.to_uint8(pixels, network)
     return lambda _, latents: latents
-
-
-def _decode_latents(
-  model: AutoencoderKL, params: Params, latents: Array
-) -> UInt8[Array, "B H W 3"]:
-  """Decodes latents to uint8 pixels."""
-  decoded = decode_in_slices(model, params, model.unscale(latents))
-  return pictures.to_uint8_on_device(decoded)
 
 
 def _digest(*arrays: Any) -> str:

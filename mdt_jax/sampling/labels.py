@@ -130,7 +130,11 @@ def draw_labels(
 
 
 def choose_conditions(
-  condition: Condition, count: int, held: DataLabels | None
+  condition: Condition,
+  count: int,
+  held: DataLabels | None,
+  how: str = BALANCED,
+  seed: int = 0,
 ) -> Shaped[np.ndarray, "N ..."]:
   """The condition y of each image that training and evaluation draw.
 
@@ -138,13 +142,15 @@ def choose_conditions(
     condition: the condition of the network.
     count: number N of images.
     held: the labels of the training data; None if unknown.
+    how: "balanced" or "random", for class labels; see `draw_labels`.
+    seed: seed of "random".
 
   Returns:
-    (N, …). For class labels, the labels of the data in turn.
+    (N, …). For class labels, labels of the data.
   """
-  if held is not None and isinstance(condition, LabelCondition):
-    return held.choose(count)
-  return condition.choose(count)
+  if not isinstance(condition, LabelCondition):
+    return condition.choose(count)
+  return choose_labels("labels", [how], count, condition.num_classes, seed, held=held)
 
 
 def _listed(setting: str, labels: Any) -> Sequence[Any]:

@@ -8,26 +8,34 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
-
-from mdt_jax.types import Array
 
 MIN_TILE = 64  # least height of an image in a grid, in pixels
 CAPTION_HEIGHT = 14  # pixels
 MARGIN = 2  # pixels
 
 
-def to_uint8(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-  """Maps [-1, 1] to 0 … 255; clips and truncates like the released code."""
-  return np.clip((images + 1) * 127.5, 0, 255).astype(np.uint8)
+def to_uint8(images: Any, network: Any = None) -> Any:
+  """Maps [-1, 1] to 0 … 255, with the rounding of the released scripts; clips.
 
+  MDT truncates 127.5 (x + 1) (scripts/image_sample.py); DiT truncates 127.5 x + 128
+  (sample_ddp.py), which rounds to nearest. Half of the pixels differ by one.
 
-def to_uint8_on_device(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
-  """`to_uint8` on the device, before the images are copied to the host."""
-  return jnp.clip((images + 1) * 127.5, 0, 255).astype(jnp.uint8)
+  Args:
+    images: float array of NumPy or JAX, of any shape.
+    network: the network that drew the images; None rounds as MDT.
+
+  Returns:
+    uint8 array of the same shape and library.
+  """
+  if getattr(network, "variant", None) == "DiT":
+    # Clipped before the sum, so that XLA cannot fuse product and sum into one rounding.
+    pixels = (127.5 * images).clip(-128, 127) + 128
+  else:
+    pixels = ((images + 1) * 127.5).clip(0, 255)
+  return pixels.astype("uint8")
 
 
 def to_pil(pixels: UInt8[np.ndarray, "H W C"]) -> Image.Image:

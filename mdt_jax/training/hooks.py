@@ -171,6 +171,7 @@ class Pictures(Hook):
     self._settings = settings
     self._autoencoder = experiment.autoencoder
     self._draws_pixels = self._autoencoder is not None or experiment.holds_pixels
+    self._network = experiment.model
     self._generator = make_generator(experiment.model, experiment.sampler)
     shards = sharding.batch_shards(experiment.mesh)
     count = -(-settings.num_samples // shards) * shards
@@ -194,9 +195,13 @@ class Pictures(Hook):
       arrays = sharding.fetch(self._autoencoder.decode(arrays))
     if jax.process_index() > 0:
       return None
-    convert = pictures.to_uint8 if self._draws_pixels else pictures.latent_preview
+    arrays = arrays[: settings.num_samples]
+    if self._draws_pixels:
+      shown = pictures.to_uint8(arrays, self._network)
+    else:
+      shown = pictures.latent_preview(arrays)
     captions = [self._caption(label) for label in labels[: settings.num_samples]]
-    return pictures.make_grid(convert(arrays[: settings.num_samples]), captions)
+    return pictures.make_grid(shown, captions)
 
   def _write(self, path: Path, made: Image.Image) -> None:
     made.save(path)

@@ -208,15 +208,10 @@ def test_samples_of_a_run_have_labels_of_its_data(run):
 
 def test_scores_of_a_run_have_labels_of_its_data(run):
   experiment = job.load_run(run[0]).experiment
-  drawn = job.GeneratedImages(
-    experiment.model,
-    None,  # pyright: ignore[reportArgumentType]
-    None,
-    5,
-    holds_pixels=True,
-    held=experiment.data_labels,
-  )
+  drawn = job.draw_images(experiment, None, None, ["frechet"], 5, seed=0)
   assert drawn.labels.tolist() == [2, 5, 2, 5, 2]
+  drawn = job.draw_images(experiment, None, None, ["fid"], 100, seed=0)
+  assert set(drawn.labels) == {2, 5}
 
 
 def test_training_pictures_have_labels_and_names_of_the_data(tmp_path):

@@ -16,6 +16,7 @@ from mdt_jax.evaluation import evaluator, scores
 from mdt_jax.evaluation.evaluator import (
   Evaluator,
   TrainingEvaluator,
+  draw_images,
   make_training_evaluator,
 )
 from mdt_jax.evaluation.image_streams import GeneratedImages, NpzImages
@@ -81,15 +82,48 @@ def test_eval_reference_replaces_the_data_set(tmp_path):
   )
   params = reference.random_params(experiment.model)
   found = make_training_evaluator(experiment)(1, {"0.9": params})
-  generated = GeneratedImages(
-    experiment.model,
-    make_generator(experiment.model, experiment.sampler),
-    params,
-    20,
-    holds_pixels=True,
-  )
+  generator = make_generator(experiment.model, experiment.sampler)
+  generated = draw_images(experiment, generator, params, ["frechet"], 20, seed=0)
   evaluate = Evaluator.create(["frechet"], reference=str(tmp_path / "real.npz"))
   assert found["eval/frechet"] == pytest.approx(evaluate(generated)["frechet"])
+
+
+@pytest.mark.parametrize(
+  ("metrics", "setting", "argument", "expected"),
+  [
+    (["frechet"], None, None, "balanced"),
+    (["is"], None, None, "random"),
+    (["frechet", "fid"], None, None, "random"),
+    (["is"], "balanced", None, "balanced"),
+    (["frechet"], "random", None, "random"),
+    (["is"], "random", "balanced", "balanced"),
+    (["is"], "balanced", "random", "random"),
+  ],
+)
+def test_labels_are_random_for_scores_of_inception(
+  metrics, setting, argument, expected
+):
+  experiment = build(tiny_dit_config(**{"eval.labels": setting}))
+  drawn = draw_images(experiment, None, None, metrics, 40, seed=3, labels=argument)
+  is_balanced = drawn.labels.tolist() == [*range(10)] * 4
+  assert is_balanced == (expected == "balanced")
+  assert len(drawn) == 40 and set(drawn.labels) <= set(range(10))
+
+
+def test_random_labels_are_uniform_and_independent():
+  """As torch.randint(0, num_classes) draws them in the released scripts."""
+  experiment = build(tiny_dit_config())
+  drawn = draw_images(experiment, None, None, ["is"], 50_000, seed=0).labels
+  counts = np.bincount(drawn, minlength=10)
+  pairs = np.bincount(drawn[:-1] * 10 + drawn[1:], minlength=100)
+  # 99.9% of samples of a chi-squared variable lie below these.
+  for found, limit in ((counts, 27.9), (pairs, 149)):
+    mean = found.sum() / len(found)
+    assert np.sum((found - mean) ** 2 / mean) < limit
+  # Balanced labels would have equal counts.
+  assert counts.std() > 20
+  again = draw_images(experiment, None, None, ["is"], 50_000, seed=1).labels
+  assert (drawn != again).mean() > 0.8
 
 
 def test_npz_file_is_scored_against_a_data_set(tmp_path):

@@ -5,13 +5,38 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+import torch
 
+from mdt_jax import create_model
 from mdt_jax.sampling import pictures
 
+VALUES = np.random.default_rng(0).uniform(-1.2, 1.2, 100_000).astype(np.float32)
+NETWORKS = {
+  name: create_model(f"{name}-S/2", input_size=4) for name in ("DiT", "MDT", "MDTv2")
+}
 
-def test_to_uint8_truncates_like_the_released_code():
-  values = np.array([-2, -1, -0.999, 0, 0.999, 1, 2], np.float32)
-  assert pictures.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
+
+def test_to_uint8_truncates_like_mdt():
+  """scripts/image_sample.py of sail-sg/MDT."""
+  values = torch.tensor(VALUES)
+  expected = ((values + 1) * 127.5).clamp(0, 255).to(torch.uint8).numpy()
+  for network in (None, NETWORKS["MDT"], NETWORKS["MDTv2"]):
+    np.testing.assert_array_equal(pictures.to_uint8(VALUES, network), expected)
+
+
+def test_to_uint8_rounds_like_dit():
+  """sample_ddp.py of facebookresearch/DiT."""
+  values = torch.tensor(VALUES)
+  expected = torch.clamp(127.5 * values + 128.0, 0, 255).to(torch.uint8).numpy()
+  actual = pictures.to_uint8(VALUES, NETWORKS["DiT"])
+  np.testing.assert_array_equal(actual, expected)
+  assert 0.4 < (actual != pictures.to_uint8(VALUES)).mean() < 0.6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_to_uint8_on_a_device_is_that_of_numpy(name):
+  on_device = jax.jit(lambda x: pictures.to_uint8(x, NETWORKS[name]))(VALUES)
+  np.testing.assert_array_equal(on_device, pictures.to_uint8(VALUES, NETWORKS[name]))
 
 
 @pytest.mark.parametrize(
@@ -37,12 +62,6 @@ def test_small_tiles_are_enlarged_without_blur(channels):
 def test_grid_needs_one_caption_per_image():
   with pytest.raises(ValueError):
     pictures.make_grid(np.zeros((2, 8, 8, 1), np.uint8), ["one"])
-
-
-def test_to_uint8_on_device_matches_to_uint8():
-  values = np.random.default_rng(0).uniform(-1.2, 1.2, 100_000).astype(np.float32)
-  on_device = jax.jit(pictures.to_uint8_on_device)(values)
-  np.testing.assert_array_equal(on_device, pictures.to_uint8(values))
 
 
 def test_npz_is_read_in_batches(tmp_path):
