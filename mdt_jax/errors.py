@@ -30,6 +30,13 @@ class SettingError(ValueError):
     return f"{self.setting} = {self.value!r}: {self.accepted}"
 
 
+class DataUnavailable(Exception):
+  """The data cannot be read now, for a reason that may pass, as a disk that is away.
+
+  Commands end with `exit_codes.EXIT_TRY_AGAIN`: the same command resumes.
+  """
+
+
 # Errors of a disk that is full, over its quota, failing or mounted read-only.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 

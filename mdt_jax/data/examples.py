@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import errno
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.logs import logger
 from mdt_jax.sizes import Size
 
@@ -19,6 +21,22 @@ from mdt_jax.sizes import Size
 #   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) to be used as stored;
 #   "views": see `latents.LatentSource`.
 Example: TypeAlias = dict[str, Any]
+
+# Seconds to wait before an example is read again, if the machine may be the cause.
+PAUSES = (1.0, 4.0, 15.0, 40.0)
+# Errors of the system that belong to the file. All others may pass: a disk that is away
+# (ESTALE, EIO, ETIMEDOUT), too many open files.
+_ERRORS_OF_FILE = (
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+  errno.EINVAL,
+)
+_READ_FAILED = "pread() failed: "  # ArrayRecord's RuntimeError for an error of a disk
 
 
 class Source(Protocol):
@@ -64,11 +82,58 @@ class SourceArguments:
   image_bits: int = 16
 
 
+def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Example:
+  """Reads an example; waits and reads again after an error of the machine.
+
+  Args:
+    load: reads example `index`.
+    index: index of the example.
+    name: name of the example, for messages.
+
+  Raises:
+    DataUnavailable: the machine is still the cause after all `PAUSES`.
+    Exception: any other exception of `load`: the example is unreadable.
+  """
+  for number, pause in enumerate(PAUSES):
+    try:
+      return load(index)
+    except Exception as error:
+      if not _may_pass(error):
+        raise
+      if number == 0:
+        logger.warning(
+          "%s cannot be read (%s: %s); trying again for %g s",
+          name,
+          type(error).__name__,
+          error,
+          sum(PAUSES),
+        )
+    time.sleep(pause)
+  try:
+    return load(index)
+  except Exception as error:
+    if not _may_pass(error):
+      raise
+    raise DataUnavailable(
+      f"{name} cannot be read after {len(PAUSES) + 1} tries "
+      f"({type(error).__name__}: {error})"
+    ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+  """Whether an error in reading may be a fault of the machine, not of the example."""
+  if isinstance(error, OSError):  # without a number: Pillow's for a damaged image
+    return error.errno is not None and error.errno not in _ERRORS_OF_FILE
+  is_of_array_record = isinstance(error, RuntimeError) and _READ_FAILED in str(error)
+  return is_of_array_record or isinstance(error, MemoryError)
+
+
 class TolerantSource(abc.ABC):
   """A source that replaces each unreadable example by the next readable one.
 
   So batches keep their size, and all processes read the same examples. An unreadable
-  example is logged once. Reading is thread-safe. Subclasses define `__len__`,
+  example is logged once. An example is not unreadable if the machine may be the cause;
+  see `load_patiently`. Reading is thread-safe. Subclasses define `__len__`,
   `load(index)` and `name(index)`.
 
   Args:
@@ -78,6 +143,7 @@ class TolerantSource(abc.ABC):
   Raises:
     SettingError: raised by `__getitem__` if more than `max_unreadable` examples, or all
       examples, are unreadable.
+    DataUnavailable: raised by `__getitem__` if the machine cannot read now.
   """
 
   def __init__(self, path: str, max_unreadable: int):
@@ -104,11 +170,20 @@ class TolerantSource(abc.ABC):
       candidate = (index + offset) % len(self)
       if candidate in self._unreadable:
         continue
-      try:
-        return self.load(candidate)
-      except Exception as error:  # Pillow's decoders raise nearly every type.
-        self.leave_out(candidate, error)
+      example = self.load_or_leave_out(candidate)
+      if example is not None:
+        return example
     raise self._none_readable()
+
+  def load_or_leave_out(self, index: int) -> Example | None:
+    """Reads example `index`; None, after `leave_out`, if the example is unreadable."""
+    try:
+      return load_patiently(self.load, index, self.name(index))
+    except DataUnavailable:
+      raise
+    except Exception as error:  # Pillow's decoders raise nearly every type.
+      self.leave_out(index, error)
+      return None
 
   def readable(
     self, progress: Callable[[int], Any] = lambda count: None
@@ -121,14 +196,12 @@ class TolerantSource(abc.ABC):
     Raises:
       SettingError: more than `max_unreadable` examples, or all examples, are
         unreadable.
+      DataUnavailable: the machine cannot read now.
     """
     is_any = False
     for index in range(len(self)):
-      try:
-        example = self.load(index)
-      except Exception as error:  # Pillow's decoders raise nearly every type.
-        self.leave_out(index, error)
-      else:
+      example = self.load_or_leave_out(index)
+      if example is not None:
         is_any = True
         yield example
       progress(1)

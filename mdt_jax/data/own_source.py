@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.data.examples import Example
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 
 _ARRAYS = ("image", "views")  # entries of an example that hold an image
 
@@ -52,7 +52,7 @@ class CheckedSource:
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
     try:
       example = self._source[index]
-    except SettingError:
+    except (SettingError, DataUnavailable):
       raise
     except Exception as error:
       reason = (str(error).splitlines() or [""])[0]
