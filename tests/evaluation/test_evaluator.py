@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import evaluator, scores
@@ -24,6 +25,7 @@ from mdt_jax.experiment import build
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.training import loop
 from tests import reference
+from tests.data.folders import write_image
 from tests.training.tiny import tiny_dit_config
 
 EVAL = {
@@ -90,6 +92,15 @@ def test_eval_reference_replaces_the_data_set(tmp_path):
   )
   evaluate = Evaluator.create(["frechet"], reference=str(tmp_path / "real.npz"))
   assert found["eval/frechet"] == pytest.approx(evaluate(generated)["frechet"])
+
+
+def test_reference_folder_has_the_labels_of_the_run(tmp_path):
+  for name in ("1", "10", "2"):
+    write_image(tmp_path / f"{name}/0.png", int(name), mode="L")
+  held = DataLabels(np.arange(3), ["1", "10", "2"])
+  evaluate = Evaluator.create(["accuracy"], reference=str(tmp_path), held=held)
+  assert evaluate.real.labels is not None
+  assert sorted(evaluate.real.labels.tolist()) == [0, 1, 2]
 
 
 def test_npz_file_is_scored_against_a_data_set(tmp_path):
