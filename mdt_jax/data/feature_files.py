@@ -90,7 +90,14 @@ class FolderRows(Rows):
     file, row = divmod(index, self._per_file)
     data, label = self._files.read(file)
     found = _read_npy(data)
-    found = found.reshape(self._per_file, *self.shape)[row]
+    whole = (self._per_file, *self.shape)
+    if found.shape != whole and (self._per_file > 1 or found.shape != self.shape):
+      expected = whole if self._per_file > 1 else self.shape
+      raise ValueError(
+        f"{self._files.name(file)} holds shape {found.shape}; expected is {expected}, "
+        "as in the first file"
+      )
+    found = found.reshape(whole)[row]
     return found, None, label if self._labels is None else int(self._labels[index])
 
   def _read_labels(self, folder: Path) -> np.ndarray:

@@ -303,6 +303,20 @@ def test_unreadable_feature_is_left_out(fast_dit, tmp_path):
     import_features(fast_dit, tmp_path / "other", max_unreadable=1)
 
 
+def test_feature_of_another_shape_is_left_out(tmp_path, warnings):
+  """Its numbers are as many, but in another order."""
+  for i in range(4):
+    write_array(tmp_path / f"x/{i}.npy", FEATURES[i])
+  write_array(tmp_path / "x/4.npy", FEATURES[4:5])  # a batch axis of 1 is accepted
+  write_array(tmp_path / "x/2.npy", np.moveaxis(FEATURES[2], 0, -1))
+  write_array(tmp_path / "x/3.npy", FEATURES[3].ravel())
+  import_features(tmp_path / "x", tmp_path / "set")
+  card = json.loads((tmp_path / "set/card.json").read_text())
+  assert card["shards"][0]["left_out"] == ["2.npy", "3.npy"]
+  (line,) = [text for text in warnings if "2.npy" in text]
+  assert str((SIDE, SIDE, CHANNELS)) in line and str((CHANNELS, SIDE, SIDE)) in line
+
+
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_features_that_are_not_square_need_only_their_layout(tmp_path, layout):
   wide = FEATURES[:, :, :6]  # 6 x 8
