@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import errno
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -166,11 +167,20 @@ class TolerantSource(abc.ABC):
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
-    for offset in range(len(self)):
-      candidate = (index + offset) % len(self)
-      if candidate in self._unreadable:
+    return self.first_readable(
+      (index + offset) % len(self) for offset in range(len(self))
+    )
+
+  def first_readable(self, indices: Iterable[int]) -> Example:
+    """Reads the first readable example of `indices`.
+
+    Raises:
+      SettingError, DataUnavailable: see `TolerantSource`.
+    """
+    for index in indices:
+      if index in self._unreadable:
         continue
-      example = self.load_or_leave_out(candidate)
+      example = self.load_or_leave_out(index)
       if example is not None:
         return example
     raise self._none_readable()
@@ -242,8 +252,21 @@ class TolerantSource(abc.ABC):
     vars(self).update(state, _lock=threading.Lock())
 
 
+@runtime_checkable
+class SupportsReplacement(Protocol):
+  """Interface of a source that can replace an unreadable example."""
+
+  def first_readable(self, indices: Iterable[int], /) -> Example:
+    """Reads the first readable example of `indices`."""
+    ...
+
+
 class Subset:
-  """A source with the examples of another source at given indices (N,)."""
+  """A source with the examples of another source at given indices (N,).
+
+  An unreadable example is replaced by the next readable one of the subset, so that
+  training reads no example that is held out for validation.
+  """
 
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
     self._source, self._indices = source, indices
@@ -256,7 +279,14 @@ class Subset:
     return len(self._indices)
 
   def __getitem__(self, index: int) -> Example:
-    return self._source[int(self._indices[index])]
+    first = int(self._indices[index])
+    source = self._source
+    if not isinstance(source, SupportsReplacement):
+      return source[first]
+    others = (
+      int(self._indices[(index + offset) % len(self)]) for offset in range(1, len(self))
+    )
+    return source.first_readable(itertools.chain([first], others))
 
 
 def count_labels(labels: Int[np.ndarray, " N"]) -> dict[int, int]:

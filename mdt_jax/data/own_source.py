@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from mdt_jax.data.examples import Example
+from mdt_jax.data.examples import Example, SupportsReplacement
 from mdt_jax.errors import DataUnavailable, SettingError
 
 _ARRAYS = ("image", "views")  # entries of an example that hold an image
@@ -50,8 +52,21 @@ class CheckedSource:
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
+    return self._read(index, lambda: self._source[index])
+
+  def first_readable(self, indices: Iterable[int]) -> Example:
+    """Reads the first example of `indices`, or the first that the source can read."""
+    remaining, source = iter(indices), self._source
+    index = next(remaining)
+    if not isinstance(source, SupportsReplacement):
+      return self[index]
+    both = itertools.chain([index], remaining)
+    return self._read(index, lambda: source.first_readable(both))
+
+  def _read(self, index: int, read: Callable[[], Any]) -> Example:
+    """Reads and checks example `index`."""
     try:
-      example = self._source[index]
+      example = read()
     except (SettingError, DataUnavailable):
       raise
     except Exception as error:

@@ -12,6 +12,7 @@ import pytest
 
 from mdt_jax.data import examples
 from mdt_jax.data.examples import Subset, split_indices
+from mdt_jax.data.own_source import CheckedSource
 from mdt_jax.errors import DataUnavailable, SettingError
 from tests.data.folders import SIZE, labels, open_folder, values, write_image
 
@@ -180,3 +181,24 @@ def test_subset_holds_the_requested_examples(three):
   subset = Subset(open_folder(three), np.array([2, 0]))
   assert values(subset) == [3, 1]
   assert (subset.num_classes, subset.image_shape) == (1, (SIZE, SIZE, 3))
+
+
+def checked(source):
+  return CheckedSource(source, source.image_shape)
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, checked])
+def test_replacement_stays_in_the_subset(tmp_path, wrap):
+  for value in range(6):
+    write_image(tmp_path / f"{value}.png", value)
+  (tmp_path / "2.png").write_bytes(b"not an image")
+  (tmp_path / "5.png").write_bytes(b"not an image")
+  source = wrap(open_folder(tmp_path))
+  assert values(Subset(source, np.array([0, 2, 4]))) == [0, 4, 4]
+  assert values(Subset(source, np.array([1, 3, 5]))) == [1, 3, 1]
+
+
+def test_subset_of_only_unreadable_examples_is_refused(three):
+  (three / "2.png").write_bytes(b"not an image")
+  with pytest.raises(SettingError, match=r"^config.data.path = "):
+    Subset(open_folder(three), np.array([1]))[0]
