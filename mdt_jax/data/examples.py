@@ -177,13 +177,15 @@ class TolerantSource(abc.ABC):
     Raises:
       SettingError, DataUnavailable: see `TolerantSource`.
     """
+    count = 0
     for index in indices:
+      count += 1
       if index in self._unreadable:
         continue
       example = self.load_or_leave_out(index)
       if example is not None:
         return example
-    raise self._none_readable()
+    raise self._none_readable(count)
 
   def load_or_leave_out(self, index: int) -> Example | None:
     """Reads example `index`; None, after `leave_out`, if the example is unreadable."""
@@ -216,7 +218,7 @@ class TolerantSource(abc.ABC):
         yield example
       progress(1)
     if not is_any:
-      raise self._none_readable()
+      raise self._none_readable(len(self))
 
   def leave_out(self, index: int, error: Exception) -> None:
     """Counts and logs an unreadable example; raises SettingError if too many."""
@@ -236,12 +238,12 @@ class TolerantSource(abc.ABC):
         "remove these files, or set a higher number",
       ) from error
 
-  def _none_readable(self) -> SettingError:
-    """Returns the error for a source without a readable example."""
+  def _none_readable(self, count: int) -> SettingError:
+    """Returns the error for `count` examples of which none is readable."""
     return SettingError(
       "config.data.path",
       self._path,
-      f"must hold readable files; none of its {len(self)} files can be read",
+      f"must hold readable files; none of {count} files can be read",
     )
 
   def __getstate__(self) -> dict[str, Any]:

@@ -165,7 +165,9 @@ def _read_npy(path: str, name: str) -> np.ndarray:
     if zipfile.is_zipfile(name):
       raise _error(path, f"must be an .npy file; {name} is an .npz file")
     with open(name, "rb") as file:
-      npy_format.read_header(file)
+      header = npy_format.read_header(file)
+    if header.num_bytes > os.path.getsize(name):
+      raise ValueError(f"its shape is {header.shape}, for which it is too short")
     return np.load(name, mmap_mode="r", allow_pickle=False)
 
 

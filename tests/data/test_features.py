@@ -334,6 +334,35 @@ def test_features_that_are_not_square_need_only_their_layout(tmp_path, layout):
   assert_is_stored(tmp_path / "set", wide)
 
 
+@pytest.mark.parametrize("suffix", ["npy", "npz", "folder"])
+def test_bfloat16_is_imported_as_ml_dtypes_saves_it(tmp_path, suffix):
+  features = FEATURES.astype(ml_dtypes.bfloat16)
+  np.save(tmp_path / "labels.npy", LABELS)
+  path, labels = tmp_path / f"x.{suffix}", tmp_path / "labels.npy"
+  match suffix:
+    case "npy":
+      np.save(path, features)
+    case "npz":
+      np.savez(path, latents=features)
+    case "folder":
+      write_array(path / "0.npy", features)
+      write_array(tmp_path / "y/0.npy", LABELS)
+      labels = tmp_path / "y"
+  import_features(path, tmp_path / "set", labels=labels)
+  assert_is_stored(tmp_path / "set", features.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (0, CHANNELS, SIDE, SIDE)])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_array_without_features_is_refused(tmp_path, shape, is_folder):
+  path = tmp_path / "x_features" / "0.npy" if is_folder else tmp_path / "x.npy"
+  write_array(path, np.zeros(shape, np.float32))
+  write_array(tmp_path / "x_labels" / "0.npy", np.zeros(shape[:1], np.int64))
+  with pytest.raises(SettingError, match=r"^features = ") as caught:
+    import_features(path.parent if is_folder else path, tmp_path / "set")
+  assert len(str(caught.value).splitlines()) == 1
+
+
 def save(array):
   return lambda folder: write_array(folder / "x.npy", array)
 
