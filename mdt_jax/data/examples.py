@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from mdt_jax.errors import DataUnavailable, SettingError
+from mdt_jax.errors import DataUnavailable, SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.sizes import Size
 
@@ -106,7 +106,7 @@ def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Exa
           "%s cannot be read (%s: %s); trying again for %g s",
           name,
           type(error).__name__,
-          error,
+          one_line(error),
           sum(PAUSES),
         )
     time.sleep(pause)
@@ -117,7 +117,7 @@ def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Exa
       raise
     raise DataUnavailable(
       f"{name} cannot be read after {len(PAUSES) + 1} tries "
-      f"({type(error).__name__}: {error})"
+      f"({type(error).__name__}: {one_line(error)})"
     ) from error
 
 
@@ -222,7 +222,7 @@ class TolerantSource(abc.ABC):
 
   def leave_out(self, index: int, error: Exception) -> None:
     """Counts and logs an unreadable example; raises SettingError if too many."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {one_line(error)}"
     name = self.name(index)
     with self._lock:
       if index in self._unreadable:

@@ -17,7 +17,7 @@ from mdt_jax.data import file_names, npy_format
 from mdt_jax.data.file_labels import MAX_CLASSES
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, open_files
 from mdt_jax.data.folder_files import FolderFiles
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger, printable
 
 # Names of the arrays in a file of many images, in the order of preference.
@@ -300,7 +300,7 @@ def _reading(setting: str, path: str) -> Iterator[None]:
   except SettingError:
     raise
   except Exception as error:  # the errors of safetensors have no base class
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = one_line(error)
     raise SettingError(setting, path, f"cannot be read: {reason}") from None
 
 

@@ -20,7 +20,7 @@ from mdt_jax.data.examples import (
   shape_error,
 )
 from mdt_jax.data.memory import check_images, check_labels
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.sizes import height_width
 
@@ -203,7 +203,7 @@ def _reading(path: str, name: str) -> Iterator[None]:
   except SettingError:
     raise
   except npy_format.ERRORS as error:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = one_line(error)
     raise _error(path, f"{name} cannot be read: {reason}") from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.data.examples import Example, SupportsReplacement
-from mdt_jax.errors import DataUnavailable, SettingError
+from mdt_jax.errors import DataUnavailable, SettingError, one_line
 
 _ARRAYS = ("image", "views")  # entries of an example that hold an image
 
@@ -86,9 +86,8 @@ class CheckedSource:
     except (SettingError, DataUnavailable):
       raise
     except Exception as error:
-      reason = (str(error).splitlines() or [""])[0]
       raise self._error(
-        index, f"be readable; it raises {type(error).__name__}: {reason}"
+        index, f"be readable; it raises {type(error).__name__}: {one_line(error)}"
       ) from error
     self._check(index, example)
     return example

@@ -18,7 +18,7 @@ from mdt_jax.data import npy_format
 from mdt_jax.data.class_labels import DataLabels, class_number
 from mdt_jax.data.files import open_files
 from mdt_jax.data.images import open_image
-from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.evaluation.image_streams import (
   LABELS,
   ImageStream,
@@ -120,7 +120,7 @@ class FileImages:
       data, label = self._files.read(index)
       image = open_image(io.BytesIO(data))
     except Exception as error:  # Pillow's decoders raise nearly every type
-      reason = " ".join(str(error).split())
+      reason = one_line(error)
       raise self._error(f"{self._files.name(index)} cannot be read: {reason}") from None
     if image.mode.startswith(("I", "F")):
       raise self._error(f"{self._files.name(index)} has more than 8 bits for a channel")
