@@ -30,8 +30,31 @@ class SettingError(ValueError):
     return f"{self.setting} = {self.value!r}: {self.accepted}"
 
 
+class DataUnavailable(Exception):
+  """The data cannot be read now, for a reason that may pass, as a disk that is away.
+
+  Commands end with `exit_codes.EXIT_TRY_AGAIN`: the same command resumes.
+  """
+
+
 # Errors of a disk that is full, over its quota, failing or mounted read-only.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def one_line(error: Exception | str, limit: int = 300) -> str:
+  """Returns the text of an error in one line, without control characters.
+
+  Args:
+    error: the error, or its text. Without a text, the type of the error counts.
+    limit: largest number of characters; a longer text is cut off.
+  """
+  text = " ".join(str(error).split()) or type(error).__name__
+  # A terminal would obey control characters; no stream can write lone surrogates.
+  shown = "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode()
+    for c in text[: limit + 1]
+  )
+  return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def reason_of_machine(error: Exception) -> str | None:
@@ -40,9 +63,11 @@ def reason_of_machine(error: Exception) -> str | None:
   Returns:
     The disk or the memory as the cause; None for any other cause.
   """
-  text = " ".join(str(error).split())
+  text = str(error)
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-    return f"too little memory: {text[:300] or 'an array cannot be allocated'}"
+    return (
+      f"too little memory: {one_line(text.strip() or 'an array cannot be allocated')}"
+    )
   if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{os.strerror(error.errno)}"

@@ -167,6 +167,7 @@ class Experiment:
     """
     _ = self.mesh, self.autoencoder
     self.data_labels = DataLabels.of(self.source)
+    self.data_labels.warn_of_order()
     return self.data_labels
 
   @functools.cached_property

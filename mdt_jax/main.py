@@ -4,8 +4,8 @@ The same command resumes a stopped run from its last checkpoint. --config.NAME=V
 changes a setting, for example --config.batch_size=64.
 
 Exit codes: 0 the run is finished, 2 a flag or a setting cannot be used, 75 stopped by a
-signal or a process was lost (repeat the command), 130 interrupted by Ctrl-C, 1 other
-errors.
+signal, a process was lost or the data cannot be read now (repeat the command), 130
+interrupted by Ctrl-C, 1 other errors.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from mdt_jax.cli.config_files import (
   refusal,
 )
 from mdt_jax.cli.run_folders import check_run_folder, is_run
-from mdt_jax.errors import SettingError, reason_of_machine
+from mdt_jax.errors import DataUnavailable, SettingError, reason_of_machine
 from mdt_jax.exit_codes import (
   EXIT_BAD_SETTING,
   EXIT_INTERRUPTED,
@@ -132,7 +132,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   """Runs a command.
 
   A bad flag or setting ends in one line and exit code 2. A full or failing disk, and
-  too little memory, end in one line and exit code 1.
+  too little memory, end in one line and exit code 1. Data that cannot be read now ends
+  in one line and exit code 75.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -145,6 +146,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except SettingError as error:
       is_flag = error.setting in flags.FLAGS
       _end(f"error: --{error}" if is_flag else f"error: {error}", EXIT_BAD_SETTING)
+    except DataUnavailable as error:
+      _end(f"error: {error}; repeat the command", EXIT_TRY_AGAIN)
     except KeyboardInterrupt:
       _end("interrupted", EXIT_INTERRUPTED)
     except Exception as error:

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from mdt_jax.atomic import read_json, write_json
 from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
-from mdt_jax.logs import counted, printable
+from mdt_jax.logs import counted, logger, printable
 
 FILE = "labels.json"
 _MAX_DIGITS = 18  # of a class number: each such number fits into int64
@@ -98,6 +98,28 @@ class DataLabels:
   def choose(self, count: int) -> Int[np.ndarray, "count"]:
     """Returns all labels in turn, (count,) int64."""
     return self.labels[np.arange(count) % len(self.labels)]
+
+  @property
+  def label_of(self) -> dict[str, int]:
+    """Name of a class -> its label; empty if the classes have no names."""
+    return dict(zip(self.names, self.labels.tolist(), strict=False))
+
+  def warn_of_order(self) -> None:
+    """Warns if the names are numbers, and the labels are not in their order."""
+    numbers = [class_number(name) for name in self.names]
+    ordered = sorted(number for number in numbers if number is not None)
+    if len(ordered) < len(numbers):
+      return
+    for name, number, other, label in zip(
+      self.names, numbers, ordered, self.labels, strict=False
+    ):
+      if number != other:
+        logger.warning(
+          "Class %s has the label %d: classes are sorted as text, not as numbers",
+          name,
+          label,
+        )
+        return
 
   def caption(self, label: int) -> str:
     """Returns the number of a label with the name of its class, such as "0 ant"."""

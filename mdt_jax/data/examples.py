@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import errno
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.sizes import Size
 
@@ -19,6 +22,22 @@ from mdt_jax.sizes import Size
 #   "image": uint8 (H, W, C) in [0, 255], or float32 (H, W, C) to be used as stored;
 #   "views": see `latents.LatentSource`.
 Example: TypeAlias = dict[str, Any]
+
+# Seconds to wait before an example is read again, if the machine may be the cause.
+PAUSES = (1.0, 4.0, 15.0, 40.0)
+# Errors of the system that belong to the file. All others may pass: a disk that is away
+# (ESTALE, EIO, ETIMEDOUT), too many open files.
+_ERRORS_OF_FILE = (
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+  errno.EINVAL,
+)
+_READ_FAILED = "pread() failed: "  # ArrayRecord's RuntimeError for an error of a disk
 
 
 class Source(Protocol):
@@ -64,11 +83,58 @@ class SourceArguments:
   image_bits: int = 16
 
 
+def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Example:
+  """Reads an example; waits and reads again after an error of the machine.
+
+  Args:
+    load: reads example `index`.
+    index: index of the example.
+    name: name of the example, for messages.
+
+  Raises:
+    DataUnavailable: the machine is still the cause after all `PAUSES`.
+    Exception: any other exception of `load`: the example is unreadable.
+  """
+  for number, pause in enumerate(PAUSES):
+    try:
+      return load(index)
+    except Exception as error:
+      if not _may_pass(error):
+        raise
+      if number == 0:
+        logger.warning(
+          "%s cannot be read (%s: %s); trying again for %g s",
+          name,
+          type(error).__name__,
+          one_line(error),
+          sum(PAUSES),
+        )
+    time.sleep(pause)
+  try:
+    return load(index)
+  except Exception as error:
+    if not _may_pass(error):
+      raise
+    raise DataUnavailable(
+      f"{name} cannot be read after {len(PAUSES) + 1} tries "
+      f"({type(error).__name__}: {one_line(error)})"
+    ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+  """Whether an error in reading may be a fault of the machine, not of the example."""
+  if isinstance(error, OSError):  # without a number: Pillow's for a damaged image
+    return error.errno is not None and error.errno not in _ERRORS_OF_FILE
+  is_of_array_record = isinstance(error, RuntimeError) and _READ_FAILED in str(error)
+  return is_of_array_record or isinstance(error, MemoryError)
+
+
 class TolerantSource(abc.ABC):
   """A source that replaces each unreadable example by the next readable one.
 
   So batches keep their size, and all processes read the same examples. An unreadable
-  example is logged once. Reading is thread-safe. Subclasses define `__len__`,
+  example is logged once. An example is not unreadable if the machine may be the cause;
+  see `load_patiently`. Reading is thread-safe. Subclasses define `__len__`,
   `load(index)` and `name(index)`.
 
   Args:
@@ -78,6 +144,7 @@ class TolerantSource(abc.ABC):
   Raises:
     SettingError: raised by `__getitem__` if more than `max_unreadable` examples, or all
       examples, are unreadable.
+    DataUnavailable: raised by `__getitem__` if the machine cannot read now.
   """
 
   def __init__(self, path: str, max_unreadable: int):
@@ -100,15 +167,35 @@ class TolerantSource(abc.ABC):
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
-    for offset in range(len(self)):
-      candidate = (index + offset) % len(self)
-      if candidate in self._unreadable:
+    return self.first_readable(
+      (index + offset) % len(self) for offset in range(len(self))
+    )
+
+  def first_readable(self, indices: Iterable[int]) -> Example:
+    """Reads the first readable example of `indices`.
+
+    Raises:
+      SettingError, DataUnavailable: see `TolerantSource`.
+    """
+    count = 0
+    for index in indices:
+      count += 1
+      if index in self._unreadable:
         continue
-      try:
-        return self.load(candidate)
-      except Exception as error:  # Pillow's decoders raise nearly every type.
-        self.leave_out(candidate, error)
-    raise self._none_readable()
+      example = self.load_or_leave_out(index)
+      if example is not None:
+        return example
+    raise self._none_readable(count)
+
+  def load_or_leave_out(self, index: int) -> Example | None:
+    """Reads example `index`; None, after `leave_out`, if the example is unreadable."""
+    try:
+      return load_patiently(self.load, index, self.name(index))
+    except DataUnavailable:
+      raise
+    except Exception as error:  # Pillow's decoders raise nearly every type.
+      self.leave_out(index, error)
+      return None
 
   def readable(
     self, progress: Callable[[int], Any] = lambda count: None
@@ -121,23 +208,21 @@ class TolerantSource(abc.ABC):
     Raises:
       SettingError: more than `max_unreadable` examples, or all examples, are
         unreadable.
+      DataUnavailable: the machine cannot read now.
     """
     is_any = False
     for index in range(len(self)):
-      try:
-        example = self.load(index)
-      except Exception as error:  # Pillow's decoders raise nearly every type.
-        self.leave_out(index, error)
-      else:
+      example = self.load_or_leave_out(index)
+      if example is not None:
         is_any = True
         yield example
       progress(1)
     if not is_any:
-      raise self._none_readable()
+      raise self._none_readable(len(self))
 
   def leave_out(self, index: int, error: Exception) -> None:
     """Counts and logs an unreadable example; raises SettingError if too many."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {one_line(error)}"
     name = self.name(index)
     with self._lock:
       if index in self._unreadable:
@@ -153,12 +238,12 @@ class TolerantSource(abc.ABC):
         "remove these files, or set a higher number",
       ) from error
 
-  def _none_readable(self) -> SettingError:
-    """Returns the error for a source without a readable example."""
+  def _none_readable(self, count: int) -> SettingError:
+    """Returns the error for `count` examples of which none is readable."""
     return SettingError(
       "config.data.path",
       self._path,
-      f"must hold readable files; none of its {len(self)} files can be read",
+      f"must hold readable files; none of {count} files can be read",
     )
 
   def __getstate__(self) -> dict[str, Any]:
@@ -169,8 +254,21 @@ class TolerantSource(abc.ABC):
     vars(self).update(state, _lock=threading.Lock())
 
 
+@runtime_checkable
+class SupportsReplacement(Protocol):
+  """Interface of a source that can replace an unreadable example."""
+
+  def first_readable(self, indices: Iterable[int], /) -> Example:
+    """Reads the first readable example of `indices`."""
+    ...
+
+
 class Subset:
-  """A source with the examples of another source at given indices (N,)."""
+  """A source with the examples of another source at given indices (N,).
+
+  An unreadable example is replaced by the next readable one of the subset, so that
+  training reads no example that is held out for validation.
+  """
 
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
     self._source, self._indices = source, indices
@@ -183,7 +281,14 @@ class Subset:
     return len(self._indices)
 
   def __getitem__(self, index: int) -> Example:
-    return self._source[int(self._indices[index])]
+    first = int(self._indices[index])
+    source = self._source
+    if not isinstance(source, SupportsReplacement):
+      return source[first]
+    others = (
+      int(self._indices[(index + offset) % len(self)]) for offset in range(1, len(self))
+    )
+    return source.first_readable(itertools.chain([first], others))
 
 
 def count_labels(labels: Int[np.ndarray, " N"]) -> dict[int, int]:

@@ -17,7 +17,7 @@ from mdt_jax.data import file_names, npy_format
 from mdt_jax.data.file_labels import MAX_CLASSES
 from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, open_files
 from mdt_jax.data.folder_files import FolderFiles
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger, printable
 
 # Names of the arrays in a file of many images, in the order of preference.
@@ -70,6 +70,10 @@ class FolderRows(Rows):
       raise refuse(path, f"{self._files.name(0)} cannot be read: {error}") from None
     self._per_file = shape[0] if len(shape) == 4 else 1
     self.shape = shape[-3:]
+    if not self._per_file:
+      raise refuse(
+        path, f"{self._files.name(0)} holds no feature: its shape is {shape}"
+      )
     if labels is None:
       self._labels = None
       self.classes = list(self._files.classes)
@@ -90,7 +94,14 @@ class FolderRows(Rows):
     file, row = divmod(index, self._per_file)
     data, label = self._files.read(file)
     found = _read_npy(data)
-    found = found.reshape(self._per_file, *self.shape)[row]
+    whole = (self._per_file, *self.shape)
+    if found.shape != whole and (self._per_file > 1 or found.shape != self.shape):
+      expected = whole if self._per_file > 1 else self.shape
+      raise ValueError(
+        f"{self._files.name(file)} holds shape {found.shape}; expected is {expected}, "
+        "as in the first file"
+      )
+    found = found.reshape(whole)[row]
     return found, None, label if self._labels is None else int(self._labels[index])
 
   def _read_labels(self, folder: Path) -> np.ndarray:
@@ -121,11 +132,11 @@ class ArrayRows(Rows):
       else sorted(str(file) for file in Path(path).glob("*.safetensors"))
     )
     self._parts = [_open_part(path, file) for file in files]
-    self._ends = np.cumsum([part.shape[0] for part in self._parts])
     self.shape = self._parts[0].shape[1:]
     for file, part in zip(files, self._parts, strict=True):
       if len(part.shape) != 4 or part.shape[1:] != self.shape:
         raise refuse(path, f"{Path(file).name} holds features of shape {part.shape}")
+    self._ends = np.cumsum([part.shape[0] for part in self._parts])
     if not len(self):
       raise refuse(path, "must hold at least one feature")
     self._labels = self._all_labels(labels)
@@ -182,6 +193,7 @@ def _open_part(path: str, file: str) -> _Part:
       with open(file, "rb") as opened:
         npy_format.read_header(opened)
       array = np.load(file, mmap_mode="r", allow_pickle=False)
+      array = npy_format.with_bfloat16(array)
       return _Part(array.shape, array.__getitem__, None, None)
     if file.endswith(".npz"):
       return _open_npz(path, file)
@@ -194,7 +206,10 @@ def _open_npz(path: str, file: str) -> _Part:
   with zipfile.ZipFile(file) as archive:
     names = npy_format.member_names(archive)
     images, flip, labels = _names_in(path, names)
-    read = npy_format.read_member
+
+    def read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+      return npy_format.with_bfloat16(npy_format.read_member(archive, name))
+
     array = read(archive, images)
     mirror = None if flip is None else read(archive, flip)
     return _Part(
@@ -247,7 +262,7 @@ def _read_npy(data: bytes) -> np.ndarray:
   if header.num_bytes > len(data):
     raise ValueError(f"shape {header.shape} needs more bytes than the file has")
   file.seek(0)
-  return np.load(file, allow_pickle=False)
+  return npy_format.with_bfloat16(np.load(file, allow_pickle=False))
 
 
 def check_labels(path: str, labels: np.ndarray, count: int, name: str = "") -> None:
@@ -285,7 +300,7 @@ def _reading(setting: str, path: str) -> Iterator[None]:
   except SettingError:
     raise
   except Exception as error:  # the errors of safetensors have no base class
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = one_line(error)
     raise SettingError(setting, path, f"cannot be read: {reason}") from None
 
 

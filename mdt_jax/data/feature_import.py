@@ -192,6 +192,7 @@ def _describe(output: Any) -> None:
   """Logs the size and the statistics of a finished set; warns if its scale is odd."""
   source = open_set(output)
   held = DataLabels.of(source)
+  held.warn_of_order()
   logger.info("%s in %s: %s", counted(len(source), "image"), output, held.describe())
   places = (
     np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).round().astype(int)

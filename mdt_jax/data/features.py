@@ -119,7 +119,9 @@ class FeatureSource(TolerantSource):
 
   def _moments(self, feature: np.ndarray) -> Float32[np.ndarray, "2 H W C"]:
     """Mean and std of latents, channels last; raises ValueError if not finite."""
-    if feature.shape != self._rows.shape or feature.dtype.kind not in "fV":
+    # The kind of bfloat16 and of 8-bit floats is "V", as of types without numbers.
+    is_float = feature.dtype.kind in "fV" and feature.dtype.type is not np.void
+    if feature.shape != self._rows.shape or not is_float:
       raise ValueError(
         f"must be floats of shape {self._rows.shape}, found {feature.dtype} of shape "
         f"{feature.shape}"

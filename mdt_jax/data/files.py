@@ -16,7 +16,7 @@ import numpy as np
 from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.data.tar_files import TarFiles, list_tars
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.sizes import Size, height_width
 
 _IMAGES = ".bmp .gif .jfif .jpeg .jpg .png .tif .tiff .webp"
@@ -139,7 +139,7 @@ class TfdsFiles:
       )
       self.classes = builder.info.features["label"].names
     except Exception as error:  # TFDS raises many types, with long texts
-      reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+      reason = one_line(error)
       raise SettingError(
         "config.data.path",
         path,

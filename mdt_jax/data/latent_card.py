@@ -29,6 +29,8 @@ Refuse = Callable[[str], SettingError]
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads the card of the finished set in the folder `path`.
 
+  A card without "images", or a shard without "left_out", gets this entry.
+
   Raises:
     SettingError: there is no card, it cannot be read, has another format, or holds a
       value that cannot be used.
@@ -44,6 +46,9 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
       f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode"
     ) from None
   check_card(card, refuse)
+  card.setdefault("images", sum(shard["images"] for shard in card["shards"]))
+  for shard in card["shards"]:
+    shard.setdefault("left_out", [])
   return card
 
 

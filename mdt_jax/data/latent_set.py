@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.atomic import read_json, write_json
-from mdt_jax.data import file_names, latent_card, latents
+from mdt_jax.data import latent_card, latents
 from mdt_jax.errors import SettingError
 
 BEGUN = "begun.json"  # holds the card of an unfinished set
@@ -26,7 +26,7 @@ class LatentSet:
   entry of the card. `finish` merges these entries into card.json.
 
   Attributes:
-    folder: folder of the set.
+    folder: folder of the set, of `paths.output_folder`.
     card: contents of card.json without "images" and "shards". Must be equal in every
       process and when a stopped run resumes.
     num_images: number of images of the source, including unreadable ones.
@@ -115,8 +115,6 @@ class LatentSet:
       SettingError: the folder cannot be created, or holds anything but a set with this
         card.
     """
-    if not file_names.is_utf8(str(self.folder)):
-      raise self.error("must be a path in UTF-8: ArrayRecord writes no others")
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,10 +19,10 @@ from jaxtyping import Float, UInt8
 
 from mdt_jax.atomic import write_json
 from mdt_jax.data import file_names, latents
-from mdt_jax.data.examples import Example, count_labels
+from mdt_jax.data.examples import Example, count_labels, load_patiently
 from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
-from mdt_jax.errors import SettingError, check_range
+from mdt_jax.errors import DataUnavailable, SettingError, check_range
 from mdt_jax.logs import logger
 
 try:
@@ -126,6 +126,7 @@ def write_latents(
     SettingError: the folder holds another set, another process writes the same shard,
       too many images are unreadable, latents are not finite, or writing fails, for
       example on a full disk.
+    DataUnavailable: the machine cannot read the images now.
   """
   if latent_set.is_finished():
     return True
@@ -149,7 +150,9 @@ def _batches(
   def load(index: int) -> Loaded:
     name = source.files.name(index)
     try:
-      example = source.load(index)
+      example = load_patiently(source.load, index, name)
+    except DataUnavailable:
+      raise
     except Exception as error:  # Pillow's decoders raise nearly every type.
       source.leave_out(index, error)
       return name

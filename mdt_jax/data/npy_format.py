@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from typing import IO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 # Everything that reading a damaged .npz or .npy file raises. RuntimeError: an encrypted
@@ -23,6 +24,7 @@ ERRORS = (
   ValueError,
   EOFError,
   MemoryError,
+  OverflowError,
   RuntimeError,
   zipfile.BadZipFile,
   zlib.error,
@@ -113,6 +115,14 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
       raise ValueError(f"{name} holds more than its array")
   order = "F" if header.fortran_order else "C"
   return data.view(header.dtype).reshape(header.shape, order=order)
+
+
+def with_bfloat16(array: np.ndarray) -> np.ndarray:
+  """Returns an array as it was saved: NumPy saves bfloat16 as 2 bytes without a type.
+
+  An array of any other type is returned as it is.
+  """
+  return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def member_names(archive: zipfile.ZipFile) -> list[str]:

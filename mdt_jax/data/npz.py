@@ -20,7 +20,7 @@ from mdt_jax.data.examples import (
   shape_error,
 )
 from mdt_jax.data.memory import check_images, check_labels
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.sizes import height_width
 
@@ -165,7 +165,9 @@ def _read_npy(path: str, name: str) -> np.ndarray:
     if zipfile.is_zipfile(name):
       raise _error(path, f"must be an .npy file; {name} is an .npz file")
     with open(name, "rb") as file:
-      npy_format.read_header(file)
+      header = npy_format.read_header(file)
+    if header.num_bytes > os.path.getsize(name):
+      raise ValueError(f"its shape is {header.shape}, for which it is too short")
     return np.load(name, mmap_mode="r", allow_pickle=False)
 
 
@@ -201,7 +203,7 @@ def _reading(path: str, name: str) -> Iterator[None]:
   except SettingError:
     raise
   except npy_format.ERRORS as error:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = one_line(error)
     raise _error(path, f"{name} cannot be read: {reason}") from None
 
 

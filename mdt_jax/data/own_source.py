@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from mdt_jax.data.examples import Example
-from mdt_jax.errors import SettingError
+from mdt_jax.data.examples import Example, SupportsReplacement
+from mdt_jax.errors import DataUnavailable, SettingError, one_line
 
 _ARRAYS = ("image", "views")  # entries of an example that hold an image
 
@@ -15,7 +17,7 @@ _ARRAYS = ("image", "views")  # entries of an example that hold an image
 class CheckedSource:
   """A user's source; each example is compared with the first one when it is read.
 
-  Copies num_classes, class_names and label_counts of the source.
+  Copies num_classes, class_names (as a list of texts) and label_counts of the source.
 
   Args:
     source: must have `__len__`, `__getitem__` and `num_classes`; see `examples.Source`.
@@ -23,7 +25,8 @@ class CheckedSource:
       are encoded.
 
   Raises:
-    SettingError: setting "source": an attribute is missing, or there is no example.
+    SettingError: setting "source": an attribute is missing, there is no example, or
+      class_names has another length than num_classes.
       `__getitem__` raises the error too, for an example that the source cannot read, or
       that has another shape, type or label; the error names the index of the example.
   """
@@ -39,7 +42,7 @@ class CheckedSource:
       raise SettingError("source", self._name, "must hold at least one example")
     self.num_classes = source.num_classes
     self.image_shape = image_shape
-    self.class_names = getattr(source, "class_names", None)
+    self.class_names = self._names_of_classes()
     self.label_counts = getattr(source, "label_counts", None)
     self._is_pixels: bool | None = None
     self._is_pixels = _is_pixels(self[0])
@@ -50,14 +53,41 @@ class CheckedSource:
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
+    return self._read(index, lambda: self._source[index])
+
+  def first_readable(self, indices: Iterable[int]) -> Example:
+    """Reads the first example of `indices`, or the first that the source can read."""
+    remaining, source = iter(indices), self._source
+    index = next(remaining)
+    if not isinstance(source, SupportsReplacement):
+      return self[index]
+    both = itertools.chain([index], remaining)
+    return self._read(index, lambda: source.first_readable(both))
+
+  def _names_of_classes(self) -> list[str] | None:
+    """The source's names of classes as texts; None if it has none."""
+    found = getattr(self._source, "class_names", None)
+    if found is None:
+      return None
+    names = [str(name) for name in found]
+    if names and len(names) != self.num_classes:
+      raise SettingError(
+        "source",
+        self._name,
+        f"must have class_names for num_classes = {self.num_classes} classes, has "
+        f"{len(names)}",
+      )
+    return names or None
+
+  def _read(self, index: int, read: Callable[[], Any]) -> Example:
+    """Reads and checks example `index`."""
     try:
-      example = self._source[index]
-    except SettingError:
+      example = read()
+    except (SettingError, DataUnavailable):
       raise
     except Exception as error:
-      reason = (str(error).splitlines() or [""])[0]
       raise self._error(
-        index, f"be readable; it raises {type(error).__name__}: {reason}"
+        index, f"be readable; it raises {type(error).__name__}: {one_line(error)}"
       ) from error
     self._check(index, example)
     return example

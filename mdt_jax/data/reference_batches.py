@@ -45,10 +45,8 @@ def write_reference_batch(
   row = 0
   for index in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
     progress(1)
-    try:
-      example = source.load(index)
-    except Exception as error:  # Pillow's decoders raise nearly every type.
-      source.leave_out(index, error)
+    example = source.load_or_leave_out(index)
+    if example is None:
       continue
     images[row], labels[row] = example["image"], example["label"]
     row += 1

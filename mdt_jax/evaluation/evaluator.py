@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import references, scores
@@ -75,6 +76,7 @@ class Evaluator:
     mesh: Mesh | None = None,
     prefix: str = "",
     progress: bool = False,
+    held: DataLabels | None = None,
   ) -> Evaluator:
     """Builds an evaluator: loads Inception and summarizes the real images.
 
@@ -89,6 +91,7 @@ class Evaluator:
       mesh: devices to use; None for all devices.
       prefix: prefix of the names of settings in errors, such as "config.eval.".
       progress: whether to show progress bars.
+      held: labels of the run's data, see `references.read_reference`.
 
     Raises:
       SettingError: a score does not exist, a file cannot be read, or there are no or
@@ -104,7 +107,7 @@ class Evaluator:
     if names and reference is not None:
       bar = "reference" if progress else None
       real = references.read_reference(
-        reference, names, extract, setting=setting, progress=bar
+        reference, names, extract, setting=setting, progress=bar, held=held
       )
     elif names:
       if open_data is None:
@@ -267,6 +270,7 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
     batch_size=chosen.batch_size,
     mesh=experiment.mesh,
     prefix=_EVAL,
+    held=experiment.data_labels,
   )
   evaluator.check(drawn)
   return TrainingEvaluator(evaluator, draw, settings.sampled_decay)

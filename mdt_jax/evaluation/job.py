@@ -13,7 +13,7 @@ from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.evaluator import Evaluator, draw_images
-from mdt_jax.evaluation.image_files import open_image_stream
+from mdt_jax.evaluation.image_files import label_of_named_class, open_image_stream
 from mdt_jax.evaluation.image_streams import GeneratedImages
 from mdt_jax.evaluation.references import save_statistics
 from mdt_jax.evaluation.registry import (
@@ -160,9 +160,12 @@ def score_images(
   """
   experiment = None if checkpoint is None else checkpoint.experiment
   mesh = sharding.make_mesh() if experiment is None else experiment.mesh
+  held = None if experiment is None else experiment.data_labels
   # Fails early, before the reference is read.
   if samples is not None:
-    images = open_image_stream(samples, "samples")
+    images = open_image_stream(
+      samples, "samples", label_of_named_class(held, reference)
+    )
   elif checkpoint is not None:
     assert experiment is not None
     images = draw_images(
@@ -184,6 +187,7 @@ def score_images(
     batch_size=batch_size,
     mesh=mesh,
     progress=True,
+    held=held,
   )
   if statistics is not None:
     save_statistics(statistics, evaluate.real)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mdt_jax.atomic import atomic_write
 from mdt_jax.data import npy_format
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.features import FeatureExtractor
@@ -32,6 +33,7 @@ def read_reference(
   *,
   setting: str = "path",
   progress: str | None = None,
+  held: DataLabels | None = None,
 ) -> Summary:
   """Reads the summary of the real images, as far as the scores need it.
 
@@ -47,6 +49,8 @@ def read_reference(
     extract: computes the features.
     setting: name of the setting that holds `path`, for errors.
     progress: title of a progress bar; None for no bar.
+    held: labels of the data of the run that is scored, so that classes of image files
+      have the labels of the run's classes of the same names; None without a run.
 
   Returns:
     The summary of the real images.
@@ -56,7 +60,7 @@ def read_reference(
       images nor the statistics that a score needs.
   """
   if has_image_files(path):
-    images = FileImages(path, setting)
+    images = FileImages(path, setting, {} if held is None else held.label_of)
     return scores.summarize(images, extract, names, progress=progress)
   stored, has_images = _read_summary(input_file(setting, path), setting)
   lacking = _lacking(stored, names)

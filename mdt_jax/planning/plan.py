@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mdt_jax import sharding
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.evaluation.evaluator import check_eval
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
@@ -110,7 +110,7 @@ def open_devices(topology: Topology) -> list[Any]:
     found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     return list(found.devices)
   except RuntimeError as error:
-    reason = str(error).strip().splitlines()[0]
+    reason = one_line(error)
     raise SettingError(
       "--topology",
       topology.name,

@@ -280,10 +280,12 @@ def _make_encode_fn(
 def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
   """Logs the size of the set; raises SettingError if it does not fit on the disk."""
   missing, free = latent_set.check_disk()
+  held = DataLabels.of(images)
+  held.warn_of_order()
   logger.info(
     "%s in %s; to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free",
     counted(len(images), "image"),
-    DataLabels.of(images).describe(),
+    held.describe(),
     latent_set.num_shards,
     latent_set.num_bytes / 1e9,
     missing / 1e9,

@@ -13,10 +13,9 @@ import numpy as np
 from flax import traverse_util
 
 from mdt_jax.atomic import atomic_write
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.pretrained.torch_files import (
   NOTES,
-  first_line,
   import_torch,
   read_torch_file,
 )
@@ -98,13 +97,13 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     raise
   except (SafetensorError, OSError) as error:
     raise SettingError(
-      "path", str(path), f"must be a safetensors file: {first_line(error)}"
+      "path", str(path), f"must be a safetensors file: {one_line(error)}"
     ) from None
   except Exception as error:  # a dtype without a NumPy type, such as F8_E4M3
     raise SettingError(
       "path",
       str(path),
-      f"holds tensors of a dtype that NumPy lacks: {first_line(error)}",
+      f"holds tensors of a dtype that NumPy lacks: {one_line(error)}",
     ) from None
 
 

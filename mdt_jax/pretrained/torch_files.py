@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.pretrained.pickles import check_pickle
 
@@ -122,7 +122,7 @@ def _is_zip(path: Path) -> bool:
   try:
     return zipfile.is_zipfile(path)
   except _DAMAGES as error:
-    raise SettingError("path", str(path), f"is damaged: {first_line(error)}") from None
+    raise SettingError("path", str(path), f"is damaged: {one_line(error)}") from None
 
 
 def _check_zip(path: Path) -> None:
@@ -151,7 +151,7 @@ def _check_zip(path: Path) -> None:
   except SettingError:
     raise
   except _DAMAGES as error:
-    raise SettingError("path", str(path), f"is damaged: {first_line(error)}") from None
+    raise SettingError("path", str(path), f"is damaged: {one_line(error)}") from None
   if damaged is not None:
     raise SettingError(
       "path", str(path), f"is damaged: {damaged!r} differs from its CRC"
@@ -179,7 +179,7 @@ def _check_pickle(path: Path, start: io.BytesIO) -> None:
       raise SettingError(
         "path", str(path), f"holds a pickle of more than {_MAX_PICKLE:,} bytes"
       ) from None
-    raise _unsafe(path, first_line(error)) from None
+    raise _unsafe(path, one_line(error)) from None
 
 
 def _named_tensors(loaded: Any, torch: Any) -> tuple[Mapping[str, Any] | None, str]:
@@ -262,13 +262,7 @@ def _reason(error: Exception) -> str:
     return f"it holds the Python object {_printable(found[1][:80])}"
   if found := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
     return _printable(found[1][:200])
-  return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error, at most 200 characters of it."""
-  lines = str(error).splitlines() or [type(error).__name__]
-  return _printable(lines[0][:200])
+  return one_line(error)
 
 
 def _printable(text: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.paths import output_file
 from mdt_jax.pretrained.tensors import (
@@ -32,7 +32,6 @@ from mdt_jax.pretrained.tensors import (
   unflatten,
   write_tensors,
 )
-from mdt_jax.pretrained.torch_files import first_line
 from mdt_jax.types import Params
 
 GRAPH_SUFFIX = ".pb"
@@ -236,7 +235,7 @@ def _read_graph(path: Path) -> Tensors:
       )
     except (TypeError, ValueError, KeyError) as error:
       raise SettingError(
-        "path", str(path), f"{node.name} cannot be read: {first_line(error)}"
+        "path", str(path), f"{node.name} cannot be read: {one_line(error)}"
       ) from None
   tensors = {
     ours: constants[theirs] for theirs, ours in known.items() if theirs in constants

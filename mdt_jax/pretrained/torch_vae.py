@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.atomic import write_json
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
@@ -300,5 +300,5 @@ def _download(name: str) -> Path:
         break
     return folder
   except Exception as error:  # network, access rights, or unknown name
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = one_line(error)
     raise SettingError(SETTING, name, f"{by_hand} (hub error: {reason})") from None

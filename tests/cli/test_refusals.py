@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
+import numpy as np
 import pytest
 
 from mdt_jax.checkpoints.loading import save_model
+from mdt_jax.data import examples
 from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
-from tests import reference
+from tests import forked, reference
 from tests.cli import commands
 from tests.cli.commands import assert_refused
 from tests.training.tiny import tiny_config
@@ -27,6 +30,26 @@ def get_config():
 
 def run(command, *flags, **options):
   return commands.run(f"mdt_jax.{command}", *flags, **options)
+
+
+def import_at_once(*flags):
+  """Runs mdt_jax.encode, which waits for no disk."""
+  examples.PAUSES = ()
+  forked.run_module("mdt_jax.encode", *flags)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux")
+def test_disk_that_cannot_be_read_ends_in_one_line_and_75(tmp_path):
+  folder = tmp_path / "features"
+  folder.mkdir()
+  np.save(folder / "0.npy", np.zeros((4, 8, 8), np.float32))
+  (folder / "1.npy").symlink_to("/proc/self/mem")  # reading fails with EIO
+  process = forked.Forked(
+    import_at_once, f"--features={folder}", f"--output={tmp_path / 'set'}"
+  )
+  assert process.end() == 75, process.err
+  (line,) = [text for text in process.err.splitlines() if "error: " in text]
+  assert "1.npy" in line and "repeat the command" in line
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,30 @@ def test_validation_examples_keep_the_names(tmp_path):
   assert list(found.names) == ["ant", "bee"]
 
 
+@pytest.mark.parametrize(
+  ("names", "expected"),
+  [
+    (["0", "1", "10", "2"], "Class 10 has the label 2"),
+    (["1", "2", "3"], None),
+    (["01", "02", "10"], None),
+    (["1", "10", "2", "ant"], None),
+    ([], None),
+  ],
+)
+def test_numbers_in_the_order_of_texts_are_warned_of(warnings, names, expected):
+  DataLabels(np.arange(len(names) or 3), names).warn_of_order()
+  assert len(warnings) == (expected is not None)
+  assert expected is None or expected in warnings[0]
+
+
+def test_training_warns_of_numbers_in_the_order_of_texts(tmp_path, warnings):
+  for name in ("1", "10", "2"):
+    write_image(tmp_path / f"{name}/0.png", mode="L")
+  changes = {"data.source": "images", "data.path": str(tmp_path)}
+  build(tiny_dit_config(**changes)).open()
+  assert any("Class 10 has the label 1" in line for line in warnings)
+
+
 def test_arrays_hold_the_labels_that_occur():
   source = MemorySource(np.zeros((3, 2, 2, 1), np.uint8), [4, 1, 4], num_classes=9)
   found = DataLabels.of(source)

@@ -303,6 +303,20 @@ def test_unreadable_feature_is_left_out(fast_dit, tmp_path):
     import_features(fast_dit, tmp_path / "other", max_unreadable=1)
 
 
+def test_feature_of_another_shape_is_left_out(tmp_path, warnings):
+  """Its numbers are as many, but in another order."""
+  for i in range(4):
+    write_array(tmp_path / f"x/{i}.npy", FEATURES[i])
+  write_array(tmp_path / "x/4.npy", FEATURES[4:5])  # a batch axis of 1 is accepted
+  write_array(tmp_path / "x/2.npy", np.moveaxis(FEATURES[2], 0, -1))
+  write_array(tmp_path / "x/3.npy", FEATURES[3].ravel())
+  import_features(tmp_path / "x", tmp_path / "set")
+  card = json.loads((tmp_path / "set/card.json").read_text())
+  assert card["shards"][0]["left_out"] == ["2.npy", "3.npy"]
+  (line,) = [text for text in warnings if "2.npy" in text]
+  assert str((SIDE, SIDE, CHANNELS)) in line and str((CHANNELS, SIDE, SIDE)) in line
+
+
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_features_that_are_not_square_need_only_their_layout(tmp_path, layout):
   wide = FEATURES[:, :, :6]  # 6 x 8
@@ -318,6 +332,35 @@ def test_features_that_are_not_square_need_only_their_layout(tmp_path, layout):
   card = json.loads((tmp_path / "set/card.json").read_text())
   assert card["latent_shape"] == [6, SIDE, CHANNELS]
   assert_is_stored(tmp_path / "set", wide)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "folder"])
+def test_bfloat16_is_imported_as_ml_dtypes_saves_it(tmp_path, suffix):
+  features = FEATURES.astype(ml_dtypes.bfloat16)
+  np.save(tmp_path / "labels.npy", LABELS)
+  path, labels = tmp_path / f"x.{suffix}", tmp_path / "labels.npy"
+  match suffix:
+    case "npy":
+      np.save(path, features)
+    case "npz":
+      np.savez(path, latents=features)
+    case "folder":
+      write_array(path / "0.npy", features)
+      write_array(tmp_path / "y/0.npy", LABELS)
+      labels = tmp_path / "y"
+  import_features(path, tmp_path / "set", labels=labels)
+  assert_is_stored(tmp_path / "set", features.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (0, CHANNELS, SIDE, SIDE)])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_array_without_features_is_refused(tmp_path, shape, is_folder):
+  path = tmp_path / "x_features" / "0.npy" if is_folder else tmp_path / "x.npy"
+  write_array(path, np.zeros(shape, np.float32))
+  write_array(tmp_path / "x_labels" / "0.npy", np.zeros(shape[:1], np.int64))
+  with pytest.raises(SettingError, match=r"^features = ") as caught:
+    import_features(path.parent if is_folder else path, tmp_path / "set")
+  assert len(str(caught.value).splitlines()) == 1
 
 
 def save(array):

@@ -12,6 +12,7 @@ import pytest
 
 from mdt_jax.data import file_names, latents
 from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.feature_import import import_features
 from mdt_jax.data.files import open_files
 from mdt_jax.errors import SettingError
 from mdt_jax.paths import output_folder
@@ -63,8 +64,9 @@ def test_latent_set_keeps_such_names(tmp_path):
 
 
 def test_latent_set_at_such_a_path_is_refused(tmp_path):
-  with pytest.raises(SettingError, match=r"--output = .*UTF-8"):
-    write(tmp_path / BYTES)
+  np.save(tmp_path / "x.npy", np.zeros((2, 4, 8, 8), np.float32))
+  with pytest.raises(SettingError, match=r"^output = .*UTF-8"):
+    import_features(tmp_path / "x.npy", tmp_path / BYTES)
 
 
 def test_folder_of_a_run_at_such_a_path_is_refused(tmp_path):

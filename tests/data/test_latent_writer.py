@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import signal
 import time
@@ -10,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.data import latents
+from mdt_jax.data import examples, latents
 from mdt_jax.data.latent_set import BEGUN
 from mdt_jax.data.latent_writer import write_latents
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from tests import forked
 from tests.data import sets
 
@@ -251,6 +252,28 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
     sets.write(tmp_path, source)
   assert (tmp_path / latents.shard_name(0, sets.NUM_SHARDS)).exists()
   assert not list(tmp_path.glob(".*"))
+
+
+class OnBadDisk(sets.Images):
+  """Images of which one cannot be read `failures` times, because of its disk."""
+
+  def __init__(self, failures):
+    super().__init__()
+    self._failures = failures
+
+  def load(self, index):
+    if index == 12 and self._failures:
+      self._failures -= 1
+      raise OSError(errno.EIO, "Input/output error")
+    return super().load(index)
+
+
+def test_fault_of_the_disk_leaves_no_image_out(whole, tmp_path, monkeypatch):
+  monkeypatch.setattr(examples, "PAUSES", (0.0, 0.0))
+  with pytest.raises(DataUnavailable, match=r"class/12\.png"):
+    sets.write(tmp_path, OnBadDisk(3))
+  sets.write(tmp_path, OnBadDisk(2))  # resumes, and waits for the disk
+  assert contents(tmp_path) == contents(whole)
 
 
 def test_folder_with_other_files_is_refused(tmp_path):

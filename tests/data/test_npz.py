@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.data import npy_format, sources
+from mdt_jax.data.npz import read_arrays
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from tests.data.folders import labels, values
@@ -227,3 +229,20 @@ def test_pixels_are_encoded_when_an_autoencoder_is_set(tmp_path):
   save_npz(tmp_path / "a.npz", images, LABELS[:2])
   assert experiment.source.image_shape == (side, side, 3)
   assert experiment.encodes_images and not experiment.holds_pixels
+
+
+@pytest.mark.parametrize("shape", [(10**10, 10**10), (0, 10**30)])
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_impossible_shape_is_refused(tmp_path, shape, name):
+  header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+  with io.BytesIO() as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    content = file.getvalue()
+  path = tmp_path / name
+  if name.endswith(".npy"):
+    path.write_bytes(content)
+  else:
+    with zipfile.ZipFile(path, "w") as archive:
+      archive.writestr("images.npy", content)
+  with pytest.raises(SettingError, match=r"^config\.data\.path = .*a\.np"):
+    read_arrays(str(path))

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.own_source import CheckedSource
 from mdt_jax.errors import SettingError
 from mdt_jax.training import loop
@@ -17,6 +18,7 @@ class Own:
   """16 grey images of 8x8, of which example 5 may be replaced."""
 
   num_classes = 10
+  class_names = None
 
   def __init__(self, fifth=None):
     self.fifth = fifth
@@ -92,3 +94,23 @@ def test_run_stops_at_the_example_with_its_index(tmp_path):
       tmp_path,
       source=Own(FIFTH["another shape"][0]),  # pyright: ignore[reportArgumentType]
     )
+
+
+@pytest.mark.parametrize("kind", [np.array, tuple, list])
+@pytest.mark.parametrize("name", [str, int])
+def test_names_of_classes_are_stored_as_texts(tmp_path, kind, name):
+  source = Own()
+  source.class_names = kind([name(i + 10) for i in range(10)])
+  held = DataLabels.of(CheckedSource(source, (8, 8, 1)))
+  held.write(tmp_path)
+  stored = DataLabels.read(tmp_path, 10)
+  assert stored is not None
+  assert stored.names == held.names == [str(i + 10) for i in range(10)]
+  assert held.describe().endswith(": 10, 11, 12, …")
+
+
+def test_other_number_of_names_than_classes_is_refused():
+  source = Own()
+  source.class_names = ["ant", "bee"]
+  with pytest.raises(SettingError, match=r"^source = 'Own': .*class_names.* has 2$"):
+    CheckedSource(source, (8, 8, 1))

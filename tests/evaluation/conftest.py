@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mdt_jax.logs import logger
 from tests.evaluation.cheap import photos
 
 
@@ -13,3 +14,11 @@ def files(tmp_path_factory):
   np.savez(folder / "real.npz", *photos(60, 0))
   np.savez(folder / "fake.npz", *photos(45, 1))
   return folder
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """Warnings logged by mdt_jax during the test."""
+  lines = []
+  monkeypatch.setattr(logger, "warning", lambda text, *args: lines.append(text % args))
+  return lines

@@ -9,10 +9,11 @@ import signal
 import numpy as np
 import pytest
 
-from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.checkpoints.loading import Checkpoint, load_ema
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import DigitsSource
 from mdt_jax.errors import SettingError
-from mdt_jax.evaluation import evaluator, scores
+from mdt_jax.evaluation import evaluator, job, scores
 from mdt_jax.evaluation.evaluator import (
   Evaluator,
   TrainingEvaluator,
@@ -25,6 +26,7 @@ from mdt_jax.experiment import build
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.training import loop
 from tests import reference
+from tests.data.folders import write_image
 from tests.training.tiny import tiny_dit_config
 
 EVAL = {
@@ -124,6 +126,42 @@ def test_random_labels_are_uniform_and_independent():
   assert counts.std() > 20
   again = draw_images(experiment, None, None, ["is"], 50_000, seed=1).labels
   assert (drawn != again).mean() > 0.8
+
+
+def test_reference_folder_has_the_labels_of_the_run(tmp_path):
+  for name in ("1", "10", "2"):
+    write_image(tmp_path / f"{name}/0.png", int(name), mode="L")
+  held = DataLabels(np.arange(3), ["1", "10", "2"])
+  evaluate = Evaluator.create(["accuracy"], reference=str(tmp_path), held=held)
+  assert evaluate.real.labels is not None
+  assert sorted(evaluate.real.labels.tolist()) == [0, 1, 2]
+
+
+def test_samples_and_reference_of_a_command_have_the_labels_of_the_run(
+  tmp_path, monkeypatch
+):
+  names = ["ant", "bee", "cow"]
+  for name in names[1:]:
+    write_image(tmp_path / f"{name}/0.png", mode="L")
+  found = []
+
+  def note(images, *arguments, **options):
+    found.append(np.concatenate([labels for _, labels in images.batches(8)]))
+    if len(found) == 2:
+      raise Noted
+    return Summary({}, {})
+
+  class Noted(Exception):
+    pass
+
+  monkeypatch.setattr(scores, "summarize", note)
+  experiment = build(tiny_dit_config())
+  experiment.data_labels = DataLabels(np.arange(3), names)
+  path = str(tmp_path)
+  checkpoint = Checkpoint(experiment, None, 0)
+  with pytest.raises(Noted):
+    job.score_images(["accuracy"], checkpoint, samples=path, reference=path)
+  assert [labels.tolist() for labels in found] == [[1, 2], [1, 2]]
 
 
 def test_npz_file_is_scored_against_a_data_set(tmp_path):

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.image_files import (
   FileImages,
   has_labels,
+  label_of_named_class,
   open_image_stream,
 )
 from mdt_jax.evaluation.image_streams import NpzImages
 from tests.cli.commands import assert_refused, run
+from tests.data.folders import open_folder, write_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 
@@ -54,6 +57,48 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
 def test_class_may_have_a_long_number_as_its_name(tmp_path):
   names = ["7/1.png", f"{'9' * 20}/1.png"]
   np.testing.assert_array_equal(read(FileImages(save(tmp_path, names)))[1], [0, 1])
+
+
+def test_classes_of_a_run_have_the_labels_of_training(tmp_path):
+  """Training sorts the names as text, so that class 10 has the label 2."""
+  for i in range(12):
+    write_image(tmp_path / f"{i}/0.png", i)
+  source = open_folder(tmp_path)
+  expected = {int(x["image"].flat[0]): int(x["label"]) for x in source}
+  assert expected[10] == 2
+  label_of = DataLabels.of(source).label_of
+  images, labels = read(FileImages(tmp_path, label_of=label_of))
+  assert dict(zip(images[:, 0, 0, 0], labels, strict=True)) == expected
+
+
+def test_class_that_a_run_lacks_has_a_label_of_its_own(tmp_path, warnings):
+  names = ["ant/0.png", "bee/0.png", "cow/0.png"]
+  label_of = {"bee": 0, "cow": 3}
+  _, labels = read(FileImages(save(tmp_path, names), label_of=label_of))
+  np.testing.assert_array_equal(labels, [4, 0, 3])
+  (line,) = warnings
+  assert "ant" in line and str(tmp_path) in line
+
+
+def test_warning_names_a_class_if_a_run_has_none_of_the_classes(tmp_path, warnings):
+  stream = FileImages(save(tmp_path, ["x/0.png", "y/0.png"]), label_of={"ant": 0})
+  np.testing.assert_array_equal(read(stream)[1], [0, 1])
+  assert len(warnings) == 1 and "x" in warnings[0]
+
+
+def test_samples_count_classes_as_the_reference_does(tmp_path):
+  real = save(tmp_path / "real", ["ant/0.png", "bee/0.png", "cow/0.png"])
+  fake = save(tmp_path / "fake", ["bee/0.png", "cow/0.png"])
+  stream = open_image_stream(fake, label_of=label_of_named_class(None, real))
+  np.testing.assert_array_equal(read(stream)[1], [1, 2])
+
+
+def test_number_of_samples_is_a_label_of_the_run(tmp_path):
+  """Sampling writes label 1 as 1_000000.png, whatever the name of its class."""
+  held = DataLabels(np.arange(3), ["1", "10", "2"])
+  fake = save(tmp_path, ["1_000000.png", "2_000001.png"])
+  stream = open_image_stream(fake, label_of=label_of_named_class(held, None))
+  np.testing.assert_array_equal(read(stream)[1], [1, 2])
 
 
 def test_images_without_classes_have_no_labels(tmp_path):

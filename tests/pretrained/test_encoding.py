@@ -33,6 +33,15 @@ def encode(images, output, **changes):
   return encoding.encode_images(images, output, **settings)
 
 
+def test_set_whose_card_has_no_counts_is_verified(images, tmp_path):
+  encode(images, tmp_path)
+  card = json.loads((tmp_path / latents.CARD).read_text())
+  del card["images"], card["shards"][0]["left_out"]
+  (tmp_path / latents.CARD).write_text(json.dumps(card))
+  assert encoding.verify(tmp_path) == 2
+  assert latents.read_card(tmp_path)["shards"][0]["left_out"] == []
+
+
 def test_set_holds_moments_of_images_and_mirror_images(images, tmp_path):
   assert encode(images, tmp_path)
   source = latents.open_set(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -15,11 +16,14 @@ import pytest
 
 from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.checkpoints.manager import Checkpoints
-from mdt_jax.errors import SettingError
+from mdt_jax.data import examples
+from mdt_jax.data.folder_files import FolderFiles
+from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop, trainer
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import forked, reference
+from tests.data.folders import write_image
 from tests.training.tiny import tiny_config, tiny_dit_config
 
 # Two numbers of kept tokens, so that steps run different compiled functions.
@@ -197,6 +201,34 @@ def test_too_many_unreadable_files_save_and_stop_the_run(
     loop.train(config, tmp_path / "run")
   checkpoints = Checkpoints(tmp_path / "run", 2)
   assert checkpoints.latest_step() == 3
+  checkpoints.close()
+
+
+def test_data_disk_that_stays_away_saves_and_stops_the_run(tmp_path, monkeypatch):
+  for i in range(30):
+    write_image(tmp_path / "data" / f"{i:02d}.png", i, mode="L")
+  read, left = FolderFiles.read, [None] * 100  # 8 images are looked at first
+
+  def read_a_while(self, index):
+    if not left:
+      raise OSError(errno.ESTALE, "Stale file handle")
+    left.pop()
+    return read(self, index)
+
+  monkeypatch.setattr(FolderFiles, "read", read_a_while)
+  monkeypatch.setattr(examples, "PAUSES", (0.0,))
+  config = tiny_dit_config(
+    **{
+      "data.source": "images",
+      "data.path": str(tmp_path / "data"),
+      "num_steps": 20,
+      "checkpoint_every": 20,
+    }
+  )
+  with pytest.raises(DataUnavailable, match="Stale file handle"):
+    loop.train(config, tmp_path / "run")
+  checkpoints = Checkpoints(tmp_path / "run", 2)
+  assert checkpoints.latest_step() == 11
   checkpoints.close()
 
 
