@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mdt_jax import sharding
+from mdt_jax.checkpoints.lock import Lock
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.data.loader import create_loader
@@ -22,7 +23,6 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
-from mdt_jax.training.lock import Lock
 from mdt_jax.training.preemption import Interrupted
 from mdt_jax.training.program import Program
 from mdt_jax.training.progress import Progress

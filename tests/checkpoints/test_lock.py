@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mdt_jax.checkpoints import lock
+from mdt_jax.checkpoints.lock import locked
 from mdt_jax.errors import SettingError
-from mdt_jax.training import lock
-from mdt_jax.training.lock import locked
 from tests import forked
 
 
