@@ -126,6 +126,10 @@ class SamplingJob:
       **{f"sampling.{name}": value for name, value in sampling.items()},
       "task": dataclasses.asdict(self.task),
     }
+    if self.autoencoder is not None:
+      scales = json.dumps(self.autoencoder.scales()).encode()
+      leaves = jax.tree.leaves(self.autoencoder.params)
+      described["autoencoder"] = _digest(*leaves, np.frombuffer(scales, np.uint8))
     if self.pixels is not None:
       described["image"] = _digest(self.pixels)
     if self.hidden is not None:
