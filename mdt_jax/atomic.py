@@ -72,9 +72,11 @@ def read_json(
     # Without O_NONBLOCK, opening a FIFO waits for its other end.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-      if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+      status = os.fstat(descriptor)
+      if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
-      content = file.read(max_bytes + 1)
+      # Python sets aside as many bytes as it is asked to read.
+      content = file.read(min(status.st_size, max_bytes) + 1)
     if len(content) > max_bytes:
       raise ValueError(f"it has more than {max_bytes:,} bytes")
     found = json.loads(content.decode("utf-8"))

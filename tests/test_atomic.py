@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 
@@ -101,3 +102,12 @@ def test_json_must_be_a_regular_file(tmp_path, kind):
     path.symlink_to("/dev/zero")
   with pytest.raises(SettingError, match=r"file\.json cannot be read: "):
     read(path)
+
+
+def test_small_json_takes_little_memory(tmp_path):
+  write_json(tmp_path / "file.json", {})
+  tracemalloc.start()
+  read(tmp_path / "file.json")
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 2**20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Container
 from pathlib import Path
@@ -12,6 +14,7 @@ import jax
 
 from mdt_jax import recipes
 from mdt_jax.checkpoints import loading, manager
+from mdt_jax.checkpoints.lock import LOCK, locked
 from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
 from mdt_jax.diffusion.gaussian import PREDICTIONS
@@ -24,6 +27,7 @@ from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import check_suffix, write_tensors
 from mdt_jax.settings import Settings
 
+PARTIAL = ".partial"  # folder inside a workdir, for a conversion that is not complete
 # Settings of config.diffusion that exported files note -> accepted values.
 _NOTED_DIFFUSION: dict[str, Container[Any]] = {
   "prediction": PREDICTIONS,
@@ -60,11 +64,12 @@ def from_torch_file(
     Settings of a run with this network, as saved in the workdir.
 
   Raises:
-    SettingError: see `torch_mdt.from_torch`; or `workdir` is a file; or `workdir` is
-      not empty and `overwrite` is False. Nothing is written then.
+    SettingError: see `torch_mdt.from_torch`; or `workdir` is a file, or in use by a
+      run; or `workdir` is not empty and `overwrite` is False. Nothing is written then.
   """
-  workdir = output_folder("workdir", workdir)
-  if workdir.is_dir() and any(workdir.iterdir()) and not overwrite:
+  workdir = output_folder("workdir", workdir).absolute()
+  found = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+  if found - {LOCK, PARTIAL} and not overwrite:  # a stopped conversion leaves these two
     raise SettingError(
       "workdir", str(workdir), "must be an empty folder unless overwrite is set"
     )
@@ -78,20 +83,18 @@ def from_torch_file(
   )
   settings = _settings_of(checkpoint)
   _log_network(path, checkpoint, settings)
-  # The old checkpoints are removed only after the new one is complete.
-  partial = workdir.with_name(f".{workdir.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
+  with contextlib.ExitStack() as stack:
+    with renamed_in_errors({"--workdir": "workdir"}):
+      stack.enter_context(locked(workdir))
+    # Inside the workdir, which may be a link to another disk: renames stay on one disk.
+    partial = workdir / PARTIAL
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     loading.save_model(partial, settings, checkpoint.params)
-    write_config(settings, partial)
-    workdir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(workdir / manager.FOLDER, ignore_errors=True)
+    _replace(workdir / manager.FOLDER, partial / manager.FOLDER, partial / "old")
     # The labels of the data of the old run do not belong to the new network.
     (workdir / class_labels.FILE).unlink(missing_ok=True)
-    for entry in partial.iterdir():
-      entry.replace(workdir / entry.name)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    write_config(settings, workdir)
   return settings
 
 
@@ -137,6 +140,22 @@ def to_torch_file(
   noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
   write_tensors(path, tensors, sizes.notes(attributes, diffusion=noted))
   return checkpoint.step
+
+
+def _replace(old: Path, new: Path, aside: Path) -> None:
+  """Moves a folder `new` to `old`, and the folder that was there, if any, to `aside`.
+
+  If the folder cannot be moved, the old one returns to its place.
+  """
+  if not os.path.lexists(old):
+    new.rename(old)
+    return
+  old.rename(aside)
+  try:
+    new.rename(old)
+  except BaseException:
+    aside.rename(old)
+    raise
 
 
 def _settings_of(checkpoint: torch_mdt.Checkpoint) -> Settings:

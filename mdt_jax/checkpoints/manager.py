@@ -65,7 +65,8 @@ class Checkpoints:
       max_to_keep=to_keep, keep_period=keep_every
     )
     self._cleans = cleans
-    self._manager = self._open()
+    # None after a failed save, until `_opened` opens a new one.
+    self._manager: ocp.CheckpointManager | None = self._open()
     self._retries = Retries(self._folder, max_failures)
     self._finisher = futures.ThreadPoolExecutor(1, "checksums")
     self._pending: futures.Future[None] | None = None  # the running save
@@ -73,7 +74,7 @@ class Checkpoints:
 
   def latest_step(self, until: int | None = None) -> int | None:
     """The latest step with a complete checkpoint, at most `until`; None without one."""
-    steps = self._manager.all_steps()
+    steps = self._opened().all_steps()
     return max((step for step in steps if until is None or step <= until), default=None)
 
   def save(
@@ -106,11 +107,12 @@ class Checkpoints:
     if self._end_of_save() or (self._retries.step is not None and not again):
       return False
     not_saved = self._retries.step
-    if step in self._manager.all_steps() and step != not_saved:
-      return False
     self._saving = step
     try:
-      self._manager.save(
+      manager = self._opened()  # fails as long as the disk is away
+      if step in manager.all_steps() and step != not_saved:
+        return False
+      manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(state.replace(ema=None)),
@@ -123,7 +125,7 @@ class Checkpoints:
       self._pending = futures.Future()
       self._pending.set_exception(error)
     else:
-      self._pending = self._finisher.submit(self._write_checksums, step)
+      self._pending = self._finisher.submit(self._write_checksums, manager, step)
     return True
 
   def must_retry(self) -> bool:
@@ -192,7 +194,7 @@ class Checkpoints:
       if damage := _on_any_process(found or ""):
         self._put_aside(step, damage)
         continue
-      saved = restore_config(self._manager, step)
+      saved = restore_config(self._opened(), step)
       before = Settings.from_dict(saved)
       check_same_run(before, experiment, workdir)
       if not (self._folder / str(step) / "state").is_dir():
@@ -203,7 +205,7 @@ class Checkpoints:
         )
       self._check_optimizer(step, like, experiment)
       held = {str(decay): like.ema[str(decay)] for decay in before.ema_decays}
-      restored = self._manager.restore(
+      restored = self._opened().restore(
         step,
         args=ocp.args.Composite(
           state=restore_args(like.replace(ema=None)), ema=restore_args(held)
@@ -246,8 +248,42 @@ class Checkpoints:
       logger.error(
         "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, _reason(error)
       )
+    self._close_manager()
+
+  def _close_manager(self) -> None:
+    """Closes Orbax's manager if one is open."""
+    manager, self._manager = self._manager, None
     with contextlib.suppress(Exception):  # close() raises the error of the save again
-      self._manager.close()
+      if manager is not None:
+        manager.close()
+
+  def _opened(self) -> ocp.CheckpointManager:
+    """Returns Orbax's manager, and opens a new one after a failed save.
+
+    All processes must call this function together.
+
+    Raises:
+      OSError: the folder cannot be used, on all processes if on one.
+    """
+    if self._manager is None:
+      failure = ""
+      try:
+        self._folder.mkdir(exist_ok=True)
+        list(self._folder.iterdir())
+      except OSError as error:
+        failure = _reason(error)
+      # If one process alone failed, the others would wait inside Orbax for it.
+      if failure := _on_any_process(failure):
+        raise OSError(failure)
+      self._remove_failed()
+      self._manager = self._open()
+    return self._manager
+
+  def _remove_failed(self) -> None:
+    """Removes what the failed save has written, as far as the disk answers."""
+    # Only the checksums may be missing: Orbax then considers the checkpoint complete.
+    if jax.process_index() == 0 and self._retries.step is not None:
+      shutil.rmtree(self._folder / str(self._retries.step), ignore_errors=True)
 
   def _open(self) -> ocp.CheckpointManager:
     """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
@@ -267,9 +303,9 @@ class Checkpoints:
       },
     )
 
-  def _write_checksums(self, step: int) -> None:
+  def _write_checksums(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Waits until Orbax has written a checkpoint, then writes the checksums."""
-    self._manager.wait_until_finished()
+    manager.wait_until_finished()
     if jax.process_index() == 0:
       checksums.write_checksums(self._folder / str(step))
 
@@ -290,14 +326,13 @@ class Checkpoints:
     return False
 
   def _failed(self, reason: str) -> None:
-    """Removes what the failed save has written, and opens a new manager."""
+    """Removes what the failed save has written, and closes Orbax's manager.
+
+    `_opened` opens a new one, because the disk may still be away.
+    """
     self._retries.failed(self._saving, reason)
-    with contextlib.suppress(Exception):  # close() raises the error of the save again
-      self._manager.close()
-    # Only the checksums may be missing: Orbax then considers the checkpoint complete.
-    if jax.process_index() == 0:
-      shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
-    self._manager = self._open()
+    self._close_manager()
+    self._remove_failed()
 
   def _put_aside(self, step: int, damage: str) -> None:
     """Moves a checkpoint to WORKDIR/damaged, and logs the reason."""
@@ -313,7 +348,7 @@ class Checkpoints:
       os.rename(self._folder / str(step), aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"put {step} aside")
-    self._manager.reload()
+    self._opened().reload()
 
 
 def _reason(error: BaseException) -> str:

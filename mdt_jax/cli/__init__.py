@@ -141,6 +141,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
       _join()
       main(argv)
+      distributed.wait_for_all()
     except UsageError as error:
       _end(f"error: {error}", EXIT_BAD_SETTING)
     except SettingError as error:

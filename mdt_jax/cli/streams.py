@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import sys
 from typing import TextIO
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of pipes and terminals
+GONE = (errno.EPIPE, errno.EBADF, errno.ENXIO)  # of pipes and terminals
 
 
 class RobustStream(io.TextIOBase):
@@ -59,11 +60,18 @@ class RobustStream(io.TextIOBase):
 
     After other errors, such as a full disk, the next text is tried again.
     """
-    if error.errno not in GONE:
+    if not self._is_gone(error):
       return
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, self._stream.fileno())
     os.close(nothing)
+
+  def _is_gone(self, error: OSError) -> bool:
+    """Whether no text can be written to the stream any more."""
+    if error.errno != errno.EIO:
+      return error.errno in GONE
+    # A terminal that was closed gives EIO for good, a file on a network disk may not.
+    return stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)
 
 
 def make_robust() -> None:

@@ -127,6 +127,10 @@ class SamplingJob:
     if self.draws_pixels and getattr(self.experiment.model, "variant", None) == "DiT":
       # Earlier versions rounded as MDT does.
       described["pixels"] = "127.5 x + 128"
+    if self.autoencoder is not None:
+      scales = json.dumps(self.autoencoder.scales()).encode()
+      leaves = jax.tree.leaves(self.autoencoder.params)
+      described["autoencoder"] = _digest(*leaves, np.frombuffer(scales, np.uint8))
     if self.pixels is not None:
       described["image"] = _digest(self.pixels)
     if self.hidden is not None:

@@ -41,7 +41,8 @@ from mdt_jax.sampling.blocks import Request
 MAX_IN_GRID = 100  # images in samples.png, at most
 PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
 # Settings whose values are hashes of arrays, see `SamplingJob.describe`.
-_HASHED = ("image", "labels", "mask", "parameters")
+_HASHED = ("autoencoder", "image", "labels", "mask", "parameters")
+_LATER = ("autoencoder",)  # settings that descriptions of earlier versions lack
 POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
 # (numbers of blocks, listener to the steps) -> (number, images of the block), in order
 GenerateBlocks: TypeAlias = Callable[
@@ -109,7 +110,7 @@ class ShardedImages:
     return (
       not self._partial.exists()
       and self.npz.exists()
-      and _read_json(self.folder / f"{self._name}.json") == self._settings
+      and self._is_same(_read_json(self.folder / f"{self._name}.json"))
     )
 
   def write(self, generate_blocks: GenerateBlocks, *, progress: bool = True) -> None:
@@ -119,11 +120,15 @@ class ShardedImages:
       generate_blocks: generates images; see `SamplingJob.generate_blocks`.
       progress: whether to show a progress bar.
     """
+    mine = range(self._process_index, self._request.num_blocks, self._process_count)
+    missing = [block for block in mine if not self._is_written(block)]
+    if self._process_index > 0 and (not missing or self.is_complete):
+      # Process 0 may have merged the blocks, and waits for no blocks of this process.
+      # A new folder of blocks would look like an unfinished job.
+      return
     self._partial.mkdir(parents=True, exist_ok=True)
     path = self._partial / "settings.json"
     write_json(path, self._settings)
-    mine = range(self._process_index, self._request.num_blocks, self._process_count)
-    missing = [block for block in mine if not self._is_written(block)]
     total, left = (
       sum(len(self._request.ids(b)) for b in blocks) for blocks in (mine, missing)
     )
@@ -166,7 +171,7 @@ class ShardedImages:
     """Raises SettingError if the unfinished images have other settings."""
     saved = _read_json(self._partial / "settings.json")
     # None: the job stopped before its first block.
-    if saved is not None and saved != self._settings:
+    if saved is not None and not self._is_same(saved):
       raise SettingError(
         "folder",
         str(self.folder),
@@ -177,7 +182,7 @@ class ShardedImages:
   def _check_finished(self) -> None:
     """Raises SettingError if the finished images have other settings."""
     saved = _read_json(self.folder / f"{self._name}.json")
-    if saved != self._settings:
+    if not self._is_same(saved):
       differences = f" ({self._differences(saved)})" if saved else ""
       raise SettingError(
         "folder",
@@ -185,6 +190,14 @@ class ShardedImages:
         f"holds finished images of other settings{differences}: choose another folder "
         "(--output), or replace the images (--overwrite)",
       )
+
+  def _is_same(self, saved: dict[str, Any] | None) -> bool:
+    """Whether saved settings are those of this job, as far as their version knew them.
+
+    None stands for settings that were not saved.
+    """
+    later = {name: self._settings[name] for name in _LATER if name in self._settings}
+    return saved is not None and later | saved == self._settings
 
   def _differences(self, saved: dict[str, Any]) -> str:
     """The settings that differ from saved ones, for errors."""

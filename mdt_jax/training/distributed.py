@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -12,10 +13,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -23,6 +27,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost; JAX's own: 100
+LONGEST_WAIT = 7 * 24 * 3600  # seconds of `wait_for_all`
 # What the collectives of CPUs and GPUs, and JAX's own messages, say of a lost process.
 _LOST = re.compile(
   r"^(UNKNOWN|INTERNAL|UNAVAILABLE|FAILED_PRECONDITION|ABORTED)\b.*"
@@ -31,6 +36,7 @@ _LOST = re.compile(
 )
 LOST = "error: another process of the run was lost: repeat the command on all of them"
 _handlers: list[Any] = []  # C functions, which must outlive their registration
+_TASKS = Path("/proc/self/task")  # on Linux: a folder for each thread of this process
 SHOWN_DIFFERENCES = 5  # settings that the error of `check_same_config` lists
 
 
@@ -78,6 +84,7 @@ def start(
     raise SettingError("--num_processes", num_processes, "must be at least 1")
   if process_id is not None and not 0 <= process_id < (num_processes or math.inf):
     raise SettingError("--process_id", process_id, f"must lie in [0, {num_processes})")
+  before = _threads()
   with _deadline(timeout, f"--coordinator_address = {coordinator_address!r}"):
     try:
       jax.distributed.initialize(
@@ -93,7 +100,36 @@ def start(
       raise SettingError(
         "--distributed", detect, f"the processes cannot connect: {error}"
       ) from None
-  _exit_when_jax_aborts()
+  if jax_distributed.global_state.num_processes > 1:
+    _exit_when_jax_aborts(_threads() - before)
+
+
+def wait_for_all() -> None:
+  """Waits until every process of the run calls this function, for `LONGEST_WAIT`.
+
+  A process calls this function when its work is done and before it exits. JAX's own
+  wait at the exit ends after 5 minutes and then aborts all processes, although a
+  process may have hours of work left. Heartbeats still find a lost process meanwhile.
+
+  Raises:
+    JaxRuntimeError: another process was lost.
+  """
+  client = jax_distributed.global_state.client
+  if client is None:
+    return
+  done = futures.Future[None]()
+
+  def wait() -> None:
+    try:
+      client.wait_at_barrier("mdt_jax: the work is done", LONGEST_WAIT * 1000)
+    except Exception as error:
+      done.set_exception(error)
+    else:
+      done.set_result(None)
+
+  # The main thread stays free to handle signals.
+  threading.Thread(target=wait, daemon=True).start()
+  done.result()
 
 
 def is_loss(error: Exception) -> bool:
@@ -184,17 +220,36 @@ def together() -> Iterator[None]:
     raise error
 
 
-def _exit_when_jax_aborts() -> None:
-  """Makes this process exit with `EXIT_TRY_AGAIN` when JAX aborts it.
+def _threads() -> set[int]:
+  """Numbers of the threads of this process; empty where there is no /proc."""
+  return {int(task.name) for task in _TASKS.glob("*")}
+
+
+def _exit_when_jax_aborts(watching: set[int]) -> None:
+  """Makes this process exit with `EXIT_TRY_AGAIN` when JAX aborts it over a loss.
 
   JAX's client of the coordinator aborts when another process is lost, from a thread of
-  its own, where Python handles no signals. So the handler is one of C.
+  its own, where Python handles no signals. So the handler is one of C. Any other abort,
+  such as that of a failed check in XLA, ends the process as if there were no handler,
+  because a restart might fail in the same way forever.
+
+  Args:
+    watching: numbers of the threads of JAX's client; empty if they are not known. Every
+      abort then counts as a loss.
   """
+  main = threading.main_thread().native_id
+  exits = threading.Event()
+  atexit.register(exits.set)  # runs before the functions that JAX registered earlier
 
   def handle(number: int) -> None:
-    del number
-    os.write(2, f"{LOST}\n".encode())
-    os._exit(EXIT_TRY_AGAIN)
+    thread = threading.get_native_id()
+    # At the exit, the main thread tells the coordinator that this process ends.
+    is_leaving = thread == main and exits.is_set()
+    if not watching or thread in watching or is_leaving:
+      os.write(2, f"{LOST}\n".encode())
+      os._exit(EXIT_TRY_AGAIN)
+    libc.signal(number, None)  # SIG_DFL
+    os.kill(os.getpid(), number)  # takes effect when this function has returned
 
   _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))
   libc = ctypes.CDLL(None)

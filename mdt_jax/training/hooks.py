@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from mdt_jax import sharding
-from mdt_jax.atomic import write_json
+from mdt_jax.atomic import atomic_write, write_json
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import Stopped
 from mdt_jax.experiment import Experiment
@@ -204,7 +204,8 @@ class Pictures(Hook):
     return pictures.make_grid(shown, captions)
 
   def _write(self, path: Path, made: Image.Image) -> None:
-    made.save(path)
+    with atomic_write(path) as partial:
+      made.save(partial, format="png")
 
   def _log(self, done: int, made: Image.Image, events: Events) -> None:
     events.write_images(done, {"samples": np.asarray(made)[None]})

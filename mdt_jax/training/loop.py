@@ -12,6 +12,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
+from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
@@ -28,7 +29,6 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
 from mdt_jax.training.hooks import Hook, Pictures, Scores
-from mdt_jax.training.lock import locked
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.trainer import StepHook, Trainer

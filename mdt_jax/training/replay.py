@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
+from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import FOLDER, Checkpoints
 from mdt_jax.data.loader import batch_indices, create_loader
 from mdt_jax.errors import SettingError
@@ -23,7 +24,6 @@ from mdt_jax.objectives import Draws
 from mdt_jax.objectives.objective import Losses
 from mdt_jax.paths import output_folder
 from mdt_jax.train_state import TrainState
-from mdt_jax.training.lock import locked
 from mdt_jax.training.program import make_program
 from mdt_jax.training.step import step_key
 from mdt_jax.types import Array, Batch, Params

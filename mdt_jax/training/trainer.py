@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mdt_jax import sharding
+from mdt_jax.checkpoints.lock import Lock
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.data.loader import create_loader
@@ -22,7 +23,7 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
-from mdt_jax.training.lock import Lock
+from mdt_jax.training.kills import ReaderKills
 from mdt_jax.training.preemption import Interrupted
 from mdt_jax.training.program import Program
 from mdt_jax.training.progress import Progress
@@ -80,8 +81,9 @@ class Trainer:
     self._skipped = SkippedSteps(
       self._settings, workdir, num_examples=len(experiment.source)
     )
+    self._kills = ReaderKills(workdir)
     self._rollbacks = 0
-    self._start = 0  # steps done when `run` began
+    self._start = 0  # steps done when `run` began, or of the last rollback
     self._next_look = 0.0  # time.monotonic() of the next look at the workdir
     self._compiled: set[Hashable] = set()  # values of `static`
 
@@ -119,7 +121,7 @@ class Trainer:
         self._skipped.look_at_all()
       if self._skipped.too_many:
         state = self._roll_back(batch=done - 1 + offset)
-        done = int(state.step)
+        self._start = done = int(state.step)
         loader, offset = self._open_loader(state)
         continue
       self._finish_step(state, done)
@@ -175,7 +177,7 @@ class Trainer:
     one with an exception.
 
     Raises:
-      Interrupted: a reading process was killed.
+      Interrupted: a reading process was killed, for the first time at this step.
       Exception: any other exception of the block.
     """
     try:
@@ -191,7 +193,9 @@ class Trainer:
           text += "; its checkpoint is saved"
         except SaveError as failed:
           text += f", which is not saved ({failed})"
-      if WORKER_KILLED in str(error):
+      if WORKER_KILLED in str(error) and self._kills.is_repeated(done):
+        text += "; a reading process was killed again before the run got further"
+      elif WORKER_KILLED in str(error):
         raise Interrupted(f"a reading process was killed: {text}", []) from error
       logger.error("%s, because of an error", text)
       raise
@@ -245,6 +249,7 @@ class Trainer:
         f"was deleted, or is used by another run: stopped after step {done}, which is "
         "not saved",
       )
+    self._kills.passed(done)
     due = [hook for hook in self._hooks if hook.is_due(done)]
     is_planned = done % self._settings.checkpoint_every == 0
     is_planned |= any(hook.is_long for hook in due)

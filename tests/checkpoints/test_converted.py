@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mdt_jax import Experiment, SettingError, recipes
-from mdt_jax.checkpoints.converted import from_torch_file, to_torch_file
+from mdt_jax.checkpoints.converted import PARTIAL, from_torch_file, to_torch_file
 from mdt_jax.checkpoints.loading import save_model
+from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.models.registry import MODELS
@@ -63,7 +67,7 @@ def test_converted_network_generates_images(converted, name):
 
 def test_converted_workdir_holds_only_checkpoints_and_config(converted):
   names = {path.name for path in (converted / "mdt_v1").iterdir()}
-  assert names == {"checkpoints", "config.json"}
+  assert names == {"checkpoints", "config.json", ".lock"}
   assert {path.name for path in converted.iterdir()} == set(HEADS)
 
 
@@ -167,6 +171,70 @@ def test_overwrite_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
   from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=True)
   assert Pipeline.from_checkpoint(tmp_path / "run").config.model.name == "MDTv2-S/2"
   assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_workdir_on_another_disk_is_converted_through_a_link(
+  tmp_path, monkeypatch, overwrite
+):
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "run").symlink_to("disk")
+  if overwrite:
+    from_torch_file(fixture("mdt_v1"), tmp_path / "run")
+  rename, disk = os.rename, (tmp_path / "disk").resolve()
+
+  def rename_on_one_disk(source, target, **options):
+    paths = (Path(path).parent.resolve() for path in (source, target))
+    if len({disk in (path, *path.parents) for path in paths}) > 1:
+      raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    rename(source, target, **options)
+
+  for name in ("rename", "replace"):
+    monkeypatch.setattr(os, name, rename_on_one_disk)
+  from_torch_file(fixture("mdt_v2"), tmp_path / "run", overwrite=overwrite)
+  assert Pipeline.from_checkpoint(tmp_path / "run").config.model.name == "MDTv2-S/2"
+  assert {path.name for path in tmp_path.iterdir()} == {"disk", "run"}
+  assert not (disk / PARTIAL).exists()
+
+
+def test_current_folder_is_converted_to(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  from_torch_file(fixture("mdt_v1"), ".")
+  assert (tmp_path / "checkpoints" / "0").is_dir()
+
+
+def test_failed_overwrite_keeps_the_old_checkpoints(tmp_path, monkeypatch):
+  from_torch_file(fixture("mdt_v1"), tmp_path)
+  DataLabels(np.array([1, 4]), ["ant", "bee"]).write(tmp_path)
+  rename = Path.rename
+
+  def fail_for_the_new(path, target):
+    if path == tmp_path / PARTIAL / "checkpoints":
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return rename(path, target)
+
+  monkeypatch.setattr(Path, "rename", fail_for_the_new)
+  before = listing(tmp_path / "checkpoints")
+  with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+    from_torch_file(fixture("mdt_v2"), tmp_path, overwrite=True)
+  assert listing(tmp_path / "checkpoints") == before
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"checkpoints", "config.json", "labels.json", ".lock"}
+
+
+def test_workdir_of_a_running_run_is_refused(tmp_path):
+  with locked(tmp_path), pytest.raises(SettingError) as error:
+    from_torch_file(fixture("mdt_v1"), tmp_path, overwrite=True)
+  assert error.value.setting == "workdir"
+  assert "in use by another run" in error.value.accepted
+  assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_conversion_after_a_killed_one_needs_no_overwrite(tmp_path):
+  (tmp_path / ".lock").touch()
+  (tmp_path / PARTIAL / "checkpoints").mkdir(parents=True)
+  from_torch_file(fixture("mdt_v1"), tmp_path)
+  assert not (tmp_path / PARTIAL).exists()
 
 
 def test_overwrite_removes_the_labels_of_the_old_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -276,6 +277,31 @@ def test_failed_save_is_retried_after_a_pause(tmp_path, monkeypatch):
   checkpoints.close()
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
   assert checksums.damage(tmp_path / "checkpoints" / "4") is None
+
+
+def test_saves_fail_while_the_disk_is_away_and_succeed_afterwards(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(retries, "FIRST_PAUSE", 0)
+  disk, away = tmp_path / "disk", tmp_path / "away"
+  disk.mkdir()
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").symlink_to(disk)
+  config = tiny_dit_config()
+  state = make_state(config)
+  with contextlib.closing(
+    Checkpoints(tmp_path / "run", 2, max_failures=4)
+  ) as checkpoints:
+    checkpoints.finish(1, state, config.to_dict())
+    disk.rename(away)
+    for step in (2, 3):  # the second save cannot even open the folder
+      assert checkpoints.save(step, state, config.to_dict(), again=True)
+      wait_until_it_must_be_retried(checkpoints)
+      assert not checkpoints.save(step, state, config.to_dict())
+    away.rename(disk)
+    assert checkpoints.save(4, state, config.to_dict(), again=True)
+  assert sorted(path.name for path in disk.iterdir()) == ["1", "4"]
+  assert checksums.damage(disk / "4") is None
 
 
 def test_last_save_is_retried_until_it_succeeds(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,20 @@ def test_text_after_an_error_is_written_if_the_stream_has_a_reader(
 ):
   stream = RobustStream(Failing(tmp_path / "log", number))
   assert stream.write("first") == len("first")
+  stream.write("second")
+  stream.flush()
+  assert (tmp_path / "log").read_text() == expected
+
+
+@pytest.mark.parametrize(("is_terminal", "expected"), [(True, ""), (False, "second")])
+def test_io_error_drops_the_text_of_a_closed_terminal_only(
+  tmp_path, monkeypatch, is_terminal, expected
+):
+  kind = stat.S_IFCHR if is_terminal else stat.S_IFREG
+  stream = RobustStream(Failing(tmp_path / "log", errno.EIO))
+  with monkeypatch.context() as patched:
+    patched.setattr(os, "fstat", lambda _: SimpleNamespace(st_mode=kind))
+    stream.write("first")
   stream.write("second")
   stream.flush()
   assert (tmp_path / "log").read_text() == expected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,3 +94,16 @@ def test_different_jobs_have_different_descriptions(pipeline, changes):
   job, other = (pipeline.job(**(arguments | more)) for more in ({}, changes))
   assert job.describe() != other.describe()
   assert job.describe() == pipeline.job(**arguments).describe()
+
+
+@pytest.mark.parametrize("changes", [{"weights": 1.0}, {"scale": 2.0}])
+def test_description_holds_a_digest_of_the_autoencoder(pipeline, changes):
+  def digest(weights=0.0, scale=1.0):
+    autoencoder = SimpleNamespace(
+      params={"w": np.full(3, weights)}, scales=lambda: {"scaling_factor": scale}
+    )
+    job = dataclasses.replace(pipeline.job([1]), autoencoder=autoencoder)
+    return job.describe()["autoencoder"]
+
+  assert digest() == digest()
+  assert digest() != digest(**changes)

@@ -162,6 +162,37 @@ def test_processes_share_blocks_and_process_0_merges(tmp_path):
     np.testing.assert_array_equal(data["arr_0"], PIXELS)
 
 
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_late_process_does_not_start_a_finished_job_again(tmp_path, num_processes):
+  for index in range(num_processes)[1:]:
+    with pytest.raises(FileNotFoundError):
+      write(tmp_path, process_index=index, process_count=num_processes)
+  with pytest.raises(KeyboardInterrupt):  # all blocks but those of process 0 exist
+    write(tmp_path, Maker(stop_at=0), process_count=num_processes)
+  first, *others = (
+    sharded(tmp_path, process_index=index, process_count=num_processes)
+    for index in range(num_processes)
+  )
+  first.write(Maker(), progress=False)
+  late = Maker()
+  for other in others:
+    other.write(late, progress=False)
+  assert late.made == []
+  assert sharded(tmp_path).is_complete
+
+
+def test_settings_of_versions_without_a_digest_of_the_autoencoder_are_equal(tmp_path):
+  digest = {"seed": 0, "images": 10, "autoencoder": "12ab"}
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path, Maker(stop_at=1))
+  resumed = Maker()
+  ShardedImages(tmp_path, REQUEST, digest).write(resumed, progress=False)
+  assert resumed.made == [1, 2]
+  assert ShardedImages(tmp_path, REQUEST, digest).is_complete
+  with pytest.raises(SettingError, match="other autoencoder"):
+    ShardedImages(tmp_path, REQUEST, digest | {"autoencoder": "34cd"})
+
+
 def test_png_names_hold_label_and_index(tmp_path):
   write(tmp_path)
   sharded(tmp_path).write_pngs()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
+import time
 
 import pytest
+from jax._src import distributed as jax_distributed
 
+from mdt_jax import cli
 from mdt_jax.errors import SettingError
-from mdt_jax.exit_codes import EXIT_TRY_AGAIN
+from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 from mdt_jax.training import distributed
 from tests import forked
 from tests.training.tiny import tiny_config
@@ -108,3 +114,90 @@ def test_error_of_one_process_is_raised_on_all():
   first, second = errors[1].splitlines()[-2:]
   assert first.startswith("SettingError: --process_id = 0: ")
   assert second.startswith("RuntimeError: process 0: ")
+
+
+# The end: processes wait for each other, and a lost process is told from other aborts.
+
+
+def shorten(timeout):
+  """Sets JAX's wait at the exit, in seconds, which is 300 by default."""
+  library = vars(jax_distributed)["_jax"]
+  start_service = library.get_distributed_runtime_service
+
+  def start(*arguments, **options):
+    return start_service(*arguments, **options | {"shutdown_timeout": timeout})
+
+  library.get_distributed_runtime_service = start
+
+
+def run_command(address, index, main):
+  shorten(2)
+  sys.argv = [
+    "command",
+    f"--coordinator_address={address}",
+    "--num_processes=2",
+    f"--process_id={index}",
+  ]
+  cli.run(main)
+
+
+def finish_late(argv):
+  if distributed.process_index() == 0:
+    time.sleep(6)
+
+
+def test_command_waits_for_the_processes_that_are_not_done():
+  address = forked.free_address()
+  started = [forked.Forked(run_command, address, i, finish_late) for i in range(2)]
+  assert [process.end() for process in started] == [0, 0], started[1].err
+
+
+def finish_never(argv):
+  if distributed.process_index() == 1:
+    time.sleep(60)
+  print("done")
+
+
+def test_signal_ends_a_command_that_waits():
+  address = forked.free_address()
+  started = [forked.Forked(run_command, address, i, finish_never) for i in range(2)]
+  started[0].wait_for("done")
+  started[0].signal(signal.SIGINT)
+  assert started[0].end() == EXIT_INTERRUPTED
+  started[1].kill()
+
+
+def wait_for_loss(address, index):
+  distributed.HEARTBEAT_SECONDS = 4
+  join(address, index)
+  print("joined")
+  time.sleep(60)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_loss_that_jax_reports_ends_with_75(killed):
+  address = forked.free_address()
+  started = [forked.Forked(wait_for_loss, address, i) for i in range(2)]
+  for process in started:
+    process.wait_for("joined")
+  started[killed].kill()
+  other = started[1 - killed]
+  assert other.end() == EXIT_TRY_AGAIN, other.err
+  assert other.err.splitlines()[-1] == distributed.LOST
+
+
+def abort(address, index, count):
+  distributed.start(address, count, index, timeout=120)
+  if index == 0:
+    os.abort()
+  time.sleep(60)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_other_aborts_are_no_loss(count):
+  address = forked.free_address()
+  started = [forked.Forked(abort, address, i, count) for i in range(count)]
+  assert started[0].end() == -signal.SIGABRT
+  assert distributed.LOST not in started[0].err
+  for process in started[1:]:
+    process.kill()

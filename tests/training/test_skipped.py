@@ -15,6 +15,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.training import loop, trainer
 from mdt_jax.training.replay import replay
+from mdt_jax.training.skipped import SkippedSteps
 from tests.training.tiny import tiny_config
 
 NUM_EXAMPLES = 128  # 16 batches of 8.
@@ -167,3 +168,27 @@ def test_run_stops_when_no_rollback_is_left(
   with pytest.raises(SettingError, match=r"config.max_skipped") as error:
     loop.train(config, tmp_path)
   assert skipped in str(error.value)
+
+
+def test_exception_after_a_rollback_before_the_start_is_preceded_by_a_save(
+  data, tmp_path, monkeypatch
+):
+  config = config_of(data, checkpoint_every=2, max_rollbacks=1, max_skipped=9, **DIT)
+
+  def fail_at(failing):
+    def hook(step, state):
+      if step == failing:
+        raise ZeroDivisionError
+
+    return hook
+
+  with pytest.raises(ZeroDivisionError):
+    loop.train(config, tmp_path, hooks=[fail_at(4)])
+  answers = iter([True])
+  monkeypatch.setattr(
+    SkippedSteps, "too_many", property(lambda self: next(answers, False))
+  )
+  monkeypatch.setattr(SkippedSteps, "first", 3)
+  with pytest.raises(ZeroDivisionError):  # the run starts at 4 and goes back to 2
+    loop.train(config, tmp_path, hooks=[fail_at(3)])
+  assert (tmp_path / "checkpoints" / "3").is_dir()

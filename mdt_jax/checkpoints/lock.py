@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
-from mdt_jax.logs import logger
+from mdt_jax.logs import logger, printable
 from mdt_jax.paths import open_regular
 
 try:
@@ -27,7 +27,7 @@ REFUSALS = (
   *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
   *(errno.EISDIR, errno.ELOOP, errno.ENXIO),  # .lock is a folder, a link, a socket
 )
-MAX_OWNER = 200  # characters of another run's file that an error shows
+MAX_OWNER = 200  # bytes of another run's file that an error shows
 
 
 class Lock:
@@ -35,16 +35,16 @@ class Lock:
 
   Args:
     path: the file of the lock.
-    owner: text that `locked` has written to the file.
+    owner: what `locked` has written to the file.
   """
 
-  def __init__(self, path: Path, owner: str):
+  def __init__(self, path: Path, owner: bytes):
     self._path, self._owner = path, owner
 
   def is_lost(self) -> bool:
     """Whether the workdir was deleted, or belongs to another run by now."""
     try:
-      return self._path.read_text() != self._owner
+      return self._path.read_bytes() != self._owner
     except (FileNotFoundError, NotADirectoryError):
       return True
     except OSError:  # the file system does not answer just now
@@ -66,7 +66,7 @@ def locked(workdir: Path) -> Iterator[Lock]:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     # "w" would empty the file of a run that holds the lock.
-    file = open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+")  # noqa: SIM115
+    file = open(open_regular(path, os.O_RDWR | os.O_CREAT), "rb+")  # noqa: SIM115
   except OSError as error:
     if error.errno not in REFUSALS:
       raise
@@ -80,7 +80,7 @@ def locked(workdir: Path) -> Iterator[Lock]:
       raise SettingError(
         "--workdir",
         str(workdir),
-        f"is in use by another run: {file.read(MAX_OWNER).strip()}",
+        f"is in use by another run: {_shown(file.read(MAX_OWNER))}",
       ) from None
     except OSError as error:
       if error.errno not in NO_LOCKS:
@@ -92,8 +92,14 @@ def locked(workdir: Path) -> Iterator[Lock]:
       )
     # The token tells this start from another process with the same number.
     token = secrets.token_hex(4)
-    owner = f"process {os.getpid()} on {socket.gethostname()} ({token})\n"
+    text = f"process {os.getpid()} on {socket.gethostname()} ({token})\n"
+    owner = text.encode(errors="replace")
     file.truncate(0)
     file.write(owner)
     file.flush()
     yield Lock(path, owner)
+
+
+def _shown(owner: bytes) -> str:
+  """What the file of another run holds, for an error of one line."""
+  return " ".join(printable(owner.decode(errors="replace")).split())

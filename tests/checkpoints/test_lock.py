@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mdt_jax.checkpoints import lock
+from mdt_jax.checkpoints.lock import locked
 from mdt_jax.errors import SettingError
-from mdt_jax.training import lock
-from mdt_jax.training.lock import locked
 from tests import forked
 
 
@@ -74,3 +74,12 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
   with locked(tmp_path):
     assert (tmp_path / lock.LOCK).read_text().startswith(f"process {os.getpid()} on")
   assert len(lines) == 1 and "cannot be locked" in lines[0]
+
+
+def test_lock_file_may_hold_any_bytes(tmp_path):
+  with locked(tmp_path) as held:
+    (tmp_path / lock.LOCK).write_bytes(b"\xff\n\xfe")
+    assert held.is_lost()
+    with pytest.raises(SettingError) as error, locked(tmp_path):
+      pass
+    assert len(str(error.value).splitlines()) == 1
