@@ -101,4 +101,5 @@ def test_sampling_onto_a_full_disk_ends_in_one_line_and_resumes(disk, trained):
 def test_scores_for_a_full_disk_end_in_one_line(disk, trained):
   fill(disk / "filler")
   flags = [f"--checkpoint={trained}", "--metrics=bpd", f"--output={disk}"]
+  flags += ["--num_steps=2", "--num_images=4"]
   assert_one_line(run_command("mdt_jax.evaluate", *flags), "No space left on device")

@@ -138,7 +138,9 @@ def test_ema_follows_its_decays():
 
 
 def test_mask_ratio_zero_has_no_masked_loss_or_side_block_update():
-  config = tiny_config(**{"optimizer.name": "adamw", "masking.ratio": 0.0})
+  config = tiny_config(
+    **{"optimizer.name": "adamw", "masking.ratio": 0.0, "masking.width": 0.0}
+  )
   state = make_state(config)
   after, metrics = make_step(config)(state, make_batch(config), None)
   assert "masked_loss" not in metrics
