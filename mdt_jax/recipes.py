@@ -1,4 +1,4 @@
-"""The papers' runs on ImageNet 256x256, which the files in configs/ return."""
+"""The papers' runs on ImageNet, which the files in configs/ return."""
 
 from __future__ import annotations
 
@@ -19,19 +19,25 @@ from mdt_jax.settings import (
 )
 
 
-def mdtv2(size: str) -> ConfigDict:
-  """MDTv2-S/2, B/2, L/2 or XL/2 as released: the defaults with their learning rate."""
-  return _mdtv2(size).to_config()
+def mdtv2(size: str, input_size: int = 32) -> ConfigDict:
+  """MDTv2 as released: the defaults with the learning rate of the size.
+
+  Args:
+    size: "S", "B", "L" or "XL"; the patch size is 2.
+    input_size: height and width of the latents: 32 for images of 256x256, 64 for
+      512x512.
+  """
+  return _mdtv2(size, input_size).to_config()
 
 
-def mdt(size: str) -> ConfigDict:
-  """MDT v1: one mask ratio, plain squared error, AdamW."""
-  return _mdt(size).to_config()
+def mdt(size: str, input_size: int = 32) -> ConfigDict:
+  """MDT v1: one mask ratio, plain squared error, AdamW. For arguments see `mdtv2`."""
+  return _mdt(size, input_size).to_config()
 
 
-def dit(size: str) -> ConfigDict:
-  """DiT, the unmasked baseline (arXiv 2212.09748)."""
-  return _dit(size).to_config()
+def dit(size: str, input_size: int = 32) -> ConfigDict:
+  """DiT, the unmasked baseline (arXiv 2212.09748). For arguments see `mdtv2`."""
+  return _dit(size, input_size).to_config()
 
 
 def of_network(attributes: Mapping[str, Any]) -> Settings:
@@ -65,25 +71,25 @@ def of_network(attributes: Mapping[str, Any]) -> Settings:
   )
 
 
-def _mdtv2(size: str) -> Settings:
+def _mdtv2(size: str, input_size: int = 32) -> Settings:
   return Settings(
-    model=ModelSettings(name=f"MDTv2-{size}/2"),
+    model=ModelSettings(name=f"MDTv2-{size}/2", input_size=input_size),
     optimizer=OptimizerSettings(learning_rate=5e-4 if size == "S" else 3e-4),
   )
 
 
-def _mdt(size: str) -> Settings:
+def _mdt(size: str, input_size: int = 32) -> Settings:
   return Settings(
-    model=ModelSettings(name=f"MDT-{size}/2"),
+    model=ModelSettings(name=f"MDT-{size}/2", input_size=input_size),
     masking=MaskingSettings(width=0.0),
     diffusion=DiffusionSettings(loss_weight="none"),
     optimizer=OptimizerSettings(name="adamw", learning_rate=3e-4, clip_norm=0.0),
   )
 
 
-def _dit(size: str) -> Settings:
+def _dit(size: str, input_size: int = 32) -> Settings:
   return Settings(
-    model=ModelSettings(name=f"DiT-{size}/2"),
+    model=ModelSettings(name=f"DiT-{size}/2", input_size=input_size),
     masking=MaskingSettings(ratio=0.0, width=0.0),
     diffusion=DiffusionSettings(loss_weight="none"),
     optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),

@@ -33,7 +33,18 @@ def build_on(config, num_devices):
 
 def test_each_published_run_and_digits_have_a_config():
   runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit") for s in ("s", "b", "l", "xl")}
-  assert {path.stem for path in CONFIGS.glob("*.py")} == runs | {"digits"}
+  others = {"digits", "dit_xl2_512", "mdtv2_xl2_512"}
+  assert {path.stem for path in CONFIGS.glob("*.py")} == runs | others
+
+
+@pytest.mark.parametrize("variant", ["dit", "mdtv2"])
+def test_runs_at_512_pixels_have_latents_of_64(variant):
+  large, small = (
+    load(f"{variant}_xl2{suffix}").get_config() for suffix in ("_512", "")
+  )
+  assert large.model.input_size == 64
+  large.model.input_size = 32
+  assert large.to_dict() == small.to_dict()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)

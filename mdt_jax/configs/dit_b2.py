@@ -5,8 +5,10 @@ python -m mdt_jax.main --config=configs/dit_b2.py --workdir=runs/dit_b2 \\
 
 LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
 Hardware: a TPU v4-8 or v5e-8, or 8 GPUs, with
---config.model.dtype=bfloat16.
+--config.model.dtype=bfloat16; the released runs are float32 with
+products in TF32.
 Paper: FID 43.47 after 400,000 steps, 50,000 samples without guidance.
+Not reproduced with mdt_jax.
 """
 
 from ml_collections import ConfigDict

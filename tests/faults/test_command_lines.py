@@ -102,7 +102,7 @@ def assert_none(problems):
   assert not problems, "\n\n".join(problems)
 
 
-@pytest.mark.faults(short=2, whole=64)
+@pytest.mark.faults(short=1, whole=64)
 def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(worlds, fault):
   problems = []
   for number, copy in worlds(fault):
@@ -112,7 +112,7 @@ def test_command_line_ends_in_one_line_and_is_refused_without_a_trace(worlds, fa
   assert_none(problems)
 
 
-@pytest.mark.faults(short=2, whole=26)
+@pytest.mark.faults(short=1, whole=26)
 def test_damaged_file_is_used_or_refused_in_one_line(worlds, fault):
   problems = []
   for number, copy in worlds(fault):
