@@ -216,6 +216,10 @@ class Experiment:
           "width of 0 there is one unmasked pass",
         )
     is_mdt = name == "mdt"
+    if masking.groups > 1 and not is_mdt:
+      raise SettingError(
+        "config.masking.groups", masking.groups, f"must be 1: {name} has no masked pass"
+      )
     if is_mdt and chosen.arguments:
       raise SettingError(
         "config.objective.arguments",

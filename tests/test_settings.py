@@ -169,6 +169,13 @@ def test_groups_must_divide_the_images_of_each_device():
   assert build_on(tiny_config(**{**changes, "batch_size": 16}), 2).objective.groups == 4
 
 
+def test_groups_need_a_masked_pass():
+  with pytest.raises(
+    SettingError, match=r"^config.masking.groups = 2: must be 1: plain"
+  ):
+    build(tiny_dit_config(**{"masking.groups": 2}))
+
+
 def test_a_width_without_a_ratio_is_not_ignored():
   changes = {"masking.ratio": 0.0, "masking.width": 0.2}
   with pytest.raises(
