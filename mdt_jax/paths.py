@@ -19,6 +19,14 @@ _NAME_MAX, _PATH_MAX = 255, 4096  # of Linux; macOS allows shorter paths
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
+def expand_home(path: str | os.PathLike[str]) -> Path:
+  """Replaces ~ or ~USER by the home folder; keeps ~USER if there is no such user.
+
+  `Path.expanduser` raises an error in this case.
+  """
+  return Path(os.path.expanduser(path))
+
+
 def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
   """Returns a local path, with ~ replaced by the home folder.
 
@@ -38,7 +46,7 @@ def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
       setting, text, "must be a local path: URLs and buckets are not supported"
     )
   shown = text if len(text) <= _NAME_MAX else f"{text[:60]}…"
-  found = Path(os.path.expanduser(text))
+  found = expand_home(text)
   try:
     os.stat(found)
   except (FileNotFoundError, NotADirectoryError):

@@ -6,11 +6,19 @@ import errno
 import os
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
+import mdt_jax
 from mdt_jax.errors import SettingError, reason_of_machine
-from mdt_jax.paths import input_file, local_path, output_file, output_folder
+from mdt_jax.paths import (
+  expand_home,
+  input_file,
+  local_path,
+  output_file,
+  output_folder,
+)
 
 URLS = ["gs://bucket/run", "gs:/bucket", "s3://b/x", "file:///tmp/x", "https://x.org"]
 
@@ -23,6 +31,18 @@ def test_url_is_refused(tmp_path, monkeypatch, check, url):
     check("--workdir", url)
   assert (error.value.setting, error.value.value) == ("--workdir", url)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_user_is_part_of_the_name():
+  assert str(expand_home("~nosuchuser/x")) == "~nosuchuser/x"
+  assert expand_home("~/x") == Path.home() / "x"
+
+
+def test_only_one_function_expands_the_home_folder():
+  """`Path.expanduser` raises RuntimeError for an unknown user."""
+  package = Path(mdt_jax.__file__).parent
+  using = [p.name for p in package.rglob("*.py") if ".expanduser()" in p.read_text()]
+  assert using == []
 
 
 @pytest.mark.parametrize("name", ["tfds:mnist", "a:b", "C:x", "runs/a:b"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
-from mdt_jax.paths import local_path
+from mdt_jax.paths import expand_home, local_path
 from mdt_jax.settings import MeshSettings, Settings
 from mdt_jax.types import Params
 
@@ -43,7 +42,7 @@ class Checkpoint:
 
 def workdir_of(path: str | Path) -> Path:
   """The absolute path of a workdir, from `path` = WORKDIR or WORKDIR/checkpoints."""
-  folder = Path(os.path.expanduser(path)).absolute()
+  folder = expand_home(path).absolute()
   return folder.parent if folder.name == FOLDER else folder
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from mdt_jax.errors import SettingError
-from mdt_jax.paths import local_path
+from mdt_jax.paths import expand_home, local_path
 
 _FOLDER = "checkpoints"  # as `mdt_jax.checkpoints.manager.FOLDER`, which imports JAX
 
 
 def is_run(path: str | Path) -> bool:
   """Whether a folder holds checkpoints of a run."""
-  return _holds_steps(Path(os.path.expanduser(path), _FOLDER))
+  return _holds_steps(expand_home(path) / _FOLDER)
 
 
 def check_run_folder(

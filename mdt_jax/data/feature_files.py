@@ -19,6 +19,7 @@ from mdt_jax.data.files import ARRAY_EXTENSIONS, Files, open_files
 from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger, printable
+from mdt_jax.paths import expand_home
 
 # Names of the arrays in a file of many images, in the order of preference.
 IMAGE_NAMES = ("latents", "features", "moments", "images", "arr_0", "x")
@@ -80,7 +81,7 @@ class FolderRows(Rows):
       if self.classes == [""]:
         warn_of_no_labels(path)
     else:
-      self._labels = self._read_labels(Path(labels).expanduser())
+      self._labels = self._read_labels(expand_home(labels))
       self.classes = [str(i) for i in range(int(self._labels.max()) + 1)]
 
   def __len__(self) -> int:
@@ -159,7 +160,7 @@ class ArrayRows(Rows):
     """The label of each image, (N,)."""
     if labels is not None:
       with _reading("labels", str(labels)):
-        found = _read_npy(Path(labels).expanduser().read_bytes())
+        found = _read_npy(expand_home(labels).read_bytes())
     else:
       parts = [part.labels for part in self._parts if part.labels is not None]
       if len(parts) < len(self._parts):

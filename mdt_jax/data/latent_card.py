@@ -17,6 +17,7 @@ import numpy as np
 from mdt_jax.atomic import read_json
 from mdt_jax.data.class_labels import class_number
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import expand_home
 
 FORMAT = "mdt_jax latents 1"
 CARD = "card.json"
@@ -40,7 +41,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return SettingError("config.data.path", str(path), text)
 
   try:
-    card = read_json(Path(os.path.expanduser(path), CARD), refuse)
+    card = read_json(expand_home(path) / CARD, refuse)
   except FileNotFoundError:
     raise refuse(
       f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode"

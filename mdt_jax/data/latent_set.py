@@ -129,6 +129,14 @@ class LatentSet:
       raise self.error("must be empty or hold a latent set with the same settings")
     self._check_card(read_json(self.folder / BEGUN, self.error))
 
+  def abandon(self) -> None:
+    """Removes the plan of a set if no shard is finished or being written.
+
+    The next command can then use other settings.
+    """
+    if [path.name for path in self.folder.iterdir()] == [BEGUN]:
+      (self.folder / BEGUN).unlink(missing_ok=True)
+
   def finish(self) -> bool:
     """Writes card.json if all shards are finished.
 
@@ -154,9 +162,14 @@ class LatentSet:
     if images == 0:
       raise self.error("gets no latents: none of the images can be read")
     write_json(card_path, {**self.card, "images": images, "shards": entries})
-    for path in [self.folder / BEGUN, *map(entry_path, paths)]:
-      path.unlink(missing_ok=True)
+    self.remove_plan()
     return True
+
+  def remove_plan(self) -> None:
+    """Removes the files that only an unfinished set needs."""
+    entries = [entry_path(self.shard_path(shard)) for shard in range(self.num_shards)]
+    for path in [self.folder / BEGUN, *entries]:
+      path.unlink(missing_ok=True)
 
   def error(self, text: str) -> SettingError:
     """Returns a SettingError of the setting --output."""

@@ -106,7 +106,7 @@ def write_latents(
   """Writes this process's shards of a latent set.
 
   The process that finishes last also writes the card. After an error, finished shards
-  remain, and the same call resumes after them.
+  remain, and the same call resumes after them. If there are none, nothing remains.
 
   Args:
     latent_set: the set, equal in every process.
@@ -129,16 +129,25 @@ def write_latents(
     DataUnavailable: the machine cannot read the images now.
   """
   if latent_set.is_finished():
+    latent_set.remove_plan()  # left by a process that was killed while it finished
     return True
+  is_new = not latent_set.folder.exists()
   latent_set.begin()
-  for shard in range(process_index, latent_set.num_shards, process_count):
-    indices = latent_set.shard_images(shard)
-    if latent_set.has_shard(shard):
-      progress(len(indices))
-      continue
-    batches = _batches(source, indices, batch_size, num_threads)
-    records = _records(latent_set.layout, encode_fn, batches, batch_size, progress)
-    _write_shard(latent_set, latent_set.shard_path(shard), records)
+  try:
+    for shard in range(process_index, latent_set.num_shards, process_count):
+      indices = latent_set.shard_images(shard)
+      if latent_set.has_shard(shard):
+        progress(len(indices))
+        continue
+      batches = _batches(source, indices, batch_size, num_threads)
+      records = _records(latent_set.layout, encode_fn, batches, batch_size, progress)
+      _write_shard(latent_set, latent_set.shard_path(shard), records)
+  except SettingError:
+    latent_set.abandon()
+    if is_new:
+      with contextlib.suppress(OSError):  # not empty
+        latent_set.folder.rmdir()
+    raise
   return latent_set.finish()
 
 

@@ -36,6 +36,7 @@ from mdt_jax.data.examples import (
 )
 from mdt_jax.data.latent_card import CARD, DTYPES, read_card
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import expand_home
 from mdt_jax.sizes import Size, height_width
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class LatentSource(TolerantSource):
     self.num_classes = len(self.class_names)
     shards = self.card["shards"]
     self.label_counts = _label_counts(shards)
-    self._records = _open_shards(Path(self._path).expanduser(), shards)
+    self._records = _open_shards(expand_home(self._path), shards)
     self._ends = np.cumsum([shard["images"] for shard in shards])
 
   def __len__(self) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mdt_jax.errors import SettingError
 from mdt_jax.models.embeddings import sincos_positions
+from mdt_jax.paths import expand_home
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
   WEIGHT_FILES,
@@ -70,7 +71,7 @@ def find_file(path: Path) -> Path:
   Raises:
     SettingError: setting "path": a folder holds no weights.
   """
-  path = path.expanduser()
+  path = expand_home(path)
   if not os.path.isdir(path):
     return path
   for folder in (path, path / SUBFOLDER):

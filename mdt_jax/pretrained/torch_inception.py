@@ -21,7 +21,7 @@ import numpy as np
 
 from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
-from mdt_jax.paths import output_file
+from mdt_jax.paths import expand_home, output_file
 from mdt_jax.pretrained.tensors import (
   Tensors,
   check_file,
@@ -196,7 +196,7 @@ def _scopes() -> Iterator[str]:
 
 def _read(path: str | Path) -> Tensors:
   """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
-  path = Path(path).expanduser()
+  path = expand_home(path)
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
     name: tensor

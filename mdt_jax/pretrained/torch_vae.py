@@ -19,6 +19,7 @@ import numpy as np
 from mdt_jax.atomic import write_json
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
+from mdt_jax.paths import expand_home
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
   WEIGHT_FILES,
@@ -101,7 +102,7 @@ def load_vae(
       a file is broken, a setting is not supported, or tensors are missing, unexpected
       or of the wrong shape.
   """
-  path = Path(name_or_folder).expanduser()
+  path = expand_home(name_or_folder)
   weights = path if os.path.isfile(path) else None
   folder = path.parent if weights else path
   if not os.path.isdir(folder):
