@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +21,18 @@ import numpy as np
 import torch
 from absl import app, flags
 
-from benchmarks.released import WIDTH, Released, attributes_of, to_nchw
+from benchmarks.released import (
+  WIDTH,
+  Released,
+  attributes_of,
+  replaced_draws,
+  to_nchw,
+)
 from benchmarks.tables import machine, write_table
 from mdt_jax import create_model
+from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import guided
+from mdt_jax.diffusion.samplers import sample
 from mdt_jax.models.masking import num_kept, token_mask_from_noise
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import abstract_params
@@ -37,6 +46,7 @@ COUNT = flags.DEFINE_integer("count", 5, "Networks of each checkout.")
 BATCH_SIZE = 4
 NUM_TIMESTEPS = 1000
 STD = 0.2  # of the parameters
+STEPS = 10  # of the sampling loops
 
 # Compared quantity -> arrays by name: the gradient of each tensor, or one output.
 Results = dict[str, dict[str, np.ndarray]]
@@ -79,7 +89,10 @@ class Inputs:
     # Classes, and the null label for the last image.
     self.y = rng.integers(0, model.num_classes, BATCH_SIZE)
     self.y[-1] = model.num_classes
-    self.noise = rng.random((BATCH_SIZE, model.num_tokens), np.float32)
+    self.mask_noise = rng.random((BATCH_SIZE, model.num_tokens), np.float32)
+    # Of the training loss, and of each step of the sampler.
+    self.noise = rng.standard_normal(self.x.shape, np.float32)
+    self.step_noise = rng.standard_normal((STEPS, *self.x.shape), np.float32)
     self.ratio = float(rng.uniform(0.1, 0.5))
     share = self.ratio
     if model.variant == "MDTv2":
@@ -98,7 +111,7 @@ def run_ours(inputs: Inputs) -> Results:
 
   mask = None
   if model.takes_mask:
-    mask = token_mask_from_noise(jnp.asarray(inputs.noise), inputs.num_keep)
+    mask = token_mask_from_noise(jnp.asarray(inputs.mask_noise), inputs.num_keep)
 
   def loss(params: Any) -> Any:
     total = (forward(params) ** 2).mean()
@@ -117,11 +130,38 @@ def run_ours(inputs: Inputs) -> Results:
       power=power,
     )
     outputs[_guided(scale, power)] = jax.jit(model_fn)(inputs.x, inputs.t)
+  outputs |= jax.jit(functools.partial(_losses_and_loops, inputs))(params)
   found: Results = {
-    what: {"output": np.moveaxis(np.asarray(output), -1, 1)}
+    what: {"output": np.moveaxis(np.asarray(output), -1, 1 if output.ndim > 1 else 0)}
     for what, output in outputs.items()
   }
   return found | {"gradient of each tensor": gradients}
+
+
+def _losses_and_loops(inputs: Inputs, params: Any) -> dict[str, Any]:
+  """The training losses of the unmasked pass, and samples of two loops."""
+  model = inputs.model
+
+  def network(x: Any, t: Any) -> Any:
+    return model.apply({"params": params}, x, t, inputs.y)
+
+  weight = "min_snr" if model.variant == "MDTv2" else "none"
+  process = GaussianDiffusion.create(loss_weight=weight)
+  x_t = process.q_sample(inputs.x, inputs.t, inputs.noise)
+  output = network(x_t, inputs.t)
+  losses = process.training_losses(output, inputs.x, x_t, inputs.t, inputs.noise)
+  found = {f"training loss {name}": losses[name] for name in ("mse", "vb")}
+  respaced = GaussianDiffusion.create(spacing=str(STEPS))
+  for method in ("ddpm", "ddim"):
+    found[_loop(method)] = sample(
+      network,
+      respaced,
+      jnp.asarray(inputs.x),
+      jax.random.key(0),
+      method=method,
+      noise=jnp.asarray(inputs.step_noise),
+    )
+  return found
 
 
 def run_released(released: Released, inputs: Inputs, dtype: torch.dtype) -> Results:
@@ -133,7 +173,7 @@ def run_released(released: Released, inputs: Inputs, dtype: torch.dtype) -> Resu
   t, y = torch.tensor(inputs.t), torch.tensor(inputs.y)
   found = {"forward pass": network(x, t, y)}
   if model.takes_mask:
-    noise = torch.tensor(inputs.noise)
+    noise = torch.tensor(inputs.mask_noise)
     with released.masks(noise, inputs.num_keep, inputs.ratio):
       found["masked forward pass"] = network(x, t, y, enable_mask=True)
   sum((output**2).mean() for output in found.values()).backward()
@@ -143,6 +183,21 @@ def run_released(released: Released, inputs: Inputs, dtype: torch.dtype) -> Resu
     found[_guided(scale, power)] = network.forward_with_cfg(
       *twice, cfg_scale=scale, **more
     )[:BATCH_SIZE]
+  kwargs = {"y": y}
+  losses = released.create_diffusion(timestep_respacing="").training_losses(
+    network, x, t, model_kwargs=kwargs, noise=to_nchw(inputs.noise, dtype)
+  )
+  found |= {f"training loss {name}": losses[name] for name in ("mse", "vb")}
+  respaced = released.create_diffusion(timestep_respacing=str(STEPS))
+  for method, loop in (
+    ("ddpm", respaced.p_sample_loop),
+    ("ddim", respaced.ddim_sample_loop),
+  ):
+    noise = [to_nchw(step, dtype) for step in inputs.step_noise]
+    with replaced_draws("randn_like", noise):
+      found[_loop(method)] = loop(
+        network, x.shape, x, clip_denoised=False, model_kwargs=kwargs, device="cpu"
+      )
   results: Results = {
     what: {"output": output.detach().numpy()} for what, output in found.items()
   }
@@ -155,6 +210,11 @@ def run_released(released: Released, inputs: Inputs, dtype: torch.dtype) -> Resu
 def _guided(scale: float, power: float) -> str:
   """Name of a guided output."""
   return f"guided output, scale {scale}" + (f", power {power}" if power else "")
+
+
+def _loop(method: str) -> str:
+  """Name of the samples of a loop."""
+  return f"{method.upper()}, whole loop of {STEPS} steps"
 
 
 def _with_null(y: torch.Tensor, null: int) -> torch.Tensor:

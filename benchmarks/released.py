@@ -103,13 +103,25 @@ class Released:
     share = 1 - (num_keep + 0.5) / noise.shape[1]
     if self.variant == "MDTv2":  # draws the ratio first: mask_ratio + 0.2 u
       draws.insert(0, torch.tensor([(share - mask_ratio) / WIDTH]))
-    original = torch.rand
-    torch.rand = lambda *size, **kwargs: draws.pop(0)
-    try:
+    with replaced_draws("rand", draws):
       yield
-    finally:
-      torch.rand = original
-    assert not draws, "the released code drew no mask"
+
+
+@contextlib.contextmanager
+def replaced_draws(function: str, draws: list[torch.Tensor]) -> Iterator[None]:
+  """Context in which a function of torch returns the given random numbers in turn.
+
+  Raises:
+    AssertionError: some of the numbers were not used.
+  """
+  left = list(draws)
+  original = getattr(torch, function)
+  setattr(torch, function, lambda *args, **kwargs: left.pop(0))
+  try:
+    yield
+  finally:
+    setattr(torch, function, original)
+  assert not left, f"the released code left {len(left)} draws"
 
 
 def to_nchw(array: Any, dtype: torch.dtype) -> torch.Tensor:
