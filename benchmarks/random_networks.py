@@ -226,7 +226,7 @@ def error(found: np.ndarray, exact: np.ndarray) -> float:
   """Largest difference relative to the largest magnitude."""
   assert found.shape == exact.shape, (found.shape, exact.shape)
   largest = np.abs(exact).max()
-  return float(np.abs(np.float64(found) - exact).max() / largest) if largest else 0.0
+  return float(np.abs(np.float64(found) - exact).max() / (largest or 1.0))
 
 
 def compare(path: str) -> Iterator[str]:
@@ -242,7 +242,8 @@ def compare(path: str) -> Iterator[str]:
     for what, truths in exact.items():
       for side, found in enumerate((ours, theirs)):
         errors = [error(found[what][name], truth) for name, truth in truths.items()]
-        largest[what][side] = max(largest[what][side], *errors)
+        # Unlike max, this keeps NaN.
+        largest[what][side] = float(np.max([largest[what][side], *errors]))
   for what, (ours, theirs) in largest.items():
     yield f"| {released.variant}, {what} | {ours:.1e} | {theirs:.1e} |"
 

@@ -218,7 +218,7 @@ class Experiment:
     is_mdt = name == "mdt"
     if masking.groups > 1 and not is_mdt:
       raise SettingError(
-        "config.masking.groups", masking.groups, f"must be 1: {name} has no masked pass"
+        "config.masking.groups", masking.groups, f"must be 1: {name} is not mdt"
       )
     if is_mdt and chosen.arguments:
       raise SettingError(

@@ -171,6 +171,9 @@ def adamw(
     gradients: Params, state: optax.OptState, params: Params | None = None
   ) -> tuple[Params, optax.OptState]:
     del params
+    assert isinstance(state, optax.ScaleByAdamState)
+    # Before it is rounded to `mu_dtype`, as in optax.
+    mean = optax.tree.update_moment(gradients, state.mu, b1, 1)
     _, state = moments.update(gradients, state)  # XLA leaves the unused step out.
     assert isinstance(state, optax.ScaleByAdamState)
     count: Any = state.count
@@ -184,7 +187,7 @@ def adamw(
       numerator = average * m + (last * g if nesterov else 0)
       return numerator / (jnp.sqrt(n / correction2 + eps_root) + eps)
 
-    return jax.tree.map(step, state.mu, state.nu, gradients), state
+    return jax.tree.map(step, mean, state.nu, gradients), state
 
   return optax.chain(
     optax.GradientTransformation(moments.init, update),  # pyright: ignore[reportArgumentType]

@@ -96,7 +96,7 @@ class ObjectiveSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MaskingSettings:
-  """The masked pass of the objective mdt."""
+  """The masked pass of the objective mdt; other objectives have none."""
 
   # Smallest share of tokens that a mask removes, in [0, 0.8]; 0: no masked pass.
   ratio: float = 0.3
@@ -109,9 +109,9 @@ class MaskingSettings:
   # The numbers of kept tokens are multiples of this, where the sequence is long enough.
   multiple: int = 8
   # Equal parts of the batch that keep different numbers of tokens, spread evenly over
-  # the range: a released run on N GPUs draws N ratios a step. All parts are in one
-  # program, and num_lengths and multiple have no effect. 1: all images of a step keep
-  # the same number.
+  # the range: a released run on N GPUs draws N ratios a step. One program holds a
+  # masked pass for each part; num_lengths and multiple have no effect. 1: all images of
+  # a step keep the same number.
   groups: int = 1
 
 
@@ -525,10 +525,14 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   if unknown:
     logger.warning("ignored settings of another version: %s", ", ".join(unknown))
   masking = dict(saved.get("masking", {}))
-  objective = saved.get("objective", {}).get("name")
-  if objective is None and masking.get("ratio") == 0:
-    masking["width"] = 0.0  # earlier versions accepted any width and ignored it
-    saved = {**saved, "masking": masking}
+  objective = dict(saved.get("objective", {}))
+  # Earlier versions ignored the width of a ratio of 0, and masked no tokens with 0, 0.
+  name, ratio = objective.get("name"), masking.get("ratio")
+  if name is None and ratio == 0:
+    masking["width"] = 0.0
+  elif name == "mdt" and ratio == 0 and masking.get("width") == 0:
+    objective["name"] = "mdt_unmasked"
+  saved = {**saved, "masking": masking, "objective": objective}
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
   sampling = dict(saved.get("sampling", {}))

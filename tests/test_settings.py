@@ -12,7 +12,7 @@ from mdt_jax import setting_limits
 from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
-from mdt_jax.objectives import PlainObjective
+from mdt_jax.objectives import MDTUnmaskedObjective, PlainObjective
 from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config, tiny_dit_config
 
@@ -194,6 +194,12 @@ def test_checkpoints_with_an_ignored_width_can_be_resumed():
   settings = Settings.from_dict(saved)
   assert settings.masking.width == 0
   assert isinstance(build(settings).objective, PlainObjective)
+
+
+def test_checkpoints_with_a_mask_of_no_tokens_have_two_unmasked_passes():
+  changes = {"masking.ratio": 0.0, "masking.width": 0.0, "objective.name": "mdt"}
+  settings = Settings.from_dict(tiny_config(**changes).to_dict())
+  assert isinstance(build(settings).objective, MDTUnmaskedObjective)
 
 
 @pytest.mark.parametrize("name", setting_limits.MAXIMA)

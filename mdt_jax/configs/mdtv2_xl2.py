@@ -8,8 +8,8 @@ Hardware: a TPU v4-64 or v5p-32, or 32 GPUs of 80 GB, with
 --config.model.dtype=bfloat16; the released runs are float32.
 Paper: FID 7.70 after 400,000 steps without guidance; 1.58 (IS 314.73) after the whole
 training with guidance, 50,000 samples.
-Not reproduced with mdt_jax. Its authors trained it on 4 x 8 GPUs; the released README
-has a command for 8 x 8.
+Not reproduced with mdt_jax. The released run_ddp_master.sh has 4 x 8 GPUs, the released
+README 8 x 8.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.sources import Source
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation import references, scores
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import (
@@ -22,10 +22,11 @@ from mdt_jax.evaluation.registry import check_metrics, default_labels
 from mdt_jax.evaluation.summary import Summary
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
+from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.pretrained.torch_inception import load_inception
 from mdt_jax.sampling.generator import Generator, make_generator
 from mdt_jax.sampling.labels import choose_conditions
-from mdt_jax.settings import Settings
+from mdt_jax.settings import LABELS_OF_SCORES, Settings
 from mdt_jax.types import Params
 
 MAX_REAL_IMAGES = 10_000  # images of the run's data, if there is no reference file
@@ -201,6 +202,26 @@ def check_eval(settings: Settings) -> None:
     check_metrics(f"{_EVAL}metrics", chosen.metric_names, has_inception)
 
 
+def chosen_labels(
+  experiment: Experiment, metrics: Sequence[str], labels: str | None = None
+) -> str:
+  """Returns how the labels of drawn images are chosen: "balanced" or "random".
+
+  Args:
+    experiment: objects of the run.
+    metrics: keys of `registry.METRICS`.
+    labels: the choice; None for `config.eval.labels`, or else `default_labels`.
+
+  Raises:
+    SettingError: `labels` has another value, or the network has no class labels.
+  """
+  if labels is not None:
+    check_choice("labels", labels, LABELS_OF_SCORES)
+    if not isinstance(experiment.model.conditioning, LabelCondition):
+      raise SettingError("labels", labels, "needs a network with class labels")
+  return labels or experiment.settings.eval.labels or default_labels(metrics)
+
+
 def draw_images(
   experiment: Experiment,
   generator: Generator,
@@ -219,10 +240,13 @@ def draw_images(
     metrics: keys of `registry.METRICS`.
     num_images: number of images.
     seed: seed of labels and noise, in [0, 2**32).
-    labels: "balanced" or "random", see `labels.draw_labels`; None for
-      `config.eval.labels`, or else as `registry.default_labels` says.
+    labels: "balanced" or "random", see `labels.draw_labels`; None for the default, see
+      `chosen_labels`.
+
+  Raises:
+    SettingError: `labels` has another value, or the network has no class labels.
   """
-  how = labels or experiment.settings.eval.labels or default_labels(metrics)
+  how = chosen_labels(experiment, metrics, labels)
   conditions = choose_conditions(
     experiment.model.conditioning, num_images, experiment.data_labels, how, seed
   )

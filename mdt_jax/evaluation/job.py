@@ -12,7 +12,7 @@ import jax
 from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.evaluation.evaluator import Evaluator, draw_images
+from mdt_jax.evaluation.evaluator import Evaluator, chosen_labels, draw_images
 from mdt_jax.evaluation.image_files import label_of_named_class, open_image_stream
 from mdt_jax.evaluation.image_streams import GeneratedImages
 from mdt_jax.evaluation.references import save_statistics
@@ -192,11 +192,12 @@ def score_images(
   if statistics is not None:
     save_statistics(statistics, evaluate.real)
     logger.info("wrote the statistics of the real images to %s", statistics)
-  sampling = None
+  sampling = drawn_labels = None
   if isinstance(images, GeneratedImages):  # drawing may take hours
     evaluate.check(images)
     assert experiment is not None
     sampling = dataclasses.asdict(experiment.settings.sampling)
+    drawn_labels = chosen_labels(experiment, metrics, labels)
   with sharding.use_mesh(mesh):
     found = evaluate(images, progress="samples")
   return {
@@ -205,6 +206,8 @@ def score_images(
     "samples": samples,
     "step": None if checkpoint is None else checkpoint.step,
     "sampling": sampling,
+    "labels": drawn_labels,
+    "seed": None if samples is not None else seed,
     "reference": reference,
     "inception": inception,
   }

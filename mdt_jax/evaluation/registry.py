@@ -174,7 +174,7 @@ def other_metrics() -> list[str]:
 
 
 def default_labels(names: Sequence[str]) -> str:
-  """Returns how the labels of drawn images are chosen, if no setting says it.
+  """Returns the default labels of drawn images.
 
   "random", as in the released scripts, if a score needs Inception; else "balanced".
   """

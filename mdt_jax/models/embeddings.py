@@ -73,7 +73,7 @@ def _rows_and_columns(
 
 
 def _frequencies() -> Float[np.ndarray, "128"]:
-  """Computes the frequencies w_i of `timestep_frequencies` with the bits of PyTorch."""
+  """Computes the frequencies w_i of `timestep_frequencies`, as PyTorch does on CPUs."""
   half = NUM_FREQUENCIES // 2
   exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
   # t multiplies an error in the last bit: 3e-5 rad at t = 999. The float32 exp of NumPy

@@ -1,7 +1,8 @@
 """Two unmasked passes: the control of experiments on MDT's masking.
 
 The noise and the dropped labels differ between both passes, as in `objectives.mdt`.
-The released MDT trains so if its mask ratio is None (masked_diffusion/models.py).
+The released network (masked_diffusion/models.py) masks nothing if its mask ratio is
+None.
 """
 
 from __future__ import annotations
