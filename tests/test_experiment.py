@@ -17,7 +17,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_mask_ratio_zero_gives_the_plain_objective():
-  objective = build(tiny_config(**{"masking.ratio": 0.0})).objective
+  objective = build(
+    tiny_config(**{"masking.ratio": 0.0, "masking.width": 0.0})
+  ).objective
   assert isinstance(objective, PlainObjective)
 
 
