@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,15 @@ def xla_knows(flags: str) -> bool:
   command = [sys.executable, "-c", code]
   return not subprocess.run(command, env=environment, capture_output=True).returncode
 
+
+# Shells start background commands with SIGINT ignored, and nohup ignores SIGHUP. Tests
+# of signals and the processes that tests start would inherit this.
+for number, handler in (
+  (signal.SIGINT, signal.default_int_handler),
+  (signal.SIGHUP, signal.SIG_DFL),
+):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, handler)
 
 # Before JAX is imported; the workers of pytest-xdist get these from the first process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

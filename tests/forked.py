@@ -135,9 +135,8 @@ def _run(setup: tuple, target: Callable[..., None], arguments: tuple) -> None:
   for path, stream in ((out, 1), (err, 2)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
   sys.stdout.reconfigure(line_buffering=True)
-  # A shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP.
+  # A shell that starts the tests in the background has SIGINT ignored.
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   os.chdir(folder)
   os.environ.update(environment)
   if num_devices is not None:

@@ -31,7 +31,8 @@ def test_packaged_configs_are_found_from_any_folder(name):
 def test_packaged_configs_are_listed_by_file_name():
   sizes = ["b2", "l2", "s2", "xl2"]
   networks = [f"{name}_{size}" for name in ("dit", "mdt", "mdtv2") for size in sizes]
-  assert packaged_configs() == ["digits", *networks]
+  larger = ["dit_xl2_512", "mdtv2_xl2_512"]
+  assert packaged_configs() == ["digits", *sorted(networks + larger)]
 
 
 def test_file_on_disk_takes_precedence(elsewhere):
