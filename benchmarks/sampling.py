@@ -35,6 +35,9 @@ UNROLL = flags.DEFINE_integer(
 )
 REPEATS = flags.DEFINE_integer("repeats", 10, "Number of timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
+COMPILE = flags.DEFINE_bool(
+  "compile_reference", None, "Whether to use torch.compile; default: on GPUs alone."
+)
 JSON = flags.DEFINE_string("json", None, "File for all measurements.")
 
 NUM_STEPS, CFG_SCALE = 250, 3.8
@@ -85,7 +88,7 @@ def benchmark(name: str) -> dict[str, Any]:
       masked_share=0.4,
       batch_size=BATCH_SIZE.value,
       dtype=DTYPE.value,
-      compiled=not is_cpu,
+      compiled=not is_cpu if COMPILE.value is None else COMPILE.value,
       threads=os.cpu_count() if is_cpu else None,
     )
     step = reference.guided_step(CFG_SCALE)

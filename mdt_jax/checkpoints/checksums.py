@@ -10,6 +10,7 @@ from pathlib import Path
 from mdt_jax.atomic import atomic_write
 
 FILE = "checksums.json"  # inside the folder of a checkpoint
+UNFINISHED = f"{FILE} is missing: the save was not finished"
 _OWN = "seal"  # key of the checksum of all other entries; part of the file format
 _CHUNK = 1 << 22  # bytes read at a time
 
@@ -40,7 +41,7 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     if written[_OWN] != _of_names(files):
       return f"{FILE} is damaged"
   except FileNotFoundError:
-    return f"{FILE} is missing: the save was not finished"
+    return UNFINISHED
   except (OSError, ValueError, KeyError, TypeError):
     return f"{FILE} is damaged"
   for name, (size, checksum) in files.items():

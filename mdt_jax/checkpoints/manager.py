@@ -35,6 +35,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 MAX_REASON = 300  # length limit of a library's error message in ours
 
 
+class NothingSavedError(SettingError):
+  """A run has one checkpoint, whose save was not finished."""
+
+
 class Checkpoints:
   """The checkpoints of a workdir.
 
@@ -186,13 +190,17 @@ class Checkpoints:
       SettingError: the checkpoint belongs to a run with another network or optimizer,
         or with averages that the experiment lacks; the checkpoint is a converted model
         without a training state; or all checkpoints are damaged.
+      NothingSavedError: the run was killed during its first save.
     """
     workdir = str(self._folder.parent)
+    is_first_save = len(self._opened().all_steps()) == 1
     while (step := self.latest_step(until)) is not None:
       reads = jax.process_index() == 0  # process 0 reads and sends the result
       found = checksums.damage(self._folder / str(step)) if reads else None
       if damage := _on_any_process(found or ""):
         self._put_aside(step, damage)
+        if is_first_save and damage == checksums.UNFINISHED:
+          raise NothingSavedError("--workdir", workdir, "holds no finished checkpoint")
         continue
       saved = restore_config(self._opened(), step)
       before = Settings.from_dict(saved)

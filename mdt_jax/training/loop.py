@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import sharding
 from mdt_jax.checkpoints.lock import locked
-from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
 from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
 from mdt_jax.data.class_labels import DataLabels
@@ -158,12 +158,15 @@ def _first_state(
   experiment: Experiment, program: Program, saved: Checkpoints
 ) -> TrainState:
   """The state of the last checkpoint, or a new state without a checkpoint."""
-  latest = saved.latest_step()
-  if latest is None:
-    return program.init(jax.random.key(experiment.settings.seed))
-  state = saved.restore(program.state, experiment)
-  logger.info("resuming from the checkpoint at step %d", int(state.step))
-  return state
+  if saved.latest_step() is not None:
+    try:
+      state = saved.restore(program.state, experiment)
+    except NothingSavedError:
+      logger.warning("the run was killed during its first save and starts again")
+    else:
+      logger.info("resuming from the checkpoint at step %d", int(state.step))
+      return state
+  return program.init(jax.random.key(experiment.settings.seed))
 
 
 def _summary(experiment: Experiment, held: DataLabels, state: TrainState) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.checkpoints.loading import load_ema
-from mdt_jax.checkpoints.manager import Checkpoints
+from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
 from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
@@ -230,9 +230,19 @@ def test_damaged_checkpoint_is_moved_and_the_previous_one_loaded(tmp_path, caplo
 
 def test_restore_fails_when_every_checkpoint_is_damaged(tmp_path):
   config = tiny_dit_config()
+  state = save(tmp_path, config, steps=(7, 8))
+  for step in ("7", "8"):
+    (tmp_path / "checkpoints" / step / "checksums.json").unlink()
+  with pytest.raises(SettingError, match="every checkpoint is damaged"):
+    restore(tmp_path, state, config)
+  assert len(list((tmp_path / "damaged").iterdir())) == 2
+
+
+def test_unfinished_first_save_is_told_from_damage(tmp_path):
+  config = tiny_dit_config()
   state = save(tmp_path, config)
   (tmp_path / "checkpoints" / "7" / "checksums.json").unlink()
-  with pytest.raises(SettingError, match="every checkpoint is damaged"):
+  with pytest.raises(NothingSavedError):
     restore(tmp_path, state, config)
   assert len(list((tmp_path / "damaged").iterdir())) == 1
 
