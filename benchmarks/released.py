@@ -134,12 +134,3 @@ def parameters_of(network: Any) -> Tensors:
   return {
     name: tensor.detach().numpy().copy() for name, tensor in network.named_parameters()
   }
-
-
-def attributes_of(model: MDT) -> dict[str, Any]:
-  """The attributes of a network, for `to_torch`."""
-  return {
-    field.name: getattr(model, field.name)
-    for field in dataclasses.fields(model)
-    if field.name not in ("parent", "name")
-  }

@@ -25,13 +25,13 @@ import torch
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from benchmarks.released import Released, attributes_of, parameters_of, to_nchw
+from benchmarks.released import Released, parameters_of, to_nchw
 from benchmarks.tables import machine, write_table
 from mdt_jax import recipes
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.objectives import Draws
 from mdt_jax.pretrained.tensors import Tensors
-from mdt_jax.pretrained.torch_mdt import to_torch
+from mdt_jax.pretrained.torch_mdt import attributes_of, to_torch
 from mdt_jax.train_state import init_state
 from mdt_jax.training.step import make_train_step, step_key
 
@@ -195,13 +195,12 @@ def compare(path: str) -> list[str]:
   for number in SHOWN:
     if number > len(steps):
       break
-    for what in ("params", "average"):
+    for what, shown in (("params", "parameters"), ("average", "average")):
       mine, theirs, truth = (
         getattr(points[number - 1], what) for points in (ours, float32, exact)
       )
       moved = distance(start, truth)
       errors = [distance(found, truth) / moved for found in (mine, theirs)]
-      shown = {"params": "parameters", "average": "average"}[what]
       lines.append(
         f"| {released.variant} | {number} | {shown} | {errors[0]:.1e} | "
         f"{errors[1]:.1e} | {errors[0] / errors[1]:.2f} |"

@@ -129,11 +129,7 @@ def to_torch_file(
   with renamed_in_errors({"path": "workdir"}):
     checkpoint = loading.load_ema(workdir, step, ema_decay)
   model = checkpoint.experiment.model
-  attributes = {
-    field.name: getattr(model, field.name)
-    for field in dataclasses.fields(model)
-    if field.name not in ("parent", "name")
-  }
+  attributes = torch_mdt.attributes_of(model)
   with renamed_in_errors({"input_size": "config.model.input_size"}):
     tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   diffusion = checkpoint.experiment.settings.diffusion

@@ -7,6 +7,7 @@ tensors in diffusers' format to them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,6 +206,15 @@ def _read_network(
     path: _read_param(tensors, path, leaf.shape, model) for path, leaf in params.items()
   }
   return attributes, unflatten(arrays)
+
+
+def attributes_of(model: Model) -> dict[str, Any]:
+  """The attributes of a network, for `to_torch` and `create_model`."""
+  return {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in ("parent", "name")
+  }
 
 
 def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:

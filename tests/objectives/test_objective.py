@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import create_model, create_objective, create_process
+from mdt_jax import create_model, create_objective, create_process, sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.models.masking import spread_lengths
 from mdt_jax.objectives.objective import draw_images
-from tests import reference
+from tests import forked, reference
 from tests.training.test_step import make_batch
 from tests.training.tiny import tiny_config
 
@@ -120,6 +120,41 @@ def test_each_group_of_a_batch_keeps_its_own_number_of_tokens(groups):
   # Not the operations of the mean length, because attention grows with its square.
   flops = [objective.flops(length) for length in static]
   assert objective.flops(static) == pytest.approx(np.mean(flops))
+
+
+def save_losses_of_groups(path):
+  """Saves the losses of a batch in two groups, on all devices of the process."""
+  settings = {"masking.groups": 2, "masking.width": 0.4, "model.depth": 3}
+  settings |= {"batch_size": 16, "model.decode_depth": 1}
+  config = tiny_config(**settings)
+  experiment = build(config)
+  objective = experiment.objective
+  params = reference.random_params(experiment.model)
+  (static,) = objective.static_choices
+  with sharding.use_mesh(experiment.mesh):
+    batch = sharding.put_batch(make_batch(config), experiment.mesh, config.batch_size)
+
+    @jax.jit
+    def losses(params, batch):
+      draws = objective.draw(jax.random.key(0), batch)
+      return objective.loss(experiment.model.apply, params, draws, static)[1]
+
+    found = losses(params, batch)
+  assert len(found["masked_loss"].sharding.device_set) == jax.device_count()
+  np.savez(path, **jax.device_get(found))
+
+
+def test_groups_do_not_depend_on_the_number_of_devices(tmp_path):
+  runs = []
+  for count in (1, 8):
+    path = tmp_path / f"{count}.npz"
+    process = forked.Forked(save_losses_of_groups, path, num_devices=count)
+    assert process.end() == 0, process.err
+    runs.append(dict(np.load(path)))
+  one, eight = runs
+  assert len(one["masked_loss"]) == 16 and one["masked_loss"].std() > 0.01
+  for name, losses in one.items():
+    np.testing.assert_allclose(eight[name], losses, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("groups", [2, 3, 8])
