@@ -1,7 +1,8 @@
 """The ConfigDict of a run: made by a config file, changed by the command line.
 
-`mdt_jax/settings.py` describes each setting and its default. The files in
-mdt_jax/configs/ change the settings of their run. --config.NAME=VALUE overrides both.
+`settings.py` and `setting_groups.py` describe each setting and its default. The files
+in mdt_jax/configs/ change the settings of their run. --config.NAME=VALUE overrides
+both.
 """
 
 from __future__ import annotations

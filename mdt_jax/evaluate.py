@@ -35,7 +35,7 @@ from mdt_jax.evaluation import bits_per_dimension, job
 from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
 from mdt_jax.paths import local_path, output_file, output_folder
-from mdt_jax.settings import LABELS_OF_SCORES, SamplingSettings
+from mdt_jax.setting_groups import LABELS_OF_SCORES, SamplingSettings
 from mdt_jax.training.distributed import process_index
 
 CHECKPOINT = flags.DEFINE_string(

@@ -9,14 +9,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdt_jax.models.registry import MODELS, SIZES
-from mdt_jax.settings import (
+from mdt_jax.setting_groups import (
   DiffusionSettings,
   MaskingSettings,
   ModelSettings,
   OptimizerSettings,
   SamplingSettings,
-  Settings,
 )
+from mdt_jax.settings import Settings
 
 
 def mdtv2(size: str, input_size: int = 32) -> ConfigDict:

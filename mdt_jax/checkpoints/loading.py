@@ -20,7 +20,8 @@ from mdt_jax.logs import logger
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.paths import expand_home, local_path
-from mdt_jax.settings import MeshSettings, Settings
+from mdt_jax.setting_groups import MeshSettings
+from mdt_jax.settings import Settings
 from mdt_jax.types import Params
 
 

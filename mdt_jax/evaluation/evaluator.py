@@ -26,7 +26,8 @@ from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.pretrained.torch_inception import load_inception
 from mdt_jax.sampling.generator import Generator, make_generator
 from mdt_jax.sampling.labels import choose_conditions
-from mdt_jax.settings import LABELS_OF_SCORES, Settings
+from mdt_jax.setting_groups import LABELS_OF_SCORES
+from mdt_jax.settings import Settings
 from mdt_jax.types import Params
 
 MAX_REAL_IMAGES = 10_000  # images of the run's data, if there is no reference file

@@ -20,7 +20,7 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Listener, Request
 from mdt_jax.sampling.generator import Task, make_generator, output_shape
-from mdt_jax.settings import SamplingSettings
+from mdt_jax.setting_groups import SamplingSettings
 from mdt_jax.types import Array, Params
 
 # (settings, task, number of devices, whether steps are reported) -> the compiled

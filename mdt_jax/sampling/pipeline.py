@@ -27,7 +27,7 @@ from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
 from mdt_jax.sampling.labels import Labels, parse_labels
 from mdt_jax.sampling.writer import ShardedImages
-from mdt_jax.settings import SamplingSettings
+from mdt_jax.setting_groups import SamplingSettings
 from mdt_jax.types import Params
 
 NO_VAE = "none"  # value of `vae` that disables the autoencoder
