@@ -1,0 +1,424 @@
+"""Fits the parameters of a trained network to another network.
+
+`Adaptation` decides for each parameter of the new network how it starts: kept, resized,
+with new values, or neutral, which means that the new network computes what the old one
+did. It refuses what cannot be fitted. Nothing is read until `Adaptation.start`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mdt_jax.errors import SettingError
+from mdt_jax.models.mdt import MDT, UNUSED_BIAS_ROWS
+from mdt_jax.models.registry import Model, abstract_params
+from mdt_jax.pretrained.resampling import (
+  resize_bias_table,
+  resize_patch_embedding,
+  resize_patches,
+  resize_positions,
+)
+from mdt_jax.pretrained.tensors import MAX_NAMES, flatten
+
+KEPT, RESIZED, NEW, NEUTRAL = "kept", "resized", "new values", "neutral"
+PATCHES = ("resize", "fresh")
+# (old variant, new variant): pairs whose blocks compute the same, up to parameters that
+# start neutral, such as long skips.
+_COMPATIBLE = {("DiT", "MDT"), ("DiT", "MDTv2"), ("MDT", "MDTv2"), ("MDT", "DiT")}
+_MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
+
+# Path of a parameter of the old network -> its value.
+Read: TypeAlias = Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """How a parameter of the new network starts.
+
+  Attributes:
+    how: KEPT, RESIZED, NEW or NEUTRAL.
+    compute: (reader of old parameters, new values) -> the parameter, float32. The new
+      values are those of a fresh network; None if `needs_new` is False.
+    note: what happens, in words; empty if `how` says it.
+    needs_new: whether `compute` needs new values.
+  """
+
+  how: str
+  compute: Callable[[Read, np.ndarray | None], np.ndarray]
+  note: str = ""
+  needs_new: bool = False
+
+
+class Adaptation:
+  """The start of each parameter of a network from those of another network.
+
+  Networks of the same class with parameters of equal shapes fit. Networks DiT, MDT and
+  MDTv2 may differ in classes, input size, patch size, channels and learned variance,
+  and, where `_COMPATIBLE` says so, in the variant.
+
+  Args:
+    source: the old network.
+    target: the new network.
+    classes: new label -> old label; None: the same labels if the numbers of classes are
+      equal, and otherwise new rows for all labels but the null label.
+    patches: "resize" or "fresh": patch embedding and last layer of another patch size.
+    partial: whether the depths may differ, and the variants be any. Blocks that the old
+      network lacks start with new values, which change nothing at first.
+    name: where the old network comes from, for errors.
+
+  Attributes:
+    starts: path of a parameter of the new network -> how it starts.
+    dropped: paths of the parameters of the old network that are not used.
+
+  Raises:
+    SettingError: setting "path", of the value `name`: the networks do not fit.
+  """
+
+  def __init__(
+    self,
+    source: Model,
+    target: Model,
+    *,
+    classes: Mapping[int, int] | None = None,
+    patches: str = "resize",
+    partial: bool = False,
+    name: str = "the network",
+  ):
+    self.source, self.target = source, target
+    self._name = name
+    self._classes, self._patches = classes, patches
+    self._old = {p: tuple(a.shape) for p, a in flatten(abstract_params(source)).items()}
+    self._new = {p: tuple(a.shape) for p, a in flatten(abstract_params(target)).items()}
+    self._used: set[str] = set()
+    if isinstance(source, MDT) and isinstance(target, MDT):
+      self._check_sizes(partial)
+      self._layers = _layers(source), _layers(target)
+      make = self._start_of
+    else:
+      make = self._same
+    self.starts = {path: make(path) for path in self._new}
+    self.dropped = sorted(self._old.keys() - self._used)
+    self._check_shapes()
+
+  def start(self, path: str, read: Read, new: np.ndarray | None) -> np.ndarray:
+    """Computes the parameter `path`; `new` as `Start.compute` needs it."""
+    value = self.starts[path].compute(read, new)
+    assert value.shape == self._new[path], (path, value.shape, self._new[path])
+    return value
+
+  def describe(self) -> list[tuple[str, str, str]]:
+    """Returns (parameter, shape, how it starts), also for dropped parameters."""
+    rows = []
+    for path, start in self.starts.items():
+      old = self._old.get(path)
+      shape = f"{self._new[path]}"
+      if old is not None and old != self._new[path]:
+        shape = f"{old} -> {shape}"
+      rows.append((path, shape, start.note or start.how))
+    rows += [(path, f"{self._old[path]}", "dropped") for path in self.dropped]
+    return rows
+
+  # Checks.
+
+  def _check_sizes(self, partial: bool) -> None:
+    """Raises SettingError if the blocks of the networks do not fit."""
+    old: Any = self.source
+    new: Any = self.target
+    for name in _MUST_MATCH:
+      if getattr(old, name) != getattr(new, name):
+        raise self._misfit(
+          f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
+        )
+    if old.condition != new.condition:
+      raise self._misfit(
+        "the networks have different conditions (config.model.condition)"
+      )
+    if partial:
+      return
+    for name in ("depth", "decode_depth"):
+      there, here = getattr(old, name), getattr(new, name)
+      both = old.variant == new.variant != "DiT"
+      if there != here and (name == "depth" or both):
+        raise self._misfit(
+          f"{name} is {there} there and {here}",
+          "; config.init.partial = True keeps the blocks that both have",
+        )
+    pair = (old.variant, new.variant)
+    if old.variant != new.variant and pair not in _COMPATIBLE:
+      raise self._misfit(
+        f"{old.variant} has long skips that {new.variant} lacks",
+        "; config.init.partial = True drops them, and what the network has learned "
+        "suffers",
+      )
+
+  def _misfit(self, what: str, more: str = "") -> SettingError:
+    """Returns the error for networks that do not fit."""
+    return SettingError("path", self._name, f"does not fit: {what} here{more}")
+
+  def _check_shapes(self) -> None:
+    """Raises SettingError if a kept parameter has another shape, or none is kept."""
+    problems = [
+      f"{path} is {self._old.get(path, 'missing')} there and {self._new[path]}"
+      for path, start in self.starts.items()
+      if start.how == KEPT and not start.note and self._old.get(path) != self._new[path]
+    ]
+    if not isinstance(self.target, MDT):
+      problems += [
+        f"{path} is {self._old[path]} there and missing" for path in self.dropped
+      ]
+    if not problems:
+      return
+    more = len(problems) - MAX_NAMES
+    named = "; ".join(problems[:MAX_NAMES])
+    raise self._misfit(named, f"; and {more} more" if more > 0 else "")
+
+  # The start of each parameter.
+
+  def _same(self, path: str) -> Start:
+    """Keeps a parameter as it is."""
+    self._used.add(path)
+    return Start(KEPT, lambda read, new: read(path))
+
+  def _start_of(self, path: str) -> Start:
+    """Returns the start of a parameter of MDT, MDTv2 or DiT."""
+    if path in _SPECIAL:
+      return _SPECIAL[path](self, path)
+    stack, _, inside = path.partition("/")
+    if stack in _STACKS:
+      return self._block(path, stack, inside)
+    if path in self._old:
+      if path.endswith("relative_position_bias"):  # that of the side-interpolater
+        return self._bias_table(path)
+      return self._same(path)
+    return _new("of the side-interpolater")
+
+  def _block(self, path: str, stack: str, inside: str) -> Start:
+    """Starts a parameter of a stack of blocks, layer by layer."""
+    layers_of_old, layers_of_new = self._layers
+    ids = [i for i, (name, _) in enumerate(layers_of_new) if name == stack]
+    places = [layers_of_old[i] if i < len(layers_of_old) else None for i in ids]
+    places = [p if p and f"{p[0]}/{inside}" in self._old else None for p in places]
+    names = sorted({f"{place[0]}/{inside}" for place in places if place})
+    self._used |= set(names)
+    if names == [path] and self._old[path][0] == len(places):
+      whole = inside == "attention/relative_position_bias"
+      return self._bias_table(path) if whole else self._same(path)
+    shape = self._new[path]
+    neutral = _neutral_layer(inside, shape[1:])
+    needs_new = neutral is None and None in places
+    resize = self._bias_resizer if inside.endswith("relative_position_bias") else None
+
+    def compute(read: Read, new: np.ndarray | None) -> np.ndarray:
+      stacks = {name: read(name) for name in names}
+      layers = []
+      for index, place in enumerate(places):
+        if place is not None:
+          layer = stacks[f"{place[0]}/{inside}"][place[1]]
+          layer = layer if resize is None else resize(layer)
+        elif neutral is not None:
+          layer = neutral
+        else:
+          assert new is not None
+          layer = new[index]
+        layers.append(layer)
+      return np.stack(layers).astype(np.float32)
+
+    wrong = [
+      name for name in names if resize is None and self._old[name][1:] != shape[1:]
+    ]
+    if wrong:
+      raise self._misfit(f"{wrong[0]} is {self._old[wrong[0]]} there and {shape}")
+    count = sum(place is None for place in places)
+    if not names:
+      if neutral is None:
+        return _new("no such block there")
+      return Start(NEUTRAL, compute, "neutral: not there")
+    note = f"kept, from {' and '.join(names)}" if names != [path] else "kept"
+    if count:
+      note += f"; {count} of {len(places)} blocks start with "
+      note += "new values" if neutral is None else "neutral ones"
+    return Start(KEPT, compute, note, needs_new)
+
+  @property
+  def _grids(self) -> tuple[Any, Any]:
+    """The grids of tokens of both networks."""
+    source: Any = self.source
+    target: Any = self.target
+    return source.grid_size, target.grid_size
+
+  def _bias_resizer(self, table: np.ndarray) -> np.ndarray:
+    """Resizes the bias table of one block."""
+    return resize_bias_table(table, *self._grids)
+
+  def _bias_table(self, path: str) -> Start:
+    """Keeps or resizes the bias tables of a stack of blocks, or of one block."""
+    if self._grids[0] == self._grids[1]:
+      return self._same(path)
+    self._used.add(path)
+
+    def compute(read: Read, new: np.ndarray | None) -> np.ndarray:
+      del new
+      tables = read(path)
+      if tables.ndim == 2:
+        return self._bias_resizer(tables)
+      return np.stack([self._bias_resizer(table) for table in tables])
+
+    note = f"resized bicubically; the {UNUSED_BIAS_ROWS} unused rows kept"
+    return Start(RESIZED, compute, note)
+
+  def _positions(self, path: str) -> Start:
+    """Keeps or resizes positions; those that the old network lacks are zeros."""
+    if path not in self._old:
+      shape = self._new[path]
+      zeros = lambda read, new: np.zeros(shape, np.float32)  # noqa: E731
+      return Start(NEUTRAL, zeros, "neutral: zeros, not there")
+    if self._grids[0] == self._grids[1]:
+      return self._same(path)
+    self._used.add(path)
+    return Start(
+      RESIZED,
+      lambda read, new: resize_positions(read(path), *self._grids),
+      "resized bicubically",
+    )
+
+  def _patch_embedding(self, path: str) -> Start:
+    """Starts the patch embedding: its kernel (p p C, D), or its bias (D,)."""
+    source, target = self.source, self.target
+    old, new, channels = source.patch_size, target.patch_size, target.in_channels
+    if (old, source.in_channels) == (new, channels):
+      return self._same(path)
+    if source.in_channels != channels:
+      return _new(f"{source.in_channels} channels there, {channels} here")
+    if self._patches == "fresh":
+      return _new(f"patches of {old} pixels there, {new} here")
+    if path.endswith("bias"):
+      return self._same(path)
+    self._used.add(path)
+
+    def compute(read: Read, _: np.ndarray | None) -> np.ndarray:
+      kernel = read(path)
+      width = kernel.shape[-1]
+      kernel = kernel.reshape(old, old, channels, width)
+      return resize_patch_embedding(kernel, new).reshape(-1, width)
+
+    return Start(RESIZED, compute, "resized by the pseudo-inverse (FlexiViT)")
+
+  def _last_layer(self, path: str) -> Start:
+    """Starts the last linear layer: kernel (D, p p C), or bias (p p C,)."""
+    source, target = self.source, self.target
+    old, new, channels = source.patch_size, target.patch_size, target.in_channels
+    same_outputs = source.out_channels == target.out_channels
+    if (old, source.in_channels) == (new, channels) and same_outputs:
+      return self._same(path)
+    if source.in_channels != channels:
+      return _new(f"{source.in_channels} channels there, {channels} here")
+    if old != new and self._patches == "fresh":
+      return _new(f"patches of {old} pixels there, {new} here")
+    self._used.add(path)
+
+    def compute(read: Read, values: np.ndarray | None) -> np.ndarray:
+      del values
+      layer = read(path)
+      inputs = layer.shape[:-1]
+      pixels = layer.reshape(*inputs, old, old, source.out_channels)
+      missing = target.out_channels - source.out_channels
+      if missing > 0:  # zeros, as a new network has: the middle of the variance's range
+        padding = np.zeros((*pixels.shape[:-1], missing), np.float32)
+        pixels = np.concatenate([pixels, padding], -1)
+      pixels = pixels[..., : target.out_channels]
+      if old != new:
+        first = np.moveaxis(pixels, (-3, -2), (0, 1))
+        pixels = np.moveaxis(resize_patches(first, new), (0, 1), (-3, -2))
+      return np.ascontiguousarray(pixels.reshape(*inputs, -1), np.float32)
+
+    notes = []
+    if not same_outputs:
+      notes.append(
+        "kept without the variance"
+        if source.learn_sigma
+        else "kept; the outputs of the variance are 0"
+      )
+    if old != new:
+      notes.append("resized bicubically")
+    return Start(KEPT if old == new else RESIZED, compute, "; ".join(notes))
+
+  def _labels(self, path: str) -> Start:
+    """Starts the label table: (classes, D), and a last row if labels are dropped."""
+    source, target = self.source, self.target
+    old, new = source.num_classes, target.num_classes
+    old_null, new_null = source.label_dropout > 0, target.label_dropout > 0
+    keeps_null = old_null and new_null
+    rows = self._classes  # new label -> old label
+    if rows is None:
+      rows = dict(zip(range(new), range(old), strict=True)) if old == new else {}
+    if self._classes is None and old == new and old_null == new_null:
+      return self._same(path)
+    self._used.add(path)
+
+    def compute(read: Read, values: np.ndarray | None) -> np.ndarray:
+      table = read(path)
+      assert values is not None
+      found = np.array(values, np.float32)
+      for label, old_label in rows.items():
+        found[label] = table[old_label]
+      if keeps_null:
+        found[new] = table[old]
+      return found
+
+    note = f"{len(rows)} of {new} classes kept"
+    if len(rows) < new:
+      note += ", the others new"
+    if new_null:
+      note += "; null label " + ("kept" if keeps_null else "new")
+    return Start(KEPT, compute, note, needs_new=True)
+
+
+_STACKS = ("blocks", "in_blocks", "out_blocks", "decode_blocks")
+_SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
+  "label_embed/table": Adaptation._labels,
+  "pos_embed": Adaptation._positions,
+  "decode_pos_embed": Adaptation._positions,
+  "patch_embed/linear/kernel": Adaptation._patch_embedding,
+  "patch_embed/linear/bias": Adaptation._patch_embedding,
+  "final_layer/linear/kernel": Adaptation._last_layer,
+  "final_layer/linear/bias": Adaptation._last_layer,
+}
+
+
+def _layers(model: MDT) -> list[tuple[str, int]]:
+  """(stack, index in the stack) of each block, in the order of the forward pass."""
+  if model.variant == "DiT":
+    return [("blocks", i) for i in range(model.depth)]
+  encoder, decoder = model.depth - model.decode_depth, model.decode_depth
+  decode = [("decode_blocks", i) for i in range(decoder)]
+  if model.variant == "MDT":
+    return [("blocks", i) for i in range(encoder)] + decode
+  stacks = ("in_blocks", "out_blocks")
+  return [(name, i) for name in stacks for i in range(encoder // 2)] + decode
+
+
+def _neutral_layer(inside: str, shape: tuple[int, ...]) -> np.ndarray | None:
+  """The parameter of a block that leaves its function as it was; None if none does.
+
+  A long skip joins (x, skip) by a linear map of 2D to D: the identity of x is neutral.
+  """
+  if inside == "skip/kernel":
+    return np.eye(*shape, dtype=np.float32)
+  if inside in ("skip/bias", "attention/relative_position_bias"):
+    return np.zeros(shape, np.float32)
+  return None
+
+
+def _new(why: str) -> Start:
+  """A parameter that starts as in a fresh network."""
+
+  def compute(read: Read, new: np.ndarray | None) -> np.ndarray:
+    del read
+    assert new is not None
+    return np.array(new, np.float32)
+
+  return Start(NEW, compute, f"{NEW}: {why}", needs_new=True)
