@@ -134,9 +134,7 @@ class Adaptation:
           f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
         )
     if old.condition != new.condition:
-      raise self._misfit(
-        "the networks have different conditions (config.model.condition)"
-      )
+      raise self._misfit(f"condition is {old.condition} there and {new.condition}")
     if partial:
       return
     for name in ("depth", "decode_depth"):

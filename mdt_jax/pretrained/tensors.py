@@ -23,6 +23,14 @@ from mdt_jax.types import Array, Params
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 
+# Types of .safetensors files that NumPy has. `safetensors` reads or refuses others.
+_DTYPES = {
+  "F64": np.dtype("<f8"),
+  "F32": np.dtype("<f4"),
+  "F16": np.dtype("<f2"),
+  "I64": np.dtype("<i8"),
+  "I32": np.dtype("<i4"),
+}
 MAX_NAMES = 5  # largest number of tensors named in an error
 MAX_NAME = 200  # largest number of characters in the name of a tensor
 
@@ -85,13 +93,22 @@ def read_weight_file(path: str | Path) -> WeightFile:
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-  """Reads tensors and metadata of a .safetensors file."""
+  """Reads the metadata of a .safetensors file, and maps its tensors into the memory."""
   from safetensors import SafetensorError, safe_open
 
   try:
-    with safe_open(path, framework="np") as file:
-      _check_header(path)
-      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with safe_open(path, framework="np") as file:  # checks all sizes and offsets
+      header, start = _read_header(path)
+      mapped = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
+      tensors = {}
+      for name in file.keys():  # noqa: SIM118
+        entry = header[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+          tensors[name] = file.get_tensor(name)
+          continue
+        first, end = (start + offset for offset in entry["data_offsets"])
+        tensors[name] = np.frombuffer(mapped[first:end], dtype).reshape(entry["shape"])
       return tensors, dict(file.metadata() or {})
   except SettingError:
     raise
@@ -107,8 +124,12 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     ) from None
 
 
-def _check_header(path: Path) -> None:
-  """Raises SettingError if a valid header of a .safetensors file repeats a name."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+  """Returns the entries of a valid .safetensors file, and where its tensors start.
+
+  Raises:
+    SettingError: the header repeats a name.
+  """
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
@@ -119,7 +140,7 @@ def _check_header(path: Path) -> None:
 
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
-    json.loads(file.read(length), object_pairs_hook=unique)
+    return json.loads(file.read(length), object_pairs_hook=unique), 8 + length
 
 
 def check_file(path: Path) -> None:

@@ -8,9 +8,9 @@ tensors in diffusers' format to them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -44,6 +44,36 @@ class Checkpoint(NamedTuple):
   attributes: dict[str, Any]
   params: Params
   metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+  """A network of a PyTorch file, whose parameters are read one at a time.
+
+  Attributes:
+    attributes, metadata: see `Checkpoint`.
+    paths: paths of the parameters, such as "decode_blocks/fc1/kernel".
+    read: path -> parameter, a float32 NumPy array. Other parameters take no memory,
+      because the file is mapped.
+  """
+
+  attributes: dict[str, Any]
+  metadata: Mapping[str, Any]
+  paths: tuple[str, ...]
+  read: Callable[[str], np.ndarray]
+
+  def params(self) -> Params:
+    """Reads all parameters."""
+    return unflatten({path: self.read(path) for path in self.paths})
+
+
+class KnownSizes(TypedDict, total=False):
+  """What the caller knows of a network beyond its tensors; see `from_torch`."""
+
+  decode_depth: int | None
+  num_heads: int | None
+  num_classes: int | None
+  input_size: int | None
 
 
 def from_torch(
@@ -97,15 +127,17 @@ def from_torch(
 
 
 def read_checkpoint(
-  path: str | Path,
-  network: str | None = None,
-  *,
-  decode_depth: int | None = None,
-  num_heads: int | None = None,
-  num_classes: int | None = None,
-  input_size: int | None = None,
+  path: str | Path, network: str | None = None, **known: Unpack[KnownSizes]
 ) -> Checkpoint:
   """Same as `from_torch`, with the metadata of the file."""
+  opened = open_checkpoint(path, network, **known)
+  return Checkpoint(opened.attributes, opened.params(), dict(opened.metadata))
+
+
+def open_checkpoint(
+  path: str | Path, network: str | None = None, **known: Unpack[KnownSizes]
+) -> OpenCheckpoint:
+  """Same as `from_torch`, but reads parameters when they are asked for."""
   _check_network(network)
   file = diffusers_dit.find_file(Path(path))
   with renamed_in_errors({"tensors": "path"}):
@@ -113,17 +145,7 @@ def read_checkpoint(
     tensors = without_prefixes(tensors, "tensors", str(path))
     if diffusers_dit.is_diffusers(tensors):
       metadata = {**metadata, **diffusers_dit.read_sizes(file)}
-    attributes, params = _read_network(
-      tensors,
-      str(path),
-      network,
-      metadata,
-      decode_depth=decode_depth,
-      num_heads=num_heads,
-      num_classes=num_classes,
-      input_size=input_size,
-    )
-  return Checkpoint(attributes, params, metadata)
+    return _open_network(tensors, str(path), network, metadata, **known)
 
 
 def from_tensors(
@@ -131,45 +153,36 @@ def from_tensors(
   source: str = "tensors",
   network: str | None = None,
   *,
-  decode_depth: int | None = None,
-  num_heads: int | None = None,
-  num_classes: int | None = None,
-  input_size: int | None = None,
   metadata: Mapping[str, Any] | None = None,
+  **known: Unpack[KnownSizes],
 ) -> tuple[dict[str, Any], Params]:
   """Same as `from_torch`, for tensors in memory.
 
   Args:
     tensors: released name, or name in diffusers' format -> array.
     source: name of the tensors in errors.
-    network, decode_depth, num_heads, num_classes, input_size: see `from_torch`.
+    network: see `from_torch`.
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
+    **known: decode_depth, num_heads, num_classes, input_size: see `from_torch`.
   """
   _check_network(network)
-  return _read_network(
-    without_prefixes(tensors, "tensors", source),
-    source,
-    network,
-    metadata or {},
-    decode_depth=decode_depth,
-    num_heads=num_heads,
-    num_classes=num_classes,
-    input_size=input_size,
-  )
+  tensors = without_prefixes(tensors, "tensors", source)
+  opened = _open_network(tensors, source, network, metadata or {}, **known)
+  return opened.attributes, opened.params()
 
 
-def _read_network(
+def _open_network(
   tensors: Tensors,
   source: str,
   network: str | None,
   metadata: Mapping[str, Any],
   *,
-  decode_depth: int | None,
-  num_heads: int | None,
-  num_classes: int | None,
-  input_size: int | None,
-) -> tuple[dict[str, Any], Params]:
-  """Same as `from_tensors`, for names without prefixes."""
+  decode_depth: int | None = None,
+  num_heads: int | None = None,
+  num_classes: int | None = None,
+  input_size: int | None = None,
+) -> OpenCheckpoint:
+  """Checks tensors without prefixes, and returns the network that they hold."""
   known = sizes.stated_sizes(metadata)
   if diffusers_dit.is_diffusers(tensors):
     size = known.get("input_size") if input_size is None else input_size
@@ -202,10 +215,11 @@ def _read_network(
   params = flatten(abstract_params(model))
   refuse("tensors", source, read_as, _misfits(tensors, model, params))
   sizes.check_is_ddpm(tensors, attributes, metadata, source, network is not None)
-  arrays = {
-    path: _read_param(tensors, path, leaf.shape, model) for path, leaf in params.items()
-  }
-  return attributes, unflatten(arrays)
+
+  def read(path: str) -> np.ndarray:
+    return _read_param(tensors, path, params[path].shape, model)
+
+  return OpenCheckpoint(attributes, metadata, tuple(params), read)
 
 
 def attributes_of(model: Model) -> dict[str, Any]:
