@@ -191,6 +191,54 @@ class OptimizerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitSettings:
+  """Trained weights that a new run starts from; docs/finetune.md.
+
+  A run with checkpoints resumes from these and does not read the weights.
+  """
+
+  # Where the weights are: the workdir of a run or of mdt_jax.convert, a released .pt,
+  # .pth, .bin or .safetensors file, a DiT in diffusers' format, or hf://ORG/NAME or
+  # hf://ORG/NAME/FILE on the Hugging Face hub. None: random weights.
+  path: str | None = None
+  # Step of the checkpoint in a workdir. None: the latest.
+  step: int | None = None
+  # Decay of the averaged parameters in a workdir. None: the one that is sampled.
+  ema_decay: float | None = None
+  # What a file holds: DiT, MDT or MDTv2. None: what its tensors show.
+  network: str | None = None
+  # Classes of the network in a file, without the null label. None: what its tensors
+  # show; see --num_classes of mdt_jax.convert.
+  num_classes: int | None = None
+  # Classes whose labels are kept, 'OLD:NEW', each a number or a name:
+  # "('golden retriever:0','281:cat')". Empty: all if the numbers of classes are equal,
+  # else none but the null label.
+  classes: tuple[str, ...] = ()
+  # Patch embedding and last layer of another patch size: resize or fresh.
+  patches: str = "resize"
+  # Whether to take what fits of a network of another depth or variant.
+  partial: bool = False
+  # CRC-32 of the weights, 8 hexadecimal digits. None: any; the run sets it.
+  checksum: str | None = None
+
+  def check(self) -> None:
+    check_choice("patches", self.patches, ("resize", "fresh"))
+    if self.step is not None:
+      at_least(self, "step", 0)
+    if self.num_classes is not None:
+      at_least(self, "num_classes", 1)
+    for item in self.classes:
+      if not isinstance(item, str) or not all(item.rpartition(":")):
+        raise SettingError("classes", self.classes, "must hold texts 'OLD:NEW'")
+    if self.path is None:
+      for field in dataclasses.fields(self):
+        if getattr(self, field.name) != field.default:
+          raise SettingError(
+            field.name, getattr(self, field.name), "needs config.init.path"
+          )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
   """The training data, and the autoencoder between images and latents."""
 

@@ -23,6 +23,7 @@ from mdt_jax.setting_groups import (
   DataSettings,
   DiffusionSettings,
   EvalSettings,
+  InitSettings,
   MaskingSettings,
   MeshSettings,
   ModelSettings,
@@ -48,6 +49,7 @@ class Settings:
   # Parts of a batch that are computed one after another, to save memory; at least 1.
   accumulation_steps: int = 1
   model: ModelSettings = ModelSettings()
+  init: InitSettings = InitSettings()
   objective: ObjectiveSettings = ObjectiveSettings()
   masking: MaskingSettings = MaskingSettings()
   diffusion: DiffusionSettings = DiffusionSettings()
@@ -131,7 +133,7 @@ class Settings:
         at_least(self, name, 1)
       if self.seed >= 2**32:
         raise SettingError("seed", self.seed, "must be below 2**32")
-    for group in ("data", "optimizer", "eval"):
+    for group in ("init", "data", "optimizer", "eval"):
       with named_in_errors(f"config.{group}"):
         getattr(self, group).check()
     decays = self.ema_decays
@@ -237,10 +239,11 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   saved = {**saved, "masking": masking, "objective": objective}
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
-  sampling = dict(saved.get("sampling", {}))
-  if "cfg_interval" in sampling:
-    sampling["cfg_interval"] = tuple(sampling["cfg_interval"])
+  sampling, init = dict(saved.get("sampling", {})), dict(saved.get("init", {}))
+  for group, name in ((sampling, "cfg_interval"), (init, "classes")):
+    if name in group:
+      group[name] = tuple(group[name])
   config = Settings().to_config()
   with config.unlocked():
-    config.update({**saved, "sampling": sampling})
+    config.update({**saved, "sampling": sampling, "init": init})
   return config

@@ -53,7 +53,16 @@ def init_state(
     ema_decays: decay of each average.
     timestep_sampler: the timestep sampler.
   """
-  params = init_params(model, key)
+  return start_state(init_params(model, key), optimizer, ema_decays, timestep_sampler)
+
+
+def start_state(
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  ema_decays: Iterable[float],
+  timestep_sampler: TimestepSampler,
+) -> TrainState:
+  """Returns the state of a run that starts from `params`; see `init_state`."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

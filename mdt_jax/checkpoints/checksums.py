@@ -57,6 +57,14 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
   return None
 
 
+def checksum_of(path: Path) -> str:
+  """CRC-32 of a file, or of the checksums of a checkpoint's files: 8 hex digits."""
+  if path.is_dir():
+    written = json.loads((path / FILE).read_text())
+    return f"{written[_OWN]:08x}"
+  return f"{_checksum(path)[1]:08x}"
+
+
 def _files(folder: Path) -> list[str]:
   """Relative paths of the files of a checkpoint, without checksums.json."""
   return sorted(

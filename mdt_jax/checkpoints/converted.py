@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def from_torch_file(
     num_classes=num_classes,
     input_size=input_size,
   )
-  settings = _settings_of(checkpoint)
+  settings = settings_of(checkpoint.attributes, checkpoint.metadata)
   _log_network(path, checkpoint, settings)
   with contextlib.ExitStack() as stack:
     with renamed_in_errors({"--workdir": "workdir"}):
@@ -154,10 +154,10 @@ def _replace(old: Path, new: Path, aside: Path) -> None:
     raise
 
 
-def _settings_of(checkpoint: torch_mdt.Checkpoint) -> Settings:
+def settings_of(attributes: dict[str, Any], metadata: Mapping[str, Any]) -> Settings:
   """Returns the settings of the run that a network of a file comes from."""
-  settings = recipes.of_network(checkpoint.attributes)
-  noted = sizes.read_notes(checkpoint.metadata).get("diffusion")
+  settings = recipes.of_network(attributes)
+  noted = sizes.read_notes(metadata).get("diffusion")
   if not isinstance(noted, dict):
     return settings
   known = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -72,6 +74,24 @@ def save_model(
   checksums.write_checksums(Path(workdir).absolute() / FOLDER / str(step))
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundEma:
+  """Averaged parameters of a checkpoint that are not read yet.
+
+  Attributes:
+    experiment, step: see `Checkpoint`.
+    decay: decay of the average, as text.
+    folder: folder of the checkpoint.
+    shapes: shape and dtype of each parameter.
+  """
+
+  experiment: Experiment
+  step: int
+  decay: str
+  folder: Path
+  shapes: Params
+
+
 def load_ema(
   path: str | Path,
   step: int | None = None,
@@ -95,6 +115,43 @@ def load_ema(
     SettingError: there is no such checkpoint or average, or the checkpoint is damaged
       or does not fit the network.
   """
+  found = find_ema(path, step, ema_decay, model)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found.shapes
+  )
+  return Checkpoint(found.experiment, _restore(found, abstract), found.step)
+
+
+def _restore(found: FoundEma, like: Params) -> Params:
+  """Reads averaged parameters; those that `like` lacks are not read."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    args = restore_args({found.decay: like}, partial=True)
+    return checkpointer.restore(found.folder / "ema", args)[found.decay]
+
+
+def read_parameter(found: FoundEma, path: str) -> np.ndarray:
+  """Reads one averaged parameter, such as "final_layer/linear/bias", to the host."""
+  leaf = functools.reduce(lambda tree, name: tree[name], path.split("/"), found.shapes)
+  keys = [found.decay, *path.split("/")]
+  like: Any = functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf)
+  args = ocp.args.PyTreeRestore(
+    like,
+    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+    partial_restore=True,
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore(found.folder / "ema", args)
+  return functools.reduce(lambda tree, key: tree[key], keys, restored)
+
+
+def find_ema(
+  path: str | Path,
+  step: int | None = None,
+  ema_decay: float | None = None,
+  model: Model | None = None,
+) -> FoundEma:
+  """Finds and checks the averaged parameters of a workdir; see `load_ema`."""
   folder = workdir_of(local_path("path", path)) / FOLDER
   if not folder.is_dir():
     raise SettingError(
@@ -110,24 +167,14 @@ def load_ema(
       raise SettingError("path", str(path), "holds no complete checkpoint")
     step = _undamaged_step(folder, steps, step)
     settings = Settings.from_dict(restore_config(manager, step))
-    decay = settings.sampled_decay if ema_decay is None else ema_decay
-    check_choice("ema_decay", decay, settings.ema_decays)
-    settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
-    experiment = Experiment(settings, own=OwnParts(model=model))
-    experiment.data_labels = DataLabels.read(
-      folder.parent, experiment.model.num_classes
-    )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      abstract_params(experiment.model),
-    )
-    _check_fits(experiment, abstract, folder / str(step) / "ema", str(decay))
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(ema=restore_args({str(decay): abstract}, partial=True)),
-    )
-  return Checkpoint(experiment, restored["ema"][str(decay)], step)
+  decay = settings.sampled_decay if ema_decay is None else ema_decay
+  check_choice("ema_decay", decay, settings.ema_decays)
+  settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
+  experiment = Experiment(settings, own=OwnParts(model=model))
+  experiment.data_labels = DataLabels.read(folder.parent, experiment.model.num_classes)
+  shapes = abstract_params(experiment.model)
+  _check_fits(experiment, shapes, folder / str(step) / "ema", str(decay))
+  return FoundEma(experiment, step, str(decay), folder / str(step), shapes)
 
 
 def _check_fits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -132,6 +133,10 @@ class Checkpoints:
       self._pending = self._finisher.submit(self._write_checksums, manager, step)
     return True
 
+  def settings(self, step: int) -> Settings:
+    """Returns the settings that the checkpoint at a step holds."""
+    return Settings.from_dict(restore_config(self._opened(), step))
+
   def must_retry(self) -> bool:
     """Whether to retry the failed save now.
 
@@ -219,7 +224,9 @@ class Checkpoints:
           state=restore_args(like.replace(ema=None)), ema=restore_args(held)
         ),
       )
-      if changes := changed_settings(before, experiment.settings):
+      # `init` is not read again, and the run keeps that of its first start.
+      current = dataclasses.replace(experiment.settings, init=before.init)
+      if changes := changed_settings(before, current):
         logger.info("other settings than at step %d: %s", step, "; ".join(changes))
       state, ema = restored["state"], restored["ema"]
       for decay in sorted(like.ema.keys() - held.keys()):  # alike on every process

@@ -29,6 +29,7 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
 from mdt_jax.training.hooks import Hook, Pictures, Scores
+from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.trainer import StepHook, Trainer
@@ -85,6 +86,7 @@ def train(
       )
       check_eval(experiment.settings)
       held = experiment.open()
+      start_from = Initialization(experiment, workdir)
       periodic = _make_hooks(experiment, workdir)
       if is_main:
         lock = stack.enter_context(locked(workdir))
@@ -93,7 +95,7 @@ def train(
     saved = stack.enter_context(contextlib.closing(_checkpoints(experiment, workdir)))
     stack.enter_context(sharding.use_mesh(experiment.mesh))
     program = make_program(experiment)
-    state = _first_state(experiment, program, saved)
+    state = _first_state(experiment, program, saved, start_from)
     start = int(state.step)
     logger.info("%s", _summary(experiment, held, state))
     _warn_of_absent_classes(experiment, held)
@@ -117,7 +119,7 @@ def train(
       return state
     if is_main:
       with tolerate("config.json"):
-        write_config(settings, workdir)
+        write_config(experiment.settings, workdir)
       with tolerate(class_labels.FILE):
         held.write(workdir)
     state = trainer.run(state)
@@ -155,9 +157,12 @@ def _checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
 
 
 def _first_state(
-  experiment: Experiment, program: Program, saved: Checkpoints
+  experiment: Experiment,
+  program: Program,
+  saved: Checkpoints,
+  start_from: Initialization,
 ) -> TrainState:
-  """The state of the last checkpoint, or a new state without a checkpoint."""
+  """The state of the last checkpoint; without one, that of weights or a random one."""
   if saved.latest_step() is not None:
     try:
       state = saved.restore(program.state, experiment)
@@ -165,8 +170,9 @@ def _first_state(
       logger.warning("the run was killed during its first save and starts again")
     else:
       logger.info("resuming from the checkpoint at step %d", int(state.step))
+      start_from.skip(saved.settings(int(state.step)))
       return state
-  return program.init(jax.random.key(experiment.settings.seed))
+  return start_from.first_state(program)
 
 
 def _summary(experiment: Experiment, held: DataLabels, state: TrainState) -> str:

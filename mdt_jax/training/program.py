@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from mdt_jax import sharding
 from mdt_jax.experiment import Experiment
-from mdt_jax.train_state import TrainState, init_state
+from mdt_jax.train_state import TrainState, init_state, start_state
 from mdt_jax.training.step import TrainStep, make_train_step
+from mdt_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Program:
     state: a `TrainState` of jax.ShapeDtypeStruct: shape, dtype and sharding of each
       array.
     init: random key -> first state, created in its sharding.
+    start: parameters in the sharding of `state.params` -> first state. The function
+      donates the parameters.
     step: the jitted function of `make_train_step`. The function donates the old state:
       do not use the old state after a call.
   """
@@ -31,19 +34,20 @@ class Program:
   mesh: Mesh
   state: TrainState
   init: Callable[[jax.Array], TrainState]
+  start: Callable[[Params], TrainState]
   step: TrainStep
 
 
 def make_program(experiment: Experiment) -> Program:
   """Builds the compiled functions of a run; compilation happens at the first call."""
   settings, mesh = experiment.settings, experiment.mesh
-  init = functools.partial(
-    init_state,
-    model=experiment.model,
+  parts = dict(
     optimizer=experiment.optimizer,
     ema_decays=settings.ema_decays,
     timestep_sampler=experiment.objective.timestep_sampler,
   )
+  init = functools.partial(init_state, model=experiment.model, **parts)
+  start = functools.partial(start_state, **parts)
   shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = sharding.of_state(mesh, shapes)
   train_step = make_train_step(
@@ -63,6 +67,7 @@ def make_program(experiment: Experiment) -> Program:
       shardings,
     ),
     init=jax.jit(init, out_shardings=shardings),
+    start=jax.jit(start, out_shardings=shardings, donate_argnums=0),
     step=jax.jit(
       train_step,
       static_argnames="static",

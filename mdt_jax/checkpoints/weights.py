@@ -1,0 +1,118 @@
+"""Trained weights that a new run starts from, read one parameter at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mdt_jax.checkpoints import checksums, converted, loading
+from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.models.mdt import MDT
+from mdt_jax.models.registry import Model, create_model
+from mdt_jax.paths import local_path
+from mdt_jax.pretrained import diffusers_dit, hub, torch_mdt
+from mdt_jax.setting_groups import InitSettings
+from mdt_jax.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weights of a network, of which nothing but names and shapes is in memory.
+
+  Attributes:
+    model: the network.
+    settings: settings of its run; those of the papers for a file that states none.
+    read: path of a parameter, such as "pos_embed" -> its value, float32.
+    step: number of training steps; None for a file.
+    checksum: CRC-32 of the file or of the checkpoint, 8 hexadecimal digits.
+    data_labels: the labels of the training data; None if unknown.
+  """
+
+  model: Model
+  settings: Settings
+  read: Callable[[str], np.ndarray]
+  step: int | None
+  checksum: str
+  data_labels: DataLabels | None = None
+
+
+def open_weights(init: InitSettings, target: Model) -> Weights:
+  """Opens the weights that `config.init` names; reads no parameter.
+
+  Args:
+    init: the settings; `path` must be given.
+    target: the network that starts from the weights. It has the number of heads of a
+      DiT whose file does not show it.
+
+  Raises:
+    SettingError: a setting of `config.init`: there are no such weights, they are
+      damaged, or they are those of an unknown network.
+  """
+  assert init.path is not None
+  names = {name: f"config.init.{name}" for name in ("path", "step", "ema_decay")}
+  names |= {name: f"config.init.{name}" for name in ("network", "num_classes")}
+  with renamed_in_errors(names):
+    if hub.is_hub_url(init.path):
+      weights = _open_file(hub.download("path", init.path), init, target)
+    else:
+      path = local_path("path", init.path)
+      folder = loading.workdir_of(path)
+      is_run = os.path.isdir(folder / loading.FOLDER)
+      weights = _open_run(path, init) if is_run else _open_file(path, init, target)
+    if init.checksum not in (None, weights.checksum):
+      raise SettingError(
+        "config.init.checksum",
+        init.checksum,
+        f"must be {weights.checksum}, the CRC-32 of {init.path}: the weights are "
+        "not those that the run was meant to start from",
+      )
+  return weights
+
+
+def _open_run(path: Path, init: InitSettings) -> Weights:
+  """Opens averaged parameters of a workdir."""
+  for name in ("network", "num_classes"):
+    if getattr(init, name) is not None:
+      raise SettingError(name, getattr(init, name), "is for files, not for a workdir")
+  found = loading.find_ema(path, init.step, init.ema_decay)
+  experiment = found.experiment
+  return Weights(
+    experiment.model,
+    experiment.settings,
+    functools.partial(loading.read_parameter, found),
+    found.step,
+    checksums.checksum_of(found.folder),
+    experiment.data_labels,
+  )
+
+
+def _open_file(path: Path, init: InitSettings, target: Model) -> Weights:
+  """Opens a PyTorch file or a folder in diffusers' format."""
+  for name in ("step", "ema_decay"):
+    if getattr(init, name) is not None:
+      raise SettingError(name, getattr(init, name), "is for workdirs, not for a file")
+  if not os.path.exists(path):
+    raise SettingError(
+      "path", init.path, "must be a workdir with checkpoints, or a file of weights"
+    )
+  known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
+  try:
+    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+  except SettingError as error:
+    if error.setting != "num_heads" or not isinstance(target, MDT):
+      raise
+    known["num_heads"] = target.num_heads
+    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+  return Weights(
+    create_model(**opened.attributes),
+    converted.settings_of(opened.attributes, opened.metadata),
+    opened.read,
+    None,
+    checksums.checksum_of(diffusers_dit.find_file(path)),
+  )
