@@ -56,6 +56,7 @@ def trained(tmp_path_factory):
   [
     ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
     ("--config.data.source=images", ["config.data.path = None: must be given"]),
+    ("--config.data.path=photos", ["config.data.path = 'photos': must be left out"]),
   ],
 )
 def test_bad_training_flags_are_refused_in_one_line(tmp_path, flag, texts):
@@ -189,6 +190,7 @@ def test_evaluate_writes_the_variational_bound(trained, tmp_path):
     ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
     ("--num_images=0", ["--num_images = 0"]),
     ("--data_path=nowhere --data_source=images", ["nowhere"]),
+    ("--data_path=nowhere", ["--data_path = 'nowhere': must be left out", "images"]),
     (
       "--metrics=diversity --num_images=10",
       ["--num_images = 10: diversity needs "],
@@ -410,6 +412,10 @@ def test_reference_batch_has_the_format_of_adm(photographs, tmp_path):
   ("flags", "texts"),
   [
     (["--source="], ["--source = '': must be given"]),
+    (["--labels=labels"], ["--labels = 'labels': needs --features"]),
+    (["--noscaled"], ["--scaled = False: needs --features"]),
+    (["--num_images=2"], ["--num_images = 2: needs --reference_batch"]),
+    (["--features=set.npz"], ["--source = ", "must be left out with --features"]),
     (["--source=nowhere"], ["--source = 'nowhere': must be a folder"]),
     (
       ["--vae=./nowhere"],
