@@ -222,6 +222,17 @@ def test_flag_that_a_run_on_latents_needs_is_named(tmp_path, metrics, text):
   assert_refused(run("mdt_jax.evaluate", checkpoint, f"--metrics={metrics}"), text)
 
 
+def test_conversion_suggests_no_autoencoder_for_one_channel(tmp_path):
+  save_tiny(tmp_path / "run")
+  file = f"{tmp_path / 'grey.safetensors'}"
+  flags = ["--to_torch", f"--input={tmp_path / 'run'}", f"--output={file}"]
+  assert run("mdt_jax.convert", *flags)[0] == 0
+  back = [f"--input={file}", f"--output={tmp_path / 'back'}"]
+  code, out, err = run("mdt_jax.convert", *back)
+  assert code == 0, err
+  assert "--checkpoint=" in out and "--vae=" not in out
+
+
 def test_evaluate_uses_all_of_other_data(tmp_path):
   checkpoint = save_tiny(tmp_path / "run", **{"data.validation": 0.5})
   (tmp_path / "data").mkdir()
