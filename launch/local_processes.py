@@ -124,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _positive(text: str) -> int:
   """Parses a whole number of at least 1."""
-  value = int(text) if text.isdigit() else 0
+  value = int(text) if text.isdecimal() else 0
   if value < 1:
     raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
   return value

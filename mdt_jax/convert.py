@@ -121,11 +121,10 @@ def main(argv: list[str]) -> None:
         num_classes=NUM_CLASSES.value,
         input_size=INPUT_SIZE.value,
       )
+    # Other numbers of channels are pixels, or latents of another autoencoder.
+    vae = f" --vae={torch_vae.DEFAULT_ID}" if settings.model.in_channels == 4 else ""
     logger.info(
-      "%s: python -m mdt_jax.sample --checkpoint=%s --vae=%s",
-      settings.model.name,
-      output,
-      torch_vae.DEFAULT_ID,
+      "%s: python -m mdt_jax.sample --checkpoint=%s%s", settings.model.name, output, vae
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import mdt_jax.interrupts  # noqa: F401
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -143,10 +144,14 @@ STANDARDIZE = flags.DEFINE_bool(
   "Shift and scale each channel of --features to mean 0 and std 1.",
 )
 _EXAMPLES = {"source": "IMAGES", "vae": "VAE_FOLDER", "output": "latents/imagenet256"}
+# Flags that would have no effect on the set: without --features, and with it.
+_OF_FEATURES = (LABELS, LAYOUT, KIND, SCALING_FACTOR, SHIFT_FACTOR, SCALED, STANDARDIZE)
+_OF_IMAGES = (SOURCE, VAE, SPLIT, IMAGE_SIZE, IMAGE_BITS, COMPUTE_DTYPE)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  _refuse_flags_without_effect()
   from mdt_jax.pretrained import encoding  # slow to import, not needed for --help
 
   if REFERENCE_BATCH.value:
@@ -186,12 +191,23 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
+def _refuse_flags_without_effect() -> None:
+  """Refuses a flag that the command would ignore, if its value is not its default."""
+  checked: list[tuple[flags.FlagHolder[Any], str]]
+  if FEATURES.value:
+    checked = [(flag, "must be left out with --features") for flag in _OF_IMAGES]
+  else:
+    checked = [(flag, "needs --features") for flag in _OF_FEATURES]
+  if not REFERENCE_BATCH.value:
+    checked.append((NUM_IMAGES, "needs --reference_batch"))
+  for flag, problem in checked:
+    if flag.value != flag.default:
+      raise SettingError(flag.name, flag.value, problem)
+
+
 def _import_features() -> None:
   from mdt_jax.data import feature_import
 
-  for flag in (SOURCE, VAE):
-    if flag.value:
-      raise SettingError(flag.name, flag.value, "must be left out with --features")
   feature_import.import_features(
     FEATURES.value or "",
     _required(OUTPUT),

@@ -56,6 +56,7 @@ def trained(tmp_path_factory):
   [
     ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
     ("--config.data.source=images", ["config.data.path = None: must be given"]),
+    ("--config.data.path=photos", ["config.data.path = 'photos': must be left out"]),
   ],
 )
 def test_bad_training_flags_are_refused_in_one_line(tmp_path, flag, texts):
@@ -189,6 +190,7 @@ def test_evaluate_writes_the_variational_bound(trained, tmp_path):
     ("--metrics=fad", ["--metrics = 'fad'", "bpd"]),
     ("--num_images=0", ["--num_images = 0"]),
     ("--data_path=nowhere --data_source=images", ["nowhere"]),
+    ("--data_path=nowhere", ["--data_path = 'nowhere': must be left out", "images"]),
     (
       "--metrics=diversity --num_images=10",
       ["--num_images = 10: diversity needs "],
@@ -218,6 +220,17 @@ def save_tiny(workdir, **settings):
 def test_flag_that_a_run_on_latents_needs_is_named(tmp_path, metrics, text):
   checkpoint = save_tiny(tmp_path, **{"data.source": "latents"})
   assert_refused(run("mdt_jax.evaluate", checkpoint, f"--metrics={metrics}"), text)
+
+
+def test_conversion_suggests_no_autoencoder_for_one_channel(tmp_path):
+  save_tiny(tmp_path / "run")
+  file = f"{tmp_path / 'grey.safetensors'}"
+  flags = ["--to_torch", f"--input={tmp_path / 'run'}", f"--output={file}"]
+  assert run("mdt_jax.convert", *flags)[0] == 0
+  back = [f"--input={file}", f"--output={tmp_path / 'back'}"]
+  code, out, err = run("mdt_jax.convert", *back)
+  assert code == 0, err
+  assert "--checkpoint=" in out and "--vae=" not in out
 
 
 def test_evaluate_uses_all_of_other_data(tmp_path):
@@ -410,6 +423,10 @@ def test_reference_batch_has_the_format_of_adm(photographs, tmp_path):
   ("flags", "texts"),
   [
     (["--source="], ["--source = '': must be given"]),
+    (["--labels=labels"], ["--labels = 'labels': needs --features"]),
+    (["--noscaled"], ["--scaled = False: needs --features"]),
+    (["--num_images=2"], ["--num_images = 2: needs --reference_batch"]),
+    (["--features=set.npz"], ["--source = ", "must be left out with --features"]),
     (["--source=nowhere"], ["--source = 'nowhere': must be a folder"]),
     (
       ["--vae=./nowhere"],

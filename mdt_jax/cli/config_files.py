@@ -112,12 +112,13 @@ def place_of_error(error: BaseException, arguments: Sequence[str]) -> str | None
     None if the error comes from elsewhere.
   """
   values = (argument.removeprefix("--config=") for argument in arguments)
-  paths = {os.path.abspath(value.partition(":")[0]) for value in values}
+  typed = [value.partition(":")[0] for value in values]
+  paths = {os.path.abspath(path) for path in typed}
   frames = traceback.extract_tb(error.__traceback__)
   places = [(frame.filename, frame.lineno) for frame in frames]
   if isinstance(error, SyntaxError):
     if error.filename is None:  # the file is not even text
-      return "the file"
+      return next((path for path in typed if os.path.isfile(path)), "the file")
     places.append((error.filename, error.lineno))
   for path, line in reversed(places):
     if path and os.path.abspath(path) in paths:

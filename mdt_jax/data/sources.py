@@ -78,7 +78,7 @@ def create_source(
 
   Args:
     name: a key of SOURCES, as in `config.data.source`.
-    path: path of the data; see the entry in SOURCES. Ignored for "digits".
+    path: path of the data; see the entry in SOURCES. None for "digits".
     split: split of a TFDS data set; other sources ignore it.
     image_size: height and width of the examples, see `mdt_jax.sizes`; 8 for "digits".
     channels: number of channels of the examples; 1 for "digits".
@@ -86,13 +86,22 @@ def create_source(
     image_bits: bits of the values in image files of more than 8 bits.
 
   Raises:
-    SettingError: the name is unknown, a required path is missing, the source does not
-      have this size or number of channels, or the source cannot be opened.
+    SettingError: the name is unknown, a required path is missing, a path is given to a
+      source without one, the source does not have this size or number of channels, or
+      the source cannot be opened.
   """
   check_choice("config.data.source", name, SOURCES)
   entry = SOURCES[name]
   if entry.path is not None and not path:
     raise SettingError("config.data.path", path, f"must be given: {entry.path}")
+  if entry.path is None and path:
+    others = ", ".join(other for other in SOURCES if SOURCES[other].path is not None)
+    raise SettingError(
+      "config.data.path",
+      os.fspath(path),
+      f"must be left out: config.data.source = {name!r} reads no path; "
+      f"the sources of a path are {others}",
+    )
   path = os.fspath(path) if path else ""
   if entry.path is not None and not path.startswith(TFDS_PREFIX):
     local_path("config.data.path", path)

@@ -77,7 +77,7 @@ def spaced_timesteps(num_timesteps: int, spacing: str) -> np.ndarray:
   )
   ddim = spacing.startswith("ddim")
   counts = (spacing[len("ddim") :] if ddim else spacing).split(",")
-  if not all(count.strip().isdigit() and int(count) > 0 for count in counts):
+  if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
     raise SettingError("spacing", spacing, accepted)
   if ddim:
     return _ddim_timesteps(num_timesteps, spacing, counts)

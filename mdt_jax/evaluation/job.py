@@ -11,6 +11,7 @@ import jax
 
 from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
+from mdt_jax.data.sources import SOURCES
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.evaluator import Evaluator, chosen_labels, draw_images
 from mdt_jax.evaluation.image_files import label_of_named_class, open_image_stream
@@ -113,9 +114,11 @@ def load_run(
       logger.info(
         "using all of the given data: config.data.validation of the run is ignored"
       )
+    source = data_source or data.source
+    has_path = source not in SOURCES or SOURCES[source].path is not None
     experiment = experiment.with_data(
-      source=data_source or data.source,
-      path=data_path or data.path,
+      source=source,
+      path=data_path or (data.path if has_path else None),
       validation=0.0,  # the run did not train on any of this data
     )
   experiment = experiment.with_sampling(sampling or {})

@@ -66,6 +66,11 @@ SLICES = {
   "v6e-256": "v6e:16x16",
 }
 
+# Limits of a plan: JAX starts 4,096 simulated devices in half a minute, and no pod has
+# more than 10,000 chips.
+MAX_CPUS = 4096
+MAX_CHIPS = 65_536
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -90,13 +95,14 @@ def parse_topology(name: str) -> Topology:
     name: topology such as "v5e:16x16", name of a slice such as "v5e-256", or "cpu:N".
 
   Raises:
-    SettingError: the chip is unknown, or the shape is invalid.
+    SettingError: the chip is unknown, the shape is invalid, or the topology has more
+      devices than a plan can have.
   """
   kind, _, shape = SLICES.get(name, name).partition(":")
   sizes = shape.split("x")
   dimensions = 1 if kind == "cpu" else getattr(CHIPS.get(kind), "dimensions", 0)
   known = dimensions > 0 and len(sizes) == dimensions
-  if not known or not all(size.isdigit() and int(size) for size in sizes):
+  if not known or not all(_is_count(size) for size in sizes):
     tpus = ", ".join(
       f"{chip.name}:{'x'.join('XYZ'[: chip.dimensions])}"
       for chip in CHIPS.values()
@@ -108,4 +114,12 @@ def parse_topology(name: str) -> Topology:
   num_devices = 1
   for size in sizes:
     num_devices *= int(size)
+  largest = MAX_CPUS if kind == "cpu" else MAX_CHIPS
+  if num_devices > largest:
+    raise SettingError("--topology", name, f"must have at most {largest:,} devices")
   return Topology(f"{kind}:{shape}", kind, num_devices)
+
+
+def _is_count(text: str) -> bool:
+  """Whether a text is a whole number of at least 1, of at most 9 digits."""
+  return text.isdecimal() and len(text) <= 9 and int(text) > 0

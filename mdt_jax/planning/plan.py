@@ -167,7 +167,12 @@ def plan_run(
     logger.info(
       "compiling for %s with batch size %d", topology.name, planned.batch_size
     )
-    return make_plan(planned, topology, devices, what, chip)
+    try:
+      return make_plan(planned, topology, devices, what, chip)
+    except SettingError as error:
+      if batch is None or error.setting != "config.batch_size":
+        raise
+      raise SettingError("--batch_per_device", batch, f"gives {error}") from None
 
   if not find_batch:
     try:
@@ -177,10 +182,14 @@ def plan_run(
       if batch_per_device is None:
         given = ("config.batch_size", settings.batch_size)
       raise SettingError(*given, str(error)) from None
-  found = largest_batch(plan_with, batch_per_device or 16)
+  # Each part of a batch needs an image.
+  parts = settings.accumulation_steps * settings.masking.groups
+  start = max(1, (batch_per_device or 16) // parts)
+  found = largest_batch(lambda images: plan_with(images * parts), start)
   if found is None:
-    raise SettingError("--find_batch", True, "one image on each device does not fit")
-  logger.info("largest batch: %d on each device", found[0])
+    images = "one image" if parts == 1 else f"{parts} images"
+    raise SettingError("--find_batch", True, f"{images} on each device do not fit")
+  logger.info("largest batch: %d on each device", found[0] * parts)
   return found[1]
 
 

@@ -35,6 +35,10 @@ MAX_NAMES = 5  # largest number of tensors named in an error
 MAX_NAME = 200  # largest number of characters in the name of a tensor
 
 
+# Suffixes of files that can be read; diffusers calls files of torch.save .bin.
+READABLE = (".pt", ".pth", ".bin", ".safetensors")
+
+
 class WeightFile(NamedTuple):
   """The contents of a file of weights.
 
@@ -75,8 +79,7 @@ def read_weight_file(path: str | Path) -> WeightFile:
   if path.suffix == ".safetensors":
     tensors, metadata = _read_safetensors(path)
   else:
-    if path.suffix != ".bin":  # diffusers' extension for files of torch.save
-      check_suffix("path", path)
+    check_suffix("path", path, READABLE)
     tensors, metadata = read_torch_file(path)
   for name, array in tensors.items():
     if not name.isprintable() or len(name) > MAX_NAME:
@@ -161,10 +164,13 @@ def check_file(path: Path) -> None:
     )
 
 
-def check_suffix(setting: str, path: Path) -> None:
-  """Raises SettingError unless `path` ends in .pt, .pth or .safetensors."""
-  if path.suffix not in (".pt", ".pth", ".safetensors"):
-    raise SettingError(setting, str(path), "must end in .pt, .pth or .safetensors")
+def check_suffix(
+  setting: str, path: Path, accepted: Sequence[str] = (".pt", ".pth", ".safetensors")
+) -> None:
+  """Raises SettingError unless `path` ends in one of the accepted suffixes."""
+  if path.suffix not in accepted:
+    names = f"{', '.join(accepted[:-1])} or {accepted[-1]}"
+    raise SettingError(setting, str(path), f"must end in {names}")
 
 
 def write_tensors(

@@ -23,8 +23,10 @@ from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.paths import expand_home, output_file
 from mdt_jax.pretrained.tensors import (
+  READABLE,
   Tensors,
   check_file,
+  check_suffix,
   flatten,
   misfits,
   read_tensors,
@@ -197,6 +199,8 @@ def _scopes() -> Iterator[str]:
 def _read(path: str | Path) -> Tensors:
   """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
   path = expand_home(path)
+  if path.is_file():
+    check_suffix("path", path, (*READABLE, GRAPH_SUFFIX))
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
     name: tensor

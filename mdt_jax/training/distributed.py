@@ -287,8 +287,12 @@ def _from_environment(setting: str, value: int | None, name: str) -> int | None:
 def _check_address(address: str) -> None:
   """Raises SettingError unless `address` is HOST:PORT."""
   host, _, port = address.rpartition(":")
-  if not host or not port.isdigit():
+  if not host or not port.isdecimal():
     raise SettingError("--coordinator_address", address, "must be HOST:PORT")
+  if len(port) > 5 or not 1 <= int(port) <= 65_535:
+    raise SettingError(
+      "--coordinator_address", address, "must have a port in [1, 65,535]"
+    )
 
 
 @contextlib.contextmanager

@@ -180,6 +180,12 @@ def test_error_in_a_config_file_names_its_line(tmp_path, line, texts):
   assert_refused(result, "--config: own.py", *texts)
 
 
+def test_config_file_that_is_no_text_is_named(tmp_path):
+  (tmp_path / "own.py").write_bytes(b"\0")
+  result = run("main", "--config=own.py", "--workdir=run", folder=tmp_path)
+  assert_refused(result, "--config: own.py: SyntaxError")
+
+
 @pytest.mark.parametrize("flag", ["", "=true", "=false", " true"])
 @pytest.mark.parametrize("after", [(), ("--config.seed=1",)])
 def test_own_boolean_argument_needs_no_value(tmp_path, flag, after):

@@ -54,6 +54,12 @@ def test_digits_refuse_another_number_of_channels():
     create("digits", channels=3)
 
 
+def test_digits_refuse_a_path(tmp_path):
+  message = rf"^config.data.path = '{tmp_path}': must be left out: .*digits.* images,"
+  with pytest.raises(SettingError, match=message):
+    create("digits", tmp_path)
+
+
 @pytest.mark.parametrize(
   ("name", "pixels"),
   [

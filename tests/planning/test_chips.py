@@ -27,11 +27,29 @@ def test_every_slice_name_equals_its_shape():
 
 
 @pytest.mark.parametrize(
-  "name", ["v9:2x2", "v5e:16", "v5e:4x4x4", "v4:0x2x2", "cpu:x", "h200:8", "", "v5e-7"]
+  "name",
+  [
+    "v9:2x2",
+    "v5e:16",
+    "v5e:4x4x4",
+    "v4:0x2x2",
+    "cpu:x",
+    "h200:8",
+    "",
+    "v5e-7",
+    "cpu:²",
+  ],
 )
 def test_error_for_an_unknown_topology_lists_the_known_ones(name):
   with pytest.raises(SettingError, match=r"accepted are v4:XxYxZ, .*v5e-256.*cpu:N$"):
     parse_topology(name)
+
+
+@pytest.mark.parametrize("name", ["cpu:4097", "cpu:99999999", "v5e:4000x4000"])
+def test_topology_of_too_many_devices_is_refused(name):
+  with pytest.raises(SettingError, match=r"at most (4,096|65,536) devices$") as error:
+    parse_topology(name)
+  assert error.value.value == name
 
 
 def test_chip_numbers_are_in_base_units():

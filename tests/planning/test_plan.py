@@ -45,6 +45,38 @@ def test_a_search_without_a_memory_limit_is_refused():
     plan_run(settings, parse_topology("cpu:2"), find_batch=True)
 
 
+def plan_groups(monkeypatch, largest, **arguments):
+  """Plans a run of 3 groups whose program fits `largest` images on each device."""
+
+  def make_plan(settings, topology, devices, *rest):
+    if settings.batch_size % (3 * len(devices)):
+      raise SettingError("config.batch_size", settings.batch_size, "must be divisible")
+    if settings.batch_size > largest * len(devices):
+      raise DoesNotFitError(2, 1)
+    return settings.batch_size
+
+  monkeypatch.setattr(plan, "open_devices", lambda topology: [None] * 4)
+  monkeypatch.setattr(plan, "make_plan", make_plan)
+  settings = Settings.from_config(tiny_config(**{"masking.groups": 3}))
+  return plan_run(settings, parse_topology("v5e:2x2"), **arguments)
+
+
+@pytest.mark.parametrize(("largest", "found"), [(3, 3), (5, 3), (12, 12), (40, 39)])
+def test_search_tries_only_batches_that_the_groups_divide(monkeypatch, largest, found):
+  assert plan_groups(monkeypatch, largest, find_batch=True) == 4 * found
+
+
+def test_search_needs_an_image_for_each_group(monkeypatch):
+  with pytest.raises(SettingError, match="3 images on each device do not fit"):
+    plan_groups(monkeypatch, 2, find_batch=True)
+
+
+def test_batch_per_device_is_named_as_typed(monkeypatch):
+  message = r"^--batch_per_device = 4: gives config.batch_size = 16: must be divisible"
+  with pytest.raises(SettingError, match=message):
+    plan_groups(monkeypatch, 9, batch_per_device=4)
+
+
 @pytest.fixture(scope="module")
 def program():
   return make_program(build(tiny_config()))

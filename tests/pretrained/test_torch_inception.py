@@ -196,3 +196,9 @@ def test_target_must_be_a_safetensors_file(tmp_path):
 def test_existing_target_is_refused(converted):
   with pytest.raises(SettingError, match=r"^target = .*exists already"):
     convert_inception(converted, converted)
+
+
+def test_error_for_another_suffix_lists_the_readable_ones(tmp_path):
+  (tmp_path / "inception.txt").write_text("weights")
+  with pytest.raises(SettingError, match=r"\.bin, \.safetensors or \.pb$"):
+    load_inception(tmp_path / "inception.txt")

@@ -419,7 +419,7 @@ def test_directory_is_refused(tmp_path):
 def test_wrong_suffix_is_refused(suffix, tmp_path):
   path = tmp_path / f"model{suffix}"
   path.write_bytes((reference.FIXTURES / "dit.pt").read_bytes())
-  assert "must end in .pt, .pth or .safetensors" in expect_error(path)
+  assert "must end in .pt, .pth, .bin or .safetensors" in expect_error(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])

@@ -36,6 +36,10 @@ def test_single_process_starts_nothing(monkeypatch):
     (("host:1", 2, None), "--process_id = None: must be given with the other two"),
     (("host", 2, 0), "--coordinator_address = 'host': must be HOST:PORT"),
     (("host:port", 2, 0), "--coordinator_address = 'host:port': must be HOST:PORT"),
+    (
+      ("host:70000", 2, 0),
+      "--coordinator_address = 'host:70000': must have a port in [1, 65,535]",
+    ),
     (("host:1", 0, 0), "--num_processes = 0: must be at least 1"),
     (("host:1", 2, 2), "--process_id = 2: must lie in [0, 2)"),
   ],
