@@ -215,7 +215,10 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
     ({"init.path": "{old}", "init.patches": "new"}, r"init.patches = 'new': accepted"),
     ({"init.path": "{old}", "init.classes": ("3",)}, r"init.classes = .*'OLD:NEW'"),
     ({"init.path": "{old}", "init.classes": ("30:1",)}, r"init.classes = 30: labels"),
-    ({"init.path": "{old}", "init.classes": ("3:1", "4:1")}, r"init.classes = .*the new class 1"),
+    (
+      {"init.path": "{old}", "init.classes": ("3:1", "4:1")},
+      r"init.classes = .*the new class 1",
+    ),
     ({"init.path": "{old}", "model.num_heads": 4}, r"init.path = .*: num_heads is 2"),
     ({"init.path": "{old}", "model.depth": 6}, r"init.path = .*: depth is 4 there"),
     ({"init.path": "gs://a/b"}, r"init.path = 'gs://a/b': must be a local path"),
