@@ -1,7 +1,7 @@
 """Runs a command with limited memory and time.
 
-A forked process imports the module of its function. This one imports little: that of the
-tests of command lines imports PyTorch, which takes several seconds.
+A forked process imports the module of its function. This module imports little. The
+tests of command lines import PyTorch, which takes several seconds.
 """
 
 from __future__ import annotations
