@@ -11,19 +11,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mdt_jax import sharding
 from mdt_jax.training import distributed, loop, trainer
+from tests.faults import runs
 from tests.training.tiny import tiny_config
 
 NUM_STEPS = 10
-
-# By default, the devices that hold the same array each save a slice of it, and each
-# slice of each array is a function to compile. These tests do not depend on it.
-ocp.type_handlers.register_type_handler(
-  jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
 
 
 def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
@@ -68,6 +62,7 @@ def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
   distributed.start()
+  runs.save_whole_arrays()
   folder = Path(sys.argv[1])
   for name in sys.argv[2:]:
     found = run(*name.split(":"), folder / name)
