@@ -35,7 +35,6 @@ def data(tmp_path_factory):
 
 def before(records, num_processes):
   """Sets the number of devices of this process, and records its batches."""
-  runs.save_whole_arrays()
   jax.config.update("jax_num_cpu_devices", NUM_DEVICES // num_processes)
   runs.record_batches(records)
 
