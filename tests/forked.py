@@ -33,6 +33,10 @@ _SERVER.set_forkserver_preload(
     "mdt_jax.evaluation.job",
     "mdt_jax.planning",
     "mdt_jax.training.loop",
+    "pytest",  # by functions of test modules
+    "sklearn.datasets",  # by the digits
+    "sklearn.metrics",
+    "sklearn.svm",
     "tensorflow",
   ]
 )

@@ -18,7 +18,7 @@ from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.settings import Settings
 from mdt_jax.training.loop import train
 from mdt_jax.training.replay import replay
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_dit_config
 
 CHANGES = {"sample_every": 2, "eval.every": 2, "eval.metrics": "frechet"}
 RUN = {"num_steps": 2, "eval.num_images": 8, "eval.batch_size": 8, **CHANGES}
@@ -49,22 +49,22 @@ def counts(monkeypatch):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  train(tiny_config(**RUN), folder)
+  train(tiny_dit_config(**RUN), folder)
   return folder
 
 
 def test_training_with_pictures_and_scores_builds_each_part_once(tmp_path, counts):
-  train(tiny_config(**RUN), tmp_path)
+  train(tiny_dit_config(**RUN), tmp_path)
   assert counts == ALL
 
 
 def test_resumed_training_builds_each_part_once(workdir, counts):
-  train(tiny_config(**{**RUN, "num_steps": 3}), workdir)
+  train(tiny_dit_config(**{**RUN, "num_steps": 3}), workdir)
   assert counts == ALL
 
 
 def test_replay_builds_each_part_once(workdir, counts):
-  replay(tiny_config(**RUN), workdir, 1)
+  replay(tiny_dit_config(**RUN), workdir, 1)
   assert counts == ALL
 
 
@@ -84,7 +84,7 @@ def test_evaluation_builds_network_and_process_once(workdir, counts):
 
 @pytest.mark.parametrize("what", ["train", "sample"])
 def test_planning_builds_each_part_once(counts, what):
-  settings = Settings.from_config(tiny_config(**RUN))
+  settings = Settings.from_config(tiny_dit_config(**RUN))
   make_plan(settings, parse_topology("cpu:1"), jax.devices()[:1], what)
   assert counts == ALL
 

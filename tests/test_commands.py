@@ -16,19 +16,19 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.settings import Settings
 from tests import forked, reference
 from tests.cli.commands import assert_refused, run
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_dit_config
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
   "num_steps": 2,
   "batch_size": 8,
+  "model.name": "DiT-S/2",  # test_rectangles.py runs commands with MDTv2
   "model.hidden_size": 16,
   "model.depth": 4,
   "model.num_heads": 2,
   "model.unroll": 1,
   "optimizer.warmup_steps": 0,
   "ema_decays": (0.9, 0.5),
-  "masking.num_lengths": 1,
   "sampling.num_steps": 3,
   "checkpoint_every": 2,
   "sample_every": 0,
@@ -207,7 +207,7 @@ def test_bad_evaluation_flags_are_refused_in_one_line(trained, tmp_path, flag, t
 
 
 def save_tiny(workdir, **settings):
-  experiment = Experiment(Settings.from_config(tiny_config(**settings)))
+  experiment = Experiment(Settings.from_config(tiny_dit_config(**settings)))
   params = reference.random_params(experiment.model)
   save_model(workdir, experiment.settings, params)
   return f"--checkpoint={workdir}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.experiment import build
+from tests import forked
 
 PAGE = Path(__file__).parents[1] / "docs" / "use_the_parts.md"
 # Name of a result -> its expression after all blocks of the page.
@@ -39,7 +38,7 @@ RESULTS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-  """Runs all blocks as one program in a new process; returns `RESULTS` as arrays."""
+  """Runs all blocks as one program in one process; returns `RESULTS` as arrays."""
   flags = re.DOTALL | re.MULTILINE
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags)
   assert len(blocks) == 10
@@ -48,8 +47,8 @@ def results(tmp_path_factory):
   blocks.append(f"np.savez({str(folder / 'results.npz')!r}, **{{{saved}}})\n")
   path = folder / "program.py"
   path.write_text("\n".join(blocks))
-  done = subprocess.run([sys.executable, path], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  process = forked.Forked(runpy.run_path, str(path))
+  assert process.end() == 0, process.err
   with np.load(folder / "results.npz") as data:
     return {name: data[name] for name in data.files}
 

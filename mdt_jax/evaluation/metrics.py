@@ -93,8 +93,8 @@ def frechet_distance(
 ) -> float:
   """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features.
 
-  The function computes tr (C1 C2)^(1/2) as the sum of the singular values of
-  C1^(1/2) C2^(1/2). This needs roots of symmetric matrices only, so the result is
+  With C1 = F1 F1^T and C2 = F2 F2^T, tr (C1 C2)^(1/2) is the sum of the singular values
+  of F1^T F2. This needs eigenvalues of symmetric matrices only, so the result is
   accurate for singular covariances too (fewer features than dimensions).
 
   Args:
@@ -117,13 +117,13 @@ def frechet_distance(
       b.mean.shape,
       f"must have the same dimension as the first features, {a.mean.shape}",
     )
-  roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance)
+  product = _factor(a.covariance).T @ _factor(b.covariance)
   difference = a.mean - b.mean
   return float(
     difference @ difference
     + np.trace(a.covariance)
     + np.trace(b.covariance)
-    - 2 * np.linalg.svd(roots, compute_uv=False).sum()
+    - 2 * np.linalg.svd(product, compute_uv=False).sum()
   )
 
 
@@ -139,13 +139,13 @@ def is_covariance(matrix: Float[np.ndarray, "D D"]) -> bool:
   return bool(np.linalg.eigvalsh(matrix).min(initial=0) >= -rounding)
 
 
-def _symmetric_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
-  """The square root of a symmetric positive semidefinite matrix."""
+def _factor(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D rank"]:
+  """F with F F^T = matrix, for a symmetric positive semidefinite matrix."""
   values, vectors = np.linalg.eigh(matrix)
   # Eigenvalues below the rounding error count as zero: their roots would be large.
   rounding = max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
-  values = np.where(values > rounding, values, 0)
-  return (vectors * np.sqrt(values)) @ vectors.T
+  kept = values > rounding
+  return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -15,12 +14,11 @@ from tests import forked
 from tests.data import hostile_data
 from tests.faults.command_lines import command_lines
 from tests.faults.hostile_files import damage_world
+from tests.faults.limits import limited
 from tests.faults.world import make_world, snapshot
 from tests.pretrained import hostile_weights
 
-# A command that takes longer hangs; the second limit holds on a busy machine too.
-CPU_SECONDS, SECONDS = 60, 300
-MEMORY = 20 * 2**30  # bytes of addresses; a network takes a thousandth of it
+SECONDS = 300  # A command that takes longer hangs, on a busy machine too.
 LINES_IN_A_TEST = 10
 # Setting of `hostile_data` -> command and its other flags; {W} is a world.
 LINES_WITH_DATA = {
@@ -38,13 +36,6 @@ def world(tmp_path_factory):
   folder = tmp_path_factory.mktemp("fuzz") / "world"
   make_world(folder)
   return folder
-
-
-def limited(*arguments: str) -> None:
-  """Runs a command with limited memory."""
-  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-  resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-  forked.run_module(*arguments)
 
 
 def problem_of(command: str, arguments: list[str], world: Path) -> str | None:

@@ -17,7 +17,6 @@ from tests import reference
 DEPTHS = {"DiT": (2, 1), "MDT": (3, 2), "MDTv2": (4, 2)}
 CASES = [
   ("DiT", False),
-  ("MDT", False),
   ("MDT", True),
   ("MDTv2", False),
   ("MDTv2", True),

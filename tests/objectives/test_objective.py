@@ -27,6 +27,12 @@ def make_objective(name, network="MDTv2-S/2", **settings):
   )
 
 
+def loss_of(objective, params, draws, static):
+  """Compiled as one function, which takes less time than one for each operation."""
+  apply = objective.model.apply
+  return jax.jit(lambda params: objective.loss(apply, params, draws, static))(params)
+
+
 def test_both_passes_share_timesteps_and_differ_in_noise():
   config = tiny_config()
   draws = build(config).objective.draw(jax.random.key(0), make_batch(config))
@@ -69,9 +75,8 @@ def test_mdt_loss_is_the_sum_of_plain_and_masked_loss():
   objective, plain = make_objective("mdt"), make_objective("plain")
   params = reference.random_params(objective.model)
   draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
-  apply = objective.model.apply
-  total, losses = objective.loss(apply, params, draws, 8)
-  _, unmasked = plain.loss(apply, params, draws, None)
+  total, losses = loss_of(objective, params, draws, 8)
+  _, unmasked = loss_of(plain, params, draws, None)
   np.testing.assert_allclose(losses["loss"], unmasked["loss"], rtol=1e-6)
   np.testing.assert_allclose(losses["total"], losses["loss"] + losses["masked_loss"])
   np.testing.assert_allclose(total, losses["total"].mean(), rtol=1e-6)
@@ -102,18 +107,17 @@ def test_error_names_the_invalid_setting(name, settings, message):
     make_objective(name, **settings)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_each_group_of_a_batch_keeps_its_own_number_of_tokens(groups):
+def test_each_group_of_a_batch_keeps_its_own_number_of_tokens():
   """The losses of image i are those of a step in which all keep its number."""
-  objective = make_objective("mdt", groups=groups, ratio=0.2, width=0.6)
+  groups = 4
+  objective = make_objective("mdt", "MDT-S/2", groups=groups, ratio=0.2, width=0.6)
   (static,) = objective.static_choices
   assert len(set(static)) == groups and objective.largest_static == static
   params = reference.random_params(objective.model)
   draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
-  apply = objective.model.apply
-  total, losses = objective.loss(apply, params, draws, static)
+  total, losses = loss_of(objective, params, draws, static)
   for group, length in enumerate(static):
-    _, alone = objective.loss(apply, params, draws, length)
+    _, alone = loss_of(objective, params, draws, length)
     for name, loss in alone.items():
       np.testing.assert_allclose(losses[name][group::groups], loss[group::groups], 1e-5)
   np.testing.assert_allclose(total, losses["total"].mean(), rtol=1e-6)
@@ -170,10 +174,9 @@ def test_unmasked_objective_is_the_sum_of_two_plain_losses():
   objective, plain = make_objective("mdt_unmasked"), make_objective("plain")
   params = reference.random_params(objective.model)
   draws = objective.draw(jax.random.key(0), make_batch(tiny_config()))
-  apply = objective.model.apply
-  total, losses = objective.loss(apply, params, draws, None)
+  total, losses = loss_of(objective, params, draws, None)
   passes = [
-    plain.loss(apply, params, draws.replace(noise=noise, y=y), None)[1]["loss"]
+    loss_of(plain, params, draws.replace(noise=noise, y=y), None)[1]["loss"]
     for noise, y in zip(
       np.split(draws.noise, 2, axis=1), np.split(draws.y, 2, axis=1), strict=True
     )

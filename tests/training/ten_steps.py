@@ -14,6 +14,7 @@ import numpy as np
 
 from mdt_jax import sharding
 from mdt_jax.training import distributed, loop, trainer
+from tests.faults import runs
 from tests.training.tiny import tiny_config
 
 NUM_STEPS = 10
@@ -61,6 +62,7 @@ def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
   distributed.start()
+  runs.save_whole_arrays()
   folder = Path(sys.argv[1])
   for name in sys.argv[2:]:
     found = run(*name.split(":"), folder / name)
