@@ -35,17 +35,19 @@ from mdt_jax.errors import (
   renamed_in_errors,
 )
 from mdt_jax.models.network import check_network
-from mdt_jax.models.registry import DTYPES, Model, create_model
+from mdt_jax.models.registry import DTYPES, Model, abstract_params, create_model
 from mdt_jax.objectives import Objective, create_objective, objective_of_class
 from mdt_jax.objectives.mdt import check_masking
-from mdt_jax.optimizers import (
-  Schedule,
-  create_optimizer,
-  learning_rate_schedule,
+from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
+from mdt_jax.own_parts import OwnParts
+from mdt_jax.parameter_groups import (
+  frozen_paths,
+  is_frozen,
+  rates_of_paths,
   without_frozen,
 )
-from mdt_jax.own_parts import OwnParts
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
+from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.pretrained.zero_shards import zero_shards
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
@@ -257,7 +259,13 @@ class Experiment:
   def optimizer(self) -> optax.GradientTransformation:
     """The optimizer; frozen parameters are not updated."""
     if self._own.optimizer is not None:
-      return without_frozen(self._own.optimizer, self.model.frozen)
+      if self.settings.optimizer.learning_rates:
+        raise SettingError(
+          "config.optimizer.learning_rates",
+          self.settings.optimizer.learning_rates,
+          "must be empty for a user-defined optimizer",
+        )
+      return without_frozen(self._own.optimizer, self.frozen)
     assert self.learning_rate is not None
     chosen = self.settings.optimizer
     with named_in_errors("config.optimizer"):
@@ -273,9 +281,26 @@ class Experiment:
         clip_shards=zero_shards(self.model, chosen.clip_shards)
         if chosen.clip_shards > 1
         else None,
-        frozen=self.model.frozen,
+        frozen=self.frozen,
+        rates=rates_of_paths(
+          "learning_rates", chosen.learning_rates, flatten(abstract_params(self.model))
+        )
+        if chosen.learning_rates
+        else None,
+        peak=chosen.learning_rate,
         arguments=chosen.arguments,
       )
+
+  @functools.cached_property
+  def frozen(self) -> frozenset[str]:
+    """Paths of the parameters that are not trained."""
+    always, chosen = self.model.frozen, self.settings.optimizer.frozen
+    if not always and not chosen:
+      return frozenset()
+    paths = flatten(abstract_params(self.model))
+    trained = [path for path in paths if not is_frozen(path, always)]
+    found = frozen_paths("config.optimizer.frozen", chosen, trained)
+    return found | (paths.keys() - set(trained))
 
   @functools.cached_property
   def mesh(self) -> Mesh:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +19,7 @@ from mdt_jax.errors import (
   check_choice,
   named_in_errors,
 )
+from mdt_jax.parameter_groups import with_rates, without_frozen
 from mdt_jax.types import Array, Params
 
 # Number of finished steps -> learning rate.
@@ -256,7 +257,9 @@ def create_optimizer(
   weight_decay: float = 0.0,
   clip_norm: float | None = None,
   clip_shards: Mapping[str, Int[np.ndarray, "..."]] | None = None,
-  frozen: Iterable[str] = (),
+  frozen: Collection[str] = (),
+  rates: Mapping[str, float] | None = None,
+  peak: float | None = None,
   arguments: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
   """Builds the optimizer of a run.
@@ -275,7 +278,10 @@ def create_optimizer(
       clipping.
     clip_shards: limits the norm of each shard of the parameters alone, see
       `clip_by_norms_of_shards`; None for the norm of all.
-    frozen: names of top-level parameters that are not updated.
+    frozen: paths, or names of top-level parameters, of what is not updated.
+    rates: path of a parameter -> its own largest learning rate; its schedule is that of
+      the others. None or empty: all parameters have the same.
+    peak: largest value of `learning_rate`; needed with `rates`.
     arguments: further arguments of the optimizer's function, such as {"momentum": 0.9}
       for "sgd".
 
@@ -293,7 +299,12 @@ def create_optimizer(
   if weight_decay or _takes(function, "weight_decay"):
     given["weight_decay"] = weight_decay
   check_arguments(function, {"learning_rate": learning_rate, **given}, name)
-  optimizer = _call(name, function, learning_rate, given, arguments or {})
+
+  def create(factor: float) -> optax.GradientTransformation:
+    scaled = _scaled(learning_rate, factor)
+    return _call(name, function, scaled, given, arguments or {})
+
+  optimizer = with_rates(create, rates or {}, peak or 1.0)
   if clip_norm is not None:
     eps = 1e-8 if eps is None else eps
     if clip_shards is None:
@@ -301,7 +312,16 @@ def create_optimizer(
     else:
       clip = clip_by_norms_of_shards(clip_norm, eps, clip_shards)
     optimizer = optax.chain(clip, optimizer)
-  return without_frozen(optimizer, tuple(frozen))
+  return without_frozen(optimizer, frozen)
+
+
+def _scaled(learning_rate: float | Schedule, factor: float) -> float | Schedule:
+  """A learning rate, or a schedule, times a factor."""
+  if factor == 1:
+    return learning_rate
+  if callable(learning_rate):
+    return lambda count: learning_rate(count) * factor
+  return learning_rate * factor
 
 
 # Name -> function (learning_rate, **settings) -> optimizer. `_function` looks up other
@@ -383,21 +403,3 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
   """Returns the parameters of a function's signature by name."""
   return inspect.signature(function).parameters
-
-
-def without_frozen(
-  optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
-) -> optax.GradientTransformation:
-  """Wraps an optimizer so that the top-level parameters `frozen` are not updated."""
-  if not frozen:
-    return optimizer
-
-  def labels(params: Params) -> Params:
-    return {
-      name: jax.tree.map(lambda _, f=name in frozen: "frozen" if f else "trained", tree)
-      for name, tree in params.items()
-    }
-
-  transforms: dict[Hashable, optax.GradientTransformation]
-  transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
-  return optax.partition(transforms, labels)

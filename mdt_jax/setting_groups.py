@@ -172,6 +172,13 @@ class OptimizerSettings:
   # 1: by the norm of all parameters. A released run of MDTv2 on N GPUs clips N shards,
   # because it puts Adan into PyTorch's ZeroRedundancyOptimizer (docs/parity.md).
   clip_shards: int = 1
+  # Parameters that are not trained: regular expressions, searched for in paths such as
+  # decode_blocks/attention/qkv/kernel; or few_shot (all but labels and adaLN) or
+  # difffit (all but biases and labels).
+  frozen: tuple[str, ...] = ()
+  # Learning rates of some parameters, 'PATTERN:RATE'; the first pattern that matches a
+  # path decides: "('label_embed:1e-3','modulation:5e-4')". The schedule stays.
+  learning_rates: tuple[str, ...] = ()
   # More arguments of an optimizer of optax, such as '{"momentum": 0.9}' for sgd.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -187,6 +194,10 @@ class OptimizerSettings:
     if self.clip_shards > 1 and not self.clip_norm:
       raise SettingError(
         "clip_shards", self.clip_shards, "must be 1: clip_norm = 0 clips nothing"
+      )
+    if self.clip_shards > 1 and self.frozen:
+      raise SettingError(
+        "clip_shards", self.clip_shards, "must be 1 if parameters are frozen"
       )
 
 

@@ -35,6 +35,14 @@ from mdt_jax.setting_groups import (
 from mdt_jax.setting_limits import check_maxima
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
+# Groups and names of settings that are tuples.
+_TUPLES = (
+  ("sampling", "cfg_interval"),
+  ("init", "classes"),
+  ("optimizer", "frozen"),
+  ("optimizer", "learning_rates"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -60,6 +68,9 @@ class Settings:
   # Decays of the averages of the parameters, each in [0, 1). Every decay adds a copy of
   # the parameters. The first average is sampled.
   ema_decays: tuple[float, ...] = (0.9999,)
+  # Whether averages follow the parameters faster at first, for short runs: the decay of
+  # step n = 0, 1, … is at most (1 + n) / (10 + n).
+  ema_warmup: bool = False
   data: DataSettings = DataSettings()
   mesh: MeshSettings = MeshSettings()
   sampling: SamplingSettings = SamplingSettings()
@@ -239,11 +250,12 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   saved = {**saved, "masking": masking, "objective": objective}
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
-  sampling, init = dict(saved.get("sampling", {})), dict(saved.get("init", {}))
-  for group, name in ((sampling, "cfg_interval"), (init, "classes")):
-    if name in group:
-      group[name] = tuple(group[name])
+  # JSON has lists where settings are tuples.
+  groups = {name: dict(saved.get(name, {})) for name in {g for g, _ in _TUPLES}}
+  for group, name in _TUPLES:
+    if name in groups[group]:
+      groups[group][name] = tuple(groups[group][name])
   config = Settings().to_config()
   with config.unlocked():
-    config.update({**saved, "sampling": sampling, "init": init})
+    config.update({**saved, **groups})
   return config

@@ -94,6 +94,9 @@ def _identity(settings: Settings) -> dict[str, Any]:
     "config.optimizer.name": settings.optimizer.name,
     # Clipping adds a transformation to the optimizer, and so an entry to its state.
     "config.optimizer.clip_norm > 0": settings.optimizer.clip_norm > 0,
+    # Frozen parameters have no state, and each learning rate has its own.
+    "config.optimizer.frozen": settings.optimizer.frozen,
+    "config.optimizer.learning_rates": settings.optimizer.learning_rates,
     "config.timestep_sampler": settings.timestep_sampler,
     "config.model.condition": settings.model.condition,
     **{f"config.diffusion.{name}": getattr(diffusion, name) for name in names},

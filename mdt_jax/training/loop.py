@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -25,6 +25,7 @@ from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
 from mdt_jax.paths import output_folder
+from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
@@ -33,6 +34,7 @@ from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.trainer import StepHook, Trainer
+from mdt_jax.types import Params
 
 
 def train(
@@ -185,7 +187,17 @@ def _summary(experiment: Experiment, held: DataLabels, state: TrainState) -> str
     devices += " as " + " x ".join(f"{axis} {n}" for axis, n in shape)
   data = f"{counted(len(experiment.source), 'image')}, {held.describe()}"
   name = experiment.model_name
-  return f"{name}\n{table}\n{data}; {experiment.objective.summary}; {devices}"
+  trained = _count_of_trained(state.params, experiment.frozen)
+  return f"{name}\n{table}\n{trained}{data}; {experiment.objective.summary}; {devices}"
+
+
+def _count_of_trained(params: Params, frozen: Collection[str]) -> str:
+  """Counts the trained parameters; empty if all are trained."""
+  if not frozen:
+    return ""
+  sizes = {path: leaf.size for path, leaf in flatten(params).items()}
+  trained = sum(size for path, size in sizes.items() if path not in frozen)
+  return f"trained: {trained:,} of {sum(sizes.values()):,} parameters; "
 
 
 def _warn_of_absent_classes(experiment: Experiment, held: DataLabels) -> None:

@@ -56,6 +56,8 @@ def make_program(experiment: Experiment) -> Program:
     experiment.optimizer,
     seed=settings.seed,
     ema_decays=settings.ema_decays,
+    ema_warmup=settings.ema_warmup,
+    frozen=experiment.frozen,
     accumulation_steps=settings.accumulation_steps,
     learning_rate=experiment.learning_rate,
   )

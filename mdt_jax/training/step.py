@@ -7,7 +7,7 @@ devices or of accumulation steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Draws, Objective
 from mdt_jax.objectives.objective import Losses
 from mdt_jax.optimizers import Schedule
+from mdt_jax.parameter_groups import is_frozen
+from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.train_state import TrainState
 from mdt_jax.types import Array, Batch, Params
 
@@ -42,6 +44,8 @@ def make_train_step(
   *,
   seed: int,
   ema_decays: Iterable[float],
+  ema_warmup: bool = False,
+  frozen: Collection[str] | None = None,
   accumulation_steps: int = 1,
   learning_rate: Schedule | None = None,
 ) -> TrainStep:
@@ -55,6 +59,9 @@ def make_train_step(
     optimizer: turns gradients into updates of the parameters.
     seed: seed of all random numbers; the key of a step is `step_key(seed, step)`.
     ema_decays: decays of the averages in the state, in (0, 1).
+    ema_warmup: whether the decay d of step n = 0, 1, … is min(d, (1 + n) / (10 + n)).
+    frozen: paths, or names of top-level parameters, that do not count in the metric
+      "gradient_norm"; None for those of the network.
     accumulation_steps: number of equal parts of the batch that are computed one after
       another, to save memory; must divide the batch size.
     learning_rate: schedule, for the metric "learning_rate" only.
@@ -66,6 +73,8 @@ def make_train_step(
     loss or the gradient norm is not finite, the step is skipped: only the step number
     of the state changes, "skipped" counts the step, and the other metrics omit it.
   """
+
+  frozen = model.frozen if frozen is None else frozen
 
   def gradients_of(
     params: Params, draws: Draws, static: Hashable
@@ -89,6 +98,12 @@ def make_train_step(
     gradients = jax.tree.map(lambda g: g / accumulation_steps, gradients)
     return gradients, jax.tree.map(_join, losses)
 
+  def weight_of(decay: float, step: Array) -> float | Array:
+    """The weight of the parameters in an average with this decay."""
+    if not ema_warmup:
+      return 1 - decay
+    return 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
   def train_step(
     state: TrainState, batch: Batch, static: Hashable
   ) -> tuple[TrainState, Metrics]:
@@ -97,8 +112,7 @@ def make_train_step(
     total = losses.pop("total")
     weighted = {name: loss * draws.weights for name, loss in losses.items()}
     metrics = _loss_metrics(weighted, draws.t, objective.process.end_time)
-    trained = {k: g for k, g in gradients.items() if k not in model.frozen}
-    norm = optax.tree.norm(trained)
+    norm = optax.tree.norm(_trained(gradients, frozen))
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.stack(
@@ -115,7 +129,9 @@ def make_train_step(
         params=params,
         opt_state=opt_state,
         ema={
-          str(decay): optax.incremental_update(params, state.ema[str(decay)], 1 - decay)
+          str(decay): optax.incremental_update(
+            params, state.ema[str(decay)], weight_of(decay, state.step)
+          )
           for decay in ema_decays
         },
         loss_history=objective.timestep_sampler.update(
@@ -142,6 +158,12 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
   """
   host = jax.device_get(metrics)
   return {name: float(s / n) for name, (s, n) in host.items() if n > 0}
+
+
+def _trained(gradients: Params, frozen: Collection[str]) -> Params:
+  """Leaves out the gradients of frozen parameters."""
+  kept = {k: g for k, g in flatten(gradients).items() if not is_frozen(k, frozen)}
+  return unflatten(kept)
 
 
 def _check_loss(objective: Objective, found: Any, batch_size: int) -> None:

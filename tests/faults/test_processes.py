@@ -40,14 +40,20 @@ def before(records, num_processes):
 
 
 def start(workdir, data, num_processes, folder, *more, before=before):
-  """Starts the processes of one run. Each records its batches in `folder`."""
+  """Starts the processes of one run. Each records its batches in `folder`.
+
+  The data is that of a folder of arrays, or the digits if `data` is None.
+  """
   folder.mkdir()
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   flags = [
-    "--config.data.source=arrays",
-    f"--config.data.path={data}",
+    *(
+      [f"--config.data.path={data}", "--config.data.source=arrays"]
+      if data
+      else ["--config.data.source=digits"]
+    ),
     f"--config.model.num_classes={NUM_EXAMPLES}",
     f"--config.num_steps={NUM_STEPS}",
     "--config.mesh.fsdp=2",
@@ -130,10 +136,9 @@ def before_a_save_fails(records, num_processes):
   retries.FIRST_PAUSE = 0
 
 
-def test_failed_save_is_reported_and_scores_written_by_all(data, tmp_path):
+def test_failed_save_is_reported_and_scores_written_by_all(tmp_path):
   workdir = tmp_path / "run"
   scored = [
-    "--config.data.source=digits",
     "--config.sample_every=20",
     "--config.num_samples=4",
     "--config.eval.every=20",
@@ -142,7 +147,7 @@ def test_failed_save_is_reported_and_scores_written_by_all(data, tmp_path):
     "--config.eval.batch_size=8",
   ]
   processes = start(
-    workdir, data, 2, tmp_path / "logs", *scored, before=before_a_save_fails
+    workdir, None, 2, tmp_path / "logs", *scored, before=before_a_save_fails
   )
   assert [process.end() for process in processes] == [0, 0]
   for process in processes:

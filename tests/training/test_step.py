@@ -13,6 +13,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.objectives import PlainObjective
+from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import step
 from mdt_jax.training.program import make_program
@@ -59,6 +60,8 @@ def make_step(config):
     experiment.optimizer,
     seed=config.seed,
     ema_decays=config.ema_decays,
+    ema_warmup=config.ema_warmup,
+    frozen=experiment.frozen,
     accumulation_steps=config.accumulation_steps,
     learning_rate=experiment.learning_rate,
   )
@@ -152,6 +155,28 @@ def test_ema_follows_its_decays():
       after.params,
     )
     assert distance(after.ema[str(decay)], expected) < 1e-6
+
+
+def test_ema_warmup_limits_the_decay_and_frozen_parameters_stay():
+  """Step n = 3 has the decay 4 / 13."""
+  frozen = {"optimizer.frozen": ("few_shot",), "optimizer.clip_norm": 0.0}
+  config = tiny_config(ema_decays=(0.1, 0.9999), ema_warmup=True, **DIT, **frozen)
+  state = make_state(config)
+  state = state.replace(step=state.step + 3)
+  after, _ = make_step(config)(state, make_batch(config), None)
+  for decay, expected in ((0.1, 0.1), (0.9999, 4 / 13)):
+    average = jax.tree.map(
+      lambda old, new, d=expected: d * np.asarray(old) + (1 - d) * np.asarray(new),
+      state.ema[str(decay)],
+      after.params,
+    )
+    assert distance(after.ema[str(decay)], average) < 1e-6
+  moved = {
+    path
+    for path, old in flatten(state.params).items()
+    if np.any(flatten(after.params)[path] != old)
+  }
+  assert moved == flatten(state.params).keys() - build(config).frozen
 
 
 def test_mask_ratio_zero_has_no_masked_loss_or_side_block_update():
