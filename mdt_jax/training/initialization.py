@@ -54,6 +54,10 @@ class Initialization:
       logger.info(
         "config.init.path is not read: the run resumes from its own checkpoint"
       )
+    self.recall(saved)
+
+  def recall(self, saved: Settings) -> None:
+    """Takes over the `config.init` of the first start from a checkpoint's settings."""
     self._remember(saved.init)
 
   def first_state(self, program: Program) -> TrainState:

@@ -24,6 +24,7 @@ from mdt_jax.objectives import Draws
 from mdt_jax.objectives.objective import Losses
 from mdt_jax.paths import output_folder
 from mdt_jax.train_state import TrainState
+from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.program import make_program
 from mdt_jax.training.step import step_key
 from mdt_jax.types import Array, Batch, Params
@@ -73,12 +74,16 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
     raise SettingError(
       "--workdir", str(workdir), f"must be the folder of a run: no {FOLDER!r} in it"
     )
+  experiment.open()
   mesh, source, objective = experiment.mesh, experiment.source, experiment.objective
   program = make_program(experiment)
   with locked(workdir), sharding.use_mesh(mesh):
     saved = Checkpoints(workdir, settings.checkpoints_to_keep)
     if saved.latest_step(step) is None:
-      state = program.init(jax.random.key(settings.seed))
+      start = Initialization(experiment, workdir)
+      if (later := saved.latest_step()) is not None:
+        start.recall(saved.settings(later))
+      state = start.first_state(program)
     else:
       state = saved.restore(program.state, experiment, until=step)
     saved.close()

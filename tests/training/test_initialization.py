@@ -21,6 +21,7 @@ from mdt_jax.settings import Settings
 from mdt_jax.training import loop
 from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.program import make_program
+from mdt_jax.training.replay import replay
 from tests import forked, reference
 from tests.training.tiny import tiny_config, tiny_dit_config
 
@@ -139,6 +140,12 @@ def test_run_starts_from_a_workdir_and_records_it(old_run, tmp_path, caplog):
   saved = checkpoints.settings(1)
   checkpoints.close()
   assert (saved.init.step, saved.init.checksum) == (7, f"{seal:08x}")
+
+  # A replayed step before the first checkpoint starts from the same weights.
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    replay(config, tmp_path, 0)
+  assert f"starting from {folder}, step 7 (CRC-32 {seal:08x})" in caplog.text
 
   # It resumes from its own checkpoint, even if the weights are gone, and keeps the
   # record.
