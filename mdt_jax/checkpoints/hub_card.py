@@ -182,7 +182,8 @@ def _scores(checkpoint: Checkpoint, workdir: Path) -> Iterator[tuple[str, str]]:
   if (settings.ema_decays[0] if decay is None else decay) == settings.sampled_decay:
     found = _read(workdir / "scores" / f"step_{step}.json")
     for name, value in _numbers(found):
-      yield name.removeprefix("eval/"), f"{value:.4f}, in training"
+      if name.startswith("eval/"):
+        yield name.removeprefix("eval/"), f"{value:.4f}, in training"
   of_parameters = {"step": step, "ema_decay": settings.sampled_decay}
   found = _read(workdir / "evaluation" / "scores.json")
   sampling = found.get("sampling")  # null if the images come from a file

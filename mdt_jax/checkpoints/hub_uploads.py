@@ -109,10 +109,12 @@ def push_to_hub(
 def without_local_paths(settings: Settings) -> Settings:
   """Returns settings without paths of this machine, for publication.
 
-  A path is reduced to its last name: "/data/me/latents" becomes "latents". Names of
-  data sets (tfds:NAME) and addresses of the hub stay. So does config.data.vae if it is
-  a name on the hub. Another autoencoder is left out, and a run that encodes images with
-  it then counts as one of latents, so that a pipeline does not take them for pixels.
+  A path in config.data.path, config.init.path, config.eval.reference and .inception,
+  and an absolute path in `arguments` of an objective, a process or an optimizer, is
+  reduced to its last name: "/data/me/latents" becomes "latents". Names of data sets
+  (tfds:NAME) and addresses of the hub stay. So does config.data.vae if it is a name on
+  the hub. Another autoencoder is left out, and a run that encodes images with it then
+  counts as one of latents, so that a pipeline does not take latents for pixels.
   """
   data = settings.data
   if data.vae is not None and _is_local_autoencoder(data.vae):
@@ -122,7 +124,10 @@ def without_local_paths(settings: Settings) -> Settings:
   for group, name in _PATHS:
     if found[group][name] is not None:
       found[group][name] = _last_name(found[group][name])
-  return Settings.from_dict(_reduced(found))
+  for group in found.values():  # arguments of a user's own code may hold any texts
+    if isinstance(group, dict) and "arguments" in group:
+      group["arguments"] = _reduced(group["arguments"])
+  return Settings.from_dict(found)
 
 
 def _write(
@@ -165,7 +170,7 @@ def _is_local_autoencoder(vae: str) -> bool:
 
 
 def _last_name(path: str) -> str:
-  """The last name of a path; a name that is no path, such as tfds:mnist, stays."""
+  """The last name of a path. A name that is no path, such as tfds:mnist, stays."""
   if path.startswith(("tfds:", "<")) or hub.is_hub_url(path):
     return path
   return Path(path).name

@@ -88,9 +88,11 @@ def check_upload(setting: str, repository: str) -> None:
     raise SettingError(
       setting, repository, "must be ORG/NAME, of letters, digits, '-', '_' and '.'"
     )
-  library: Any = import_hub(setting, repository)
+  import_hub(setting, repository)
+  from huggingface_hub.utils import validate_repo_id
+
   try:
-    library.utils.validate_repo_id(repository)
+    validate_repo_id(repository)
   except ValueError as error:
     raise SettingError(setting, repository, one_line(error)) from None
 
