@@ -82,7 +82,7 @@ def _summary(checkpoint: Checkpoint) -> str:
   classes = counted(experiment.model.num_classes, "class", "classes")
   return (
     f"{experiment.model_name}: a diffusion network of {height}x{width}x{channels} "
-    f"{what} and {classes}, trained with mdt_jax. {RELEASED_WEIGHTS} holds averaged "
+    f"{what} and {classes}, for mdt_jax. {RELEASED_WEIGHTS} holds averaged "
     f"parameters of step {checkpoint.step:,} under the names of the released PyTorch "
     f"code ({_CODE})."
   )
@@ -100,7 +100,7 @@ def _usage(checkpoint: Checkpoint, settings: Settings, name: str) -> str:
     "```python",
     "import mdt_jax",
     f"pipeline = mdt_jax.Pipeline.from_pretrained({json.dumps(printable(name))})",
-    f"{draw}([{label}], num_steps=50)",
+    f"{draw}([{label}])",
     "```",
     "",
     "Loading from the hub needs mdt_jax with its extra `hub`.",
@@ -116,6 +116,9 @@ def _usage(checkpoint: Checkpoint, settings: Settings, name: str) -> str:
 def _training(checkpoint: Checkpoint, settings: Settings) -> Iterator[tuple[str, str]]:
   """Rows about the data and the run; `settings` hold no paths of this machine."""
   of_run = checkpoint.experiment.settings
+  if checkpoint.step == 0:
+    yield "steps", "unknown: the network was converted from a file of weights"
+    return
   source = f"`{of_run.data.source}`"
   if settings.data.path:
     source += f": {_code(settings.data.path)}"
@@ -180,7 +183,7 @@ def _scores(checkpoint: Checkpoint, workdir: Path) -> Iterator[tuple[str, str]]:
   saved = _read(workdir / "config.json").get("sampling")
   decay = saved.get("ema_decay") if isinstance(saved, dict) else None
   if (settings.ema_decays[0] if decay is None else decay) == settings.sampled_decay:
-    found = _read(workdir / "scores" / f"step_{step}.json")
+    found = _read(workdir / "scores" / f"step_{step:07d}.json")
     for name, value in _numbers(found):
       if name.startswith("eval/"):
         yield name.removeprefix("eval/"), f"{value:.4f}, in training"

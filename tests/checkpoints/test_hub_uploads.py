@@ -73,9 +73,13 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """A run that was trained, with two averages."""
+  """A run that was trained and scored, with two averages."""
   workdir = tmp_path_factory.mktemp("trained")
-  train(tiny_dit_config(num_steps=2, ema_decays=(0.9, 0.99)), workdir)
+  scores = {"eval.every": 2, "eval.metrics": "frechet", "eval.num_images": 8}
+  config = tiny_dit_config(
+    num_steps=2, ema_decays=(0.9, 0.99), **scores, **{"eval.batch_size": 8}
+  )
+  train(config, workdir)
   return workdir
 
 
@@ -93,7 +97,7 @@ def test_card_describes_the_run(digits, tmp_path):
   assert header["pipeline_tag"] == "unconditional-image-generation"
   for line in (
     'pipeline = mdt_jax.Pipeline.from_pretrained("digits")',
-    "images = pipeline([1], num_steps=50)",
+    "images = pipeline([1])",
     "| data | `images`: `my_images` |",
     "| classes in the data | 2 classes: `ant`, `be/e` |",
     "| steps | 7 of 4 |",
@@ -119,10 +123,11 @@ def test_card_lists_the_scores_of_its_parameters(trained, tmp_path):
   write_json(workdir / "evaluation" / "scores.json", scores)
   bits = {"step": 2, "ema_decay": 0.9, "held_out": True, "images": 64, "total_bpd": 3.5}
   write_json(workdir / "evaluation" / "bpd.json", bits)
-  write_json(workdir / "scores" / "step_2.json", {"eval/frechet": 1.25})
+  (in_training,) = (workdir / "scores").glob("step_*.json")
+  frechet = json.loads(in_training.read_text())["eval/frechet"]
   _, text = card_of(workdir, tmp_path / "folder")
   for line in (
-    "| frechet | 1.2500, in training |",
+    f"| frechet | {frechet:.4f}, in training |",
     "| fid | 12.5000 (500 images, ddim, 20 steps, cfg_scale 2.0) |",
     "| bits per dimension | 3.5000 (64 held-out images) |",
   ):
@@ -134,7 +139,11 @@ def test_card_lists_the_scores_of_its_parameters(trained, tmp_path):
 @pytest.mark.parametrize("found", ["{", "[1]", '{"step": 7, "sampling": 5}', "\x00"])
 def test_damaged_scores_are_left_out(tmp_path, found):
   workdir = save_run(tmp_path / "run")
-  for name in ("evaluation/scores.json", "evaluation/bpd.json", "scores/step_7.json"):
+  for name in (
+    "evaluation/scores.json",
+    "evaluation/bpd.json",
+    "scores/step_0000007.json",
+  ):
     (workdir / name).parent.mkdir(exist_ok=True)
     (workdir / name).write_text(found)
   assert "## Scores" not in card_of(workdir, tmp_path / "folder")[1]
