@@ -49,6 +49,7 @@ from mdt_jax.parameter_groups import (
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
 from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.pretrained.zero_shards import zero_shards
+from mdt_jax.setting_groups import split_commas
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
@@ -283,7 +284,9 @@ class Experiment:
         else None,
         frozen=self.frozen,
         rates=rates_of_paths(
-          "learning_rates", chosen.learning_rates, flatten(abstract_params(self.model))
+          "learning_rates",
+          split_commas(chosen.learning_rates),
+          flatten(abstract_params(self.model)),
         )
         if chosen.learning_rates
         else None,
@@ -294,7 +297,8 @@ class Experiment:
   @functools.cached_property
   def frozen(self) -> frozenset[str]:
     """Paths of the parameters that are not trained."""
-    always, chosen = self.model.frozen, self.settings.optimizer.frozen
+    always = self.model.frozen
+    chosen = split_commas(self.settings.optimizer.frozen)
     if not always and not chosen:
       return frozenset()
     paths = flatten(abstract_params(self.model))

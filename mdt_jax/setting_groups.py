@@ -172,13 +172,14 @@ class OptimizerSettings:
   # 1: by the norm of all parameters. A released run of MDTv2 on N GPUs clips N shards,
   # because it puts Adan into PyTorch's ZeroRedundancyOptimizer (docs/parity.md).
   clip_shards: int = 1
-  # Parameters that are not trained: regular expressions, searched for in paths such as
-  # decode_blocks/attention/qkv/kernel; or few_shot (all but labels and adaLN) or
-  # difffit (all but biases and labels).
-  frozen: tuple[str, ...] = ()
-  # Learning rates of some parameters, 'PATTERN:RATE'; the first pattern that matches a
-  # path decides: "('label_embed:1e-3','modulation:5e-4')". The schedule stays.
-  learning_rates: tuple[str, ...] = ()
+  # Parameters that are not trained: regular expressions with commas between them,
+  # searched for in paths such as decode_blocks/attention/qkv/kernel; or few_shot (all
+  # but labels and adaLN) or difffit (all but biases and labels). Empty: none.
+  frozen: str = ""
+  # Learning rates of some parameters, PATTERN:RATE with commas between them; the first
+  # pattern that matches a path decides: 'label_embed:1e-3,modulation:5e-4'. The
+  # schedule stays.
+  learning_rates: str = ""
   # More arguments of an optimizer of optax, such as '{"momentum": 0.9}' for sgd.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -221,10 +222,10 @@ class InitSettings:
   # Classes of the network in a file, without the null label. None: what its tensors
   # show; see --num_classes of mdt_jax.convert.
   num_classes: int | None = None
-  # Classes whose labels are kept, 'OLD:NEW', each a number or a name:
-  # "('golden retriever:0','281:cat')". Empty: all if the numbers of classes are equal,
+  # Classes whose labels are kept, OLD:NEW with commas between them, each a number or a
+  # name: 'golden retriever:0,281:cat'. Empty: all if the numbers of classes are equal,
   # else none but the null label.
-  classes: tuple[str, ...] = ()
+  classes: str = ""
   # Patch embedding and last layer of another patch size: resize or fresh.
   patches: str = "resize"
   # Whether to take what fits of a network of another depth or variant.
@@ -238,9 +239,11 @@ class InitSettings:
       at_least(self, "step", 0)
     if self.num_classes is not None:
       at_least(self, "num_classes", 1)
-    for item in self.classes:
-      if not isinstance(item, str) or not all(item.rpartition(":")):
-        raise SettingError("classes", self.classes, "must hold texts 'OLD:NEW'")
+    for item in split_commas(self.classes):
+      if not all(item.rpartition(":")):
+        raise SettingError(
+          "classes", self.classes, "must be OLD:NEW, with commas between such pairs"
+        )
     if self.path is None:
       for field in dataclasses.fields(self):
         if getattr(self, field.name) != field.default:
@@ -379,6 +382,11 @@ class EvalSettings:
       at_least(self, name, least)
     if self.labels is not None:
       check_choice("labels", self.labels, LABELS_OF_SCORES)
+
+
+def split_commas(text: str) -> tuple[str, ...]:
+  """The parts of a text between commas, without spaces around them or empty parts."""
+  return tuple(part for part in map(str.strip, text.split(",")) if part)
 
 
 def at_least(settings: Any, name: str, least: int) -> None:

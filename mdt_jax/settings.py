@@ -35,14 +35,6 @@ from mdt_jax.setting_groups import (
 from mdt_jax.setting_limits import check_maxima
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
-# Groups and names of settings that are tuples.
-_TUPLES = (
-  ("sampling", "cfg_interval"),
-  ("init", "classes"),
-  ("optimizer", "frozen"),
-  ("optimizer", "learning_rates"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -250,12 +242,10 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
   saved = {**saved, "masking": masking, "objective": objective}
   if "ema_decays" in saved:
     saved["ema_decays"] = tuple(saved["ema_decays"])
-  # JSON has lists where settings are tuples.
-  groups = {name: dict(saved.get(name, {})) for name in {g for g, _ in _TUPLES}}
-  for group, name in _TUPLES:
-    if name in groups[group]:
-      groups[group][name] = tuple(groups[group][name])
+  sampling = dict(saved.get("sampling", {}))
+  if "cfg_interval" in sampling:
+    sampling["cfg_interval"] = tuple(sampling["cfg_interval"])
   config = Settings().to_config()
   with config.unlocked():
-    config.update({**saved, **groups})
+    config.update({**saved, "sampling": sampling})
   return config

@@ -214,7 +214,8 @@ class Checkpoints:
         raise SettingError(
           "--workdir",
           workdir,
-          "holds a converted model without a training state, which can only be sampled",
+          "holds a converted model without a training state: train in another folder, "
+          f"with --config.init.path={workdir}",
         )
       self._check_optimizer(step, like, experiment)
       held = {str(decay): like.ema[str(decay)] for decay in before.ema_decays}

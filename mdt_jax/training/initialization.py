@@ -19,7 +19,7 @@ from mdt_jax.models.registry import init_params
 from mdt_jax.pretrained.adaptation import KEPT, Adaptation
 from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.sampling.labels import parse_labels
-from mdt_jax.setting_groups import InitSettings
+from mdt_jax.setting_groups import InitSettings, split_commas
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 from mdt_jax.training.program import Program
@@ -95,7 +95,7 @@ class Initialization:
     """New label -> old label, as `config.init.classes` says; None if it is empty."""
     setting = "config.init.classes"
     found: dict[int, int] = {}
-    for item in self._experiment.settings.init.classes:
+    for item in split_commas(self._experiment.settings.init.classes):
       old, _, new = item.rpartition(":")
       label = self._label(new, self._experiment.model.num_classes)
       if label in found:

@@ -162,9 +162,7 @@ def test_average_and_step_are_chosen(old_run):
 
 def test_classes_are_mapped_by_number_and_by_name(old_run):
   held = build(tiny_dit_config()).open()  # the digits, named "0" to "9"
-  config = tiny_dit_config(
-    **{"init.path": str(old_run[0]), "init.classes": ("3:1", "8:0")}
-  )
+  config = tiny_dit_config(**{"init.path": str(old_run[0]), "init.classes": "3:1, 8:0"})
   state, experiment = first_state(config)
   assert len(held.labels) == experiment.model.num_classes
   table = np.asarray(state.params["label_embed"]["table"])
@@ -213,10 +211,13 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
     ({"init.path": "{old}", "init.network": "DiT"}, r"init.network = 'DiT': is for"),
     ({"init.path": "{old}", "init.checksum": "0" * 8}, r"init.checksum = '00000000'"),
     ({"init.path": "{old}", "init.patches": "new"}, r"init.patches = 'new': accepted"),
-    ({"init.path": "{old}", "init.classes": ("3",)}, r"init.classes = .*'OLD:NEW'"),
-    ({"init.path": "{old}", "init.classes": ("30:1",)}, r"init.classes = 30: labels"),
     (
-      {"init.path": "{old}", "init.classes": ("3:1", "4:1")},
+      {"init.path": "{old}", "init.classes": "3"},
+      r"init.classes = .3.: must be OLD",
+    ),
+    ({"init.path": "{old}", "init.classes": "30:1"}, r"init.classes = 30: labels"),
+    (
+      {"init.path": "{old}", "init.classes": "3:1,4:1"},
       r"init.classes = .*the new class 1",
     ),
     ({"init.path": "{old}", "model.num_heads": 4}, r"init.path = .*: num_heads is 2"),

@@ -159,7 +159,7 @@ def test_ema_follows_its_decays():
 
 def test_ema_warmup_limits_the_decay_and_frozen_parameters_stay():
   """Step n = 3 has the decay 4 / 13."""
-  frozen = {"optimizer.frozen": ("few_shot",), "optimizer.clip_norm": 0.0}
+  frozen = {"optimizer.frozen": "few_shot", "optimizer.clip_norm": 0.0}
   config = tiny_config(ema_decays=(0.1, 0.9999), ema_warmup=True, **DIT, **frozen)
   state = make_state(config)
   state = state.replace(step=state.step + 3)
