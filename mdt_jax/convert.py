@@ -3,11 +3,16 @@
 python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
 python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
 python -m mdt_jax.convert --inception --input=FILE.pth --output=inception.safetensors
+python -m mdt_jax.convert --push=ORG/NAME --input=WORKDIR
+python -m mdt_jax.convert --to_hub --input=WORKDIR --output=FOLDER
 
 The first command writes a run's folder, from which mdt_jax.sample draws images.
 --to_torch writes averaged parameters of a run under the released names and shapes.
 --inception converts the weights of FID's network (a file of pytorch-fid or
 torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
+--push uploads averaged parameters of a run, its settings and a model card to the
+Hugging Face hub, from which Pipeline.from_pretrained loads them; --to_hub writes these
+files to a folder.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import mdt_jax.interrupts  # noqa: F401
 from absl import flags
 
 from mdt_jax import cli
-from mdt_jax.checkpoints import converted
+from mdt_jax.checkpoints import converted, hub_uploads
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.paths import local_path
@@ -26,22 +31,44 @@ from mdt_jax.pretrained import torch_inception, torch_vae
 INPUT = flags.DEFINE_string(
   "input",
   None,
-  "File to convert, or folder of a DiT in diffusers' format; with --to_torch, the "
-  "folder of a run.",
+  "File to convert, or folder of a DiT in diffusers' format; with --to_torch, --push "
+  "or --to_hub, the folder of a run.",
   required=True,
 )
 OUTPUT = flags.DEFINE_string(
   "output",
   None,
   "Folder to write, for --checkpoint of mdt_jax.sample; with --to_torch or "
-  "--inception, a file.",
-  required=True,
+  "--inception, a file; with --to_hub, a folder for Pipeline.from_pretrained. Needed "
+  "unless --push is given.",
 )
 TO_TORCH = flags.DEFINE_bool(
   "to_torch", False, "Convert a run to a .pt, .pth or .safetensors file."
 )
 INCEPTION = flags.DEFINE_bool(
   "inception", False, "Convert the weights of FID's Inception network."
+)
+PUSH = flags.DEFINE_string(
+  "push",
+  None,
+  "Upload averaged parameters of a run to this repository, ORG/NAME, on the Hugging "
+  "Face hub, with its settings and a model card. Paths of this machine are left out. "
+  "Needs huggingface_hub and a login (hf auth login, or HF_TOKEN). Default: no "
+  "upload.",
+)
+TO_HUB = flags.DEFINE_bool(
+  "to_hub",
+  False,
+  "Write the folder that --push uploads: model.safetensors, config.json and README.md.",
+)
+PRIVATE = flags.DEFINE_bool(
+  "private", False, "With --push: make a new repository private."
+)
+LICENSE = flags.DEFINE_string(
+  "license",
+  None,
+  "With --push or --to_hub: license in the model card, as the hub names it, such as "
+  "apache-2.0. Default: the card states no license.",
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds.")
 NETWORK = flags.DEFINE_string(
@@ -74,28 +101,55 @@ INPUT_SIZE = flags.DEFINE_integer(
   "of config.json beside the file.",
 )
 STEP = flags.DEFINE_integer(
-  "step", None, "With --to_torch: step of the checkpoint. Default: the latest."
+  "step",
+  None,
+  "With --to_torch, --push or --to_hub: step of the checkpoint. Default: the latest.",
 )
 EMA_DECAY = flags.DEFINE_float(
   "ema_decay",
   None,
-  "With --to_torch: decay of the averaged parameters to convert, one of "
+  "With --to_torch, --push or --to_hub: decay of the averaged parameters, one of "
   "config.ema_decays. Default: config.sampling.ema_decay of the run, else the first.",
 )
-cli.require(input="mdt_xl2_v2_ckpt.pt", output="runs/mdt_xl2")
+cli.require(input="mdt_xl2_v2_ckpt.pt")
+cli.suggest({"checkpoint": "--input"})
 
 
 # Name of an argument in an error -> name of its flag.
 _FROM_TORCH = {"path": "input", "workdir": "output"}
 _TO_TORCH = {"workdir": "input", "path": "output"}
 _INCEPTION = {"source": "input", "target": "output"}
+_TO_HUB = {"workdir": "input", "folder": "output", "repository": "push"}
 
 
 def main(argv: list[str]) -> None:
   del argv
-  output = local_path("output", OUTPUT.value)
+  repository, output = PUSH.value, None
+  if repository is None:
+    output = local_path("output", cli.required_value(OUTPUT, "runs/mdt_xl2"))
   _check_direction()
-  if INCEPTION.value:
+  published = {
+    "step": STEP.value,
+    "ema_decay": EMA_DECAY.value,
+    "license": LICENSE.value,
+  }
+  if repository is not None:
+    with renamed_in_errors(_TO_HUB):
+      step = hub_uploads.push_to_hub(
+        INPUT.value, repository, private=PRIVATE.value, **published
+      )
+    logger.info(
+      "step %d of %s: https://huggingface.co/%s", step, INPUT.value, repository
+    )
+    return
+  assert output is not None
+  if TO_HUB.value:
+    with renamed_in_errors(_TO_HUB):
+      step = hub_uploads.to_hub_folder(
+        INPUT.value, output, overwrite=OVERWRITE.value, **published
+      )
+    logger.info("step %d of %s: %s", step, INPUT.value, output)
+  elif INCEPTION.value:
     with renamed_in_errors(_INCEPTION):
       torch_inception.convert_inception(INPUT.value, output, overwrite=OVERWRITE.value)
     logger.info("%s", output)
@@ -129,24 +183,46 @@ def main(argv: list[str]) -> None:
 
 
 def _check_direction() -> None:
-  """Refuses an input of the other direction than that of the flags."""
+  """Refuses flags of several directions, and an input of another direction."""
   path = local_path("input", INPUT.value)
-  if TO_TORCH.value and INCEPTION.value:
-    raise SettingError("inception", True, "cannot be combined with --to_torch")
-  if TO_TORCH.value and path.is_file():
+  directions = {
+    "push": PUSH.value,
+    "to_hub": TO_HUB.value,
+    "to_torch": TO_TORCH.value,
+    "inception": INCEPTION.value,
+  }
+  given = [name for name, value in directions.items() if value not in (None, False)]
+  if len(given) > 1:
+    last = given[-1]
+    raise SettingError(last, directions[last], f"cannot be combined with --{given[0]}")
+  direction = given[0] if given else None
+  to_hub = direction in ("push", "to_hub")
+  if direction == "push" and OUTPUT.value is not None:
+    raise SettingError(
+      "output", OUTPUT.value, "cannot be combined with --push; --to_hub writes a folder"
+    )
+  for name, value, fits, needed in (
+    ("private", PRIVATE.value, direction == "push", "--push"),
+    ("license", LICENSE.value, to_hub, "--push or --to_hub"),
+  ):
+    if value and not fits:
+      raise SettingError(name, value, f"needs {needed}")
+  reads_run = to_hub or direction == "to_torch"
+  if reads_run and path.is_file():
     raise SettingError(
       "input",
       INPUT.value,
-      "is a file, and --to_torch takes the folder of a run; leave --to_torch out to "
+      f"is a file, and --{direction} takes the folder of a run; leave it out to "
       "convert a PyTorch file",
     )
-  if not INCEPTION.value:
-    cli.check_run_folder("input", INPUT.value, "step", accepts_parent=TO_TORCH.value)
-  if not TO_TORCH.value and cli.is_run(path):
+  if direction != "inception":
+    cli.check_run_folder("input", INPUT.value, "step", accepts_parent=reads_run)
+  if not reads_run and cli.is_run(path):
     raise SettingError(
       "input",
       INPUT.value,
-      "is the folder of a run; did you mean --to_torch, with a file as --output?",
+      "is the folder of a run; did you mean --to_torch, with a file as --output, or "
+      "--push=ORG/NAME?",
     )
 
 

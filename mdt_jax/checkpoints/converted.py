@@ -24,7 +24,7 @@ from mdt_jax.logs import logger
 from mdt_jax.paths import output_file, output_folder
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
-from mdt_jax.pretrained.tensors import check_suffix, write_tensors
+from mdt_jax.pretrained.tensors import Tensors, check_suffix, write_tensors
 from mdt_jax.settings import Settings
 
 PARTIAL = ".partial"  # folder inside a workdir, for a conversion that is not complete
@@ -128,14 +128,29 @@ def to_torch_file(
     raise SettingError("path", str(path), "exists already, and overwrite is not set")
   with renamed_in_errors({"path": "workdir"}):
     checkpoint = loading.load_ema(workdir, step, ema_decay)
-  model = checkpoint.experiment.model
-  attributes = torch_mdt.attributes_of(model)
-  with renamed_in_errors({"input_size": "config.model.input_size"}):
+  write_tensors(path, *released_weights(checkpoint))
+  return checkpoint.step
+
+
+def released_weights(checkpoint: loading.Checkpoint) -> tuple[Tensors, dict[str, str]]:
+  """Returns averaged parameters under the released names, and notes about them.
+
+  Args:
+    checkpoint: parameters of a run.
+
+  Returns:
+    (tensors, notes), for `write_tensors`.
+
+  Raises:
+    SettingError: released networks are not of this form; see `torch_mdt.to_torch`.
+  """
+  attributes = torch_mdt.attributes_of(checkpoint.experiment.model)
+  names = {name: f"config.model.{name}" for name in ("input_size", "condition")}
+  with renamed_in_errors(names):
     tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   diffusion = checkpoint.experiment.settings.diffusion
   noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
-  write_tensors(path, tensors, sizes.notes(attributes, diffusion=noted))
-  return checkpoint.step
+  return tensors, sizes.notes(attributes, diffusion=noted)
 
 
 def _replace(old: Path, new: Path, aside: Path) -> None:

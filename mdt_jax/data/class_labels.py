@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,44 @@ class DataLabels:
       found = read_json(workdir / FILE, refuse)
     except FileNotFoundError:
       return None
+    return cls.from_dict(found, num_classes, FILE, refuse)
+
+  @classmethod
+  def from_dict(
+    cls,
+    found: Mapping[str, Any],
+    num_classes: int,
+    name: str,
+    refuse: Callable[[str], Exception],
+  ) -> DataLabels:
+    """Returns the labels of a dict that `to_dict` made.
+
+    Args:
+      found: the dict, of a file that may be damaged.
+      num_classes: number of classes of the run's network.
+      name: name of the file in errors.
+      refuse: makes the error that is raised from one line about the file.
+
+    Raises:
+      Exception: the error of `refuse`: the dict holds no labels of such a network.
+    """
     labels = found.get("labels")
     if not _is_list(labels, int) or not labels:
-      raise refuse(f'{FILE} must hold "labels", a list of whole numbers')
+      raise refuse(f'{name} must hold "labels", a list of whole numbers')
     if sorted(set(labels)) != labels or labels[0] < 0 or labels[-1] >= num_classes:
-      raise refuse(f"{FILE} must hold increasing labels in [0, {num_classes})")
+      raise refuse(f"{name} must hold increasing labels in [0, {num_classes})")
     names = found.get("names") or []
     if not _is_list(names, str) or len(names) not in (0, len(labels)):
-      raise refuse(f'{FILE} must hold "names", one text for each label, or null')
+      raise refuse(f'{name} must hold "names", one text for each label, or null')
     return cls(np.asarray(labels), names)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the contents of labels.json."""
+    return {"labels": self.labels.tolist(), "names": list(self.names) or None}
 
   def write(self, workdir: Path) -> None:
     """Writes labels.json."""
-    names = list(self.names) or None
-    write_json(workdir / FILE, {"labels": self.labels.tolist(), "names": names})
+    write_json(workdir / FILE, self.to_dict())
 
   def choose(self, count: int) -> Int[np.ndarray, "count"]:
     """Returns all labels in turn, (count,) int64."""

@@ -22,6 +22,7 @@ from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.paths import expand_home
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
+  RELEASED_WEIGHTS,
   WEIGHT_FILES,
   read_config,
   weights_in,
@@ -65,8 +66,8 @@ def find_file(path: Path) -> Path:
   """Returns the file of weights that a path means.
 
   Args:
-    path: a file; or a folder with config.json and weights, or with a subfolder
-      `transformer` that holds them.
+    path: a file; or a folder with `RELEASED_WEIGHTS`; or a folder with config.json and
+      weights of diffusers, or with a subfolder `transformer` that holds them.
 
   Raises:
     SettingError: setting "path": a folder holds no weights.
@@ -74,13 +75,16 @@ def find_file(path: Path) -> Path:
   path = expand_home(path)
   if not os.path.isdir(path):
     return path
+  if os.path.isfile(path / RELEASED_WEIGHTS):
+    return path / RELEASED_WEIGHTS
   for folder in (path, path / SUBFOLDER):
     if found := weights_in(folder):
       return found
   raise SettingError(
     "path",
     str(path),
-    f"must be a file, or a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}",
+    f"must be a file, or a folder with {RELEASED_WEIGHTS}, or with {CONFIG_FILE} and "
+    f"{WEIGHT_FILES[0]}",
   )
 
 

@@ -1,4 +1,7 @@
-"""Folders in diffusers' format: config.json beside a file of weights."""
+"""Folders in diffusers' format: config.json beside a file of weights.
+
+mdt_jax.convert writes such folders too, with weights of another name.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ WEIGHT_FILES = (
   "diffusion_pytorch_model.fp16.safetensors",
   "diffusion_pytorch_model.fp16.bin",
 )
+# Weights under the released names, as mdt_jax.convert uploads them.
+RELEASED_WEIGHTS = "model.safetensors"
 _MAX_CONFIG = 2**20  # bytes
 
 

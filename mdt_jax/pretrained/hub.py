@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.errors import SettingError, one_line
-from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE, WEIGHT_FILES
+from mdt_jax.pretrained.diffusers_dit import SUBFOLDER
+from mdt_jax.pretrained.diffusers_folders import (
+  CONFIG_FILE,
+  RELEASED_WEIGHTS,
+  WEIGHT_FILES,
+)
 
-# Weights that mdt_jax.convert uploads. A repository may hold those of diffusers.
-WEIGHTS = "model.safetensors"
-_URL = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?")
+_REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
+_URL = re.compile(rf"hf://({_REPOSITORY})(?:/(.+))?")
 SCHEME = "hf://"
 
 
@@ -24,13 +28,19 @@ def is_hub_url(path: str) -> bool:
   return path.startswith(SCHEME)
 
 
+def is_repository(name: str) -> bool:
+  """Whether a text has the form ORG/NAME of a repository."""
+  return re.fullmatch(_REPOSITORY, name) is not None
+
+
 def download(setting: str, url: str) -> Path:
   """Downloads a file, or the weights of a repository, and returns the local path.
 
   Args:
     setting: name of the setting in errors.
     url: hf://ORG/NAME/FILE; or hf://ORG/NAME for the weights of the repository
-      (WEIGHTS, or one of `diffusers_folders.WEIGHT_FILES`) and its config.json.
+      (`RELEASED_WEIGHTS`, or one of `WEIGHT_FILES`, also in a folder `transformer`) and
+      the config.json beside them.
 
   Returns:
     Path of the file of weights; config.json lies beside it if the repository has one.
@@ -46,19 +56,74 @@ def download(setting: str, url: str) -> Path:
   try:
     if name is not None:
       return Path(library.hf_hub_download(repository, name))
-    for weights in (WEIGHTS, *WEIGHT_FILES):
-      folder = library.snapshot_download(
-        repository, allow_patterns=[CONFIG_FILE, weights]
-      )
-      if (file := Path(folder) / weights).is_file():
-        return file
+    for weights in (RELEASED_WEIGHTS, *WEIGHT_FILES):
+      folders = [""] if weights == RELEASED_WEIGHTS else ["", f"{SUBFOLDER}/"]
+      patterns = [f"{at}{file}" for at in folders for file in (CONFIG_FILE, weights)]
+      snapshot = Path(library.snapshot_download(repository, allow_patterns=patterns))
+      for at in folders:
+        if (file := snapshot / f"{at}{weights}").is_file():
+          return file
   except Exception as error:  # network, access rights, unknown name, no such file
     raise SettingError(
       setting, url, f"cannot be read from the hub: {one_line(error)}"
     ) from None
   raise SettingError(
-    setting, url, f"holds neither {WEIGHTS} nor {WEIGHT_FILES[0]}; name its file"
+    setting,
+    url,
+    f"holds neither {RELEASED_WEIGHTS} nor {WEIGHT_FILES[0]}; name its file",
   )
+
+
+def check_upload(setting: str, repository: str) -> None:
+  """Checks, without network, that files can be uploaded to a repository.
+
+  Args:
+    setting: name of the setting in errors.
+    repository: ORG/NAME.
+
+  Raises:
+    SettingError: the hub has no such names, or huggingface_hub is missing.
+  """
+  if not is_repository(repository):
+    raise SettingError(
+      setting, repository, "must be ORG/NAME, of letters, digits, '-', '_' and '.'"
+    )
+  import_hub(setting, repository)
+  from huggingface_hub.utils import validate_repo_id
+
+  try:
+    validate_repo_id(repository)
+  except ValueError as error:
+    raise SettingError(setting, repository, one_line(error)) from None
+
+
+def upload(
+  setting: str, repository: str, folder: Path, message: str, *, private: bool = False
+) -> None:
+  """Uploads the files of a folder; creates the repository if there is none.
+
+  Args:
+    setting: name of the setting in errors.
+    repository: ORG/NAME; see `check_upload`.
+    folder: the folder.
+    message: title of the commit.
+    private: whether a new repository is private. An existing one stays as it is.
+
+  Raises:
+    SettingError: see `check_upload`; or the hub cannot be reached or refuses.
+  """
+  check_upload(setting, repository)
+  library: Any = import_hub(setting, repository)
+  try:
+    api = library.HfApi()
+    api.create_repo(repository, private=private or None, exist_ok=True)
+    api.upload_folder(
+      repo_id=repository, folder_path=str(folder), commit_message=message
+    )
+  except Exception as error:  # network, access rights, a license that it does not know
+    raise SettingError(
+      setting, repository, f"cannot be uploaded to the hub: {one_line(error)}"
+    ) from None
 
 
 def import_hub(setting: str, value: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -13,12 +13,14 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mdt_jax.checkpoints.loading import load_ema
+from mdt_jax.checkpoints.hub_folders import load_pretrained
+from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.pretrained.torch_mdt import KnownSizes
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
 from mdt_jax.sampling.generator import DRAW, output_shape
@@ -82,9 +84,34 @@ class Pipeline:
         do not fit `model`, or `vae` names an autoencoder although the model draws
         pixels.
     """
+    return cls._of(load_ema(path, step, ema_decay, model), vae)
+
+  @classmethod
+  def from_pretrained(
+    cls,
+    name: str | Path,
+    vae: str | None = None,
+    network: str | None = None,
+    **known: Unpack[KnownSizes],
+  ) -> Pipeline:
+    """Loads a pipeline from the Hugging Face hub, or from a folder of the same files.
+
+    Args:
+      name: ORG/NAME of a repository, or a local folder, with the files that
+        mdt_jax.convert --push uploads, or with a DiT in diffusers' format.
+      vae: see `from_checkpoint`.
+      network, **known: see `checkpoints.hub_folders.load_pretrained`.
+
+    Raises:
+      SettingError: see `load_pretrained`, and `from_checkpoint` for `vae`.
+    """
+    return cls._of(load_pretrained(name, network, **known), vae)
+
+  @classmethod
+  def _of(cls, checkpoint: Checkpoint, vae: str | None) -> Pipeline:
+    """Returns the pipeline of a checkpoint; see `from_checkpoint` for `vae`."""
+    experiment, autoencoder = checkpoint.experiment, None
     with renamed_in_errors({"config.data.vae": "vae"}):
-      checkpoint = load_ema(path, step, ema_decay, model)
-      experiment, autoencoder = checkpoint.experiment, None
       if vae != NO_VAE:
         experiment = experiment.with_vae(vae)
         autoencoder = experiment.load_autoencoder()

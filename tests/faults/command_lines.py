@@ -44,6 +44,7 @@ LINES = {
     "--to_torch --input={W}/run --output={W}/out.safetensors",
     "--input={W}/weights.pt --output={W}/out --num_heads=2",
     "--inception --input={W}/weights.pt --output={W}/out.safetensors",
+    "--to_hub --input={W}/run --output={W}/out",
   ],
   "plan": [
     "--config={W}/config.py --topology=cpu:2 --json={W}/plan.json",
@@ -244,6 +245,7 @@ MORE = {
   "convert": [
     *("--network=DiT", "--decode_depth=2", "--num_heads=2", "--step=0"),
     *("--ema_decay=0.9", "--overwrite", "--to_torch", "--inception"),
+    *("--to_hub", "--license=mit", "--private"),
   ],
   "plan": [
     *("--topology=v5e:2x2", "--batch_per_device=2", "--find_batch", "--chip=v4"),

@@ -1,0 +1,176 @@
+"""Folders of the Hugging Face hub: weights under the released names, and config.json.
+
+  model.safetensors    averaged parameters, as `converted.to_torch_file` writes them
+  config.json          {"library_name": "mdt_jax", "step": 400000, "settings": {…},
+                        "labels": {"labels": [0, 1], "names": ["ant", "bee"]}}
+  README.md            the model card of `hub_card`, which is not read
+
+"settings" are those of the run (`Settings.to_dict`), "labels" the contents of
+labels.json, or null. `sampling.ema_decay` in "settings" is the decay of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+import jax
+
+from mdt_jax.checkpoints import converted
+from mdt_jax.checkpoints.loading import FOLDER, Checkpoint, workdir_of
+from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.errors import SettingError, one_line, renamed_in_errors
+from mdt_jax.experiment import Experiment
+from mdt_jax.models.registry import abstract_params
+from mdt_jax.paths import expand_home
+from mdt_jax.pretrained import hub, torch_mdt
+from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE, read_config
+from mdt_jax.pretrained.tensors import flatten, unflatten
+from mdt_jax.setting_groups import MeshSettings
+from mdt_jax.settings import Settings
+
+LIBRARY = "mdt_jax"  # value of "library_name" in the config.json of this package
+
+
+def load_pretrained(
+  name: str | Path,
+  network: str | None = None,
+  **known: Unpack[torch_mdt.KnownSizes],
+) -> Checkpoint:
+  """Loads parameters and settings from the hub, or from a folder of the same files.
+
+  Args:
+    name: ORG/NAME of a repository that mdt_jax.convert pushed, or of a DiT in
+      diffusers' format; hf://ORG/NAME/FILE; or a local folder or file. A local folder
+      counts before a repository of the same name.
+    network: expected network; see `torch_mdt.from_torch`.
+    **known: num_classes, num_heads, decode_depth and input_size of a network whose
+      files do not state them; see `torch_mdt.from_torch`.
+
+  Returns:
+    The parameters and the objects of the run. Without a config.json of mdt_jax, the
+    settings are those of the papers' run of the network, and the step is 0.
+
+  Raises:
+    SettingError: setting "name": there are no such files, huggingface_hub is missing,
+      the hub refuses, or the files hold no such network; or an argument does not fit.
+  """
+  name = os.fspath(name)
+  path = _local(name)
+  try:
+    with renamed_in_errors({"path": "name"}):
+      opened = torch_mdt.open_checkpoint(path, network, **known)
+      config = _read_config(path if path.is_dir() else path.parent)
+  except SettingError as error:
+    if error.setting != "name":
+      raise
+    raise SettingError("name", name, error.accepted) from None  # not the cache's path
+  if config is None:
+    settings, step = converted.settings_of(opened.attributes, opened.metadata), 0
+    experiment = Experiment(dataclasses.replace(settings, mesh=MeshSettings()))
+  else:
+    experiment, step = _experiment_of(config, name)
+  device = jax.local_devices()[0]
+  params = {path: jax.device_put(opened.read(path), device) for path in opened.paths}
+  if config is not None:
+    _check_fits(params, experiment, name)
+  return Checkpoint(experiment, unflatten(params), step)
+
+
+def config_of(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+  """Returns the contents of config.json.
+
+  Args:
+    checkpoint: parameters of a run.
+    settings: the settings to publish; see `hub_uploads.without_local_paths`.
+  """
+  labels = checkpoint.experiment.data_labels
+  return {
+    "library_name": LIBRARY,
+    "step": checkpoint.step,
+    "settings": settings.to_dict(),
+    "labels": None if labels is None else labels.to_dict(),
+  }
+
+
+def _local(name: str) -> Path:
+  """Returns the local path of weights; downloads those of a repository."""
+  if hub.is_hub_url(name):
+    return hub.download("name", name)
+  path = expand_home(name)
+  if (workdir_of(path) / FOLDER).is_dir():
+    raise SettingError(
+      "name", name, "is the folder of a run: Pipeline.from_checkpoint loads it"
+    )
+  if os.path.exists(path):
+    return path
+  if not hub.is_repository(name):
+    raise SettingError(
+      "name", name, "must be ORG/NAME on the Hugging Face hub, or an existing folder"
+    )
+  try:
+    return hub.download("name", hub.SCHEME + name)
+  except SettingError as error:
+    raise SettingError("name", name, error.accepted) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+  """Reads config.json of a folder; None if there is none of this package."""
+  if not os.path.lexists(folder / CONFIG_FILE):
+    return None
+  config = read_config(folder / CONFIG_FILE, "path")
+  return config if config.get("library_name") == LIBRARY else None
+
+
+def _experiment_of(config: Mapping[str, Any], name: str) -> tuple[Experiment, int]:
+  """Returns the run that a config.json describes, and the step of its parameters."""
+
+  def refuse(text: str) -> SettingError:
+    return SettingError("name", name, text)
+
+  step, labels = config.get("step"), config.get("labels")
+  if type(step) is not int or step < 0:
+    raise refuse(f'{CONFIG_FILE} must hold "step", a whole number')
+  if labels is not None and not isinstance(labels, dict):
+    raise refuse(f'{CONFIG_FILE} must hold "labels", a dict or null')
+  try:
+    settings = Settings.from_dict(config["settings"])
+    settings = dataclasses.replace(settings, mesh=MeshSettings())
+    experiment = Experiment(settings)
+    num_classes = experiment.model.num_classes
+    _ = experiment.sampler
+  except Exception as error:  # values of other types than those of this version
+    raise refuse(
+      f"{CONFIG_FILE} does not hold the settings of a run: {one_line(error)}"
+    ) from None
+  if labels is not None:
+    experiment.data_labels = DataLabels.from_dict(
+      labels, num_classes, CONFIG_FILE, refuse
+    )
+  return experiment, step
+
+
+def _check_fits(params: Mapping[str, Any], experiment: Experiment, name: str) -> None:
+  """Raises SettingError if the weights are not those of the network in config.json.
+
+  Args:
+    params: path -> parameter.
+    experiment: the run of config.json.
+    name: name of the weights in errors.
+  """
+  needed = flatten(abstract_params(experiment.model))
+  there = {path: tuple(value.shape) for path, value in params.items()}
+  here = {path: tuple(leaf.shape) for path, leaf in needed.items()}
+  differing = sorted(p for p in here | there if here.get(p) != there.get(p))
+  if differing:
+    first = differing[0]
+    raise SettingError(
+      "name",
+      name,
+      f"the weights do not fit the network of {CONFIG_FILE}: {len(differing)} "
+      f"parameters differ, such as {first}: {here.get(first, 'absent')} in the "
+      f"network, {there.get(first, 'absent')} in the weights",
+    )

@@ -1,0 +1,163 @@
+"""Pipelines from the hub and from folders of its files draw the run's images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mdt_jax import Pipeline, SettingError
+from mdt_jax.checkpoints.hub_uploads import push_to_hub, to_hub_folder
+from mdt_jax.checkpoints.loading import save_model
+from mdt_jax.checkpoints.weights import open_weights
+from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.experiment import Experiment
+from mdt_jax.pretrained.tensors import flatten, read_tensors, write_tensors
+from mdt_jax.setting_groups import InitSettings
+from mdt_jax.settings import Settings
+from tests import reference
+from tests.pretrained.diffusers_reference import to_diffusers
+from tests.pretrained.hub_cache import HubCache
+from tests.training.tiny import tiny_config
+
+pytest.importorskip("huggingface_hub", reason="needs huggingface-hub of the test extra")
+
+LABELS = DataLabels(np.arange(10), [f"digit {i}" for i in range(10)])
+# Settings that weights under the released names do not show.
+SETTINGS = {
+  "ema_decays": (0.9, 0.99),
+  "sampling.ema_decay": 0.9,
+  "sampling.method": "ddim",
+  "sampling.cfg_interval": (0.1, 0.9),
+  "diffusion.schedule": "cosine",
+  "diffusion.prediction": "v",
+  "diffusion.num_timesteps": 500,
+}
+
+
+def save_run(workdir, **settings):
+  """Saves random parameters as the checkpoint of a run of digits at step 7."""
+  settings = Settings.from_config(tiny_config(**settings))
+  params = reference.random_params(Experiment(settings).model)
+  save_model(workdir, settings, params, step=7)
+  LABELS.write(workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return save_run(tmp_path_factory.mktemp("run"), **SETTINGS)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  cache = HubCache(tmp_path / "hub")
+  cache.use(monkeypatch)
+  return cache
+
+
+def assert_same(pipeline, expected):
+  """Checks settings, labels and step, and that images have the same bits."""
+  assert pipeline.experiment.settings == expected.experiment.settings
+  assert pipeline.step == expected.step
+  assert pipeline.model == expected.model
+  assert pipeline.draws_pixels
+  labels = [f"digit {i}" for i in (3, 1)]
+  images = [p.draw(labels, batch_size=2) for p in (pipeline, expected)]
+  assert images[0].dtype == np.uint8
+  np.testing.assert_array_equal(*images)
+
+
+def test_pushed_run_draws_the_images_of_the_run(run, cache):
+  assert push_to_hub(run, "org/digits") == 7
+  expected = Pipeline.from_checkpoint(run)
+  assert_same(Pipeline.from_pretrained("org/digits"), expected)
+  assert_same(Pipeline.from_pretrained("hf://org/digits"), expected)
+
+
+def test_folder_draws_the_images_of_the_run(run, tmp_path, monkeypatch):
+  to_hub_folder(run, tmp_path / "org" / "digits")
+  monkeypatch.chdir(tmp_path)
+  assert_same(Pipeline.from_pretrained("org/digits"), Pipeline.from_checkpoint(run))
+  found = {path.name for path in (tmp_path / "org" / "digits").iterdir()}
+  assert found == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_run_starts_from_a_pushed_run(run, cache):
+  push_to_hub(run, "org/digits")
+  expected = Pipeline.from_checkpoint(run)
+  target = expected.model
+  found = open_weights(InitSettings(path="hf://org/digits"), target)
+  for path, value in flatten(expected.params).items():
+    np.testing.assert_array_equal(found.read(path), value)
+
+
+def test_dit_of_diffusers_draws_the_images_of_the_released_dit(cache, tmp_path):
+  tensors = read_tensors(reference.FIXTURES / "dit.pt")
+  weights = tmp_path / "weights.safetensors"
+  write_tensors(weights, to_diffusers(tensors))
+  config = tmp_path / "config.json"
+  sizes = {"sample_size": 12, "num_attention_heads": 2, "num_embeds_ada_norm": 10}
+  config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", **sizes}))
+  name = "transformer/diffusion_pytorch_model.safetensors"
+  snapshot = cache.add("org/dit", {name: weights, "transformer/config.json": config})
+  pipeline = Pipeline.from_pretrained("org/dit")
+  assert (pipeline.step, pipeline.model.num_heads) == (0, 2)
+  assert not pipeline.draws_pixels
+  again = Pipeline.from_pretrained(snapshot)
+  images = [p.draw([1, 2], num_steps=2) for p in (pipeline, again)]
+  assert np.isfinite(images[0]).all()
+  np.testing.assert_array_equal(*images)
+
+
+def test_released_file_has_the_settings_of_the_papers(tmp_path):
+  shutil.copy(reference.FIXTURES / "dit.pt", tmp_path)
+  pipeline = Pipeline.from_pretrained(tmp_path / "dit.pt", num_heads=2)
+  assert pipeline.config.sampling.cfg_scale == 1.5
+  with pytest.raises(SettingError) as caught:
+    Pipeline.from_pretrained(tmp_path / "dit.pt", num_heads=2, network="MDT")
+  assert caught.value.setting == "network"
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "gs://bucket/run", "", "org/name"])
+def test_unknown_name_is_refused(name, cache):
+  with pytest.raises(SettingError) as caught:
+    Pipeline.from_pretrained(name)
+  assert (caught.value.setting, caught.value.value) == ("name", name)
+
+
+def test_folder_of_a_run_is_for_from_checkpoint(run):
+  with pytest.raises(SettingError, match=r"^name = .*from_checkpoint"):
+    Pipeline.from_pretrained(run)
+
+
+def test_folder_without_weights_is_refused(tmp_path):
+  with pytest.raises(SettingError, match=r"^name = .*model\.safetensors"):
+    Pipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"settings": None},
+    {"settings": {"model": 5}},
+    {"settings": {"model": {"depth": "4"}}},
+    {"settings": {"sampling": {"method": "none"}}},
+    {"settings": {}},  # the default network, whose parameters are others
+    {"step": "7"},
+    {"labels": [1]},
+    {"labels": {"labels": [10]}},
+  ],
+  ids=str,
+)
+def test_damaged_config_is_refused(run, tmp_path, changes):
+  to_hub_folder(run, tmp_path / "folder")
+  path = tmp_path / "folder" / "config.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+  with pytest.raises(SettingError, match=r"^name = .*config\.json"):
+    Pipeline.from_pretrained(tmp_path / "folder")
