@@ -32,7 +32,7 @@ class Fault:
 STEP = "training/test_step.py"
 FAULTS = {
   "averages swap their shares": Fault(
-    "training/step.py", "str(decay)], 1 - decay)", "str(decay)], decay)", STEP
+    "training/step.py", "return 1 - decay\n", "return decay\n", STEP
   ),
   "accumulated gradients are a sum": Fault(
     "training/step.py", "lambda g: g / accumulation_steps", "lambda g: g", STEP

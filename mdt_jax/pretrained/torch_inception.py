@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def _scopes() -> Iterator[str]:
 def _read(path: str | Path) -> Tensors:
   """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
   path = expand_home(path)
-  if path.is_file():
+  if os.path.isfile(path):  # False for names that are too long
     check_suffix("path", path, (*READABLE, GRAPH_SUFFIX))
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)
   tensors = {
