@@ -316,4 +316,4 @@ def test_invalid_config_is_refused(text, tmp_path):
 
 def test_folder_without_weights_is_refused(tmp_path):
   error = expect_error(from_torch, tmp_path)
-  assert "must be a file, or a folder with config.json" in error.accepted
+  assert "must be a file, or a folder with model.safetensors" in error.accepted
