@@ -42,7 +42,7 @@ from mdt_jax.sampling.generator import make_generator
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import loop
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
+SEEDS = flags.DEFINE_list("seeds", [0, 1, 2], "Seeds.")
 SOURCE_STEPS = flags.DEFINE_integer("source_steps", 1500, "Steps on digits 0 to 6.")
 POINTS = flags.DEFINE_list(
   "points", [25, 50, 75, 100, 150, 200, 300, 400, 600, 800], "Steps to score at."
@@ -136,10 +136,11 @@ def main(argv: list[str]) -> None:
   ]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
-    for seed in range(SEEDS.value):
+    seeds = [int(seed) for seed in SEEDS.value]
+    for seed in seeds:
       train_source(seed, folder / f"source{seed}")
     for arm in ARMS.value:
-      for seed in range(SEEDS.value):
+      for seed in seeds:
         workdir = folder / f"{arm}{seed}"
         shares = train_arm(arm, seed, folder / f"source{seed}", workdir)
         reached = [p for p, share in zip(points, shares, strict=True) if share >= GOAL]

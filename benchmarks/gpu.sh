@@ -6,7 +6,8 @@
 # of MDTv2, see benchmarks/reference.py; it is timed too. A part that fails or takes
 # too long is named at the end and does not stop the others.
 #
-# TINY=1 runs every part with tiny sizes, to try the script on a CPU.
+# TINY=1 runs every part with tiny sizes, to try the script on a CPU. ONLY='tests|sample'
+# runs the parts whose names match the pattern.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -24,6 +25,7 @@ failed=()
 part() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
+  [[ $name =~ ${ONLY:-.} ]] || return 0
   echo "== $name"
   if ! timeout "$limit" "$python" -m "$@" 2>"$results/$name.err" |
     tee "$results/$name.txt"; then
@@ -43,8 +45,8 @@ bench() { # bench NAME SECONDS MODULE FLAGS...
 if [[ ${TINY:-} ]]; then
   repeats=1 batch=1 pair=1 largest=MDTv2-S/2 models=(MDTv2-S/2) shapes=("4 2 8")
 else
-  # The released code and mdt_jax share the memory in the last part: a smaller batch.
-  repeats=10 batch=32 pair=16 largest=MDTv2-XL/2
+  # The last part has 8 images: the released batch of a GPU, and both programs fit.
+  repeats=10 batch=32 pair=8 largest=MDTv2-XL/2
   models=(DiT-XL/2 MDTv2-XL/2 MDTv2-B/2 MDTv2-S/2)
   shapes=("16 16 72" "32 16 72")  # tokens along a side, heads, width: XL/2 at 256, 512
 fi
