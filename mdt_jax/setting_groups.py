@@ -384,6 +384,26 @@ class EvalSettings:
       check_choice("labels", self.labels, LABELS_OF_SCORES)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+  """Where the metrics go, besides the log, WORKDIR/tensorboard and metrics.jsonl."""
+
+  # Project of Weights & Biases that receives metrics and pictures; needs the extra
+  # wandb. None: no project.
+  wandb_project: str | None = None
+
+  def check(self) -> None:
+    name = self.wandb_project
+    if name is not None and not (
+      0 < len(name) <= 128 and not set(name) & set("/\\#?%:")
+    ):
+      raise SettingError(
+        "wandb_project",
+        name,
+        "must be a name of 1 to 128 characters, without any of / \\ # ? % :",
+      )
+
+
 def split_commas(text: str) -> tuple[str, ...]:
   """The parts of a text between commas, without spaces around them or empty parts."""
   return tuple(part for part in map(str.strip, text.split(",")) if part)

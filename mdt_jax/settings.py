@@ -24,6 +24,7 @@ from mdt_jax.setting_groups import (
   DiffusionSettings,
   EvalSettings,
   InitSettings,
+  LogSettings,
   MaskingSettings,
   MeshSettings,
   ModelSettings,
@@ -67,7 +68,8 @@ class Settings:
   mesh: MeshSettings = MeshSettings()
   sampling: SamplingSettings = SamplingSettings()
   eval: EvalSettings = EvalSettings()
-  # Steps between log lines and TensorBoard points, at least 1.
+  log: LogSettings = LogSettings()
+  # Steps between log lines and points of the curves, at least 1.
   log_every: int = 100
   # Steps between checkpoints, at least 1. The last step is always saved.
   checkpoint_every: int = 10_000
@@ -136,7 +138,7 @@ class Settings:
         at_least(self, name, 1)
       if self.seed >= 2**32:
         raise SettingError("seed", self.seed, "must be below 2**32")
-    for group in ("init", "data", "optimizer", "eval"):
+    for group in ("init", "data", "optimizer", "eval", "log"):
       with named_in_errors(f"config.{group}"):
         getattr(self, group).check()
     decays = self.ema_decays

@@ -1,22 +1,26 @@
-"""Metrics and pictures for TensorBoard; a failed write does not stop the run."""
+"""Metrics and pictures for the writers of a run; a failed write does not stop the run.
+
+The writers of the package (`writers.open_events`) write in threads of their own, so
+that a slow disk or network does not delay a training step.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import queue
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from mdt_jax.errors import one_line
 from mdt_jax.logs import logger
 
-if TYPE_CHECKING:
-  from clu.metric_writers import MetricWriter
-
 SECONDS_BETWEEN_TRIES = 60.0
+SECONDS_TO_CLOSE = 30.0  # time for the last writes of a run
+MAX_WAITING = 1000  # calls that wait for a slow writer; later calls are dropped
 
 
 class Writer(Protocol):
@@ -39,71 +43,152 @@ class Writer(Protocol):
     """
 
 
-class Events:
-  """Writes scalars and images to TensorBoard, with clu, and to other writers.
+class ClosableWriter(Writer, Protocol):
+  """A writer that `Background` opens and closes."""
 
-  An exception of a writer is logged and not raised. After a failed TensorBoard write,
-  `Events` writes nothing to TensorBoard for a minute, and then opens a new event file.
+  def close(self) -> None:
+    """Writes what is not written yet, and releases the file or the connection."""
+
+
+# Opens a writer. The argument is the step that the run starts or resumes from, whose
+# later metrics are no longer valid; None if all earlier metrics stay valid.
+Open = Callable[[int | None], ClosableWriter]
+
+
+class Background:
+  """Calls a writer in a thread of its own, and reopens a writer that fails.
+
+  After a failed call, the metrics of the next `SECONDS_BETWEEN_TRIES` are dropped.
 
   Args:
-    folder: folder of the event files; None writes no event files. Without a TensorFlow
-      that can be imported, `Events` logs one line and writes no event files.
-    writers: further writers that receive the same scalars and images; `close` does not
-      close them.
+    what: name of what the writer writes, for the log.
+    open_writer: opens the writer, in the thread.
+    start: number of steps done at the start of the run.
   """
 
-  def __init__(self, folder: Path | None, writers: Sequence[Writer] = ()):
-    self._folder = folder
-    self._writers = writers
-    self._writer: MetricWriter | None = None
+  def __init__(self, what: str, open_writer: Open, start: int):
+    self._what, self._open = what, open_writer
+    # Calls, and whether a call is dropped after a failure; None at the end.
+    self._calls: queue.Queue[tuple[Callable[[], object], bool] | None]
+    self._calls = queue.Queue(MAX_WAITING)
+    self._writer: ClosableWriter | None = None
+    self._resumes_from: int | None = start  # passed to the next opened writer
     self._not_before = 0.0  # time.monotonic() of the next try
-    if folder is None:
-      return
-    if (reason := _reason_of_tensorflow()) is None:
-      self._writer = _open(folder)
+    self._is_behind = False
+    self._thread = threading.Thread(target=self._run, name=what, daemon=True)
+    self._thread.start()
+    self._put(self._opened)
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """See `Writer`; returns at once."""
+    self._put(lambda: self._opened().write_scalars(step, scalars))
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """See `Writer`; returns at once. Do not change the images afterwards."""
+    self._put(lambda: self._opened().write_images(step, images))
+
+  def go_back(self, step: int) -> None:
+    """Makes the writer forget the metrics of later steps than `step`."""
+
+    def reopen() -> None:
+      self._resumes_from = step
+      self._close()
+
+    self._put(reopen, is_write=False)
+
+  def close(self) -> None:
+    """Waits for the writes, for at most `SECONDS_TO_CLOSE`, and closes the writer."""
+    with contextlib.suppress(queue.Full):
+      self._calls.put(None, timeout=SECONDS_TO_CLOSE)
+    self._thread.join(SECONDS_TO_CLOSE)
+    if self._thread.is_alive():
+      logger.error(
+        "NOT WRITTEN: %s: the last writes take more than %g s",
+        self._what,
+        SECONDS_TO_CLOSE,
+      )
+
+  def _put(self, call: Callable[[], object], is_write: bool = True) -> None:
+    """Hands a call to the thread."""
+    try:
+      self._calls.put_nowait((call, is_write))
+    except queue.Full:
+      if not self._is_behind:
+        logger.error("NOT WRITTEN: %s: earlier writes take too long", self._what)
+      self._is_behind = True
     else:
-      self._folder = None
-      logger.info("no TensorBoard events are written: %s", reason)
+      self._is_behind = False
+
+  def _run(self) -> None:
+    """Makes the calls, in order."""
+    while (found := self._calls.get()) is not None:
+      call, is_write = found
+      if is_write and time.monotonic() < self._not_before:
+        continue
+      with tolerate(self._what):
+        try:
+          call()
+        except Exception:
+          self._writer = None  # a writer that failed once may fail forever
+          self._not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
+          raise
+    with tolerate(self._what):
+      self._close()
+
+  def _opened(self) -> ClosableWriter:
+    """The writer, which is opened if there is none."""
+    if self._writer is None:
+      self._writer = self._open(self._resumes_from)
+      self._resumes_from = None
+    return self._writer
+
+  def _close(self) -> None:
+    """Closes the writer, if there is one."""
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      writer.close()
+
+
+class Events:
+  """Hands metrics and pictures to all writers of a run.
+
+  An exception of a writer is logged and not raised.
+
+  Args:
+    own: the writers of the package; `close` closes them.
+    writers: further writers that receive the same scalars and images, in the thread of
+      the caller; `close` does not close them.
+  """
+
+  def __init__(self, own: Sequence[Background] = (), writers: Sequence[Writer] = ()):
+    self._own = own
+    self._writers = writers
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes metrics by name, after `step` steps."""
-    with self._tolerantly() as writer:
-      if writer is not None:
+    for own in self._own:
+      own.write_scalars(step, dict(scalars))
+    for writer in self._writers:
+      with tolerate(f"scalars by {type(writer).__name__}"):
         writer.write_scalars(step, scalars)
-    for own in self._writers:
-      with tolerate(f"scalars by {type(own).__name__}"):
-        own.write_scalars(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 images (N, H, W, C) by name, after `step` steps."""
-    with self._tolerantly() as writer:
-      if writer is not None:
+    for own in self._own:
+      own.write_images(step, dict(images))
+    for writer in self._writers:
+      with tolerate(f"images by {type(writer).__name__}"):
         writer.write_images(step, images)
-    for own in self._writers:
-      with tolerate(f"images by {type(own).__name__}"):
-        own.write_images(step, images)
+
+  def go_back(self, step: int) -> None:
+    """Makes the writers of the package forget the metrics after `step`."""
+    for own in self._own:
+      own.go_back(step)
 
   def close(self) -> None:
-    """Closes the event file."""
-    with self._tolerantly() as writer:
-      if writer is not None:
-        writer.close()
-
-  @contextlib.contextmanager
-  def _tolerantly(self) -> Iterator[MetricWriter | None]:
-    """Yields the TensorBoard writer, or None while nothing is to be written."""
-    if self._folder is None or time.monotonic() < self._not_before:
-      yield None
-      return
-    with tolerate(f"TensorBoard events in {self._folder}"):
-      if self._writer is None:
-        self._writer = _open(self._folder)
-      try:
-        yield self._writer
-      except Exception:
-        self._writer = None  # a writer that failed once fails forever
-        self._not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
-        raise
+    """Writes what is not written yet, and closes the writers of the package."""
+    for own in self._own:
+      own.close()
 
 
 @contextlib.contextmanager
@@ -115,32 +200,5 @@ def tolerate(what: str) -> Iterator[None]:
   """
   try:
     yield
-  except Exception as error:  # TensorFlow raises other exceptions than OSError
-    logger.error("NOT WRITTEN: %s: %s", what, _short(error))
-
-
-def _short(error: Exception) -> str:
-  """The message of an exception in one line of at most 300 characters."""
-  return " ".join(str(error).split())[:300]
-
-
-def _reason_of_tensorflow() -> str | None:
-  """Why TensorFlow, which writes event files, cannot be imported; None if it can."""
-  is_own_import = "tensorflow" not in sys.modules
-  try:
-    import tensorflow as tf  # takes seconds
-  except (
-    Exception
-  ) as error:  # a wrong protobuf raises other exceptions than ImportError
-    return _short(error)
-  if is_own_import:  # a TensorFlow built for GPUs would take the memory that JAX needs
-    with contextlib.suppress(RuntimeError):
-      tf.config.set_visible_devices([], "GPU")
-  return None
-
-
-def _open(folder: Path) -> MetricWriter:
-  """Opens a new event file with clu's writer."""
-  from clu import metric_writers  # imports TensorFlow
-
-  return metric_writers.SummaryWriter(str(folder))
+  except Exception as error:  # writers raise other exceptions than OSError
+    logger.error("NOT WRITTEN: %s: %s", what, one_line(error))

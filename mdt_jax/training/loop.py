@@ -34,6 +34,8 @@ from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.trainer import StepHook, Trainer
+from mdt_jax.training.wandb_runs import check_wandb
+from mdt_jax.training.writers import open_events
 from mdt_jax.types import Params
 
 
@@ -54,8 +56,8 @@ def train(
 
   Args:
     config: see `mdt_jax.config.default_config`.
-    workdir: folder for checkpoints, TensorBoard events, pictures, scores and
-      config.json.
+    workdir: folder for checkpoints, TensorBoard events, metrics.jsonl, pictures, scores
+      and config.json.
     model, objective, optimizer, source: your own objects, which replace the objects
       that the config describes; see `mdt_jax.own_parts.OwnParts`. Pass the same objects
       to resume a run.
@@ -87,6 +89,8 @@ def train(
         config, model=model, objective=objective, optimizer=optimizer, source=source
       )
       check_eval(experiment.settings)
+      if is_main and (project := experiment.settings.log.wandb_project) is not None:
+        check_wandb(project)
       held = experiment.open()
       start_from = Initialization(experiment, workdir)
       periodic = _make_hooks(experiment, workdir)
@@ -110,7 +114,9 @@ def train(
         settings.num_steps,
       )
       return state
-    events = Events(workdir / "tensorboard", writers) if is_main else Events(None)
+    events = Events()
+    if is_main:
+      events = open_events(workdir, experiment.settings, start, writers)
     stack.callback(events.close)
     trainer = Trainer(
       experiment, workdir, program, saved, periodic, events, stop, lock, hooks

@@ -23,7 +23,7 @@ class Progress:
   """Averages metrics over `log_every` steps, then writes and logs the averages.
 
   Args:
-    events: writer for TensorBoard.
+    events: writers of metrics.
     start: number of steps done at the start.
     log_every: steps between two log lines.
     num_steps: number of steps of the run.

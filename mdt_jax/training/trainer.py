@@ -49,7 +49,7 @@ class Trainer:
     program: compiled functions of the run.
     saved: checkpoints of the run.
     hooks: pictures and scores at regular intervals.
-    events: writer for TensorBoard.
+    events: writers of metrics and pictures.
     stop: received signals, see `stop_signals`; a signal in the list stops the run.
     lock: lock of the workdir; None on processes that do not hold it.
     step_hooks: called with (steps done, state) after each step.
@@ -300,6 +300,7 @@ class Trainer:
     )
     self._skipped.forget()
     self._progress.go_back(step)
+    self._events.go_back(step)
     offset = np.int32(batch + 1 - step)
     return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
 

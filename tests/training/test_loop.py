@@ -13,6 +13,8 @@ from concurrent import futures
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from mdt_jax.checkpoints import checksums, retries
 from mdt_jax.checkpoints.manager import Checkpoints
@@ -21,6 +23,7 @@ from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop, trainer
+from mdt_jax.training.metric_lines import read_lines
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from tests import forked, reference
 from tests.data.folders import write_image
@@ -55,8 +58,6 @@ def test_run_writes_checkpoints_config_pictures_and_events(whole_run):
 
 
 def read_scalars(workdir):
-  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
   events = EventAccumulator(str(workdir / "tensorboard"), {"tensors": 0})
   events.Reload()
   return {
@@ -70,6 +71,30 @@ def test_tensorboard_has_every_scalar_at_every_logged_step(whole_run):
   names = "loss mse vb masked_loss masked_mse masked_vb gradient_norm learning_rate"
   for name in [*names.split(), "images_per_second"]:
     assert scalars[name] == [2, 4], name
+
+
+def test_metric_lines_have_the_values_of_tensorboard(whole_run):
+  lines = read_lines(whole_run[0] / "metrics.jsonl")
+  assert [line["step"] for line in lines] == [2, 4]
+  events = EventAccumulator(str(whole_run[0] / "tensorboard"), {"tensors": 0})
+  events.Reload()
+  written = [
+    float(make_ndarray(event.tensor_proto)) for event in events.Tensors("loss")
+  ]
+  assert written == [np.float32(line["loss"]) for line in lines]
+
+
+def test_resumed_run_repeats_no_metric_line(tmp_path):
+  config = tiny_dit_config(log_every=1)
+  loop.train(config, tmp_path)
+  path, before = tmp_path / "metrics.jsonl", read_lines(tmp_path / "metrics.jsonl")
+  # As if the run was killed in step 4, before its save, while it wrote a line.
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  path.write_bytes(path.read_bytes()[:-5])
+  loop.train(config, tmp_path)
+  after = read_lines(path)
+  assert [line["step"] for line in after] == [1, 2, 3, 4]
+  assert [line["loss"] for line in after] == [line["loss"] for line in before]
 
 
 def test_resumed_run_is_bit_identical(whole_run, tmp_path, caplog):

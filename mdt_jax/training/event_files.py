@@ -1,0 +1,114 @@
+"""Event files of TensorBoard, written without TensorFlow.
+
+The file format and the protocol buffers are those of the package tensorboard, which
+reads the files too. Its own `EventFileWriter` imports TensorFlow where TensorFlow is
+installed, which takes seconds and the memory of a GPU. The package tensorboardX ends
+its thread at the first failed write, and then blocks the caller once its queue is full.
+Both work in threads of their own; here `events.Background` provides the thread.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# Protocol buffers create their classes when they are imported.
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.compat.proto import tensor_shape_pb2 as shape_pb2
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+_numbers = itertools.count()  # of the event files of this process
+
+
+class EventFile:
+  """A new event file; each call writes its events to the file at once.
+
+  Args:
+    folder: folder of the event files of the run.
+    start: number of steps done before; TensorBoard then ignores the events of later
+      steps in earlier files. None: all earlier events stay.
+  """
+
+  def __init__(self, folder: Path, start: int | None = None):
+    folder.mkdir(exist_ok=True)  # a workdir that was deleted stays deleted
+    # TensorBoard reads the files of a folder in the order of their names.
+    name = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    path = folder / f"events.out.tfevents.{name}.{next(_numbers):06d}"
+    self._file = path.open("xb")
+    self._records = RecordWriter(self._file)
+    self._write(file_version="brain.Event:2")
+    if start is not None:
+      # From the second START on, TensorBoard ignores earlier events of its step and
+      # of later ones.
+      log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._write(step=start + 1, session_log=log)
+    self._file.flush()
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes metrics by name, after `step` steps."""
+    metadata = scalar_metadata.create_summary_metadata(None, None)
+    self._write_values(
+      step,
+      metadata,
+      {
+        name: tensor_pb2.TensorProto(
+          dtype=types_pb2.DT_FLOAT, float_val=[np.float32(value)]
+        )
+        for name, value in scalars.items()
+      },
+    )
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes uint8 images (N, H, W, C) by name, after `step` steps."""
+    metadata = image_metadata.create_summary_metadata(None, None)
+    self._write_values(
+      step, metadata, {name: _images(array) for name, array in images.items()}
+    )
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._records.close()
+
+  def _write_values(
+    self, step: int, metadata: Any, tensors: Mapping[str, tensor_pb2.TensorProto]
+  ) -> None:
+    """Writes one event with a tensor for each name."""
+    values = [
+      summary_pb2.Summary.Value(tag=name, metadata=metadata, tensor=tensor)
+      for name, tensor in tensors.items()
+    ]
+    self._write(step=step, summary=summary_pb2.Summary(value=values))
+    self._file.flush()
+
+  def _write(self, **fields: Any) -> None:
+    """Writes an event to the buffer of the file."""
+    event = event_pb2.Event(wall_time=time.time(), **fields)
+    self._records.write(event.SerializeToString())
+
+
+def _images(images: np.ndarray) -> tensor_pb2.TensorProto:
+  """The tensor of TensorBoard's plugin: width, height, and each image as PNG."""
+  height, width = images.shape[1:3]
+  strings = [b"%d" % width, b"%d" % height]
+  for image in images:
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    strings.append(file.getvalue())
+  dim = shape_pb2.TensorShapeProto.Dim(size=len(strings))
+  return tensor_pb2.TensorProto(
+    dtype=types_pb2.DT_STRING,
+    tensor_shape=shape_pb2.TensorShapeProto(dim=[dim]),
+    string_val=strings,
+  )
