@@ -1,29 +1,23 @@
 """Installs the dependencies of mdt_jax, and mdt_jax itself, on a runtime of Colab.
 
-Packages of the runtime keep their versions if mdt_jax accepts them. TensorFlow and
-TensorBoard are not installed: a TPU runtime has neither, and on the other runtimes
-tensorflow-cpu would overwrite files of Colab's TensorFlow. Without TensorFlow, training
-writes no event files.
+Packages of the runtime keep their versions if mdt_jax accepts them.
 """
 
 import importlib
 import importlib.metadata
 import importlib.util
-import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = {"tensorflow", "tensorflow-cpu", "tensorboard"}
 
 
 def requirements() -> list[str]:
-  """The dependencies in pyproject.toml, without `LEFT_OUT`."""
+  """The dependencies in pyproject.toml."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  named = ((re.match(r"[\w.-]+", line), line) for line in project["dependencies"])
-  return [line for name, line in named if name and name[0] not in LEFT_OUT]
+  return project["dependencies"]
 
 
 def versions() -> dict[str, str]:

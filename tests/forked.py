@@ -1,6 +1,6 @@
 """Functions and commands in processes of their own, forked from a server.
 
-The server imports what the commands import (JAX, Orbax, TensorFlow), which takes a new
+The server imports what the commands import (JAX, Orbax, TensorBoard), which takes a new
 process several seconds. It computes nothing, so that a forked process still chooses its
 devices. A test of what a module imports needs a new interpreter instead.
 """
@@ -28,16 +28,15 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
   [
     __name__,
-    "clu.metric_writers",
     "mdt_jax.cli",
     "mdt_jax.evaluation.job",
     "mdt_jax.planning",
+    "mdt_jax.training.event_files",
     "mdt_jax.training.loop",
     "pytest",  # by functions of test modules
     "sklearn.datasets",  # by the digits
     "sklearn.metrics",
     "sklearn.svm",
-    "tensorflow",
   ]
 )
 

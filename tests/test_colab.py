@@ -179,14 +179,13 @@ def install(monkeypatch):
   return module
 
 
-def test_install_leaves_tensorflow_to_the_runtime(install, monkeypatch):
+def test_install_asks_for_no_tensorflow(install, monkeypatch):
   monkeypatch.setattr(install, "is_installed", lambda: False)
   install.main()
   dependencies, package = install.commands
   assert any(line.startswith("jax>=") for line in dependencies)
-  assert any(line.startswith("tensorflow-datasets") for line in dependencies)
-  left_out = ("tensorflow>", "tensorflow-cpu", "tensorboard")
-  assert not any(line.startswith(left_out) for line in dependencies)
+  assert any(line.startswith("tensorboard>=") for line in dependencies)
+  assert not any(line.startswith("tensorflow") for line in dependencies)
   assert package[-3:] == ["--no-deps", "--editable", str(ROOT)]
 
 

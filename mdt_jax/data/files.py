@@ -127,9 +127,15 @@ class TfdsFiles:
   label_counts = None
 
   def __init__(self, path: str, split: str):
-    # Slow to import. Reading array_record does not need TensorFlow.
-    import tensorflow_datasets as tfds
-
+    try:
+      # Slow to import. Reading array_record does not need TensorFlow.
+      import tensorflow_datasets as tfds
+    except ImportError as error:
+      raise SettingError(
+        "config.data.path",
+        path,
+        f"needs TensorFlow Datasets ({one_line(error)}): pip install -e '.[tfds]'",
+      ) from None
     self.path = path
     name = path.removeprefix(TFDS_PREFIX)
     try:

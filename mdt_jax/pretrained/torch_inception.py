@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,8 +108,8 @@ def convert_inception(
   """Converts weights to .safetensors, which can be read without torch or TensorFlow.
 
   Args:
-    source: a .pth or .pt file (opened with weights_only=True; needs torch), a .pb file
-      (needs TensorFlow), or a .safetensors file.
+    source: a .pth or .pt file (opened with weights_only=True; needs torch), a .pb or
+      a .safetensors file.
     target: output path; must end in .safetensors.
     overwrite: whether to replace an existing target.
 
@@ -215,10 +216,12 @@ def _read(path: str | Path) -> Tensors:
 def _read_graph(path: Path) -> Tensors:
   """Reads the constants of a frozen graph, without running the graph."""
   check_file(path)
-  import tensorflow as tf  # slow to import
+  # The package tensorboard holds TensorFlow's protocol buffers.
   from google.protobuf.message import DecodeError
+  from tensorboard.compat.proto import graph_pb2
+  from tensorboard.util.tensor_util import make_ndarray
 
-  graph = tf.compat.v1.GraphDef()
+  graph: Any = graph_pb2.GraphDef()  # pyright: ignore[reportAttributeAccessIssue]
   try:
     graph.ParseFromString(path.read_bytes())
   except DecodeError:
@@ -235,9 +238,7 @@ def _read_graph(path: Path) -> Tensors:
     if math.prod(dim.size for dim in proto.tensor_shape.dim) > size:
       raise SettingError("path", str(path), f"is smaller than its tensor {node.name}")
     try:
-      constants[node.name] = tf.make_ndarray(proto).astype(
-        np.float32, casting="same_kind"
-      )
+      constants[node.name] = make_ndarray(proto).astype(np.float32, casting="same_kind")
     except (TypeError, ValueError, KeyError) as error:
       raise SettingError(
         "path", str(path), f"{node.name} cannot be read: {one_line(error)}"

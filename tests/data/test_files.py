@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
 
 import numpy as np
@@ -159,8 +160,9 @@ def test_tar_file_without_padding_is_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-  """A TFDS data set of three images."""
-  import tensorflow_datasets as tfds
+  """A TFDS data set of three images; TensorFlow is needed to write it."""
+  pytest.importorskip("tensorflow")
+  tfds = pytest.importorskip("tensorflow_datasets")
 
   class ThreeImages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
@@ -196,7 +198,14 @@ def test_tfds_data_set_is_opened_by_name(tfds_folder, monkeypatch):
   assert files.name(1) == "three_images/train/1"
 
 
+def test_missing_tensorflow_datasets_are_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # raises ImportError
+  with pytest.raises(SettingError, match=r"^config.data.path = 'tfds:a': needs Tens"):
+    open_files("tfds:a")
+
+
 def test_unknown_tfds_data_set_is_refused():
+  pytest.importorskip("tensorflow_datasets")
   with pytest.raises(SettingError, match=r"^config.data.path = 'tfds:no_such_set': "):
     open_files("tfds:no_such_set")
 

@@ -50,7 +50,7 @@ def test_parameters_of_the_converted_file_match_the_tensors(converted):
 
 
 def test_frozen_tensorflow_graph_gives_the_same_tensors(tmp_path, converted):
-  import tensorflow as tf
+  tf = pytest.importorskip("tensorflow")
 
   graph = tf.compat.v1.GraphDef()
   for theirs, ours in torch_inception.graph_names().items():
@@ -157,7 +157,7 @@ def test_error_names_a_file_with_other_content(tmp_path, name):
   ],
 )
 def test_graph_with_a_hostile_constant_is_refused(tmp_path, dtype, sides, values):
-  import tensorflow as tf
+  tf = pytest.importorskip("tensorflow")
 
   graph = tf.compat.v1.GraphDef()
   tensor = graph.node.add(name="softmax/biases", op="Const").attr["value"].tensor
