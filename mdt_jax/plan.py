@@ -16,10 +16,10 @@ from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.atomic import write_json
+from mdt_jax.chips import CHIPS, parse_topology
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.logs import logger
 from mdt_jax.paths import output_file
-from mdt_jax.planning.chips import CHIPS, parse_topology
 from mdt_jax.planning.plan import WHATS, plan_run
 from mdt_jax.planning.report import describe
 from mdt_jax.settings import Settings

@@ -10,9 +10,9 @@ import pytest
 from mdt_jax import experiment as experiment_module
 from mdt_jax import optimizers
 from mdt_jax.checkpoints import converted
+from mdt_jax.chips import parse_topology
 from mdt_jax.diffusion import PROCESSES
 from mdt_jax.evaluation import bits_per_dimension, job
-from mdt_jax.planning.chips import parse_topology
 from mdt_jax.planning.plan import make_plan
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.settings import Settings

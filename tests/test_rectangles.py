@@ -12,10 +12,10 @@ from PIL import Image
 
 from mdt_jax import Pipeline
 from mdt_jax.checkpoints.converted import to_torch_file
+from mdt_jax.chips import parse_topology
 from mdt_jax.config import default_config
 from mdt_jax.data import latents
 from mdt_jax.errors import SettingError
-from mdt_jax.planning.chips import parse_topology
 from mdt_jax.planning.plan import make_plan
 from mdt_jax.settings import Settings
 from mdt_jax.training import loop

@@ -16,13 +16,13 @@ import numpy as np
 from jax.experimental import topologies
 
 from mdt_jax import sharding
+from mdt_jax.chips import CHIPS, Chip, Topology
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.evaluation.evaluator import check_eval
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.models import flops
 from mdt_jax.planning import hlo
-from mdt_jax.planning.chips import CHIPS, Chip, Topology
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program

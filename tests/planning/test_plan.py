@@ -2,10 +2,10 @@
 
 import pytest
 
+from mdt_jax.chips import parse_topology
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.planning import plan
-from mdt_jax.planning.chips import parse_topology
 from mdt_jax.planning.plan import DoesNotFitError, largest_batch, plan_run
 from mdt_jax.settings import Settings
 from mdt_jax.training.program import make_program

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mdt_jax.chips import CHIPS, SLICES, chip_of, parse_topology
 from mdt_jax.errors import SettingError
-from mdt_jax.planning.chips import CHIPS, SLICES, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,13 @@ def test_chip_numbers_are_in_base_units():
     assert chip.memory > 1e10
     assert 1e11 < chip.network < chip.bandwidth < 1e13
     assert chip.source.startswith("https://")
+
+
+def test_chip_of_a_device_has_its_published_peak():
+  chip = chip_of("TPU v5 lite")
+  assert chip is not None and chip.flops == 197e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H200 NVL", ""])
+def test_chip_of_another_device_is_unknown(kind):
+  assert chip_of(kind) is None

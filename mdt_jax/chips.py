@@ -55,6 +55,24 @@ CHIPS = {
   )
 }
 
+# device_kind of JAX -> name of the chip. Other models of a chip, such as an H200 NVL, have
+# other figures and other kinds.
+KINDS = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+  "NVIDIA A100-SXM4-40GB": "a100",
+  "NVIDIA A100-SXM4-80GB": "a100",
+  "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
+  "NVIDIA B200": "b200",
+  "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
 # Cloud TPU's name of a slice -> topology. The number counts cores for v4 and v5p, and
 # chips otherwise.
 SLICES = {
@@ -86,6 +104,15 @@ class Topology:
   name: str
   kind: str
   num_devices: int
+
+
+def chip_of(device_kind: str) -> Chip | None:
+  """Returns the chip of a device; None if its figures are unknown.
+
+  Args:
+    device_kind: `device_kind` of a device of JAX, such as "TPU v5 lite".
+  """
+  return CHIPS.get(KINDS.get(device_kind, ""))
 
 
 def parse_topology(name: str) -> Topology:
