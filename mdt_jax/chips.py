@@ -1,10 +1,11 @@
-"""Published figures of accelerators, and the topologies of TPU slices."""
+"""Published figures of accelerators, and the topologies of TPU slices and GPUs."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from mdt_jax.errors import SettingError
+from mdt_jax.gpus import TARGETS
 
 GIB = 2**30
 
@@ -16,13 +17,12 @@ class Chip:
   Attributes:
     name: name of the chip in JAX's topologies.
     flops: peak bfloat16 floating-point operations per second.
-    memory: bytes of high-bandwidth memory that a program can use.
-    bandwidth: bytes per second from and to the high-bandwidth memory.
-    network: bytes per second to the other chips of a slice, in one direction, over all
-      links together.
+    memory: bytes of the chip's memory that a program can use.
+    bandwidth: bytes per second from and to the chip's memory.
+    network: bytes per second to the other chips of a slice or host, in one direction,
+      over all links together.
     source: web page of the figures.
-    dimensions: dimensions of a TPU's torus; 0 for chips that XLA can only compile for
-      on a machine with the chip.
+    dimensions: dimensions of a TPU's torus; 0 for GPUs.
   """
 
   name: str
@@ -32,6 +32,19 @@ class Chip:
   network: float
   source: str
   dimensions: int = 0
+
+
+# Share of a GPU's memory that a program can use if the environment variable
+# XLA_PYTHON_CLIENT_MEM_FRACTION is 0.95. JAX uses 0.75 of it otherwise.
+GPU_SHARE = 0.95
+
+
+def _gpu(name: str, flops: float, network: float, page: str) -> Chip:
+  """Returns the figures of a GPU; `flops` and `network` as `Chip` has them."""
+  target = TARGETS[name]
+  source = f"https://www.nvidia.com/en-us/{page}"
+  memory = GPU_SHARE * target.memory
+  return Chip(name, flops, memory, target.bandwidth, network, source)
 
 
 _TPU_SOURCE = "https://cloud.google.com/tpu/docs/{}"
@@ -44,19 +57,19 @@ CHIPS = {
     Chip("v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, _TPU_SOURCE.format("v5e"), 2),
     Chip("v5p", 459e12, 95 * GIB, 2.765e12, 600e9, _TPU_SOURCE.format("v5p"), 3),
     Chip("v6e", 918e12, 32 * GIB, 1.6e12, 400e9, _TPU_SOURCE.format("v6e"), 2),
-    Chip(
-      "h200",
-      989e12,
-      141e9,
-      4.8e12,
-      450e9,
-      "https://www.nvidia.com/en-us/data-center/h200",
-    ),
+    # Dense products. NVLink for A100 to B200; PCI Express for the others.
+    _gpu("a100", 312e12, 300e9, "data-center/a100"),
+    _gpu("h100", 989e12, 450e9, "data-center/h100"),
+    _gpu("h200", 989e12, 450e9, "data-center/h200"),
+    _gpu("b200", 2250e12, 900e9, "data-center/dgx-b200"),
+    _gpu("rtx4090", 165e12, 32e9, "geforce/graphics-cards/40-series/rtx-4090"),
+    _gpu("rtx4080", 97e12, 32e9, "geforce/graphics-cards/40-series/rtx-4080-family"),
+    _gpu("t4", 65e12, 16e9, "data-center/tesla-t4"),  # float16; it has no bfloat16
   )
 }
 
-# device_kind of JAX -> name of the chip. Other models of a chip, such as an H200 NVL, have
-# other figures and other kinds.
+# device_kind of JAX -> name of the chip. Other models of a chip, such as an H200 NVL,
+# have other figures and other kinds.
 KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",
@@ -66,11 +79,8 @@ KINDS = {
   "TPU v6 lite": "v6e",
   "TPU v6e": "v6e",
   "NVIDIA A100-SXM4-40GB": "a100",
-  "NVIDIA A100-SXM4-80GB": "a100",
-  "NVIDIA H100 80GB HBM3": "h100",
   "NVIDIA H200": "h200",
-  "NVIDIA B200": "b200",
-  "NVIDIA GeForce RTX 4090": "rtx4090",
+  **{target.description: name for name, target in TARGETS.items()},
 }
 
 # Cloud TPU's name of a slice -> topology. The number counts cores for v4 and v5p, and
@@ -88,6 +98,7 @@ SLICES = {
 # more than 10,000 chips.
 MAX_CPUS = 4096
 MAX_CHIPS = 65_536
+GPUS_OF_A_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +106,8 @@ class Topology:
   """The devices to plan for.
 
   Attributes:
-    name: topology in the syntax of XLA's TPU compiler, such as "v5e:16x16"; or "cpu:N"
-      for N simulated devices.
+    name: topology in the syntax of XLA's TPU compiler, such as "v5e:16x16"; "h100:8"
+      for 8 GPUs; or "cpu:N" for N simulated devices.
     kind: name of the chip, or "cpu".
     num_devices: number of devices.
   """
@@ -119,15 +130,17 @@ def parse_topology(name: str) -> Topology:
   """Parses a topology.
 
   Args:
-    name: topology such as "v5e:16x16", name of a slice such as "v5e-256", or "cpu:N".
+    name: topology such as "v5e:16x16", name of a slice such as "v5e-256", "h100:N" for
+      GPUs, or "cpu:N".
 
   Raises:
-    SettingError: the chip is unknown, the shape is invalid, or the topology has more
-      devices than a plan can have.
+    SettingError: the chip is unknown, the shape is invalid, the topology has more
+      devices than a plan can have, or hosts with fewer than 8 of several GPUs.
   """
   kind, _, shape = SLICES.get(name, name).partition(":")
   sizes = shape.split("x")
-  dimensions = 1 if kind == "cpu" else getattr(CHIPS.get(kind), "dimensions", 0)
+  one_number = kind == "cpu" or kind in TARGETS
+  dimensions = 1 if one_number else getattr(CHIPS.get(kind), "dimensions", 0)
   known = dimensions > 0 and len(sizes) == dimensions
   if not known or not all(_is_count(size) for size in sizes):
     tpus = ", ".join(
@@ -136,7 +149,10 @@ def parse_topology(name: str) -> Topology:
       if chip.dimensions
     )
     raise SettingError(
-      "--topology", name, f"accepted are {tpus}, {', '.join(SLICES)} and cpu:N"
+      "--topology",
+      name,
+      f"accepted are {tpus}, {', '.join(SLICES)}, "
+      f"{', '.join(f'{gpu}:N' for gpu in TARGETS)} and cpu:N",
     )
   num_devices = 1
   for size in sizes:
@@ -144,6 +160,10 @@ def parse_topology(name: str) -> Topology:
   largest = MAX_CPUS if kind == "cpu" else MAX_CHIPS
   if num_devices > largest:
     raise SettingError("--topology", name, f"must have at most {largest:,} devices")
+  if kind in TARGETS and num_devices > GPUS_OF_A_HOST and num_devices % GPUS_OF_A_HOST:
+    raise SettingError(
+      "--topology", name, f"must be whole hosts of {GPUS_OF_A_HOST} GPUs"
+    )
   return Topology(f"{kind}:{shape}", kind, num_devices)
 
 

@@ -2,7 +2,8 @@
 
   config (ConfigDict) -> settings.Settings -> build -> Experiment
 
-Only this module turns settings into objects. Other modules receive these objects.
+Only this module and `builders` turn settings into objects. Other modules receive these
+objects.
 """
 
 from __future__ import annotations
@@ -18,38 +19,25 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import sharding
+from mdt_jax import builders, sharding
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source, Subset, split_indices
-from mdt_jax.data.latents import LatentSource
-from mdt_jax.data.own_source import CheckedSource
-from mdt_jax.data.sources import SOURCES, create_source
-from mdt_jax.diffusion import Process, create_process
-from mdt_jax.diffusion.guidance import Guidance
+from mdt_jax.data.sources import SOURCES
+from mdt_jax.diffusion import Process
 from mdt_jax.diffusion.samplers import Sampler
-from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import (
   SettingError,
   check_choice,
-  named_in_errors,
-  renamed_in_errors,
 )
 from mdt_jax.models.network import check_network
-from mdt_jax.models.registry import DTYPES, Model, abstract_params, create_model
-from mdt_jax.objectives import Objective, create_objective, objective_of_class
-from mdt_jax.objectives.mdt import check_masking
-from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
+from mdt_jax.models.registry import DTYPES, Model
+from mdt_jax.objectives import Objective
+from mdt_jax.optimizers import Schedule
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.parameter_groups import (
-  frozen_paths,
-  is_frozen,
-  rates_of_paths,
   without_frozen,
 )
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
-from mdt_jax.pretrained.tensors import flatten
-from mdt_jax.pretrained.zero_shards import zero_shards
-from mdt_jax.setting_groups import split_commas
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
@@ -179,132 +167,50 @@ class Experiment:
     if self._own.model is not None:
       check_network(self._own.model)
       return self._own.model
-    with named_in_errors("config.model"):
-      return create_model(
-        **dataclasses.asdict(self.settings.model),
-        learn_sigma=self.process.learns_variance,
-      )
+    return builders.build_model(self.settings, learn_sigma=self.process.learns_variance)
 
   @functools.cached_property
   def process(self) -> Process:
     """The diffusion process used in training, with all of its times."""
-    chosen = self.settings.diffusion
-    with named_in_errors("config.diffusion"):
-      arguments = chosen.process_arguments()
-    group = "config.diffusion" + (".arguments" if chosen.process != "gaussian" else "")
-    names = {"process": "config.diffusion.process"}
-    with named_in_errors(group), renamed_in_errors(names):
-      return create_process(chosen.process, **arguments)
+    return builders.build_process(self.settings)
 
   @functools.cached_property
   def objective(self) -> Objective:
     """The objective: random draws and loss of a training step."""
     if isinstance(self._own.objective, Objective):
       return self._own.objective
-    chosen, masking = self.settings.objective, self.settings.masking
-    with named_in_errors("config"):
-      sampler = TimestepSampler(self.settings.timestep_sampler, self.process)
-    if self._own.objective is not None:
-      return objective_of_class(self._own.objective, self.model, self.process, sampler)
-    with named_in_errors("config.masking"):
-      check_masking(**dataclasses.asdict(masking))
-    name = chosen.name
-    if name is None:
-      name = "mdt" if self.model.takes_mask and masking.ratio > 0 else "plain"
-      if self.model.takes_mask and masking.ratio == 0 < masking.width:
-        raise SettingError(
-          "config.masking.width",
-          masking.width,
-          "needs config.objective.name = 'mdt' where config.masking.ratio = 0; with a "
-          "width of 0 there is one unmasked pass",
-        )
-    is_mdt = name == "mdt"
-    if masking.groups > 1 and not is_mdt:
-      raise SettingError(
-        "config.masking.groups", masking.groups, f"must be 1: {name} is not mdt"
-      )
-    if is_mdt and chosen.arguments:
-      raise SettingError(
-        "config.objective.arguments",
-        chosen.arguments,
-        "must be empty for mdt; its settings are in config.masking",
-      )
-    arguments = dataclasses.asdict(masking) if is_mdt else chosen.arguments
-    with (
-      named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
-      renamed_in_errors({"objective": "config.objective.name"}),
-    ):
-      return create_objective(
-        name,
-        model=self.model,
-        process=self.process,
-        timestep_sampler=sampler,
-        **arguments,
-      )
+    return builders.build_objective(
+      self.settings, self.model, self.process, self._own.objective
+    )
 
   @functools.cached_property
   def learning_rate(self) -> Schedule | None:
     """The learning-rate schedule; None for a user-defined optimizer."""
     if self._own.optimizer is not None:
       return None
-    chosen = self.settings.optimizer
-    with named_in_errors("config.optimizer"):
-      return learning_rate_schedule(
-        chosen.schedule,
-        chosen.learning_rate,
-        self.settings.num_steps,
-        chosen.warmup_steps,
-      )
+    return builders.build_learning_rate(self.settings)
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
     """The optimizer; frozen parameters are not updated."""
-    if self._own.optimizer is not None:
-      if self.settings.optimizer.learning_rates:
-        raise SettingError(
-          "config.optimizer.learning_rates",
-          self.settings.optimizer.learning_rates,
-          "must be empty for a user-defined optimizer",
-        )
-      return without_frozen(self._own.optimizer, self.frozen)
-    assert self.learning_rate is not None
-    chosen = self.settings.optimizer
-    with named_in_errors("config.optimizer"):
-      return create_optimizer(
-        chosen.name,
-        self.learning_rate,
-        b1=chosen.b1,
-        b2=chosen.b2,
-        b3=chosen.b3,
-        eps=chosen.eps,
-        weight_decay=chosen.weight_decay,
-        clip_norm=chosen.clip_norm or None,
-        clip_shards=zero_shards(self.model, chosen.clip_shards)
-        if chosen.clip_shards > 1
-        else None,
-        frozen=self.frozen,
-        rates=rates_of_paths(
-          "learning_rates",
-          split_commas(chosen.learning_rates),
-          flatten(abstract_params(self.model)),
-        )
-        if chosen.learning_rates
-        else None,
-        peak=chosen.learning_rate,
-        arguments=chosen.arguments,
+    if self.learning_rate is not None:
+      return builders.build_optimizer(
+        self.settings, self.model, self.learning_rate, self.frozen
       )
+    rates = self.settings.optimizer.learning_rates
+    if rates:
+      raise SettingError(
+        "config.optimizer.learning_rates",
+        rates,
+        "must be empty for a user-defined optimizer",
+      )
+    assert self._own.optimizer is not None
+    return without_frozen(self._own.optimizer, self.frozen)
 
   @functools.cached_property
   def frozen(self) -> frozenset[str]:
     """Paths of the parameters that are not trained."""
-    always = self.model.frozen
-    chosen = split_commas(self.settings.optimizer.frozen)
-    if not always and not chosen:
-      return frozenset()
-    paths = flatten(abstract_params(self.model))
-    trained = [path for path in paths if not is_frozen(path, always)]
-    found = frozen_paths("config.optimizer.frozen", chosen, trained)
-    return found | (paths.keys() - set(trained))
+    return builders.find_frozen(self.settings, self.model)
 
   @functools.cached_property
   def mesh(self) -> Mesh:
@@ -316,23 +222,7 @@ class Experiment:
   @functools.cached_property
   def sampler(self) -> Sampler:
     """The sampler of `config.sampling`."""
-    chosen = self.settings.sampling
-    with named_in_errors("config.sampling"):
-      return Sampler.create(
-        self.process,
-        Guidance(
-          scale=chosen.cfg_scale,
-          power=chosen.cfg_power,
-          channels=chosen.cfg_channels or None,
-          interval=chosen.cfg_interval,
-          num_timesteps=self.process.end_network_time,
-        ),
-        method=chosen.method,
-        num_steps=chosen.num_steps,
-        spacing=chosen.spacing,
-        eta=chosen.eta,
-        clip_denoised=chosen.clip_denoised,
-      )
+    return builders.build_sampler(self.settings, self.process)
 
   @functools.cached_property
   def autoencoder(self) -> Autoencoder | None:
@@ -457,31 +347,13 @@ class Experiment:
   @functools.cached_property
   def _examples(self) -> Source:
     """All labelled examples: training and validation."""
-    data, model = self.settings.data, self.model
-    source, image_shape = self._own.source, self._image_shape()
-    if source is not None:
-      source = CheckedSource(source, image_shape)
-    else:
-      source = create_source(
-        data.source,
-        path=data.path,
-        split=data.split,
-        image_size=image_shape[:2],
-        channels=image_shape[2],
-        max_unreadable=data.max_unreadable,
-        image_bits=data.image_bits,
-      )
-    latents = source if self._own.source is None else self._own.source
-    if isinstance(latents, LatentSource) and self.autoencoder is not None:
-      self.autoencoder.check_scale(data.vae, latents.card)
-    if source.num_classes > model.num_classes:
-      raise SettingError(
-        "config.model.num_classes",
-        model.num_classes,
-        f"must be at least {source.num_classes}: the data has labels "
-        f"0 … {source.num_classes - 1}",
-      )
-    return source
+    return builders.open_examples(
+      self.settings.data,
+      self.model,
+      self._image_shape(),
+      self.autoencoder,
+      self._own.source,
+    )
 
   def _image_shape(self) -> tuple[int, int, int]:
     """Returns the required shape (H, W, C) of the images or latents in the data."""

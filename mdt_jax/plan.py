@@ -2,8 +2,9 @@
 
 Compiles the training step (--what=sample: the sampler) for devices that this machine
 does not have. Prints whether the step fits in their memory, which collectives it runs,
-and an upper bound of its speed. TPU topologies need libtpu:
-pip install -e '.[tpu]' in a clone. cpu:N needs no other package.
+which kernels move most bytes, and an upper bound of its speed. TPU topologies need
+libtpu, and GPUs the CUDA plugin: pip install -e '.[tpu]', or '.[cuda]', in a clone.
+cpu:N needs no other package.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
   "Devices of the run: a TPU slice by its shape, such as v5e:16x16 or v4:4x4x4, or by "
-  "its name, such as v5e-256; or cpu:N for N CPU devices.",
+  "its name, such as v5e-256; GPUs by their number, such as h100:8; or cpu:N for N CPU "
+  "devices.",
   required=True,
 )
 WHAT = flags.DEFINE_string("what", "train", "What to compile: train or sample.")

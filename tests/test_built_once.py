@@ -7,8 +7,7 @@ import collections
 import jax
 import pytest
 
-from mdt_jax import experiment as experiment_module
-from mdt_jax import optimizers
+from mdt_jax import builders, optimizers
 from mdt_jax.checkpoints import converted
 from mdt_jax.chips import parse_topology
 from mdt_jax.diffusion import PROCESSES
@@ -37,8 +36,8 @@ def counts(monkeypatch):
 
     return wrapper
 
-  create_model = counted("model", experiment_module.create_model)
-  monkeypatch.setattr(experiment_module, "create_model", create_model)
+  create_model = counted("model", builders.create_model)
+  monkeypatch.setattr(builders, "create_model", create_model)
   for name, function in PROCESSES.items():
     monkeypatch.setitem(PROCESSES, name, counted("process", function))
   for name, function in optimizers.OPTIMIZERS.items():

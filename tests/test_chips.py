@@ -14,6 +14,9 @@ from mdt_jax.errors import SettingError
     ("v5e-256", "v5e:16x16", "v5e", 256),
     ("v4-8", "v4:2x2x1", "v4", 4),
     ("cpu:8", "cpu:8", "cpu", 8),
+    ("h100:8", "h100:8", "h100", 8),
+    ("b200:16", "b200:16", "b200", 16),
+    ("rtx4090:1", "rtx4090:1", "rtx4090", 1),
   ],
 )
 def test_topology_is_given_by_shape_or_by_name(name, topology, kind, count):
@@ -34,14 +37,18 @@ def test_every_slice_name_equals_its_shape():
     "v5e:4x4x4",
     "v4:0x2x2",
     "cpu:x",
-    "h200:8",
+    "h200:2x4",
+    "h900:8",
+    "h100:0",
     "",
     "v5e-7",
     "cpu:²",
   ],
 )
 def test_error_for_an_unknown_topology_lists_the_known_ones(name):
-  with pytest.raises(SettingError, match=r"accepted are v4:XxYxZ, .*v5e-256.*cpu:N$"):
+  with pytest.raises(
+    SettingError, match=r"accepted are v4:XxYxZ, .*v5e-256.*h100:N.*cpu:N$"
+  ):
     parse_topology(name)
 
 
@@ -52,11 +59,16 @@ def test_topology_of_too_many_devices_is_refused(name):
   assert error.value.value == name
 
 
+def test_gpus_beyond_one_host_are_whole_hosts():
+  with pytest.raises(SettingError, match=r"h100:12.*whole hosts of 8 GPUs"):
+    parse_topology("h100:12")
+
+
 def test_chip_numbers_are_in_base_units():
   for chip in CHIPS.values():
-    assert chip.flops > 1e14
-    assert chip.memory > 1e10
-    assert 1e11 < chip.network < chip.bandwidth < 1e13
+    assert 5e13 < chip.flops < 5e15
+    assert 1e10 < chip.memory < 1e12
+    assert 1e10 < chip.network < chip.bandwidth < 1e13
     assert chip.source.startswith("https://")
 
 

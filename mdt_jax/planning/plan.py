@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable
@@ -13,16 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from mdt_jax import sharding
 from mdt_jax.chips import CHIPS, Chip, Topology
-from mdt_jax.errors import SettingError, one_line
+from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import check_eval
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.models import flops
 from mdt_jax.planning import hlo
+from mdt_jax.planning.devices import compiler_options, open_devices
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program
@@ -47,6 +45,8 @@ class Plan:
     limit: bytes of a device that a program can use; None if unknown.
     flops: model FLOPs over all devices, see `mdt_jax.models.flops`.
     collectives: kind of collective -> calls, and bytes that each device sends.
+    kernels: kind of kernel -> calls, and bytes that it reads and writes on a device;
+      see `hlo.kernels`.
     compile_seconds: time of the compilation on this machine.
     seconds: lower bounds of the run time from "products", "memory" and "network", each
       at the chip's published peak; empty if the chip is unknown.
@@ -61,6 +61,7 @@ class Plan:
   limit: float | None
   flops: float
   collectives: dict[str, hlo.Traffic]
+  kernels: dict[str, hlo.Moved]
   compile_seconds: float
   seconds: dict[str, float]
 
@@ -80,43 +81,6 @@ class DoesNotFitError(Exception):
       f"needs {needed / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB of a device: "
       f"{(needed - limit) / 2**30:.2f} GiB too much"
     )
-
-
-def open_devices(topology: Topology) -> list[Any]:
-  """Returns the devices of a topology; TPU devices can be compiled for, but not run.
-
-  Raises:
-    SettingError: the TPU compiler is not installed or rejects the topology, or JAX has
-      started with too few simulated devices.
-  """
-  if topology.kind == "cpu":
-    if jax.device_count() < topology.num_devices:
-      raise SettingError(
-        "--topology",
-        topology.name,
-        f"JAX has already started with {jax.device_count()} devices",
-      )
-    return jax.devices()[: topology.num_devices]
-  # These variables keep libtpu from asking the network for a TPU, which logs warnings.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-  # The two cores of a v4 chip are one device, as on a real v4 chip.
-  options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-  try:
-    found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
-    return list(found.devices)
-  except RuntimeError as error:
-    reason = one_line(error)
-    raise SettingError(
-      "--topology",
-      topology.name,
-      f"the TPU compiler cannot be used: {reason}; install the compiler with "
-      "pip install -e '.[tpu]'",
-    ) from None
 
 
 def plan_run(
@@ -153,11 +117,6 @@ def plan_run(
   """
   if find_batch and chip is None and topology.kind not in CHIPS:
     raise SettingError("--find_batch", True, "needs the memory of a chip: give --chip")
-  # The plan only compiles, so a TPU or GPU of this machine stays free.
-  jax.config.update("jax_platforms", "cpu")
-  if topology.kind == "cpu":
-    with contextlib.suppress(RuntimeError):  # JAX has started; see open_devices
-      jax.config.update("jax_num_cpu_devices", topology.num_devices)
   devices = open_devices(topology)
 
   def plan_with(batch: int | None) -> Plan:
@@ -223,7 +182,7 @@ def make_plan(
   with sharding.use_mesh(mesh):
     lowered = lower(experiment, program)
     try:
-      compiled = lowered.compile()
+      compiled = lowered.compile(compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
       raise _does_not_fit(error, program) or error from None
   compile_seconds = time.monotonic() - start
@@ -231,7 +190,8 @@ def make_plan(
   limit = chip.memory if chip else None
   if limit and memory["total"] > limit:
     raise DoesNotFitError(memory["total"], limit)
-  found = hlo.collectives(compiled.as_text(), len(devices))
+  text = compiled.as_text()
+  found = hlo.collectives(text, len(devices))
   count = _count_flops(experiment, what)
   return Plan(
     what=what,
@@ -243,6 +203,7 @@ def make_plan(
     limit=limit,
     flops=count,
     collectives=found,
+    kernels=hlo.kernels(text),
     compile_seconds=compile_seconds,
     seconds=_least_seconds(chip, memory, count / len(devices), found) if chip else {},
   )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mdt_jax.planning.plan import Plan
 
+NUM_KERNELS = 6  # kinds of kernels in the text
+
 
 def describe(plan: Plan) -> str:
   """Describes a plan in a few lines of text."""
@@ -25,6 +27,12 @@ def describe(plan: Plan) -> str:
     f"{kind}: {traffic.calls} calls, each device sends {traffic.sent / 1e6:.1f} MB"
     for kind, traffic in sorted(plan.collectives.items())
   ] or ["devices send nothing to each other"]
+  moved = sum(kind.bytes for kind in plan.kernels.values())
+  most = list(plan.kernels.items())[:NUM_KERNELS]
+  lines.append(
+    f"kernels read and write {moved / 1e9:.1f} GB, most of it: "
+    + ", ".join(f"{name} {k.bytes / 1e9:.2f} ({k.calls} calls)" for name, k in most)
+  )
   if plan.seconds:
     least = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in plan.seconds.items())
     bound = max(plan.seconds.values())

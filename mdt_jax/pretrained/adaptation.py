@@ -18,8 +18,8 @@ from mdt_jax.models.mdt import MDT, UNUSED_BIAS_ROWS
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.pretrained.resampling import (
   resize_bias_table,
+  resize_last_layer,
   resize_patch_embedding,
-  resize_patches,
   resize_positions,
 )
 from mdt_jax.pretrained.tensors import MAX_NAMES, flatten
@@ -318,20 +318,9 @@ class Adaptation:
       return _new(f"patches of {old} pixels there, {new} here")
     self._used.add(path)
 
-    def compute(read: Read, values: np.ndarray | None) -> np.ndarray:
-      del values
-      layer = read(path)
-      inputs = layer.shape[:-1]
-      pixels = layer.reshape(*inputs, old, old, source.out_channels)
-      missing = target.out_channels - source.out_channels
-      if missing > 0:  # zeros, as a new network has: the middle of the variance's range
-        padding = np.zeros((*pixels.shape[:-1], missing), np.float32)
-        pixels = np.concatenate([pixels, padding], -1)
-      pixels = pixels[..., : target.out_channels]
-      if old != new:
-        first = np.moveaxis(pixels, (-3, -2), (0, 1))
-        pixels = np.moveaxis(resize_patches(first, new), (0, 1), (-3, -2))
-      return np.ascontiguousarray(pixels.reshape(*inputs, -1), np.float32)
+    def compute(read: Read, _: np.ndarray | None) -> np.ndarray:
+      sizes = old, new, source.out_channels, target.out_channels
+      return resize_last_layer(read(path), *sizes)
 
     notes = []
     if not same_outputs:

@@ -120,6 +120,34 @@ def resize_patches(
   return _both_axes(weights, weights, patches)
 
 
+def resize_last_layer(
+  layer: Float[np.ndarray, "*inputs outputs"],
+  patch: int,
+  new_patch: int,
+  channels: int,
+  new_channels: int,
+) -> Float[np.ndarray, "*inputs new_outputs"]:
+  """Resamples the last linear layer for another patch size or number of channels.
+
+  Args:
+    layer: kernel (D, p p C) or bias (p p C,); outputs in the order (p, p, C).
+    patch, new_patch: p and q, pixels along a side of a patch.
+    channels, new_channels: C and C', output channels: the last ones are left out, or
+      are 0, as in a new network. For a learned variance, 0 is the middle of its range.
+
+  Returns:
+    (D, q q C') or (q q C',), float32.
+  """
+  inputs = layer.shape[:-1]
+  pixels = layer.reshape(*inputs, patch, patch, channels)[..., :new_channels]
+  missing = max(0, new_channels - channels)
+  pixels = np.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(0, missing)])
+  if patch != new_patch:
+    first = np.moveaxis(pixels, (-3, -2), (0, 1))
+    pixels = np.moveaxis(resize_patches(first, new_patch), (0, 1), (-3, -2))
+  return np.ascontiguousarray(pixels.reshape(*inputs, -1), np.float32)
+
+
 def _resize(
   rows: Float[np.ndarray, "L D"],
   vertical: Float[np.ndarray, "h H"],

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from mdt_jax import SettingError, create_model
+from mdt_jax.clipping import clip_by_norms_of_shards
 from mdt_jax.experiment import build
 from mdt_jax.models.registry import abstract_params
-from mdt_jax.optimizers import clip_by_norms_of_shards
 from mdt_jax.pretrained import torch_mdt_layout as layout
 from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.pretrained.zero_shards import zero_shards
