@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,8 @@ from mdt_jax.setting_groups import (
 )
 from mdt_jax.setting_limits import check_maxima
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
+
+MAX_PROFILED = 100  # steps; no program opens the trace of more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Settings:
   log: LogSettings = LogSettings()
   # Steps between log lines and points of the curves, at least 1.
   log_every: int = 100
+  # Steps to trace, FIRST:LAST without LAST, counted from 0: 100:105 traces five steps.
+  # At most 100 steps. WORKDIR/tensorboard receives the trace. None: no trace.
+  profile: str | None = None
+  # Processes that write the trace of `profile`: first or all.
+  profile_processes: str = "first"
   # Steps between checkpoints, at least 1. The last step is always saved.
   checkpoint_every: int = 10_000
   # Minutes after which a checkpoint is saved in any case; 0: by steps alone.
@@ -138,6 +146,14 @@ class Settings:
         at_least(self, name, 1)
       if self.seed >= 2**32:
         raise SettingError("seed", self.seed, "must be below 2**32")
+      check_choice("profile_processes", self.profile_processes, ("first", "all"))
+      if self.profile is not None and not self.profiled_steps:
+        raise SettingError(
+          "profile",
+          self.profile,
+          f"must be FIRST:LAST, 0 <= FIRST < LAST <= num_steps = {self.num_steps}, of "
+          f"at most {MAX_PROFILED} steps, such as 100:105",
+        )
     for group in ("init", "data", "optimizer", "eval", "log"):
       with named_in_errors(f"config.{group}"):
         getattr(self, group).check()
@@ -150,6 +166,14 @@ class Settings:
       )
     self._check_sampling()
     check_maxima(dataclasses.asdict(self))
+
+  @property
+  def profiled_steps(self) -> range:
+    """Steps to trace, counted from 0; empty without a valid `profile`."""
+    found = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", self.profile or "")
+    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    is_valid = len(steps) <= MAX_PROFILED and steps.stop <= self.num_steps
+    return steps if is_valid else range(0)
 
   @property
   def sampled_decay(self) -> float:

@@ -32,6 +32,7 @@ from mdt_jax.training.events import Events, Writer, tolerate
 from mdt_jax.training.hooks import Hook, Pictures, Scores
 from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.preemption import Interrupted, stop_signals
+from mdt_jax.training.profiling import profiling
 from mdt_jax.training.program import Program, make_program
 from mdt_jax.training.trainer import StepHook, Trainer
 from mdt_jax.training.wandb_runs import check_wandb
@@ -98,6 +99,7 @@ def train(
         lock = stack.enter_context(locked(workdir))
     settings = experiment.settings
     stop = stack.enter_context(stop_signals(settings.grace_seconds))
+    profiler = stack.enter_context(profiling(settings, workdir))
     saved = stack.enter_context(contextlib.closing(_checkpoints(experiment, workdir)))
     stack.enter_context(sharding.use_mesh(experiment.mesh))
     program = make_program(experiment)
@@ -119,7 +121,16 @@ def train(
       events = open_events(workdir, experiment.settings, start, writers)
     stack.callback(events.close)
     trainer = Trainer(
-      experiment, workdir, program, saved, periodic, events, stop, lock, hooks
+      experiment,
+      workdir,
+      program,
+      saved,
+      periodic,
+      events,
+      stop,
+      profiler,
+      lock,
+      hooks,
     )
     if trainer.run_hooks(missing, state):
       raise Interrupted(f"stopped at step {start}; its checkpoint is saved", stop)

@@ -12,6 +12,7 @@ import tqdm
 from mdt_jax.logs import logger
 from mdt_jax.training import step
 from mdt_jax.training.events import Events
+from mdt_jax.training.speed import Speed, describe
 
 
 def is_due(done: int, every: int, total: int) -> bool:
@@ -28,6 +29,7 @@ class Progress:
     log_every: steps between two log lines.
     num_steps: number of steps of the run.
     batch_size: images per step.
+    speed: adds its scalars to the metrics; None for none.
   """
 
   def __init__(
@@ -38,10 +40,11 @@ class Progress:
     log_every: int,
     num_steps: int,
     batch_size: int,
+    speed: Speed | None = None,
   ):
     self._events = events
     self._log_every, self._num_steps = log_every, num_steps
-    self._batch_size = batch_size
+    self._batch_size, self._speed = batch_size, speed
     self._add = jax.jit(step.add_metrics)
     self._metrics: step.Metrics | None = None
     self._last_step, self._last_time = start, time.monotonic()
@@ -58,6 +61,8 @@ class Progress:
     """Discards the metrics that are not written yet; the run returns to step `done`."""
     self._metrics = None
     self._last_step, self._last_time = done, time.monotonic()
+    if self._speed is not None:
+      self._speed.reset()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -74,16 +79,22 @@ class Progress:
     now = time.monotonic()
     seconds = (now - self._last_time) / (done - self._last_step)
     means["images_per_second"] = self._batch_size / seconds
+    details = ""
+    if self._speed is not None:
+      found = self._speed.report(now - self._last_time)
+      means |= found
+      details = f"  {describe(found)}"
     self._events.write_scalars(done, means)
     left = tqdm.tqdm.format_interval(seconds * (self._num_steps - done))
     shown = ("loss", "masked_loss", "gradient_norm")
     numbers = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
     logger.info(
-      "step %d/%d  %s  %.1f images/s  %s left",
+      "step %d/%d  %s  %.1f images/s%s  %s left",
       done,
       self._num_steps,
       numbers,
       means["images_per_second"],
+      details,
       left,
     )
     self._metrics = None

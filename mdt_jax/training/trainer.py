@@ -25,9 +25,11 @@ from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
 from mdt_jax.training.kills import ReaderKills
 from mdt_jax.training.preemption import Interrupted
+from mdt_jax.training.profiling import Profiler
 from mdt_jax.training.program import Program
 from mdt_jax.training.progress import Progress
 from mdt_jax.training.skipped import SkippedSteps
+from mdt_jax.training.speed import COMPILING, SAVING, WAITING, Speed
 from mdt_jax.training.step import Metrics
 from mdt_jax.types import Batch
 
@@ -51,6 +53,7 @@ class Trainer:
     hooks: pictures and scores at regular intervals.
     events: writers of metrics and pictures.
     stop: received signals, see `stop_signals`; a signal in the list stops the run.
+    profiler: traces steps.
     lock: lock of the workdir; None on processes that do not hold it.
     step_hooks: called with (steps done, state) after each step.
   """
@@ -64,6 +67,7 @@ class Trainer:
     hooks: Sequence[Hook],
     events: Events,
     stop: list[int],
+    profiler: Profiler,
     lock: Lock | None = None,
     step_hooks: Sequence[StepHook] = (),
   ):
@@ -75,6 +79,12 @@ class Trainer:
     self._hooks = hooks
     self._events = events
     self._stop = stop
+    self._profiler = profiler
+    self._speed = Speed(
+      experiment.objective,
+      experiment.settings.batch_size,
+      list(program.mesh.devices.flat),
+    )
     self._workdir = workdir
     self._lock = lock
     self._step_hooks = step_hooks
@@ -110,13 +120,21 @@ class Trainer:
       log_every=self._settings.log_every,
       num_steps=total,
       batch_size=self._settings.batch_size,
+      speed=self._speed,
     )
     loader, offset = self._open_loader(state)
     while done < total:
       with self._saves_on_error(state, done):
-        batch = self._next_batch(loader)
-        state = self._step(state, batch, done, offset)
+        if self._profiler.starts(done):
+          with self._progress.paused():
+            self._profiler.start(done, state)
+        with jax.profiler.StepTraceAnnotation("train_step", step_num=done):
+          batch = self._next_batch(loader)
+          state = self._step(state, batch, done, offset)
       done += 1
+      if self._profiler.stops(done):
+        with self._saves_on_error(state, done), self._progress.paused():
+          self._profiler.stop(state)
       if done == total:
         self._skipped.look_at_all()
       if self._skipped.too_many:
@@ -164,7 +182,8 @@ class Trainer:
 
   def _next_batch(self, loader: Iterator[dict[str, np.ndarray]]) -> Batch:
     """Puts the next batch on the devices."""
-    batch = next(loader)
+    with self._speed.timed(WAITING), jax.profiler.TraceAnnotation("wait_for_data"):
+      batch = next(loader)
     placed = sharding.put_batch(batch, self._program.mesh, self._settings.batch_size)
     with jax.transfer_guard("disallow"):  # forbids implicit transfers only
       return self._experiment.encode(placed)
@@ -208,6 +227,7 @@ class Trainer:
         state, metrics = self._program.step(state, batch, static)
       else:
         state, metrics = self._first_step(state, batch, static)
+      self._speed.add_step(static)
       self._progress.add(n + 1, metrics)
     self._skipped.add(n, n + offset, metrics)
     return state
@@ -224,7 +244,8 @@ class Trainer:
       len(choices),
     )
     start = time.monotonic()
-    with self._progress.paused():  # images per second do not count the compilation
+    # Images per second do not count the compilation.
+    with self._progress.paused(), self._speed.timed(COMPILING):
       result = self._program.step(state, batch, static)
     logger.info("compiled in %.1f s", time.monotonic() - start)
     return result
@@ -254,10 +275,11 @@ class Trainer:
     is_planned = done % self._settings.checkpoint_every == 0
     is_planned |= any(hook.is_long for hook in due)
     began = False
-    if done == self._settings.num_steps:
-      self._saved.finish(done, state, self._config)
-    elif again or is_late or is_planned:
-      began = self._saved.save(done, state, self._config, again=again)
+    with self._speed.timed(SAVING):
+      if done == self._settings.num_steps:
+        self._saved.finish(done, state, self._config)
+      elif again or is_late or is_planned:
+        began = self._saved.save(done, state, self._config, again=again)
     if began:
       self._last_save = time.monotonic()
     if due and not stops:

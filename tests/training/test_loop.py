@@ -69,8 +69,19 @@ def read_scalars(workdir):
 def test_tensorboard_has_every_scalar_at_every_logged_step(whole_run):
   scalars = read_scalars(whole_run[0])
   names = "loss mse vb masked_loss masked_mse masked_vb gradient_norm learning_rate"
-  for name in [*names.split(), "images_per_second"]:
+  timed = "images_per_second tflops_per_chip data_wait_seconds save_seconds"
+  for name in [*names.split(), *timed.split(), "compile_seconds"]:
     assert scalars[name] == [2, 4], name
+
+
+def test_log_line_on_a_cpu_has_flops_and_no_share_of_a_peak(tmp_path, caplog):
+  with caplog.at_level(logging.INFO, "mdt_jax"):
+    loop.train(tiny_dit_config(), tmp_path)
+  first, last = (line for line in caplog.messages if line.startswith("step "))
+  for line in (first, last):
+    assert " TFLOP/s a chip" in line and "MFU" not in line
+    assert "waiting for data" in line and "saving" in line
+  assert "compiling" in first and "compiling" not in last
 
 
 def test_metric_lines_have_the_values_of_tensorboard(whole_run):

@@ -1,0 +1,110 @@
+"""Traces of training steps, which TensorBoard's profile plugin and xprof open."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mdt_jax.logs import logger
+from mdt_jax.settings import Settings
+from mdt_jax.training.events import tolerate
+from mdt_jax.training.writers import TENSORBOARD
+
+SIGNAL = signal.SIGUSR1
+STEPS_OF_SIGNAL = 5
+
+
+class Profiler:
+  """Traces the steps that `config.profile` names, and five steps after a request.
+
+  Args:
+    folder: receives plugins/profile/SESSION/HOST.xplane.pb.
+    steps: steps to trace, counted from 0; empty for none.
+  """
+
+  def __init__(self, folder: Path, steps: range):
+    self._folder, self._steps = folder, steps
+    self._end: int | None = None  # number of steps done at the end of the trace
+    self._is_requested = False
+
+  def request(self) -> None:
+    """Traces the next five steps, after the end of a trace that is running."""
+    self._is_requested = True
+
+  def starts(self, done: int) -> bool:
+    """Whether a trace starts with step `done`, counted from 0."""
+    return self._end is None and (self._is_requested or done in self._steps)
+
+  def start(self, done: int, state: Any) -> None:
+    """Starts a trace with step `done`; waits for the steps before."""
+    jax.block_until_ready(state)
+    self._end = done + STEPS_OF_SIGNAL if self._is_requested else self._steps.stop
+    if done in self._steps:
+      self._end = max(self._end, self._steps.stop)
+    self._is_requested = False
+    with tolerate("a trace"):
+      jax.profiler.start_trace(self._folder, profiler_options=_options(done))
+      return
+    self._end = None
+
+  def stops(self, done: int) -> bool:
+    """Whether the trace that is running ends after `done` steps."""
+    return self._end is not None and done >= self._end
+
+  def stop(self, state: Any) -> None:
+    """Waits for the steps, and writes the trace."""
+    jax.block_until_ready(state)
+    self.close()
+
+  def close(self) -> None:
+    """Writes the trace that is running, if there is one."""
+    if self._end is None:
+      return
+    self._end = None
+    with tolerate(f"a trace in {self._folder}"):
+      jax.profiler.stop_trace()
+      logger.info("wrote a trace: tensorboard --logdir=%s", self._folder)
+
+
+@contextlib.contextmanager
+def profiling(settings: Settings, workdir: Path) -> Iterator[Profiler]:
+  """Yields the profiler of a run; SIGUSR1 requests a trace of the next five steps.
+
+  The signal keeps its effect if the process handles or ignores it already, or if the
+  run is not in the main thread.
+  """
+  steps = settings.profiled_steps
+  if settings.profile_processes == "first" and jax.process_index() > 0:
+    steps = range(0)
+  profiler = Profiler(workdir / TENSORBOARD, steps)
+  is_main = threading.current_thread() is threading.main_thread()
+  takes_signal = is_main and signal.getsignal(SIGNAL) == signal.SIG_DFL
+
+  def handle(number: int, frame: object) -> None:
+    del number, frame
+    logger.info("SIGUSR1: tracing the next %d steps", STEPS_OF_SIGNAL)
+    profiler.request()
+
+  if takes_signal:
+    signal.signal(SIGNAL, handle)
+  try:
+    yield profiler
+  finally:
+    if takes_signal:
+      signal.signal(SIGNAL, signal.SIG_DFL)
+    profiler.close()
+
+
+def _options(done: int) -> Any:
+  """Names the trace after its first step, so that all processes write one session."""
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # a trace of every Python call is too long to read
+  if hasattr(options, "session_id"):  # else JAX names the session after the time
+    options.session_id = f"step_{done:07d}"
+  return options
