@@ -30,8 +30,8 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the run. It receives checkpoints, TensorBoard events and pictures. A "
-  "folder with checkpoints resumes their run.",
+  "Folder of the run. It receives checkpoints, metrics and pictures. A folder with "
+  "checkpoints resumes their run.",
   required=True,
 )
 REPLAY_STEP = flags.DEFINE_integer(

@@ -14,6 +14,7 @@ from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.training import loop, trainer
+from mdt_jax.training.metric_lines import read_lines
 from mdt_jax.training.replay import replay
 from mdt_jax.training.skipped import SkippedSteps
 from tests.training.tiny import tiny_config
@@ -118,12 +119,15 @@ def test_replay_of_a_step_outside_the_run_is_refused(data, tmp_path, step):
 
 
 def test_rollback_skips_the_bad_batches(data, tmp_path, caplog):
-  config = config_of(data, max_rollbacks=1, **DIT)
+  config = config_of(data, max_rollbacks=1, log_every=1, **DIT)
   with caplog.at_level(logging.WARNING, "mdt_jax"):
     state = loop.train(config, tmp_path)
   assert "step 2, without batches 2 to 5" in caplog.text
   assert int(state.step) == 6
   assert int(state.batch_offset) == 4
+  # The metrics of the steps after the checkpoint are replaced.
+  steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+  assert steps == sorted(set(steps)) and steps[-1] == 6
   # The checkpoint after the bad step is moved, not deleted.
   (moved,) = (tmp_path / "damaged").iterdir()
   assert moved.name.startswith("4_")
