@@ -87,7 +87,7 @@ _aliases: dict[str, str] = {}
 # Name of an unknown flag -> what to write in its place.
 _suggestions: dict[str, str] = {}
 
-# TensorFlow only writes event files here, so its notices are noise.
+# Libraries may import TensorFlow where it is installed; its notices are noise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

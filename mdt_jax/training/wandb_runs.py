@@ -78,8 +78,8 @@ class WandbRun:
       settings=self._wandb.Settings(quiet=True),
     )
     self._first_step = self._run.step
-    place = self._run.url or f"offline, in {self._run.dir}"
-    logger.info("Weights & Biases: %s", place)
+    is_offline = self._run.offline
+    logger.info("Weights & Biases: %s", self._run.dir if is_offline else self._run.url)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes metrics by name, after `step` steps."""

@@ -18,7 +18,7 @@ from tests.training.tiny import tiny_dit_config
 class FakeRun:
   """A run of the fake package; `step` is the step that it resumes from."""
 
-  url = "https://wandb.example/run"
+  url, offline = "https://wandb.example/run", False
 
   def __init__(self, step, arguments):
     self.step, self.arguments = step, arguments
