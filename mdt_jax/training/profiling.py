@@ -102,9 +102,13 @@ def profiling(settings: Settings, workdir: Path) -> Iterator[Profiler]:
 
 
 def _options(done: int) -> Any:
-  """Names the trace after its first step, so that all processes write one session."""
+  """Names the trace after its first step, the same on all hosts of TPUs."""
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0  # a trace of every Python call is too long to read
   if hasattr(options, "session_id"):  # else JAX names the session after the time
     options.session_id = f"step_{done:07d}"
+    index = jax.process_index()
+    # A file has the name of its host; a host of GPUs may run several processes.
+    if index > 0 and jax.default_backend() != "tpu":
+      options.session_id += f"_process_{index}"
   return options

@@ -123,6 +123,15 @@ def test_processes_that_trace(tmp_path, monkeypatch, processes, index, traces):
     assert profiler.starts(1) == traces
 
 
+def test_processes_of_a_host_write_traces_of_their_own(tmp_path, monkeypatch):
+  for index in (0, 1):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    profiler = Profiler(tmp_path / TENSORBOARD, range(2, 3))
+    profiler.start(2, {})
+    profiler.stop({})
+  assert sessions(tmp_path) == ["step_0000002", "step_0000002_process_1"]
+
+
 def test_handler_of_the_process_keeps_the_signal(tmp_path):
   received = []
   before = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
