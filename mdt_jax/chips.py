@@ -109,12 +109,14 @@ class Topology:
     name: topology in the syntax of XLA's TPU compiler, such as "v5e:16x16"; "h100:8"
       for 8 GPUs; or "cpu:N" for N simulated devices.
     kind: name of the chip, or "cpu".
-    num_devices: number of devices.
+    num_devices: number of devices, of all slices.
+    slices: number of TPU slices of this topology.
   """
 
   name: str
   kind: str
   num_devices: int
+  slices: int = 1
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -126,16 +128,18 @@ def chip_of(device_kind: str) -> Chip | None:
   return CHIPS.get(KINDS.get(device_kind, ""))
 
 
-def parse_topology(name: str) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
   """Parses a topology.
 
   Args:
     name: topology such as "v5e:16x16", name of a slice such as "v5e-256", "h100:N" for
       GPUs, or "cpu:N".
+    slices: number of TPU slices of this topology.
 
   Raises:
     SettingError: the chip is unknown, the shape is invalid, the topology has more
-      devices than a plan can have, or hosts with fewer than 8 of several GPUs.
+      devices than a plan can have, hosts with fewer than 8 of several GPUs, or slices
+      without TPUs.
   """
   kind, _, shape = SLICES.get(name, name).partition(":")
   sizes = shape.split("x")
@@ -154,7 +158,9 @@ def parse_topology(name: str) -> Topology:
       f"accepted are {tpus}, {', '.join(SLICES)}, "
       f"{', '.join(f'{gpu}:N' for gpu in TARGETS)} and cpu:N",
     )
-  num_devices = 1
+  if slices < 1 or (slices > 1 and (kind == "cpu" or kind in TARGETS)):
+    raise SettingError("--slices", slices, "must be 1, or more for slices of TPUs")
+  num_devices = slices
   for size in sizes:
     num_devices *= int(size)
   largest = MAX_CPUS if kind == "cpu" else MAX_CHIPS
@@ -164,7 +170,7 @@ def parse_topology(name: str) -> Topology:
     raise SettingError(
       "--topology", name, f"must be whole hosts of {GPUS_OF_A_HOST} GPUs"
     )
-  return Topology(f"{kind}:{shape}", kind, num_devices)
+  return Topology(f"{kind}:{shape}", kind, num_devices, slices)
 
 
 def _is_count(text: str) -> bool:

@@ -136,10 +136,12 @@ class Experiment:
         scale,
         "must be 1 if the network is trained with label_dropout = 0",
       )
-    num_devices = jax.device_count() if self._devices is None else len(self._devices)
+    mesh = self.settings.mesh
+    devices = jax.devices() if self._devices is None else self._devices
     sharding.check_mesh(
-      dataclasses.astuple(self.settings.mesh),
-      num_devices,
+      (mesh.data, mesh.fsdp, mesh.tensor),
+      devices,
+      mesh.slices,
       self.model,
       batch_size=self.settings.batch_size,
       accumulation_steps=self.settings.accumulation_steps,

@@ -34,6 +34,9 @@ TOPOLOGY = flags.DEFINE_string(
   "devices.",
   required=True,
 )
+SLICES = flags.DEFINE_integer(
+  "slices", 1, "Number of TPU slices of this topology, joined by a slower network."
+)
 WHAT = flags.DEFINE_string("what", "train", "What to compile: train or sample.")
 BATCH_PER_DEVICE = flags.DEFINE_integer(
   "batch_per_device",
@@ -57,7 +60,7 @@ cli.require(config="mdt_b2", topology="v5e:16x16")
 
 def main(argv: list[str]) -> None:
   del argv
-  topology = parse_topology(TOPOLOGY.value)
+  topology = parse_topology(TOPOLOGY.value, SLICES.value)
   check_choice("what", WHAT.value, WHATS)
   if CHIP.value is not None:
     check_choice("chip", CHIP.value, CHIPS)

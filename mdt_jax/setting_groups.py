@@ -304,6 +304,9 @@ class MeshSettings:
   fsdp: int = 1
   # Devices that divide attention heads and hidden units of the same images.
   tensor: int = 1
+  # Slices of TPUs, or hosts of GPUs, between which the network is slow; they divide the
+  # axis data. -1: as many as the devices report. 1: all links are taken as equal.
+  slices: int = -1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ names the axes of parameters; RULES maps these names to axes of the mesh.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mdt_jax.errors import SettingError
 from mdt_jax.models.network import Network
 from mdt_jax.models.partitioning import parameter_axes
+from mdt_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -32,6 +33,8 @@ RULES = (
   ("heads", "tensor"),
   ("hidden", "tensor"),
 )
+# Inside a part of the axis data, see `mean_over_data`.
+RULES_OF_ONE_PART = (("batch", "fsdp"), *RULES[1:])
 
 
 def make_mesh(
@@ -39,26 +42,80 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   devices: Sequence[Any] | None = None,
+  *,
+  slices: int = -1,
 ) -> Mesh:
   """Builds a device mesh that keeps neighbours on a TPU's torus adjacent.
 
-  One size may be -1, which means the number of remaining devices.
+  One size may be -1, which means the number of remaining devices. Devices of several
+  slices are joined along the axis data: fsdp and tensor stay inside a slice.
 
   Args:
     data: size of the axis data: the batch is sharded, parameters are replicated.
     fsdp: size of the axis fsdp: the batch and the parameters are sharded.
     tensor: size of the axis tensor: heads and hidden units are sharded.
     devices: the devices; None for all devices of all processes.
+    slices: see `count_slices`.
 
   Raises:
-    SettingError: a size is invalid, or the product of the sizes is not the number of
-      devices.
+    SettingError: a size is invalid, the product of the sizes is not the number of
+      devices, or the slices do not fit.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape((data, fsdp, tensor), len(devices))
-  return Mesh(
-    mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES
-  )
+  slices = count_slices(slices, shape[0], devices)
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (shape[0] // slices, *shape[1:]),
+      (slices, 1, 1),
+      devices,
+      process_is_granule=len(_slices_of(devices)) == 1,
+      allow_split_physical_axes=True,
+    )
+  return Mesh(grid, AXES)
+
+
+def count_slices(slices: int, data: int, devices: Sequence[Any]) -> int:
+  """Returns the number of slices that the axis data of a mesh crosses.
+
+  Args:
+    slices: `config.mesh.slices`. -1: what the devices report. 1: slices do not matter.
+      Another number: that of the devices or, if these report one slice, that of their
+      processes.
+    data: size of the axis data.
+    devices: devices of the mesh.
+
+  Raises:
+    SettingError: the devices have another number of slices, or the slices do not divide
+      the axis data.
+  """
+  reported = len(_slices_of(devices))
+  processes = len({device.process_index for device in devices})
+  if slices < 1 and slices != -1:
+    raise SettingError("config.mesh.slices", slices, "must be -1 or at least 1")
+  if slices not in (-1, 1, reported) and (reported > 1 or slices != processes):
+    raise SettingError(
+      "config.mesh.slices",
+      slices,
+      f"does not fit the devices, which are in {reported} slices and {processes} "
+      "processes",
+    )
+  found = reported if slices == -1 else slices
+  if data % found:
+    raise SettingError(
+      "config.mesh.slices",
+      slices,
+      f"the {found} slices must divide config.mesh.data = {data}; "
+      "config.mesh.slices = 1 sends weights between slices",
+    )
+  return found
+
+
+def _slices_of(devices: Sequence[Any]) -> set[int]:
+  """Returns the indices of the slices of devices; CPUs report none."""
+  return {getattr(device, "slice_index", None) or 0 for device in devices}
 
 
 def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
@@ -94,7 +151,8 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
 
 def check_mesh(
   sizes: Sequence[int],
-  num_devices: int,
+  devices: Sequence[Any],
+  slices: int,
   model: Network,
   *,
   batch_size: int,
@@ -105,7 +163,8 @@ def check_mesh(
 
   Args:
     sizes: sizes of data, fsdp and tensor, see `mesh_shape`.
-    num_devices: number of devices of the run.
+    devices: devices of the run.
+    slices: see `count_slices`.
     model: the network.
     batch_size: number of images per step, over all devices.
     accumulation_steps: number of parts that a batch is split into.
@@ -115,7 +174,8 @@ def check_mesh(
     SettingError: the mesh does not fit the devices, or an axis does not divide the
       batch size, the width, the heads or the hidden units.
   """
-  data, fsdp, tensor = mesh_shape(sizes, num_devices)
+  data, fsdp, tensor = mesh_shape(sizes, len(devices))
+  count_slices(slices, data, devices)
   parts = data * fsdp * accumulation_steps * groups
   if batch_size % parts:
     by_groups = f" x config.masking.groups = {groups}" if groups > 1 else ""
@@ -143,6 +203,43 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
   """Context in which traced networks shard their activations over `mesh`."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
+
+
+def mean_over_data(
+  compute: Callable[[Params, Any], tuple[Params, Any]], mesh: Mesh
+) -> Callable[[Params, Any], tuple[Params, Any]]:
+  """Makes each part of the axis data compute gradients alone, and averages these.
+
+  On a mesh with both data and fsdp, XLA sums whole gradients over all devices and then
+  cuts out the parts that a device stores. Here, the devices of an axis fsdp sum
+  gradients into parts (reduce-scatter), and only parts are summed over data. Across
+  slices of TPUs, only these parts go over the slow network.
+
+  Args:
+    compute: (parameters, batch) -> (gradients of a mean over the batch, values for each
+      example). The arrays of the batch and the values have B as their first axis.
+    mesh: the mesh of the run.
+
+  Returns:
+    A function with the arguments and results of `compute`; `compute` itself if the mesh
+    has one of both axes.
+  """
+  if mesh.shape["data"] == 1 or mesh.shape["fsdp"] == 1:
+    return compute
+
+  def of_one_part(params: Params, batch: Any) -> tuple[Params, Any]:
+    with nn.logical_axis_rules(RULES_OF_ONE_PART):
+      gradients, values = compute(params, batch)
+    return jax.lax.pmean(gradients, "data"), values
+
+  return jax.shard_map(
+    of_one_part,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec("data")),
+    out_specs=(PartitionSpec(), PartitionSpec("data")),
+    axis_names={"data"},
+    check_vma=False,
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -64,6 +64,19 @@ def test_gpus_beyond_one_host_are_whole_hosts():
     parse_topology("h100:12")
 
 
+def test_slices_multiply_the_devices_of_tpus():
+  found = parse_topology("v5e:16x16", slices=2)
+  assert (found.name, found.num_devices, found.slices) == ("v5e:16x16", 512, 2)
+
+
+@pytest.mark.parametrize(
+  ("name", "slices"), [("h100:8", 2), ("cpu:8", 2), ("v5e-8", 0)]
+)
+def test_slices_of_other_devices_are_refused(name, slices):
+  with pytest.raises(SettingError, match=rf"--slices = {slices}: must be 1, or more"):
+    parse_topology(name, slices)
+
+
 def test_chip_numbers_are_in_base_units():
   for chip in CHIPS.values():
     assert 5e13 < chip.flops < 5e15

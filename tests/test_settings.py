@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from mdt_jax import setting_limits
@@ -28,7 +29,7 @@ def load(name):
 
 def build_on(config, num_devices):
   """Builds and checks all but the mesh, for which devices would have to be there."""
-  return build(config, devices=[None] * num_devices)
+  return build(config, devices=jax.devices() * num_devices)
 
 
 def test_each_published_run_and_digits_have_a_config():

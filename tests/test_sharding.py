@@ -1,15 +1,17 @@
 """Meshes, and the sharding of the training state."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
+from mdt_jax.models import partitioning
 from mdt_jax.training.program import make_program
 from tests import forked
 from tests.training.tiny import tiny_config
@@ -58,6 +60,85 @@ def test_moments_and_averages_are_sharded_like_parameters(name):
   of_decoder = [path for path in paths if path.endswith(end)]
   # The parameter, its average, and the four moments of Adan.
   assert len(of_decoder) == 6
+
+
+@dataclasses.dataclass
+class Device:
+  process_index: int
+  slice_index: int | None = None
+
+
+ONE_SLICE = [Device(i // 4) for i in range(8)]
+TWO_SLICES = [Device(i // 2, i // 4) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+  ("slices", "data", "devices", "found"),
+  [
+    (-1, 1, ONE_SLICE, 1),
+    (-1, 4, TWO_SLICES, 2),
+    (2, 4, TWO_SLICES, 2),
+    (1, 1, TWO_SLICES, 1),
+    (2, 2, ONE_SLICE, 2),  # its processes
+  ],
+)
+def test_slices_are_counted(slices, data, devices, found):
+  assert sharding.count_slices(slices, data, devices) == found
+
+
+@pytest.mark.parametrize(
+  ("slices", "data", "devices", "message"),
+  [
+    (0, 2, ONE_SLICE, r"= 0: must be -1 or at least 1$"),
+    (4, 4, TWO_SLICES, r"= 4: does not fit .* in 2 slices and 4 processes$"),
+    (3, 6, ONE_SLICE, r"= 3: does not fit .* in 1 slices and 2 processes$"),
+    (-1, 1, TWO_SLICES, r"= -1: the 2 slices must divide config.mesh.data = 1;"),
+    (2, 3, TWO_SLICES, r"= 2: the 2 slices must divide config.mesh.data = 3;"),
+  ],
+)
+def test_slices_that_do_not_fit_are_refused(slices, data, devices, message):
+  with pytest.raises(SettingError, match="^config.mesh.slices " + message):
+    sharding.count_slices(slices, data, devices)
+
+
+def gradient_and_squares(w, x):
+  """The gradient of a mean over a batch, and a value for each example."""
+
+  def loss(w):
+    whole = partitioning.gather_kernel(w, ("width", None))
+    return ((partitioning.shard_batch(x) @ whole) ** 2).mean()
+
+  return jax.grad(loss)(w), (x**2).sum(1)
+
+
+def average_over_data():
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  rng = np.random.default_rng(0)
+  w = rng.standard_normal((16, 64)).astype(np.float32)
+  x = rng.standard_normal((8, 16)).astype(np.float32)
+  parts = NamedSharding(mesh, PartitionSpec("fsdp"))
+  arguments = jax.device_put(w, parts), jax.device_put(x, sharding.over_batch(mesh))
+  averaged = sharding.mean_over_data(gradient_and_squares, mesh)
+  with sharding.use_mesh(mesh):
+    jitted = jax.jit(averaged, out_shardings=(parts, None))
+    compiled = jitted.lower(*arguments).compile()
+    found = compiled(*arguments)
+  expected = gradient_and_squares(w, x)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected
+  )
+  # Sums over data, by devices 0 and 2, are of a part of the gradient (16, 64).
+  lines = compiled.as_text().splitlines()
+  sums = [line for line in lines if "all-reduce(" in line and "{0,2}" in line]
+  assert len(sums) == 1 and " f32[8,64]" in sums[0], "\n".join(sums)
+  for data, fsdp in ((4, 1), (1, 4)):
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp)
+    assert sharding.mean_over_data(len, mesh) is len
+
+
+def test_only_parts_of_gradients_are_summed_over_data():
+  process = forked.Forked(average_over_data, num_devices=4)
+  assert process.end() == 0, process.err
 
 
 def test_single_process_reads_all_rows():

@@ -61,7 +61,9 @@ def _open_tpus(topology: Topology) -> list[Any]:
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
   # The two cores of a v4 chip are one device, as on a real v4 chip.
-  options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+  options: dict[str, Any] = {"num_slices": topology.slices}
+  if topology.kind == "v4":
+    options["chip_config_name"] = "megacore"
   try:
     found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     return list(found.devices)

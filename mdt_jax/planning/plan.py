@@ -19,8 +19,9 @@ from mdt_jax.evaluation.evaluator import check_eval
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.models import flops
-from mdt_jax.planning import hlo
+from mdt_jax.planning.collectives import BETWEEN_SLICES, Traffic, collectives
 from mdt_jax.planning.devices import compiler_options, open_devices
+from mdt_jax.planning.kernels import Moved, kernels
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program
@@ -37,6 +38,7 @@ class Plan:
     what: "train": a training step with the longest masked pass. "sample": sampling a
       batch of images.
     topology: name of the topology.
+    slices: number of slices of this topology.
     mesh: name of the mesh axis -> number of devices.
     batch_size: number of images, over all devices.
     dtype: dtype of the matrix products.
@@ -46,22 +48,24 @@ class Plan:
     flops: model FLOPs over all devices, see `mdt_jax.models.flops`.
     collectives: kind of collective -> calls, and bytes that each device sends.
     kernels: kind of kernel -> calls, and bytes that it reads and writes on a device;
-      see `hlo.kernels`.
+      see `kernels.kernels`.
     compile_seconds: time of the compilation on this machine.
     seconds: lower bounds of the run time from "products", "memory" and "network", each
-      at the chip's published peak; empty if the chip is unknown.
+      at the chip's published peak, without the network between slices; empty if the
+      chip is unknown.
   """
 
   what: str
   topology: str
+  slices: int
   mesh: dict[str, int]
   batch_size: int
   dtype: str
   memory: dict[str, int]
   limit: float | None
   flops: float
-  collectives: dict[str, hlo.Traffic]
-  kernels: dict[str, hlo.Moved]
+  collectives: dict[str, Traffic]
+  kernels: dict[str, Moved]
   compile_seconds: float
   seconds: dict[str, float]
 
@@ -191,11 +195,12 @@ def make_plan(
   if limit and memory["total"] > limit:
     raise DoesNotFitError(memory["total"], limit)
   text = compiled.as_text()
-  found = hlo.collectives(text, len(devices))
+  found = collectives(text, len(devices), topology.slices)
   count = _count_flops(experiment, what)
   return Plan(
     what=what,
     topology=topology.name,
+    slices=topology.slices,
     mesh=dict(mesh.shape),
     batch_size=settings.batch_size,
     dtype=settings.model.dtype,
@@ -203,7 +208,7 @@ def make_plan(
     limit=limit,
     flops=count,
     collectives=found,
-    kernels=hlo.kernels(text),
+    kernels=kernels(text),
     compile_seconds=compile_seconds,
     seconds=_least_seconds(chip, memory, count / len(devices), found) if chip else {},
   )
@@ -327,11 +332,12 @@ def _least_seconds(
   chip: Chip,
   memory: dict[str, int],
   flops_a_device: float,
-  collectives: dict[str, hlo.Traffic],
+  traffic: dict[str, Traffic],
 ) -> dict[str, float]:
   """Lower bounds of the run time, see `Plan.seconds`."""
   state = sum(memory.get(part, 0) for part in ("parameters", "optimizer", "ema"))
-  sent = sum(traffic.sent for traffic in collectives.values())
+  inside = (kind for kind in traffic if not kind.endswith(BETWEEN_SLICES))
+  sent = sum(traffic[kind].sent for kind in inside)
   return {
     "products": flops_a_device / chip.flops,
     # The program reads and writes the state and the temporaries at least once.

@@ -12,8 +12,9 @@ def describe(plan: Plan) -> str:
   gib = 2**30
   devices = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   lines = [
-    f"{plan.what} on {plan.topology} ({devices}), batch size {plan.batch_size}, "
-    f"{plan.dtype}",
+    f"{plan.what} on {plan.topology}"
+    + (f" x {plan.slices} slices" if plan.slices > 1 else "")
+    + f" ({devices}), batch size {plan.batch_size}, {plan.dtype}",
     f"compiled in {plan.compile_seconds:.0f} s",
     "memory on each device, GiB: "
     + ", ".join(f"{name} {size / gib:.2f}" for name, size in plan.memory.items()),

@@ -60,6 +60,7 @@ def make_program(experiment: Experiment) -> Program:
     frozen=experiment.frozen,
     accumulation_steps=settings.accumulation_steps,
     learning_rate=experiment.learning_rate,
+    mesh=mesh,
   )
   return Program(
     mesh=mesh,

@@ -7,13 +7,16 @@ devices or of accumulation steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Draws, Objective
@@ -48,6 +51,7 @@ def make_train_step(
   frozen: Collection[str] | None = None,
   accumulation_steps: int = 1,
   learning_rate: Schedule | None = None,
+  mesh: Mesh | None = None,
 ) -> TrainStep:
   """Builds the training step.
 
@@ -65,6 +69,8 @@ def make_train_step(
     accumulation_steps: number of equal parts of the batch that are computed one after
       another, to save memory; must divide the batch size.
     learning_rate: schedule, for the metric "learning_rate" only.
+    mesh: devices of the step, which then sums gradients with the least traffic; see
+      `sharding.mean_over_data`. None: XLA decides.
 
   Returns:
     (state, batch, static) -> (state, metrics), where `static` is one of
@@ -108,7 +114,10 @@ def make_train_step(
     state: TrainState, batch: Batch, static: Hashable
   ) -> tuple[TrainState, Metrics]:
     draws = objective.draw(step_key(seed, state.step), batch, state.loss_history)
-    gradients, losses = gradients_of(state.params, draws, static)
+    compute = functools.partial(gradients_of, static=static)
+    if mesh is not None:
+      compute = sharding.mean_over_data(compute, mesh)
+    gradients, losses = compute(state.params, draws)
     total = losses.pop("total")
     weighted = {name: loss * draws.weights for name, loss in losses.items()}
     metrics = _loss_metrics(weighted, draws.t, objective.process.end_time)

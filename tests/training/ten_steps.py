@@ -1,7 +1,8 @@
-"""Runs ten steps: python -m tests.training.ten_steps FOLDER VARIANT:DATA,FSDP,TENSOR …
+"""Runs ten steps: python -m tests.training.ten_steps FOLDER VARIANT:SIZES …
 
-Each run has its own network and mesh, and uses all devices of all processes. The losses
-and parameters of a run are written to FOLDER/VARIANT:DATA,FSDP,TENSOR.npz.
+Each run has its own network and mesh, and uses all devices of all processes. SIZES are
+config.mesh.data, fsdp, tensor and slices, with commas. The losses and parameters of a
+run are written to FOLDER/VARIANT:SIZES.npz.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NUM_STEPS = 10
 
 def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
   """Returns the losses of each step and the last parameters, by name."""
-  data, fsdp, tensor = map(int, sizes.split(","))
+  data, fsdp, tensor, slices = map(int, sizes.split(","))
   config = tiny_config(
     **{
       "num_steps": NUM_STEPS,
@@ -36,6 +37,7 @@ def run(variant: str, sizes: str, workdir: Path) -> dict[str, np.ndarray]:
       "mesh.data": data,
       "mesh.fsdp": fsdp,
       "mesh.tensor": tensor,
+      "mesh.slices": slices,
     }
   )
   metrics = []

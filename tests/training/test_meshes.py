@@ -7,8 +7,9 @@ import pytest
 
 from tests import forked
 
-# The test with several processes uses the meshes 2,2,2, with MDTv2 too, and 2,4,1.
-EIGHT_DEVICES = ("DiT:8,1,1", "MDTv2:1,8,1")
+# The test with several processes uses the meshes 2,2,2, of two slices and with
+# MDTv2 too, and 2,4,1.
+EIGHT_DEVICES = ("DiT:8,1,1,1", "MDTv2:1,8,1,1")
 
 
 def ten_steps(folder, *runs, processes=1, devices=8):
@@ -39,7 +40,7 @@ def ten_steps(folder, *runs, processes=1, devices=8):
 def one_device(tmp_path_factory):
   """Variant of the network -> its run on one device."""
   folder = tmp_path_factory.mktemp("one")
-  runs = ten_steps(folder, "MDTv2:1,1,1", "DiT:1,1,1", devices=1)
+  runs = ten_steps(folder, "MDTv2:1,1,1,1", "DiT:1,1,1,1", devices=1)
   return {run.partition(":")[0]: found for run, found in runs.items()}
 
 
@@ -68,8 +69,8 @@ def test_eight_devices_match_one_device(one_device, eight_devices, run):
 @pytest.mark.parametrize(
   ("processes", "devices", "variant", "mesh"),
   [
-    (2, 4, "MDTv2", "-1,2,2"),
-    (4, 2, "DiT", "2,4,1"),  # DiT compiles faster, and each process compiles
+    (2, 4, "MDTv2", "-1,2,2,2"),
+    (4, 2, "DiT", "2,4,1,1"),  # DiT compiles faster, and each process compiles
   ],
 )
 def test_several_processes_match_one_device(
