@@ -32,7 +32,9 @@ def open_devices(topology: Topology) -> list[Any]:
 def compiler_options(topology: Topology) -> dict[str, Any]:
   """Returns the options of the compiler for a topology."""
   if topology.kind in TARGETS:
-    return {"xla_gpu_autotune_level": 0}  # XLA would time kernels on a GPU.
+    # XLA would time kernels on a GPU. Without times, it finds no tiles for some of its
+    # own kernels of products; those of cuBLAS need none.
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
   return {}
 
 

@@ -27,7 +27,7 @@ def test_missing_gpu_compiler_is_named_with_the_way_to_install_it(monkeypatch):
 
 def test_kernels_are_not_timed_for_gpus_alone():
   options = devices.compiler_options(parse_topology("a100:1"))
-  assert options == {"xla_gpu_autotune_level": 0}
+  assert options["xla_gpu_autotune_level"] == 0
   assert devices.compiler_options(parse_topology("v5e:2x4")) == {}
 
 
