@@ -126,7 +126,9 @@ def build_optimizer(
       shards = zero_shards(model, chosen.clip_shards)
     if chosen.learning_rates:
       own = split_commas(chosen.learning_rates)
-      rates = rates_of_paths("learning_rates", own, flatten(abstract_params(model)))
+      paths = flatten(abstract_params(model))
+      trained = [path for path in paths if not is_frozen(path, frozen)]
+      rates = rates_of_paths("learning_rates", own, trained)
     return create_optimizer(
       chosen.name,
       learning_rate,
@@ -154,9 +156,7 @@ def find_frozen(settings: Settings, model: Model) -> frozenset[str]:
   if not model.frozen and not chosen:
     return frozenset()
   paths = flatten(abstract_params(model))
-  trained = [path for path in paths if not is_frozen(path, model.frozen)]
-  found = frozen_paths("config.optimizer.frozen", chosen, trained)
-  return found | (paths.keys() - set(trained))
+  return frozen_paths("config.optimizer.frozen", chosen, paths, model.frozen)
 
 
 def build_sampler(settings: Settings, process: Process) -> Sampler:

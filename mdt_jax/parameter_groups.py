@@ -28,25 +28,33 @@ _SEPARATOR = ":"
 
 
 def frozen_paths(
-  setting: str, patterns: Iterable[str], paths: Collection[str]
+  setting: str,
+  patterns: Iterable[str],
+  paths: Collection[str],
+  always: Collection[str] = (),
 ) -> frozenset[str]:
-  """Returns the paths of the parameters that patterns freeze.
+  """Returns the paths of the parameters that are not trained.
 
   Args:
     setting: name of the setting in errors.
     patterns: regular expressions, or names in PRESETS.
     paths: paths of all parameters.
+    always: paths, or names of top-level parameters, that no run trains.
 
   Raises:
-    SettingError: a pattern is no regular expression or matches no parameter, or all
-      parameters would be frozen.
+    SettingError: a pattern is no regular expression or matches no parameter, or
+      patterns would freeze all parameters.
   """
   patterns = tuple(patterns)
-  found: set[str] = set()
+  found = {path for path in paths if is_frozen(path, always)}
   for pattern in patterns:
-    found |= _matches(setting, PRESETS.get(pattern, pattern), pattern, paths)
-  if found and found == set(paths):
-    raise SettingError(setting, patterns, "would freeze every parameter")
+    matched = _matches(setting, PRESETS.get(pattern, pattern), pattern, paths)
+    if not matched:
+      text = f"matches no parameter, such as {_some(paths)}; presets are "
+      raise SettingError(setting, pattern, text + ", ".join(PRESETS))
+    found |= matched
+  if patterns and found == set(paths):
+    raise SettingError(setting, ",".join(patterns), "would freeze every parameter")
   return frozenset(found)
 
 
@@ -58,11 +66,11 @@ def rates_of_paths(
   Args:
     setting: name of the setting in errors.
     items: texts PATTERN:RATE; the first pattern that matches a path decides.
-    paths: paths of all parameters.
+    paths: paths of the trained parameters.
 
   Raises:
     SettingError: an item has another form, a rate is not above 0, or a pattern is no
-      regular expression or matches no parameter.
+      regular expression or matches no trained parameter.
   """
   found: dict[str, float] = {}
   for item in items:
@@ -73,29 +81,31 @@ def rates_of_paths(
       rate = 0.0
     if not pattern or not 0 < rate < float("inf"):
       raise SettingError(setting, item, "must be PATTERN:RATE with a rate above 0")
-    for path in _matches(setting, pattern, item, paths):
+    matched = _matches(setting, pattern, item, paths)
+    if not matched:
+      text = f"matches no parameter that is trained, such as {_some(paths)}"
+      raise SettingError(setting, item, text)
+    for path in matched:
       found.setdefault(path, rate)
   return found
+
+
+def _some(paths: Collection[str]) -> str:
+  """The first paths, for errors."""
+  return ", ".join(sorted(paths)[:3])
 
 
 def _matches(
   setting: str, pattern: str, shown: str, paths: Collection[str]
 ) -> set[str]:
-  """The paths in which a pattern is found; raises SettingError if there are none."""
+  """The paths in which a pattern is found; raises SettingError for an invalid one."""
   try:
     compiled = re.compile(pattern)
   except (re.error, TypeError, RecursionError, OverflowError) as error:
     raise SettingError(
       setting, shown, f"must be a regular expression: {error}"
     ) from None
-  found = {path for path in paths if compiled.search(path)}
-  if not found:
-    examples = ", ".join(sorted(paths)[:3])
-    presets = ", ".join(PRESETS)
-    raise SettingError(
-      setting, shown, f"matches no parameter, such as {examples}; presets are {presets}"
-    )
-  return found
+  return {path for path in paths if compiled.search(path)}
 
 
 def without_frozen(
@@ -132,11 +142,11 @@ def with_rates(
     return create(1.0)
   factors = {rate: rate / learning_rate for rate in rates.values()}
   transforms: dict[Hashable, optax.GradientTransformation] = {
-    f"{rate:g}": create(factor) for rate, factor in factors.items()
+    repr(rate): create(factor) for rate, factor in factors.items()
   }
   transforms["others"] = create(1.0)
   return _by_path(
-    transforms, lambda path: f"{rates[path]:g}" if path in rates else "others"
+    transforms, lambda path: repr(rates[path]) if path in rates else "others"
   )
 
 

@@ -60,12 +60,31 @@ def test_patterns_are_searched_for_in_paths():
   [
     (("(",), r"frozen = '\(': must be a regular expression"),
     (("no_such",), r"frozen = 'no_such': matches no parameter"),
-    ((".*",), r"frozen = .*: would freeze every parameter"),
+    (("few_shot", "l", "m"), r"frozen = 'few_shot,l,m': would freeze every parameter"),
   ],
 )
 def test_bad_patterns_are_refused(patterns, message):
   with pytest.raises(SettingError, match=message):
     frozen_paths("frozen", patterns, PATHS)
+
+
+def test_parameters_that_no_run_trains_may_be_named():
+  """The position embedding of a DiT is always frozen."""
+  found = frozen_paths("frozen", ("^label_embed",), PATHS, {"pos_embed"})
+  assert found == {"label_embed/table", "pos_embed"}
+  assert frozen_paths("frozen", ("pos_embed",), PATHS, {"pos_embed"}) == {"pos_embed"}
+  assert frozen_paths("frozen", (), PATHS, {"pos_embed"}) == {"pos_embed"}
+  trained = set(PATHS) - {"pos_embed"}
+  with pytest.raises(SettingError, match="would freeze every parameter"):
+    frozen_paths("frozen", trained, PATHS, {"pos_embed"})
+
+
+def test_rates_that_agree_in_six_digits_stay_apart():
+  params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+  rates = {"a": 0.5, "b": 0.5000001}
+  optimizer = create_optimizer("sgd", 1.0, rates=rates, peak=1.0)
+  found = steps(optimizer, params, params, 1)
+  assert found["a"][0] > found["b"][0]
 
 
 def test_first_pattern_decides_the_rate():
@@ -149,6 +168,10 @@ def test_run_names_the_parameters_it_does_not_train():
   [
     ({"optimizer.frozen": "fc1,pos_embd"}, r"config.optimizer.frozen = 'pos_embd'"),
     ({"optimizer.learning_rates": "a"}, r"config.optimizer.learning_rates = 'a'"),
+    (  # Without effect: what it matches is frozen.
+      {"optimizer.frozen": "few_shot", "optimizer.learning_rates": "fc1:1e-3"},
+      r"config.optimizer.learning_rates = 'fc1:1e-3': matches no parameter that is",
+    ),
     (
       {"optimizer.frozen": "few_shot", "optimizer.clip_shards": 2},
       r"config.optimizer.clip_shards = 2: must be 1 if parameters are frozen",

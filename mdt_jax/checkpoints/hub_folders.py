@@ -12,8 +12,9 @@ labels.json, or null. `sampling.ema_decay` in "settings" is the decay of the par
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -80,6 +81,26 @@ def load_pretrained(
   return Checkpoint(experiment, unflatten(params), step)
 
 
+def read_labels(weights: Path, num_classes: int) -> DataLabels | None:
+  """Reads the labels of the training data from config.json beside a file of weights.
+
+  Args:
+    weights: path of the file.
+    num_classes: number of classes of the network.
+
+  Returns:
+    The labels; None if there is no config.json of mdt_jax, or it holds no labels.
+
+  Raises:
+    SettingError: setting "path": config.json is damaged.
+  """
+  config = _read_config(weights.parent)
+  if config is None:
+    return None
+  refuse = functools.partial(SettingError, "path", str(weights))
+  return _labels_of(config, num_classes, refuse)
+
+
 def config_of(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
   """Returns the contents of config.json.
 
@@ -131,11 +152,9 @@ def _experiment_of(config: Mapping[str, Any], name: str) -> tuple[Experiment, in
   def refuse(text: str) -> SettingError:
     return SettingError("name", name, text)
 
-  step, labels = config.get("step"), config.get("labels")
+  step = config.get("step")
   if type(step) is not int or step < 0:
     raise refuse(f'{CONFIG_FILE} must hold "step", a whole number')
-  if labels is not None and not isinstance(labels, dict):
-    raise refuse(f'{CONFIG_FILE} must hold "labels", a dict or null')
   try:
     settings = Settings.from_dict(config["settings"])
     settings = dataclasses.replace(settings, mesh=MeshSettings())
@@ -146,11 +165,20 @@ def _experiment_of(config: Mapping[str, Any], name: str) -> tuple[Experiment, in
     raise refuse(
       f"{CONFIG_FILE} does not hold the settings of a run: {one_line(error)}"
     ) from None
-  if labels is not None:
-    experiment.data_labels = DataLabels.from_dict(
-      labels, num_classes, CONFIG_FILE, refuse
-    )
+  experiment.data_labels = _labels_of(config, num_classes, refuse)
   return experiment, step
+
+
+def _labels_of(
+  config: Mapping[str, Any], num_classes: int, refuse: Callable[[str], Exception]
+) -> DataLabels | None:
+  """Returns the labels of a config.json; see `DataLabels.from_dict`."""
+  labels = config.get("labels")
+  if labels is None:
+    return None
+  if not isinstance(labels, dict):
+    raise refuse(f'{CONFIG_FILE} must hold "labels", a dict or null')
+  return DataLabels.from_dict(labels, num_classes, CONFIG_FILE, refuse)
 
 
 def _check_fits(params: Mapping[str, Any], experiment: Experiment, name: str) -> None:

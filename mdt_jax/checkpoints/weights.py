@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_jax.checkpoints import checksums, converted, loading
+from mdt_jax.checkpoints import checksums, converted, hub_folders, loading
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model, create_model
 from mdt_jax.paths import local_path
 from mdt_jax.pretrained import diffusers_dit, hub, torch_mdt
+from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
 
@@ -59,7 +60,7 @@ def open_weights(init: InitSettings, target: Model) -> Weights:
   names |= {name: f"config.init.{name}" for name in ("network", "num_classes")}
   with renamed_in_errors(names):
     if hub.is_hub_url(init.path):
-      weights = _open_file(hub.download("path", init.path), init, target)
+      weights = _open_hub(init, target)
     else:
       path = local_path("path", init.path)
       folder = loading.workdir_of(path)
@@ -73,6 +74,18 @@ def open_weights(init: InitSettings, target: Model) -> Weights:
         "not those that the run was meant to start from",
       )
   return weights
+
+
+def _open_hub(init: InitSettings, target: Model) -> Weights:
+  """Opens a file of the hub; errors name its address, not its place in the cache."""
+  assert init.path is not None
+  file = hub.download("path", init.path)
+  try:
+    return _open_file(file, init, target)
+  except SettingError as error:
+    value = init.path if error.setting == "path" else error.value
+    accepted = error.accepted.replace(str(file), init.path)
+    raise SettingError(error.setting, value, accepted) from None
 
 
 def _open_run(path: Path, init: InitSettings) -> Weights:
@@ -105,14 +118,24 @@ def _open_file(path: Path, init: InitSettings, target: Model) -> Weights:
   try:
     opened = torch_mdt.open_checkpoint(path, init.network, **known)
   except SettingError as error:
+    if error.setting == "input_size":  # no setting of `config.init`
+      text = f"{CONFIG_FILE} beside it states sample_size = {error.value}, which "
+      text += error.accepted
+      if error.value is None:
+        text = f"needs a {CONFIG_FILE} beside it that states sample_size, because it "
+        text += "holds no position embedding"
+      raise SettingError("path", str(path), text) from None
     if error.setting != "num_heads" or not isinstance(target, MDT):
       raise
     known["num_heads"] = target.num_heads
     opened = torch_mdt.open_checkpoint(path, init.network, **known)
+  file = diffusers_dit.find_file(path)
+  model = create_model(**opened.attributes)
   return Weights(
-    create_model(**opened.attributes),
+    model,
     converted.settings_of(opened.attributes, opened.metadata),
     opened.read,
     None,
-    checksums.checksum_of(diffusers_dit.find_file(path)),
+    checksums.checksum_of(file),
+    hub_folders.read_labels(file, model.num_classes),
   )

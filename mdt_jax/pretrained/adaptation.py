@@ -7,6 +7,7 @@ did. It refuses what cannot be fitted. Nothing is read until `Adaptation.start`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -72,7 +73,8 @@ class Adaptation:
 
   Attributes:
     starts: path of a parameter of the new network -> how it starts.
-    dropped: paths of the parameters of the old network that are not used.
+    dropped: paths of the parameters of the old network that are not used. A parameter
+      that starts with new values is not listed a second time.
 
   Raises:
     SettingError: setting "path", of the value `name`: the networks do not fit.
@@ -94,14 +96,18 @@ class Adaptation:
     self._old = {p: tuple(a.shape) for p, a in flatten(abstract_params(source)).items()}
     self._new = {p: tuple(a.shape) for p, a in flatten(abstract_params(target)).items()}
     self._used: set[str] = set()
+    # Stack of the old network -> number of its last blocks that the new one lacks.
+    self._dropped_layers = collections.Counter[str]()
     if isinstance(source, MDT) and isinstance(target, MDT):
       self._check_sizes(partial)
-      self._layers = _layers(source), _layers(target)
+      old, new = self._layers = _layers(source), _layers(target)
+      self._dropped_layers.update(stack for stack, _ in old[len(new) :])
       make = self._start_of
     else:
       make = self._same
     self.starts = {path: make(path) for path in self._new}
-    self.dropped = sorted(self._old.keys() - self._used)
+    new_values = {path for path, start in self.starts.items() if start.how == NEW}
+    self.dropped = sorted(self._old.keys() - self._used - new_values)
     self._check_shapes()
 
   def start(self, path: str, read: Read, new: np.ndarray | None) -> np.ndarray:
@@ -120,6 +126,11 @@ class Adaptation:
         shape = f"{old} -> {shape}"
       rows.append((path, shape, start.note or start.how))
     rows += [(path, f"{self._old[path]}", "dropped") for path in self.dropped]
+    for path in sorted(self._used):
+      if count := self._dropped_layers[path.partition("/")[0]]:
+        shape = self._old[path]
+        what = f"dropped: the last {count} of {shape[0]} blocks"
+        rows.append((path, f"{shape}", what))
     return rows
 
   # Checks.

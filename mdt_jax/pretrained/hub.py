@@ -55,7 +55,7 @@ def download(setting: str, url: str) -> Path:
   library: Any = import_hub(setting, url)
   try:
     if name is not None:
-      return Path(library.hf_hub_download(repository, name))
+      return _download_file(library, repository, name)
     for weights in (RELEASED_WEIGHTS, *WEIGHT_FILES):
       folders = [""] if weights == RELEASED_WEIGHTS else ["", f"{SUBFOLDER}/"]
       patterns = [f"{at}{file}" for at in folders for file in (CONFIG_FILE, weights)]
@@ -72,6 +72,14 @@ def download(setting: str, url: str) -> Path:
     url,
     f"holds neither {RELEASED_WEIGHTS} nor {WEIGHT_FILES[0]}; name its file",
   )
+
+
+def _download_file(library: Any, repository: str, name: str) -> Path:
+  """Downloads a file, and the config.json of its folder if there is one."""
+  file = Path(library.hf_hub_download(repository, name))
+  patterns = [f"{name.rpartition('/')[0]}/{CONFIG_FILE}".lstrip("/")]
+  library.snapshot_download(repository, allow_patterns=patterns)
+  return file
 
 
 def check_upload(setting: str, repository: str) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import FOLDER
 from mdt_jax.checkpoints.weights import Weights, open_weights
+from mdt_jax.data.class_labels import DataLabels, class_number
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import counted, logger
-from mdt_jax.models.registry import init_params
+from mdt_jax.models.registry import Model, init_params
 from mdt_jax.pretrained.adaptation import KEPT, Adaptation
 from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.sampling.labels import parse_labels
@@ -25,6 +26,7 @@ from mdt_jax.train_state import TrainState
 from mdt_jax.training.program import Program
 from mdt_jax.types import Array, Params
 
+_CLASSES = "config.init.classes"
 # Settings of config.diffusion that decide what the outputs of a network mean.
 _MEANING = ("process", "prediction", "schedule", "num_timesteps")
 
@@ -97,22 +99,14 @@ class Initialization:
 
   def _classes(self, weights: Weights) -> dict[int, int] | None:
     """New label -> old label, as `config.init.classes` says; None if it is empty."""
-    setting = "config.init.classes"
-    found: dict[int, int] = {}
-    for item in split_commas(self._experiment.settings.init.classes):
+    experiment, found = self._experiment, {}
+    for item in split_commas(experiment.settings.init.classes):
       old, _, new = item.rpartition(":")
-      label = self._label(new, self._experiment.model.num_classes)
+      label = _label(item, new, "new", experiment.model, experiment.data_labels)
       if label in found:
-        raise SettingError(setting, item, f"names the new class {label} again")
-      (found[label],) = parse_labels(
-        setting, old, weights.model.num_classes, held=weights.data_labels
-      ).tolist()
+        raise SettingError(_CLASSES, item, f"names the new class {label} again")
+      found[label] = _label(item, old, "old", weights.model, weights.data_labels)
     return found or None
-
-  def _label(self, name: str, num_classes: int) -> int:
-    """The label of a class of the run's data, by its number or name."""
-    held = self._experiment.data_labels
-    return int(parse_labels("config.init.classes", name, num_classes, held=held)[0])
 
   def _warn_of_other_meaning(self, weights: Weights) -> None:
     """Warns if the outputs of the weights mean something else in this run."""
@@ -126,6 +120,28 @@ class Initialization:
           getattr(there, name),
           getattr(here, name),
         )
+
+
+def _label(
+  item: str, name: str, age: str, model: Model, held: DataLabels | None
+) -> int:
+  """The label of a class by its number or name.
+
+  Args:
+    item: the text OLD:NEW that holds the name, for errors.
+    name: number or name of the class.
+    age: "old" or "new", for errors.
+    model: the old or new network.
+    held: the labels of the data of that network; None if unknown.
+  """
+  count = model.num_classes
+  try:
+    if class_number(name) == count:  # `parse_labels` would speak of the null label
+      raise SettingError(_CLASSES, name, f"must be a name, or lie in 0 … {count - 1}")
+    return int(parse_labels(_CLASSES, name, count, held=held)[0])
+  except SettingError as error:
+    accepted = f"{age} class {name!r}: {error.accepted}"
+    raise SettingError(_CLASSES, item, accepted) from None
 
 
 def _has_checkpoints(workdir: Path) -> bool:

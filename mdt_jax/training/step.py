@@ -64,8 +64,9 @@ def make_train_step(
     seed: seed of all random numbers; the key of a step is `step_key(seed, step)`.
     ema_decays: decays of the averages in the state, in (0, 1).
     ema_warmup: whether the decay d of step n = 0, 1, … is min(d, (1 + n) / (10 + n)).
-    frozen: paths, or names of top-level parameters, that do not count in the metric
-      "gradient_norm"; None for those of the network.
+    frozen: paths, or names of top-level parameters, that the optimizer does not update.
+      They do not count in the metric "gradient_norm", and their averages equal them;
+      None for those of the network.
     accumulation_steps: number of equal parts of the batch that are computed one after
       another, to save memory; must divide the batch size.
     learning_rate: schedule, for the metric "learning_rate" only.
@@ -110,6 +111,16 @@ def make_train_step(
       return 1 - decay
     return 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
+  def average(params: Params, old: Params, decay: float, step: Array) -> Params:
+    """The next average. That of frozen parameters would drift by rounding alone."""
+    found = optax.incremental_update(params, old, weight_of(decay, step))
+    if not frozen:
+      return found
+    flat = flatten(params)
+    return unflatten(
+      {k: flat[k] if is_frozen(k, frozen) else v for k, v in flatten(found).items()}
+    )
+
   def train_step(
     state: TrainState, batch: Batch, static: Hashable
   ) -> tuple[TrainState, Metrics]:
@@ -138,9 +149,7 @@ def make_train_step(
         params=params,
         opt_state=opt_state,
         ema={
-          str(decay): optax.incremental_update(
-            params, state.ema[str(decay)], weight_of(decay, state.step)
-          )
+          str(decay): average(params, state.ema[str(decay)], decay, state.step)
           for decay in ema_decays
         },
         loss_history=objective.timestep_sampler.update(

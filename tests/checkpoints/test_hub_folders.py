@@ -94,6 +94,50 @@ def test_run_starts_from_a_pushed_run(run, cache):
     np.testing.assert_array_equal(found.read(path), value)
 
 
+@pytest.mark.parametrize(
+  "url", ["hf://org/digits", "hf://org/digits/model.safetensors"]
+)
+def test_start_from_a_pushed_run_knows_the_names_of_its_classes(run, cache, url):
+  push_to_hub(run, "org/digits")
+  target = Pipeline.from_checkpoint(run).model
+  found = open_weights(InitSettings(path=url), target).data_labels
+  assert found.to_dict() == LABELS.to_dict()
+
+
+def test_damaged_labels_of_a_folder_are_refused(run, tmp_path):
+  to_hub_folder(run, tmp_path / "folder")
+  path = tmp_path / "folder" / "config.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), "labels": [1]}))
+  target = Pipeline.from_checkpoint(run).model
+  with pytest.raises(SettingError, match=r"^config.init.path = .*\"labels\""):
+    open_weights(InitSettings(path=str(tmp_path / "folder")), target)
+
+
+def test_errors_name_the_address_and_not_the_cache(cache, tmp_path):
+  (tmp_path / "notes.md").touch()
+  write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(1, np.float32)})
+  cache.add("org/x", {name: tmp_path / name for name in ("notes.md", "a.safetensors")})
+  target = Experiment(Settings.from_config(tiny_config())).model
+  for file in ("notes.md", "a.safetensors"):
+    url = f"hf://org/x/{file}"
+    with pytest.raises(SettingError) as caught:
+      open_weights(InitSettings(path=url), target)
+    assert (caught.value.setting, caught.value.value) == ("config.init.path", url)
+    assert str(cache.folder) not in caught.value.accepted
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_dit_of_diffusers_needs_its_input_size(size, tmp_path):
+  weights = tmp_path / "diffusion_pytorch_model.safetensors"
+  write_tensors(weights, to_diffusers(read_tensors(reference.FIXTURES / "dit.pt")))
+  if size is not None:
+    sizes = {"sample_size": size, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+  target = Experiment(Settings.from_config(tiny_config())).model
+  with pytest.raises(SettingError, match=r"^config.init.path = .*sample_size"):
+    open_weights(InitSettings(path=str(tmp_path)), target)
+
+
 def test_dit_of_diffusers_draws_the_images_of_the_released_dit(cache, tmp_path):
   tensors = read_tensors(reference.FIXTURES / "dit.pt")
   weights = tmp_path / "weights.safetensors"

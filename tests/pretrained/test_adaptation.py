@@ -187,6 +187,7 @@ def test_other_channels_start_anew():
   hows = {path: start.how for path, start in adaptation.starts.items()}
   new = {path for path, how in hows.items() if how == "new values"}
   layers = ("patch_embed/linear", "final_layer/linear")
+  assert not adaptation.dropped  # listed once, with new values
   assert new == {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")}
   assert not found["final_layer/linear/kernel"].any()
 
@@ -196,6 +197,31 @@ def test_fewer_blocks_are_the_first_ones():
   found, _ = start(source, target, partial=True)
   path = "blocks/fc1/kernel"
   np.testing.assert_array_equal(found[path], params_of(source)[path][:4])
+
+
+@pytest.mark.parametrize(
+  ("source", "target", "dropped"),
+  [
+    # The last two blocks of one stack.
+    (tiny("DiT", depth=6), tiny("DiT"), {"blocks": "dropped: the last 2 of 6 blocks"}),
+    # All blocks of a stack whose name the new network has too.
+    (tiny("MDTv2", depth=6), tiny("MDTv2"), {"decode_blocks": "dropped"}),
+    # One stack in part, another as a whole.
+    (
+      tiny("MDT", decode_depth=1),
+      tiny("DiT", depth=2),
+      {"blocks": "dropped: the last 1 of 3 blocks", "decode_blocks": "dropped"},
+    ),
+  ],
+)
+def test_dropped_blocks_are_listed(source, target, dropped):
+  rows = Adaptation(source, target, partial=True).describe()
+  listed = {
+    path.partition("/")[0]: how
+    for path, _, how in rows
+    if path.endswith("blocks/fc1/kernel") and how.startswith("dropped")
+  }
+  assert listed == dropped
 
 
 class Other(Network):

@@ -63,6 +63,21 @@ def test_file_of_a_repository_is_found_by_its_name(cache, tmp_path):
   assert hub.download("path", "hf://org/name/old/ema.pt").read_text() == "old/ema.pt"
 
 
+@pytest.mark.parametrize("folder", ["", "transformer/"])
+def test_config_beside_a_file_is_downloaded_too(cache, tmp_path, folder, monkeypatch):
+  import huggingface_hub
+
+  cache.add("org/name", files(tmp_path / "files", f"{folder}a.safetensors"))
+  asked = []
+
+  def snapshot_download(repository, *, allow_patterns):
+    asked.append((repository, allow_patterns))
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  hub.download("path", f"hf://org/name/{folder}a.safetensors")
+  assert asked == [("org/name", [f"{folder}config.json"])]
+
+
 @pytest.mark.parametrize(
   "url", ["hf://name", "hf://", "hf://org/", "hf://org/name/", "hf:///org/name"]
 )

@@ -222,7 +222,14 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
       {"init.path": "{old}", "init.classes": "3"},
       r"init.classes = .3.: must be OLD",
     ),
-    ({"init.path": "{old}", "init.classes": "30:1"}, r"init.classes = 30: labels"),
+    (
+      {"init.path": "{old}", "init.classes": "30:1"},
+      r"init.classes = '30:1': old class '30': .*0 … 9",
+    ),
+    (  # The number of the null label.
+      {"init.path": "{old}", "init.classes": "3:0, 1:10"},
+      r"init.classes = '1:10': new class '10': must be a name, or lie in 0 … 9$",
+    ),
     (
       {"init.path": "{old}", "init.classes": "3:1,4:1"},
       r"init.classes = .*the new class 1",

@@ -179,6 +179,20 @@ def test_ema_warmup_limits_the_decay_and_frozen_parameters_stay():
   assert moved == flatten(state.params).keys() - build(config).frozen
 
 
+def test_averages_of_frozen_parameters_stay_too():
+  """Averaged as the others are, they would move by rounding at each step."""
+  frozen = {"optimizer.frozen": "few_shot"}
+  config = tiny_config(ema_decays=(0.9, 0.9999), **DIT, **frozen)
+  state, step = make_state(config), make_step(config)
+  first = flatten(state.params)
+  for _ in range(3):
+    state, _ = step(state, make_batch(config), None)
+  for average in state.ema.values():
+    for path in build(config).frozen:
+      np.testing.assert_array_equal(flatten(average)[path], first[path])
+    assert np.any(flatten(average)["label_embed/table"] != first["label_embed/table"])
+
+
 def test_mask_ratio_zero_has_no_masked_loss_or_side_block_update():
   config = tiny_config(
     **{"optimizer.name": "adamw", "masking.ratio": 0.0, "masking.width": 0.0}
