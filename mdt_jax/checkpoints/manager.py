@@ -207,9 +207,6 @@ class Checkpoints:
         if is_first_save and damage == checksums.UNFINISHED:
           raise NothingSavedError("--workdir", workdir, "holds no finished checkpoint")
         continue
-      saved = restore_config(self._opened(), step)
-      before = Settings.from_dict(saved)
-      check_same_run(before, experiment, workdir)
       if not (self._folder / str(step) / "state").is_dir():
         raise SettingError(
           "--workdir",
@@ -217,6 +214,9 @@ class Checkpoints:
           "holds a converted model without a training state: train in another folder, "
           f"with --config.init.path={workdir}",
         )
+      saved = restore_config(self._opened(), step)
+      before = Settings.from_dict(saved)
+      check_same_run(before, experiment, workdir)
       self._check_optimizer(step, like, experiment)
       held = {str(decay): like.ema[str(decay)] for decay in before.ema_decays}
       restored = self._opened().restore(

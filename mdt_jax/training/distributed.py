@@ -156,14 +156,7 @@ def check_same_config(config: ConfigDict) -> None:
   """
   if jax.process_count() == 1:
     return
-  own = np.frombuffer(_as_json(config).encode(), np.uint8)
-  sizes = np.ravel(multihost_utils.process_allgather(np.array(own.size)))
-  padded = np.zeros(sizes.max(), np.uint8)
-  padded[: own.size] = own
-  every = multihost_utils.process_allgather(padded)
-  first, *others = (
-    json.loads(bytes(text[:size])) for text, size in zip(every, sizes, strict=True)
-  )
+  first, *others = map(json.loads, _gather_texts(_as_json(config)))
   differences = [
     f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on {process}"
     for process, other in enumerate(others, 1)
@@ -177,6 +170,38 @@ def check_same_config(config: ConfigDict) -> None:
       "must be the same on every process: "
       + "; ".join(differences[:SHOWN_DIFFERENCES]),
     )
+
+
+def check_same_weights(path: str, checksum: str | None) -> None:
+  """Raises SettingError on all processes if they have opened different weights.
+
+  A path may lie on a disk of each machine, or an address of the hub be downloaded at
+  different times. All processes of the run must call this function together.
+
+  Args:
+    path: `config.init.path`.
+    checksum: checksum of the weights on this process; None where none are opened.
+  """
+  if jax.process_count() == 1:
+    return
+  found = _gather_texts(checksum or "")
+  if len(set(found) - {""}) > 1:
+    raise SettingError(
+      "config.init.path",
+      path,
+      "must hold the same weights on every process; the CRC-32 are "
+      + ", ".join(text or "none" for text in found[:SHOWN_DIFFERENCES]),
+    )
+
+
+def _gather_texts(own: str) -> list[str]:
+  """Returns the text of each process."""
+  data = np.frombuffer(own.encode(), np.uint8)
+  sizes = np.ravel(multihost_utils.process_allgather(np.array(data.size)))
+  padded = np.zeros(max(1, sizes.max()), np.uint8)
+  padded[: data.size] = data
+  every = multihost_utils.process_allgather(padded)
+  return [bytes(text[:size]).decode() for text, size in zip(every, sizes, strict=True)]
 
 
 def any_process(*here: bool) -> tuple[bool, ...]:

@@ -95,9 +95,12 @@ def train(
       held = experiment.open()
       start_from = Initialization(experiment, workdir)
       periodic = _make_hooks(experiment, workdir)
+    settings = experiment.settings
+    if settings.init.path is not None:
+      distributed.check_same_weights(settings.init.path, settings.init.checksum)
+    with distributed.together():
       if is_main:
         lock = stack.enter_context(locked(workdir))
-    settings = experiment.settings
     stop = stack.enter_context(stop_signals(settings.grace_seconds))
     profiler = stack.enter_context(profiling(settings, workdir))
     saved = stack.enter_context(contextlib.closing(_checkpoints(experiment, workdir)))

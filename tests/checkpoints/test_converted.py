@@ -306,8 +306,9 @@ def test_invalid_suffix_or_missing_workdir_is_refused(
   assert not list(tmp_path.iterdir())
 
 
-def test_training_cannot_resume_from_a_converted_model(converted):
-  experiment = Pipeline.from_checkpoint(converted / "mdt_v1").experiment
+@pytest.mark.parametrize("network", ["mdt_v1", "dit"])  # the same, and another
+def test_training_cannot_resume_from_a_converted_model(converted, network):
+  experiment = Pipeline.from_checkpoint(converted / network).experiment
   checkpoints = Checkpoints(converted / "mdt_v1", 2)
   with pytest.raises(SettingError, match="holds a converted model"):
     checkpoints.restore(None, experiment)

@@ -99,6 +99,19 @@ def test_all_processes_name_the_settings_that_differ():
     assert "config.seed is 0 on process 0 and 1 on 1" in line
 
 
+def compare_weights(index):
+  distributed.check_same_weights("a.pt", "0b2f525f")
+  distributed.check_same_weights("a.pt", "0b2f525f" if index else None)
+  with pytest.raises(SettingError) as caught:
+    distributed.check_same_weights("a.pt", f"0000000{index}")
+  assert caught.value.setting == "config.init.path"
+  assert "00000000, 00000001" in caught.value.accepted
+
+
+def test_all_processes_start_from_the_same_weights():
+  in_two_processes(compare_weights)
+
+
 def fail(index):
   for failure in (SettingError("config.seed", -1, "too small"), OSError("no answer")):
     try:
