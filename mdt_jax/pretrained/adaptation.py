@@ -154,13 +154,13 @@ class Adaptation:
       if there != here and (name == "depth" or both):
         raise self._misfit(
           f"{name} is {there} there and {here}",
-          "; config.init.partial = True keeps the blocks that both have",
+          "; --config.init.partial=true keeps the blocks that both have",
         )
     pair = (old.variant, new.variant)
     if old.variant != new.variant and pair not in _COMPATIBLE:
       raise self._misfit(
-        f"{old.variant} has long skips that {new.variant} lacks",
-        "; config.init.partial = True drops them, and what the network has learned "
+        f"{old.variant} has long skips there, and {new.variant} has none",
+        "; --config.init.partial=true drops them, and what the network has learned "
         "suffers",
       )
 

@@ -252,7 +252,7 @@ def _describe(loaded: Any) -> str:
 
 def _unsafe(path: Path, reason: str) -> SettingError:
   return SettingError(
-    "path", str(path), f"must be a checkpoint that is safe to load: {reason}"
+    "path", str(path), f"must be a whole checkpoint that is safe to load: {reason}"
   )
 
 

@@ -426,8 +426,8 @@ def test_wrong_suffix_is_refused(suffix, tmp_path):
 @pytest.mark.parametrize(
   ("suffix", "reason"),
   [
-    (".pt", "must be a checkpoint that is safe to load: "),
-    (".pth", "must be a checkpoint that is safe to load: "),
+    (".pt", "must be a whole checkpoint that is safe to load: "),
+    (".pth", "must be a whole checkpoint that is safe to load: "),
     (".safetensors", "must be a safetensors file: "),
   ],
 )
