@@ -15,12 +15,9 @@ from mdt_jax.data.memory import MemorySource
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import job
 from mdt_jax.experiment import build
-from mdt_jax.evaluation import job
-from mdt_jax.experiment import build
 from mdt_jax.sampling.labels import choose_conditions, choose_labels, parse_labels
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
-from mdt_jax.training.hooks import Pictures
 from mdt_jax.training.hooks import Pictures
 from tests.data.folders import open_folder, write_image
 from tests.data.sets import NUM_CLASSES, Images, write
@@ -239,29 +236,6 @@ def test_scores_of_a_run_have_labels_of_its_data(run):
   assert drawn.labels.tolist() == [2, 5, 2, 5, 2]
   drawn = job.draw_images(experiment, None, None, ["fid"], 100, seed=0)
   assert set(drawn.labels) == {2, 5}
-
-
-def test_training_pictures_have_labels_and_names_of_the_data(tmp_path):
-  images = np.zeros((4, 8, 8, 1), np.uint8)
-  source = MemorySource(images, [1, 3, 3, 1], 4, ["ant", "bee", "cow", "dog"])
-  experiment = build(tiny_dit_config(sample_every=1), source=source)
-  experiment.open()
-  pictures = Pictures(experiment, tmp_path)
-  assert pictures._labels.tolist() == [1, 3, 1, 3]
-  assert [pictures._caption(label) for label in (1, 3)] == ["1 bee", "3 dog"]
-
-
-def test_scores_of_a_run_have_labels_of_its_data(run):
-  experiment = job.load_run(run[0]).experiment
-  drawn = job.GeneratedImages(
-    experiment.model,
-    None,  # pyright: ignore[reportArgumentType]
-    None,
-    5,
-    holds_pixels=True,
-    held=experiment.data_labels,
-  )
-  assert drawn.labels.tolist() == [2, 5, 2, 5, 2]
 
 
 def test_training_pictures_have_labels_and_names_of_the_data(tmp_path):
