@@ -1,21 +1,29 @@
-"""Paths that users give: local ones, and proof that a command can write its results."""
+"""Paths that users give, and proof that a command can write its results.
+
+A local path is a `pathlib.Path`. The path of a bucket (gs://…) is an
+`etils.epath.Path`, which has the same methods, except for those of links and modes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import tempfile
 from pathlib import Path
 
+from mdt_jax import buckets
+from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import printable
 
 # What is put around a name while its file is written, as by `atomic.write_json`.
 _ADDED = len(".") + len(".12ab34cd.partial")
 _NAME_MAX, _PATH_MAX = 255, 4096  # of Linux; macOS allows shorter paths
-# One slash is enough: Path("gs://bucket") is written "gs:/bucket".
+# One slash is enough: pathlib.Path("gs://bucket") is written "gs:/bucket".
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
@@ -25,6 +33,30 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
   `Path.expanduser` raises an error in this case.
   """
   return Path(os.path.expanduser(path))
+
+
+def absolute(path: str | os.PathLike[str]) -> AnyPath:
+  """Returns an absolute path, with ~ replaced by the home folder."""
+  if buckets.is_bucket(path):
+    return buckets.bucket_path("path", path)
+  return expand_home(path).absolute()
+
+
+def any_path(setting: str, path: str | os.PathLike[str]) -> AnyPath:
+  """Returns a local path, with ~ replaced by the home folder, or that of a bucket.
+
+  Args:
+    setting: name of the setting that holds the path, for errors.
+    path: the path; nothing needs to be there.
+
+  Raises:
+    SettingError: see `local_path`; or the bucket cannot be read.
+  """
+  if not buckets.is_bucket(path):
+    return local_path(setting, path)
+  found = buckets.bucket_path(setting, path)
+  buckets.check_readable(setting, found)
+  return found
 
 
 def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
@@ -42,9 +74,7 @@ def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
   if not text:
     raise SettingError(setting, text, "must not be empty")
   if is_url(text):
-    raise SettingError(
-      setting, text, "must be a local path: URLs and buckets are not supported"
-    )
+    raise SettingError(setting, text, "must be a local path")
   shown = text if len(text) <= _NAME_MAX else f"{text[:60]}…"
   found = expand_home(text)
   try:
@@ -57,7 +87,7 @@ def local_path(setting: str, path: str | os.PathLike[str]) -> Path:
   return found
 
 
-def input_file(setting: str, path: str | os.PathLike[str]) -> Path:
+def input_file(setting: str, path: str | os.PathLike[str]) -> AnyPath:
   """Returns the path of a regular file that exists.
 
   Args:
@@ -65,10 +95,10 @@ def input_file(setting: str, path: str | os.PathLike[str]) -> Path:
     path: the path of the file.
 
   Raises:
-    SettingError: see `local_path`; or there is no such file, or the path is a folder,
-      a FIFO or a device.
+    SettingError: see `any_path`; or there is no such file, or the path is a folder, a
+      FIFO or a device.
   """
-  file = local_path(setting, path)
+  file = any_path(setting, path)
   if not file.is_file():
     accepted = "must be a regular file" if file.exists() else "must be a file"
     raise SettingError(setting, str(path), accepted)
@@ -80,7 +110,7 @@ def is_url(text: str) -> bool:
   return _SCHEME.match(text) is not None
 
 
-def output_folder(setting: str, path: str | os.PathLike[str]) -> Path:
+def output_folder(setting: str, path: str | os.PathLike[str]) -> AnyPath:
   """Returns the path of a folder to write to, which need not exist; creates nothing.
 
   Args:
@@ -89,8 +119,12 @@ def output_folder(setting: str, path: str | os.PathLike[str]) -> Path:
 
   Raises:
     SettingError: see `local_path`; or the path is not in UTF-8, is a file or lies below
-      one; or its folder cannot be created or written.
+      one; or its folder cannot be created or written; or the bucket cannot be written.
   """
+  if buckets.is_bucket(path):
+    folder = buckets.bucket_path(setting, path)
+    buckets.check_writable(setting, str(path), folder)
+    return folder
   folder = local_path(setting, path)
   if printable(str(folder)) != str(folder):  # Orbax and XLA pass paths to C++
     raise SettingError(
@@ -105,7 +139,7 @@ def output_folder(setting: str, path: str | os.PathLike[str]) -> Path:
   return folder
 
 
-def output_file(setting: str, path: str | os.PathLike[str]) -> Path:
+def output_file(setting: str, path: str | os.PathLike[str]) -> AnyPath:
   """Returns the path of a file to write, which need not exist; creates nothing.
 
   Args:
@@ -114,8 +148,15 @@ def output_file(setting: str, path: str | os.PathLike[str]) -> Path:
 
   Raises:
     SettingError: see `local_path`; or the path is a folder or a special file, or lies
-      below a file; or its folder cannot be created or written.
+      below a file; or its folder cannot be created or written; or the bucket cannot be
+      written.
   """
+  if buckets.is_bucket(path):
+    file = buckets.bucket_path(setting, path)
+    buckets.check_writable(setting, str(path), file.parent)
+    if os.fspath(path).endswith("/") or file.is_dir():
+      raise SettingError(setting, str(path), "must be a file, not a folder")
+    return file
   file = local_path(setting, path)
   if file.is_dir() or str(path).endswith(os.sep):
     raise SettingError(setting, str(path), "must be a file, not a folder")
@@ -168,3 +209,17 @@ def _check_writable(setting: str, folder: Path) -> None:
     else:
       reason = f"cannot be created or written: {error.strerror}"
     raise SettingError(setting, str(folder), reason) from None
+
+
+def remove_folder(folder: AnyPath) -> None:
+  """Removes a folder as far as possible; ignores errors."""
+  if isinstance(folder, Path):
+    shutil.rmtree(folder, ignore_errors=True)
+  else:
+    with contextlib.suppress(Exception):  # gcsfs raises those of several libraries
+      folder.rmtree(missing_ok=True)
+
+
+def file_size(path: AnyPath) -> int:
+  """Returns the size of a file in bytes."""
+  return path.stat().st_size if isinstance(path, Path) else path.stat().length

@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+pytest_plugins = ["tests.fake_bucket"]
+
 # Compiling takes most of the time of the tests, and a quarter of it with these flags.
 # All tests pass without them too: XLA_FLAGS= python -m pytest
 FAST_COMPILATION = (

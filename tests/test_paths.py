@@ -20,7 +20,7 @@ from mdt_jax.paths import (
   output_folder,
 )
 
-URLS = ["gs://bucket/run", "gs:/bucket", "s3://b/x", "file:///tmp/x", "https://x.org"]
+URLS = ["gs:/bucket", "s3://b/x", "file:///tmp/x", "https://x.org"]
 
 
 @pytest.mark.parametrize("url", URLS)
