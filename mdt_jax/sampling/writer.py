@@ -28,7 +28,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tqdm
-from etils import epath
 from flax import traverse_util
 from jaxtyping import Int, Shaped
 
@@ -300,7 +299,7 @@ class ShardedImages:
       blocks = [self._partial / name for name in self._names_of_blocks()]
       blocks = [path for path in blocks if path != settings]
       with ThreadPoolExecutor(DELETED_AT_A_TIME) as threads:
-        list(threads.map(epath.Path.unlink, blocks))
+        list(threads.map(lambda path: path.unlink(missing_ok=True), blocks))
       settings.unlink(missing_ok=True)
     elif self._partial.exists():
       # Rename first: a process may be stopped while it deletes the files.
