@@ -210,6 +210,8 @@ def _prepare() -> None:
   """
   # TensorFlow, where it is installed, would take seconds and other credentials.
   os.environ.setdefault("EPATH_USE_TF", "0")
+  # epath asks for this variable once, at its first path, which may be a local one.
+  importlib.import_module("etils.epath.gpath")._is_tf_installed.cache_clear()
   importlib.import_module("gcsfs")
   fsspec: Any = importlib.import_module("fsspec")
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
