@@ -63,8 +63,8 @@ def bucket_path(setting: str, path: str | os.PathLike[str]) -> epath.Path:
 def check_readable(setting: str, path: epath.Path) -> None:
   """Raises SettingError unless the objects of the bucket of `path` can be listed."""
   with _refused(setting, str(path), path):
-    filesystem = importlib.import_module("gcsfs").GCSFileSystem.current()
-    filesystem.call("GET", "b/{}/o", _bucket(path), maxResults=1, json_out=True)
+    options = {"maxResults": 1, "json_out": True}
+    _filesystem().call("GET", "b/{}/o", _bucket(path), **options)
 
 
 def check_writable(setting: str, value: str, folder: epath.Path) -> None:
@@ -106,6 +106,13 @@ def describe_error(error: Exception, path: str | os.PathLike[str]) -> str:
   if is_of_network or isinstance(error, ConnectionError | TimeoutError):
     return f"the bucket does not answer: {text}"
   return f"the bucket cannot be used: {text}"
+
+
+def list_objects(folder: epath.Path) -> dict[str, int]:
+  """Lists the objects in a folder and in its folders: path in `folder` -> bytes."""
+  prefix = f"{str(folder).removeprefix(SCHEME)}/"
+  found = _filesystem().find(str(folder), detail=True)
+  return {name.removeprefix(prefix): info["size"] for name, info in found.items()}
 
 
 def upload_folder(local: str | os.PathLike[str], folder: epath.Path) -> None:
@@ -217,6 +224,12 @@ def _prepare() -> None:
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
   # Its log shows a stack trace for each failed request; the exception is enough.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def _filesystem() -> Any:
+  """The file system of gcsfs, the one that `epath.Path` uses."""
+  fsspec: Any = importlib.import_module("fsspec")
+  return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def _bucket(path: str | os.PathLike[str]) -> str:
