@@ -222,8 +222,9 @@ def _prepare() -> None:
   importlib.import_module("gcsfs")
   fsspec: Any = importlib.import_module("fsspec")
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-  # Its log shows a stack trace for each failed request; the exception is enough.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # The exceptions of failed requests and of missing credentials are enough.
+  for library in ("gcsfs", "google.auth"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _filesystem() -> Any:

@@ -105,6 +105,12 @@ def _server():
       del os.environ[name]
 
 
+@pytest.fixture(scope="session")
+def bucket_environment(_server):
+  """Variables for commands that use the server."""
+  return _server.environment
+
+
 @pytest.fixture
 def bucket(_server, request):
   """A folder of a bucket, gs://bucket/TEST, which this process can use."""

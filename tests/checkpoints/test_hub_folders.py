@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -19,6 +20,7 @@ from mdt_jax.pretrained.tensors import flatten, read_tensors, write_tensors
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
 from tests import reference
+from tests.cli import commands
 from tests.pretrained.diffusers_reference import to_diffusers
 from tests.pretrained.hub_cache import HubCache
 from tests.training.tiny import tiny_config
@@ -112,6 +114,27 @@ def test_load_reads_a_workdir_or_a_repository(run, cache):
   assert_same(Pipeline.load(run, step=7), expected)
   with pytest.raises(SettingError, match=r"^step = 7: is for a workdir"):
     Pipeline.load("hf://org/name", step=7)
+
+
+@pytest.mark.parametrize(
+  ("command", "flags", "file"),
+  [
+    ("sample", ["--labels=3,1", "--num_steps=2"], "samples.npz"),
+    ("evaluate", ["--metrics=bpd", "--num_images=2", "--num_steps=1"], "bpd.json"),
+  ],
+)
+def test_commands_read_a_repository(run, cache, tmp_path, command, flags, file):
+  push_to_hub(run, "org/name")
+  flags = ["--checkpoint=hf://org/name", f"--output={tmp_path / 'out'}", *flags]
+  start = functools.partial(
+    commands.run, f"mdt_jax.{command}", *flags, environment=cache.environment
+  )
+  commands.assert_refused(start("--step=7"), "--step = 7", "is for a workdir")
+  commands.assert_refused(start("--checkpoint=hf://org/none"), "--checkpoint = 'hf://")
+  assert not (tmp_path / "out").exists()
+  code, _, err = start()
+  assert code == 0, err
+  assert (tmp_path / "out" / file).exists()
 
 
 def test_run_starts_from_a_pushed_run(run, cache):

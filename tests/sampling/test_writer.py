@@ -345,13 +345,13 @@ def checkpoint(tmp_path_factory):
   return folder
 
 
-def start(checkpoint, output, num_devices):
+def start(checkpoint, output, num_devices, **options):
   flags = [f"--checkpoint={checkpoint}", f"--output={output}", *FLAGS]
-  return forked.command("mdt_jax.sample", *flags, num_devices=num_devices)
+  return forked.command("mdt_jax.sample", *flags, num_devices=num_devices, **options)
 
 
-def run(checkpoint, output, num_devices):
-  process = start(checkpoint, output, num_devices)
+def run(checkpoint, output, num_devices, **options):
+  process = start(checkpoint, output, num_devices, **options)
   assert process.end() == 0, process.err
   return (output / "samples.npz").read_bytes()
 
@@ -378,6 +378,21 @@ def test_killed_run_resumes_to_the_same_images(checkpoint, on_one_device, tmp_pa
   assert process.end() == -signal.SIGKILL
   assert not (tmp_path / "samples.npz").exists()
   assert run(checkpoint, tmp_path, 8) == on_one_device
+
+
+def test_run_that_was_killed_resumes_in_a_bucket(
+  checkpoint, on_one_device, bucket, bucket_environment
+):
+  output = epath.Path(bucket)
+  process = start(checkpoint, output, 1, environment=bucket_environment)
+  while len(list((output / "partial").glob("*.npy"))) < 3:
+    assert process.is_alive(), process.err
+    time.sleep(0.005)
+  process.kill()
+  assert process.end() == -signal.SIGKILL
+  assert names_of(output) == {"partial"}
+  resumed = run(checkpoint, output, 8, environment=bucket_environment)
+  assert resumed == on_one_device
 
 
 @pytest.mark.parametrize("name", ["samples.json", "partial/settings.json"])
