@@ -31,6 +31,7 @@ AnyPath: TypeAlias = Path | epath.Path  # local, or of a bucket
 SCHEME = "gs://"
 SECONDS_BETWEEN_UPLOADS = 10.0  # of an object that grows
 SHARE_OF_UPLOADS = 0.05  # of the time, at most, for an object that grows
+_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # raise errors
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -106,6 +107,18 @@ def describe_error(error: Exception, path: str | os.PathLike[str]) -> str:
   if is_of_network or isinstance(error, ConnectionError | TimeoutError):
     return f"the bucket does not answer: {text}"
   return f"the bucket cannot be used: {text}"
+
+
+def reason_of_bucket(error: Exception) -> str | None:
+  """Describes, in one line, a failed request to a bucket that caused an exception.
+
+  Returns:
+    The reason; None for any other cause.
+  """
+  is_refusal = isinstance(error, OSError) and str(error).startswith("Forbidden: ")
+  if not is_refusal and type(error).__module__.split(".")[0] not in _LIBRARIES:
+    return None
+  return describe_error(error, "")
 
 
 def list_objects(folder: epath.Path) -> dict[str, int]:
