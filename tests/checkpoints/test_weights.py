@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.checkpoints.weights import open_weights
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
@@ -36,6 +37,18 @@ def test_file_of_a_bucket_is_opened(bucket, suffix, tmp_path, caplog):
   _, params = from_torch(path)
   for name, value in flatten(params).items():  # the copy has no name any more
     np.testing.assert_array_equal(opened.read(name), value, strict=True)
+
+
+def test_workdir_in_a_bucket_is_opened(bucket):
+  experiment = build(tiny_dit_config())
+  params = reference.random_params(experiment.model)
+  save_model(f"{bucket}/run", experiment.settings, params, step=7)
+  opened = open_at(f"{bucket}/run")
+  assert (opened.model, opened.step) == (experiment.model, 7)
+  for name, value in flatten(params).items():
+    np.testing.assert_array_equal(opened.read(name), value)
+  with pytest.raises(SettingError, match=r"^config.init.checksum = "):
+    open_at(f"{bucket}/run", checksum="00000000")
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "text.pt", "photos", "x.npz"])
