@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from mdt_jax import buckets
 from mdt_jax.buckets import AnyPath
 
 # Errors of file systems that cannot wait, such as some network file systems.
@@ -44,7 +43,7 @@ def atomic_write(path: AnyPath, writer: str = "") -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mdt_jax_") as folder:
       local = Path(folder) / path.name
       yield local
-      epath.Path(local).copy(path, overwrite=True)
+      buckets.upload_file(local, path)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}{writer}.partial")
