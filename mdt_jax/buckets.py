@@ -276,6 +276,9 @@ def _prepare() -> None:
   """
   # TensorFlow, where it is installed, would take seconds and other credentials.
   os.environ.setdefault("EPATH_USE_TF", "0")
+  gpath: Any = importlib.import_module("etils.epath.gpath")
+  with contextlib.suppress(AttributeError):
+    gpath._is_tf_installed.cache_clear()  # asked before, for a local path of Orbax
   importlib.import_module("gcsfs")
   fsspec: Any = importlib.import_module("fsspec")
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -297,10 +300,8 @@ def _may_pass(error: Exception) -> bool:
   if isinstance(error, ConnectionError | TimeoutError):
     return True
   name, library = type(error).__name__, type(error).__module__.split(".")[0]
-  return library in ("aiohttp", "requests") or name in (
-    "RefreshError",
-    "TransportError",
-  )
+  is_of_network = library in ("aiohttp", "requests")
+  return is_of_network or name in ("RefreshError", "TransportError")
 
 
 def _bucket(path: str | os.PathLike[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.cli.config_files import find_config, is_packaged
 from mdt_jax.cli.setting_names import (
   SYNONYMS,
@@ -269,8 +270,11 @@ def _check_override(name: str, value: str) -> None:
 
 
 def _check_value(name: str, flag: flags.Flag[Any], value: str) -> None:
-  """Raises SettingError where a value is of another type, or is no local path."""
-  if is_url(value):
+  """Raises SettingError where a value is of another type, or a URL but for gs://….
+
+  The command itself refuses a bucket where it needs a local path.
+  """
+  if is_url(value) and not is_bucket(value):
     local_path(f"--{name}", value)
   for kind, parser in _PARSERS.items():
     if isinstance(flag.parser, type(parser)):
