@@ -78,12 +78,15 @@ def read_json(
 
   Raises:
     FileNotFoundError: there is no such file.
+    DataUnavailable: the bucket of the file does not answer.
     Exception: the error of `refuse`: the file cannot be read, is a folder, a FIFO or a
       device, is larger than `max_bytes`, or holds anything but a JSON dict in UTF-8.
   """
   try:
-    is_local = isinstance(path, Path)
-    content = _read_regular(path, max_bytes) if is_local else path.read_bytes()
+    if isinstance(path, Path):
+      content = _read_regular(path, max_bytes)
+    else:
+      content = buckets.read_object(path)
     if len(content) > max_bytes:
       raise ValueError(f"it has more than {max_bytes:,} bytes")
     found = json.loads(content.decode("utf-8"))

@@ -152,6 +152,25 @@ def one_line_errors(setting: str, path: epath.Path) -> Iterator[None]:
     raise SettingError(setting, str(path), text) from None
 
 
+def read_object(path: epath.Path) -> bytes:
+  """Reads an object.
+
+  Raises:
+    FileNotFoundError: there is no such object.
+    DataUnavailable: the bucket does not answer.
+    OSError: any other cause; its text is one line.
+  """
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:
+    raise
+  except Exception as error:  # gcsfs raises those of several libraries
+    text = describe_error(error, path)
+    if _may_pass(error):
+      raise DataUnavailable(f"{path}: {text}") from error
+    raise OSError(text) from error
+
+
 def read_parts(path: epath.Path, size: int) -> Iterator[bytes]:
   """Yields the content of an object of `size` bytes, in order.
 

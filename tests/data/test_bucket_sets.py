@@ -187,9 +187,7 @@ def test_every_record_is_verified(bucket):
   data = bytearray(shard.read_bytes())
   data[data.find(sets.views(10).tobytes()) + 5] ^= 255
   shard.write_bytes(bytes(data))
-  with pytest.raises(
-    SettingError, match=r"'gs://.*record 2 of latents-00001\S+ is dam"
-  ):
+  with pytest.raises(SettingError, match=r"'gs://.*record 2 of latents-00001"):
     latents.verify(bucket)
 
 
