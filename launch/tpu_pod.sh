@@ -3,6 +3,22 @@
 # docs/launch.md.
 set -euo pipefail
 
+# Flags of this script. A flag that ends in = has a value.
+OWN=(--name= --type= --zone= --runtime= --bucket= --extras= --restarts= --output= --dry-run)
+# Flags of gcloud that are passed on. The others are set by this script, or do not suit it:
+# docs/launch.md says how to train on several slices, for which --node-count is.
+ALL_COMMANDS=(--project= --account= --billing-project= --configuration=
+  --impersonate-service-account= --verbosity=)
+CREATE=(--spot --reserved --guaranteed --reservation-host-project=
+  --reservation-host-folder= --reservation-host-organization= --service-account= --scopes=
+  --network= --subnetwork= --internal-ips --range= --tags= --labels= --description=
+  --metadata= --metadata-from-file= --data-disk= --shielded-secure-boot
+  --valid-after-duration= --valid-after-time= --valid-until-duration= --valid-until-time=)
+CONNECT=(--internal-ip --tunnel-through-iap --ssh-key-file= --ssh-key-expire-after=
+  --ssh-key-expiration= --strict-host-key-checking= --force-key-file-overwrite --plain)
+SSH=(--ssh-flag=)
+SCP=(--scp-flag=)
+
 usage() {
   cat <<'EOF'
 usage: launch/tpu_pod.sh STEP [FLAGS] [-- COMMAND...]
@@ -14,6 +30,7 @@ steps
   run      start COMMAND on all workers and show its log; if COMMAND is already running,
            only show its log
   logs     download the logs of all workers
+  profile  trace the next five steps of the run, on worker 0
   stop     make the run save and end; the slice remains, and is billed
   delete   delete the slice
   all      create, wait, install, run, logs and delete; requests a new slice after a
@@ -23,14 +40,30 @@ flags
   --name=NAME        name of the slice and its queued resource (default: mdt-jax)
   --type=TYPE        v4-N, v5p-N (N cores, 2 per chip), v5e-N, v6e-N (N chips)
   --zone=ZONE        a zone that offers this type
-  --project=PROJECT  Google Cloud project (default: the project that gcloud uses)
-  --spot             cheaper, but Google can preempt the slice at any time
   --runtime=VERSION  software version of the workers (default: depends on the type)
   --bucket=BUCKET    Cloud Storage bucket, mounted at /mnt/bucket on all workers
+  --extras=LIST      optional dependencies to install besides tpu, such as gcs,wandb
   --restarts=N       for `all`: restarts after failures other than preemption and exit
                      code 2, bad settings (default: 3)
   --output=DIR       folder of the logs (default: runs/NAME)
   --dry-run          print the commands without running them
+
+flags of gcloud, with the meaning of `gcloud COMMAND --help`; every step accepts all of
+them and passes each one to the commands that it is for
+EOF
+  local list
+  for list in "all commands:${ALL_COMMANDS[*]}" "create:${CREATE[*]}" \
+    "ssh and scp:${CONNECT[*]}" "ssh:${SSH[*]}" "scp:${SCP[*]}"; do
+    echo "  ${list%%:*}"
+    list_flags "${list#*:}" | fold -s -w 84 | sed 's/^/    /; s/ *$//'
+    echo
+  done
+  cat <<'EOF'
+
+--spot is cheaper, but Google can preempt the slice at any time. --internal-ips requests
+workers without external addresses; ssh and scp then get --internal-ip, which works inside
+the network of the slice, unless --tunnel-through-iap is given. Relative paths start at
+the folder of the repository.
 EOF
 }
 
@@ -42,8 +75,9 @@ refuse() {
 main() {
   parse "$@"
   tpus=(gcloud compute tpus)
-  place=("--zone=$zone")
-  if [ -n "$project" ]; then place+=("--project=$project"); fi
+  workers=("${tpus[@]}" tpu-vm)
+  # Only the alpha commands have this flag.
+  if has --tunnel-through-iap; then workers=(gcloud alpha compute tpus tpu-vm); fi
   output="${output:-runs/$name}"
   if ! $dry_run && ! command -v gcloud >/dev/null; then
     refuse "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
@@ -56,33 +90,51 @@ main() {
 parse() {
   step="${1:-}"
   case "$step" in
-    create | wait | install | run | logs | stop | delete | all) shift ;;
+    create | wait | install | run | logs | profile | stop | delete | all) shift ;;
     -h | --help | help) usage && exit 0 ;;
-    *) refuse "'$step' is not a step: create, wait, install, run, logs, stop, delete or all" ;;
+    *)
+      refuse "'$step' is not a step: create, wait, install, run, logs, profile, stop," \
+        "delete or all"
+      ;;
   esac
-  name=mdt-jax type="" zone="" project="" runtime="" bucket="" output=""
-  restarts=3 spot=false dry_run=false command=() flags=()
+  name=mdt-jax type="" zone="" runtime="" bucket="" extras="" output=""
+  restarts=3 dry_run=false command=() flags=()
+  place=() create=() connect=() ssh=() scp=()
   while [ $# -gt 0 ]; do
+    if [ "$1" = -- ]; then shift && command=("$@") && break; fi
+    check_flag "$1"
     case "$1" in
-      --name=?*) name="${1#*=}" ;;
-      --type=?*) type="${1#*=}" ;;
-      --zone=?*) zone="${1#*=}" ;;
-      --project=?*) project="${1#*=}" ;;
-      --runtime=?*) runtime="${1#*=}" ;;
-      --bucket=?*) bucket="${1#*=}" && bucket="${bucket#gs://}" ;;
-      --output=?*) output="${1#*=}" ;;
-      --restarts=?*) restarts="${1#*=}" ;;
-      --spot) spot=true ;;
+      --name=*) name="${1#*=}" ;;
+      --type=*) type="${1#*=}" ;;
+      --zone=*) zone="${1#*=}" ;;
+      --runtime=*) runtime="${1#*=}" ;;
+      --bucket=*) bucket="${1#*=}" && bucket="${bucket#gs://}" ;;
+      --extras=*) extras="${1#*=}" ;;
+      --output=*) output="${1#*=}" ;;
+      --restarts=*) restarts="${1#*=}" ;;
       --dry-run) dry_run=true ;;
-      --) shift && command=("$@") && break ;;
-      *) refuse "'$1' is unknown or has no value; launch/tpu_pod.sh --help lists the flags" ;;
     esac
+    if among "$1" "${ALL_COMMANDS[@]}"; then place+=("$1"); fi
+    if among "$1" "${CREATE[@]}"; then create+=("$1"); fi
+    if among "$1" "${CONNECT[@]}"; then connect+=("$1"); fi
+    if among "$1" "${SSH[@]}"; then ssh+=("$1"); fi
+    if among "$1" "${SCP[@]}"; then scp+=("$1"); fi
     flags+=("$1")
     shift
   done
+  place=("--zone=$zone" ${place[@]+"${place[@]}"})
+  exclude --spot --reserved
+  exclude --spot --guaranteed
+  exclude --internal-ip --tunnel-through-iap
+  # Workers without external addresses are reached by their internal ones.
+  if has --internal-ips && ! has --internal-ip && ! has --tunnel-through-iap; then
+    connect+=(--internal-ip)
+  fi
 
   [[ "$name" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
     refuse "--name = '$name': must be lower case letters, digits and hyphens"
+  [[ "$extras" =~ ^([a-z]+(,[a-z]+)*)?$ ]] ||
+    refuse "--extras = '$extras': must be names separated by commas, such as gcs,wandb"
   [[ "$restarts" =~ ^[0-9]+$ ]] || refuse "--restarts = '$restarts': must be a number"
   [ -n "$zone" ] || refuse "--zone is missing: name a zone that offers this type of TPU"
   case "$step" in create | all) choose_type ;; esac
@@ -90,6 +142,47 @@ parse() {
     run | all) [ ${#command[@]} -gt 0 ] || refuse "no command: give the command after --" ;;
     *) [ ${#command[@]} -eq 0 ] || refuse "'${command[0]}': $step takes no command" ;;
   esac
+}
+
+# Refuses an unknown flag, a flag without its value, and a value of a flag that has none.
+check_flag() {
+  local flag="${1%%=*}"
+  local all=("${OWN[@]}" "${ALL_COMMANDS[@]}" "${CREATE[@]}" "${CONNECT[@]}" "${SSH[@]}"
+    "${SCP[@]}")
+  if among "$1" "${all[@]}"; then return; fi
+  if among "$flag=x" "${all[@]}"; then refuse "'$1' has no value: write $flag=VALUE"; fi
+  if among "$flag" "${all[@]}"; then refuse "'$1': $flag has no value, write $flag"; fi
+  refuse "'$1' is unknown: accepted are $(list_flags "${all[*]}"), and -- before the command"
+}
+
+# among ARGUMENT FLAGS...: whether the argument, --flag or --flag=value, is among the flags.
+among() {
+  local flag argument="$1"
+  shift
+  case "$argument" in *=?*) argument="${argument%%=*}=" ;; *=) return 1 ;; esac
+  for flag in "$@"; do
+    if [ "$flag" = "$argument" ]; then return; fi
+  done
+  return 1
+}
+
+# Whether a flag without a value was given.
+has() {
+  local flag
+  for flag in ${flags[@]+"${flags[@]}"}; do
+    if [ "$flag" = "$1" ]; then return; fi
+  done
+  return 1
+}
+
+exclude() {
+  if has "$1" && has "$2"; then refuse "$1 and $2 exclude each other: give one of them"; fi
+}
+
+# Prints flags with commas between them.
+list_flags() {
+  local list="${1// /, }"
+  printf %s "${list//=/}"
 }
 
 # Sets type to Cloud TPU's name, and runtime to the software version of the generation
@@ -108,11 +201,15 @@ choose_type() {
 }
 
 step_create() {
-  local kind=()
-  if $spot; then kind=(--spot); fi
+  local code=0
   call "${tpus[@]}" queued-resources create "$name" "--node-id=$name" \
     "--accelerator-type=$type" "--runtime-version=$runtime" "${place[@]}" \
-    ${kind[@]+"${kind[@]}"}
+    ${create[@]+"${create[@]}"} || code=$?
+  if [ "$code" -ne 0 ]; then
+    echo "error: the request failed with gcloud's exit code $code and the message above;" \
+      "\"What Google answers\" in docs/launch.md explains the messages" >&2
+    return "$code"
+  fi
 }
 
 step_wait() {
@@ -123,12 +220,20 @@ step_wait() {
   fi
   while true; do
     state="$(slice_state)"
-    if [ "$state" != "$last" ]; then echo "$name: $state"; fi
+    if [ "$state" != "$last" ]; then
+      echo "$name: $state"
+      if [ "$state" = WAITING_FOR_RESOURCES ]; then
+        echo "note: the request waits until Google has free capacity; waiting is free" >&2
+      fi
+    fi
     last="$state"
     case "$state" in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING)
-        echo "error: $name is $state; delete it with: launch/tpu_pod.sh delete" >&2
+        # Contains Google's reason.
+        "${tpus[@]}" queued-resources describe "--format=yaml(state)" "$name" \
+          "${place[@]}" >&2 || true
+        echo "error: $name is $state, see above; delete it with: launch/tpu_pod.sh delete" >&2
         return 1
         ;;
     esac
@@ -146,10 +251,10 @@ step_install() {
   if ! $dry_run && ! git diff --quiet HEAD; then
     echo "note: uncommitted changes are not copied to the workers" >&2
   fi
-  call "${tpus[@]}" tpu-vm scp "$archive" "$name:mdt_jax.tar.gz" --worker=all \
-    "${place[@]}" --quiet
+  copy "$archive" "$name:mdt_jax.tar.gz" all
   on_worker all "mkdir -p mdt_jax && tar -xzf mdt_jax.tar.gz -C mdt_jax"
-  on_worker all "$(quote bash mdt_jax/launch/tpu_worker.sh install "$bucket")"
+  on_worker all "$(quote bash mdt_jax/launch/tpu_worker.sh install "$bucket" \
+    ${extras:+"$extras"})"
 }
 
 step_run() {
@@ -164,11 +269,12 @@ step_logs() {
   if $dry_run; then show "${counting[@]}"; else count="$("${counting[@]}")"; fi
   call mkdir -p "$output"
   for ((i = 0; i < count; i++)); do
-    call "${tpus[@]}" tpu-vm scp "$name:mdt_jax_run/log" "$output/worker_$i.log" \
-      "--worker=$i" "${place[@]}" --quiet
+    copy "$name:mdt_jax_run/log" "$output/worker_$i.log" "$i"
   done
   if $dry_run; then echo "# repeated for each other worker"; fi
 }
+
+step_profile() { on_worker 0 "bash mdt_jax/launch/tpu_worker.sh profile"; }
 
 step_stop() { on_worker all "bash mdt_jax/launch/tpu_worker.sh stop"; }
 
@@ -182,7 +288,14 @@ step_all() {
   trap 'interrupted' INT TERM
   while true; do
     code=0
-    one create && one wait && one install || code=$?
+    one create || code=$?
+    if [ "$code" -ne 0 ]; then
+      # The name may belong to another run's slice, so `all` does not delete it.
+      echo "note: nothing was deleted; \`gcloud compute tpus queued-resources list" \
+        "--zone=$zone\` shows your requests" >&2
+      return "$code"
+    fi
+    one wait && one install || code=$?
     while [ "$code" -eq 0 ]; do
       one run || code=$?
       # Exit code 2 means a bad setting: a restart would fail again.
@@ -203,7 +316,10 @@ step_all() {
     break
   done
   one logs || echo "note: the logs could not be downloaded" >&2
-  one delete
+  if ! one delete; then
+    echo "error: $name was not deleted, and may be billed" >&2
+    if [ "$code" -eq 0 ]; then code=1; fi
+  fi
   return "$code"
 }
 
@@ -219,9 +335,16 @@ interrupted() {
   exit 130
 }
 
+# on_worker WORKER COMMAND
 on_worker() {
-  call "${tpus[@]}" tpu-vm ssh "$name" "--worker=$1" "${place[@]}" --quiet \
-    "--command=$2"
+  call "${workers[@]}" ssh "$name" "--worker=$1" "${place[@]}" \
+    ${connect[@]+"${connect[@]}"} ${ssh[@]+"${ssh[@]}"} --quiet "--command=$2"
+}
+
+# copy SOURCE DESTINATION WORKER
+copy() {
+  call "${workers[@]}" scp "$1" "$2" "--worker=$3" "${place[@]}" \
+    ${connect[@]+"${connect[@]}"} ${scp[@]+"${scp[@]}"} --quiet
 }
 
 call() { if $dry_run; then show "$@"; else "$@"; fi; }

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # launch/tpu_pod.sh calls this script on each worker of a TPU slice:
-#   install [BUCKET]  installs Python and the package, and mounts BUCKET at /mnt/bucket
+#   install [BUCKET [EXTRAS]]
+#                     installs Python, and the package with the optional dependencies tpu
+#                     and EXTRAS, and mounts BUCKET at /mnt/bucket
 #   start COMMAND...  starts COMMAND in the background, unless a command is running
 #   follow            prints the log until the command ends; exits with the command's exit
 #                     code, or with 0 if `stop` ended the command
+#   profile           sends SIGUSR1 to the command, which then traces five steps
 #   stop              sends SIGTERM to the command and waits until it has ended
 # RUN: folder of the command's log, process id and exit code (default: ~/mdt_jax_run)
 # STOP_SECONDS: how long `stop` waits (default: 600)
@@ -19,7 +22,7 @@ step_install() {
   PYTHON="$("$uv" python find 3.12)"
   export PYTHON
   source "$(dirname "$0")/common.sh"
-  install tpu
+  install "tpu${2:+,$2}"
   if [ -n "${1:-}" ]; then mount_bucket "$1"; fi
 }
 
@@ -75,6 +78,14 @@ step_follow() {
   done
   if [ -f "$RUN/stopped" ]; then return; fi
   return "$(cat "$RUN/code" 2>/dev/null || echo 1)" # no exit code: the worker restarted
+}
+
+step_profile() {
+  if ! running; then
+    echo "error: no command is running on this worker" >&2
+    return 1
+  fi
+  kill -USR1 "$(cat "$RUN/pid")"
 }
 
 step_stop() {

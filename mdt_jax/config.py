@@ -7,11 +7,10 @@ both.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from mdt_jax.atomic import write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.settings import Settings
 
 
@@ -23,6 +22,6 @@ def default_config() -> ConfigDict:
   return Settings().to_config()
 
 
-def write_config(settings: Settings, workdir: Path) -> None:
+def write_config(settings: Settings, workdir: AnyPath) -> None:
   """Writes config.json for people; a resumed run reads the config in its checkpoint."""
   write_json(workdir / "config.json", settings.to_dict())

@@ -22,7 +22,7 @@ from mdt_jax import cli
 from mdt_jax.checkpoints.retries import SaveError
 from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 from mdt_jax.logs import logger
-from mdt_jax.paths import local_path
+from mdt_jax.paths import absolute, any_path
 from mdt_jax.training import loop, replay
 from mdt_jax.training.preemption import Interrupted
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   cache_dir = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
   if cache_dir is None:
     # The next start of this run then loads its programs instead of compiling them.
-    cache = local_path("--workdir", WORKDIR.value).absolute() / "compiled"
+    cache = absolute(any_path("--workdir", WORKDIR.value)) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if REPLAY_STEP.value is not None:
     replay.replay(cli.load_config(CONFIG), WORKDIR.value, REPLAY_STEP.value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.manager import FOLDER, restore_args, restore_config
 from mdt_jax.data.class_labels import DataLabels
@@ -21,7 +22,7 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
-from mdt_jax.paths import expand_home, local_path
+from mdt_jax.paths import absolute, any_path
 from mdt_jax.setting_groups import MeshSettings
 from mdt_jax.settings import Settings
 from mdt_jax.types import Params
@@ -43,14 +44,14 @@ class Checkpoint:
   step: int
 
 
-def workdir_of(path: str | Path) -> Path:
+def workdir_of(path: str | os.PathLike[str]) -> AnyPath:
   """The absolute path of a workdir, from `path` = WORKDIR or WORKDIR/checkpoints."""
-  folder = expand_home(path).absolute()
+  folder = absolute(path)
   return folder.parent if folder.name == FOLDER else folder
 
 
 def save_model(
-  workdir: str | Path, settings: Settings, params: Params, step: int = 0
+  workdir: str | os.PathLike[str], settings: Settings, params: Params, step: int = 0
 ) -> None:
   """Saves parameters as a checkpoint that `load_ema` loads; training cannot resume it.
 
@@ -62,7 +63,7 @@ def save_model(
     step: step number of the checkpoint.
   """
   with ocp.CheckpointManager(
-    Path(workdir).absolute() / FOLDER, item_names=("ema", "config")
+    absolute(workdir) / FOLDER, item_names=("ema", "config")
   ) as manager:
     manager.save(
       step,
@@ -71,7 +72,7 @@ def save_model(
         config=ocp.args.JsonSave(settings.to_dict()),
       ),
     )
-  checksums.write_checksums(Path(workdir).absolute() / FOLDER / str(step))
+  checksums.write_checksums(absolute(workdir) / FOLDER / str(step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +89,12 @@ class FoundEma:
   experiment: Experiment
   step: int
   decay: str
-  folder: Path
+  folder: AnyPath
   shapes: Params
 
 
 def load_ema(
-  path: str | Path,
+  path: str | os.PathLike[str],
   step: int | None = None,
   ema_decay: float | None = None,
   model: Model | None = None,
@@ -146,13 +147,13 @@ def read_parameter(found: FoundEma, path: str) -> np.ndarray:
 
 
 def find_ema(
-  path: str | Path,
+  path: str | os.PathLike[str],
   step: int | None = None,
   ema_decay: float | None = None,
   model: Model | None = None,
 ) -> FoundEma:
   """Finds and checks the averaged parameters of a workdir; see `load_ema`."""
-  folder = workdir_of(local_path("path", path)) / FOLDER
+  folder = workdir_of(any_path("path", path)) / FOLDER
   if not folder.is_dir():
     raise SettingError(
       "path", str(path), f"must be the folder of a run: no {FOLDER!r} in it"
@@ -178,7 +179,7 @@ def find_ema(
 
 
 def _check_fits(
-  experiment: Experiment, params: Params, folder: Path, decay: str
+  experiment: Experiment, params: Params, folder: AnyPath, decay: str
 ) -> None:
   """Raises SettingError if a checkpoint holds the parameters of another network.
 
@@ -215,7 +216,7 @@ def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _undamaged_step(folder: Path, steps: Iterable[int], asked: int | None) -> int:
+def _undamaged_step(folder: AnyPath, steps: Iterable[int], asked: int | None) -> int:
   """Returns `asked`, or the latest step if None, whose averages are not damaged.
 
   Raises:

@@ -9,7 +9,10 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
+from mdt_jax.buckets import AnyPath
+from mdt_jax.checkpoints.lease import leased
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger, printable
 from mdt_jax.paths import open_regular
@@ -30,8 +33,16 @@ REFUSALS = (
 MAX_OWNER = 200  # bytes of another run's file that an error shows
 
 
-class Lock:
-  """The lock of a workdir, held by this process; see `locked`.
+class Lock(Protocol):
+  """The lock of a workdir, held by this process; see `locked`."""
+
+  def is_lost(self) -> bool:
+    """Whether the workdir was deleted, or belongs to another run by now."""
+    ...
+
+
+class LocalLock:
+  """The lock of a local workdir; see `Lock`.
 
   Args:
     path: the file of the lock.
@@ -52,16 +63,21 @@ class Lock:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[Lock]:
+def locked(workdir: AnyPath) -> Iterator[Lock]:
   """Locks a workdir for the block, and creates the workdir if it does not exist.
 
   The operating system releases the lock when the process ends, even after a crash. On
-  a file system without locks, `locked` logs a warning and does not lock.
+  a file system without locks, `locked` logs a warning and does not lock. In a bucket,
+  the lock is a lease, see `lease`.
 
   Raises:
     SettingError: another run holds the lock, or the workdir cannot be created or
       written.
   """
+  if not isinstance(workdir, Path):
+    with leased(workdir / LOCK) as lease:
+      yield lease
+    return
   path = workdir / LOCK
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -97,7 +113,7 @@ def locked(workdir: Path) -> Iterator[Lock]:
     file.truncate(0)
     file.write(owner)
     file.flush()
-    yield Lock(path, owner)
+    yield LocalLock(path, owner)
 
 
 def _shown(owner: bytes) -> str:

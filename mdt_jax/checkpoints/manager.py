@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent import futures
@@ -20,17 +19,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mdt_jax.buckets import AnyPath, check_readable, list_objects
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
 from mdt_jax.checkpoints.retries import Retries
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
+from mdt_jax.paths import absolute, remove_folder
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 
 FOLDER = "checkpoints"  # folder inside a workdir
 DAMAGED = "damaged"  # folder inside a workdir, for checkpoints moved out of FOLDER
+COMMIT_SUCCESS = "commit_success.txt"  # of Orbax
 # Packages whose versions a checkpoint records.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 MAX_REASON = 300  # length limit of a library's error message in ours
@@ -59,13 +61,13 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: str | Path,
+    workdir: str | os.PathLike[str],
     to_keep: int,
     keep_every: int | None = None,
     max_failures: int = 5,
     cleans: bool = False,
   ):
-    self._folder = Path(workdir).absolute() / FOLDER
+    self._folder = absolute(workdir) / FOLDER
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=to_keep, keep_period=keep_every
     )
@@ -285,8 +287,11 @@ class Checkpoints:
       failure = ""
       try:
         self._folder.mkdir(exist_ok=True)
-        list(self._folder.iterdir())
-      except OSError as error:
+        if isinstance(self._folder, Path):
+          list(self._folder.iterdir())
+        else:
+          check_readable("--workdir", self._folder)
+      except Exception as error:  # gcsfs raises those of several libraries
         failure = _reason(error)
       # If one process alone failed, the others would wait inside Orbax for it.
       if failure := _on_any_process(failure):
@@ -299,14 +304,14 @@ class Checkpoints:
     """Removes what the failed save has written, as far as the disk answers."""
     # Only the checksums may be missing: Orbax then considers the checkpoint complete.
     if jax.process_index() == 0 and self._retries.step is not None:
-      shutil.rmtree(self._folder / str(self._retries.step), ignore_errors=True)
+      remove_folder(self._folder / str(self._retries.step))
 
   def _open(self) -> ocp.CheckpointManager:
     """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
     if self._cleans and jax.process_index() == 0:
       # Orbax's own option would fail each save if a folder cannot be removed.
-      for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(half_written, ignore_errors=True)
+      for name in _half_written(self._folder):
+        remove_folder(self._folder / name)
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
@@ -361,10 +366,20 @@ class Checkpoints:
     )
     if jax.process_index() == 0:
       aside.parent.mkdir(exist_ok=True)
-      os.rename(self._folder / str(step), aside)
+      (self._folder / str(step)).rename(aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"put {step} aside")
     self._opened().reload()
+
+
+def _half_written(folder: AnyPath) -> list[str]:
+  """Names of the folders of saves that were killed."""
+  if isinstance(folder, Path):
+    return [path.name for path in folder.glob("*.orbax-checkpoint-tmp*")]
+  # In a bucket, Orbax marks a complete checkpoint by an object.
+  names = list_objects(folder)
+  steps = {name.partition("/")[0] for name in names if "/" in name}
+  return [step for step in steps if f"{step}/{COMMIT_SUCCESS}" not in names]
 
 
 def _reason(error: BaseException) -> str:

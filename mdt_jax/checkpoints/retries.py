@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
+from mdt_jax.buckets import AnyPath
 from mdt_jax.logs import logger
 
 FIRST_PAUSE = 10  # seconds until the first retry; doubles with each failure
@@ -26,7 +26,7 @@ class Retries:
     step: step of the last save if the save failed, else None.
   """
 
-  def __init__(self, folder: Path, max_failures: int):
+  def __init__(self, folder: AnyPath, max_failures: int):
     self._folder = folder
     self._max_failures = max_failures
     self._failures = 0

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from mdt_jax.atomic import read_json, write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import counted, logger, printable
@@ -65,7 +65,7 @@ class DataLabels:
     )
 
   @classmethod
-  def read(cls, workdir: Path, num_classes: int) -> DataLabels | None:
+  def read(cls, workdir: AnyPath, num_classes: int) -> DataLabels | None:
     """Reads the labels of a run; None for a run that stored none.
 
     Args:
@@ -115,7 +115,7 @@ class DataLabels:
     """Returns the contents of labels.json."""
     return {"labels": self.labels.tolist(), "names": list(self.names) or None}
 
-  def write(self, workdir: Path) -> None:
+  def write(self, workdir: AnyPath) -> None:
     """Writes labels.json."""
     write_json(workdir / FILE, self.to_dict())
 
@@ -176,7 +176,7 @@ def _is_list(value: Any, kind: type) -> bool:
   return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def _damaged(workdir: Path, text: str) -> SettingError:
+def _damaged(workdir: AnyPath, text: str) -> SettingError:
   """Returns the error for a labels.json that cannot be used."""
   return SettingError(
     "path", str(workdir), f"{text}; delete this file to draw all labels"

@@ -29,6 +29,8 @@ from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mdt_jax.buckets import AnyPath, AppendedObject
+
 _numbers = itertools.count()  # of the event files of this process
 
 
@@ -41,12 +43,13 @@ class EventFile:
       steps in earlier files. None: all earlier events stay.
   """
 
-  def __init__(self, folder: Path, start: int | None = None):
+  def __init__(self, folder: AnyPath, start: int | None = None):
     folder.mkdir(exist_ok=True)  # a workdir that was deleted stays deleted
     # TensorBoard reads the files of a folder in the order of their names.
     name = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
     path = folder / f"events.out.tfevents.{name}.{next(_numbers):06d}"
-    self._file = path.open("xb")
+    self._file: Any
+    self._file = path.open("xb") if isinstance(path, Path) else AppendedObject(path)
     self._records = RecordWriter(self._file)
     self._write(file_version="brain.Event:2")
     if start is not None:

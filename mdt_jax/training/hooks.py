@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from PIL import Image
 
 from mdt_jax import sharding
 from mdt_jax.atomic import atomic_write, write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import Stopped
 from mdt_jax.experiment import Experiment
@@ -53,7 +53,7 @@ class Hook(abc.ABC):
   what: str
   is_long = False
 
-  def __init__(self, every: int, num_steps: int, folder: Path, suffix: str):
+  def __init__(self, every: int, num_steps: int, folder: AnyPath, suffix: str):
     self._every, self._num_steps = every, num_steps
     self._folder, self._suffix = folder, suffix
 
@@ -62,7 +62,7 @@ class Hook(abc.ABC):
     """Computes the result; other processes than 0 may return None."""
 
   @abc.abstractmethod
-  def _write(self, path: Path, made: Any) -> None:
+  def _write(self, path: AnyPath, made: Any) -> None:
     """Writes the result `made` to a file."""
 
   @abc.abstractmethod
@@ -143,11 +143,11 @@ class Hook(abc.ABC):
       is_missing = bool(multihost_utils.broadcast_one_to_all(np.array(is_missing)))
     return is_missing
 
-  def _path(self, done: int) -> Path:
+  def _path(self, done: int) -> AnyPath:
     """The file of the result after `done` steps."""
     return self._folder / f"step_{done:07d}.{self._suffix}"
 
-  def _tried(self, done: int) -> Path:
+  def _tried(self, done: int) -> AnyPath:
     """The marker file of a retry, see `is_missing`."""
     return self._folder / f".step_{done:07d}.tried"
 
@@ -165,7 +165,7 @@ class Pictures(Hook):
 
   what = "picture"
 
-  def __init__(self, experiment: Experiment, folder: Path):
+  def __init__(self, experiment: Experiment, folder: AnyPath):
     settings = experiment.settings
     super().__init__(settings.sample_every, settings.num_steps, folder, "png")
     self._settings = settings
@@ -203,7 +203,7 @@ class Pictures(Hook):
     captions = [self._caption(label) for label in labels[: settings.num_samples]]
     return pictures.make_grid(shown, captions)
 
-  def _write(self, path: Path, made: Image.Image) -> None:
+  def _write(self, path: AnyPath, made: Image.Image) -> None:
     with atomic_write(path) as partial:
       made.save(partial, format="png")
 
@@ -222,7 +222,7 @@ class Scores(Hook):
   what = "scores"
   is_long = True
 
-  def __init__(self, every: int, num_steps: int, folder: Path, evaluate: Evaluate):
+  def __init__(self, every: int, num_steps: int, folder: AnyPath, evaluate: Evaluate):
     super().__init__(every, num_steps, folder, "json")
     self._evaluate = evaluate
 
@@ -231,7 +231,7 @@ class Scores(Hook):
   ) -> dict[str, float]:
     return self._evaluate(done, ema, stops)
 
-  def _write(self, path: Path, made: dict[str, float]) -> None:
+  def _write(self, path: AnyPath, made: dict[str, float]) -> None:
     write_json(path, made)
 
   def _log(self, done: int, made: dict[str, float], events: Events) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from mdt_jax import sharding
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.manager import FOLDER
 from mdt_jax.checkpoints.weights import Weights, open_weights
 from mdt_jax.data.class_labels import DataLabels, class_number
@@ -43,7 +43,7 @@ class Initialization:
       the network. Nothing is compiled or written before.
   """
 
-  def __init__(self, experiment: Experiment, workdir: Path):
+  def __init__(self, experiment: Experiment, workdir: AnyPath):
     self._experiment = experiment
     self._opened: tuple[Weights, Adaptation] | None = None
     if experiment.settings.init.path is not None and not _has_checkpoints(workdir):
@@ -144,7 +144,7 @@ def _label(
     raise SettingError(_CLASSES, item, accepted) from None
 
 
-def _has_checkpoints(workdir: Path) -> bool:
+def _has_checkpoints(workdir: AnyPath) -> bool:
   """Whether a workdir holds a checkpoint, complete or not."""
   folder = workdir / FOLDER
   return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())

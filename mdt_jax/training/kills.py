@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import jax
 
 from mdt_jax.atomic import read_json, write_json
+from mdt_jax.buckets import AnyPath
 
 PREFIX = ".reader_killed_"  # of a file in the workdir, for each process of the run
 
@@ -22,7 +22,7 @@ class ReaderKills:
     workdir: folder of the run.
   """
 
-  def __init__(self, workdir: Path):
+  def __init__(self, workdir: AnyPath):
     self._path = workdir / f"{PREFIX}{jax.process_index()}.json"
     self._step = self._read()
 
@@ -35,7 +35,7 @@ class ReaderKills:
     if self._step is not None and done <= self._step:
       self._forget()  # a person who repeats the command gets the first answer again
       return True
-    with contextlib.suppress(OSError):  # the workdir may be gone
+    with contextlib.suppress(Exception):  # the workdir may be gone, or its server
       if self._path.parent.is_dir():
         write_json(self._path, {"step": done})
     return False
@@ -47,7 +47,7 @@ class ReaderKills:
 
   def _forget(self) -> None:
     self._step = None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
       self._path.unlink(missing_ok=True)
 
   def _read(self) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import jax
 import optax
@@ -12,6 +12,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mdt_jax import sharding
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
 from mdt_jax.config import write_config
@@ -24,7 +25,7 @@ from mdt_jax.logs import counted, logger
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
-from mdt_jax.paths import output_folder
+from mdt_jax.paths import absolute, output_folder
 from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
@@ -42,7 +43,7 @@ from mdt_jax.types import Params
 
 def train(
   config: ConfigDict,
-  workdir: str | Path,
+  workdir: str | os.PathLike[str],
   *,
   model: Model | None = None,
   objective: Objective | type[Objective] | None = None,
@@ -58,7 +59,7 @@ def train(
   Args:
     config: see `mdt_jax.config.default_config`.
     workdir: folder for checkpoints, TensorBoard events, metrics.jsonl, pictures, scores
-      and config.json.
+      and config.json; a local one, or one in a bucket (gs://BUCKET/RUN).
     model, objective, optimizer, source: your own objects, which replace the objects
       that the config describes; see `mdt_jax.own_parts.OwnParts`. Pass the same objects
       to resume a run.
@@ -85,7 +86,7 @@ def train(
   lock = None
   with contextlib.ExitStack() as stack:
     with distributed.together():
-      workdir = output_folder("--workdir", workdir).absolute()
+      workdir = absolute(output_folder("--workdir", workdir))
       experiment = build(
         config, model=model, objective=objective, optimizer=optimizer, source=source
       )
@@ -153,7 +154,7 @@ def train(
     return state
 
 
-def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
+def _make_hooks(experiment: Experiment, workdir: AnyPath) -> list[Hook]:
   """The hooks that the settings ask for: pictures and scores."""
   settings = experiment.settings
   hooks: list[Hook] = []
@@ -166,7 +167,7 @@ def _make_hooks(experiment: Experiment, workdir: Path) -> list[Hook]:
   return hooks
 
 
-def _checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+def _checkpoints(experiment: Experiment, workdir: AnyPath) -> Checkpoints:
   """The checkpoints of a run, with the run's settings."""
   settings = experiment.settings
   return Checkpoints(

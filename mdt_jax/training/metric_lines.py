@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.buckets import AnyPath, AppendedObject
 from mdt_jax.logs import counted, logger
 
 FILE = "metrics.jsonl"
@@ -22,7 +24,8 @@ class MetricLines:
   A line holds "step" (training steps done), "time" (seconds since 1970) and the
   metrics; a metric that is not finite is null. A step may have several lines, such as
   one for the loss and one for the scores. Each line is handed to the operating system
-  at once, so that a killed process loses at most its last line.
+  at once, so that a killed process loses at most its last line. In a bucket, a killed
+  process loses the lines of the last seconds, see `AppendedObject`.
 
   Args:
     path: path of the file.
@@ -30,9 +33,13 @@ class MetricLines:
       run repeats these steps. None: only damaged lines are removed.
   """
 
-  def __init__(self, path: Path, start: int | None = None):
+  def __init__(self, path: AnyPath, start: int | None = None):
     _remove_invalid_lines(path, start)
-    self._file = path.open("ab", buffering=0)
+    self._file: Any
+    if isinstance(path, Path):
+      self._file = path.open("ab", buffering=0)
+    else:
+      self._file = AppendedObject(path)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes metrics by name, after `step` steps."""
@@ -51,13 +58,13 @@ class MetricLines:
     self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, float | None]]:
+def read_lines(path: AnyPath) -> list[dict[str, float | None]]:
   """Returns the undamaged lines of the file, as dicts."""
   lines = path.read_bytes().splitlines(keepends=True)
   return [found for line in lines if (found := _parse(line)) is not None]
 
 
-def _remove_invalid_lines(path: Path, start: int | None) -> None:
+def _remove_invalid_lines(path: AnyPath, start: int | None) -> None:
   """Removes damaged lines, and the lines of later steps than `start`."""
   try:
     lines = path.read_bytes().splitlines(keepends=True)

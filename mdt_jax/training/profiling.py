@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import jax
 
+from mdt_jax.buckets import AnyPath, upload_folder
 from mdt_jax.logs import logger
 from mdt_jax.settings import Settings
 from mdt_jax.training.events import tolerate
@@ -28,8 +31,9 @@ class Profiler:
     steps: steps to trace, counted from 0; empty for none.
   """
 
-  def __init__(self, folder: Path, steps: range):
+  def __init__(self, folder: AnyPath, steps: range):
     self._folder, self._steps = folder, steps
+    self._local: Path | None = None  # receives a trace that goes to a bucket
     self._end: int | None = None  # number of steps done at the end of the trace
     self._is_requested = False
 
@@ -49,7 +53,10 @@ class Profiler:
       self._end = max(self._end, self._steps.stop)
     self._is_requested = False
     with tolerate("a trace"):
-      jax.profiler.start_trace(self._folder, profiler_options=_options(done))
+      folder = self._folder
+      if not isinstance(folder, Path):  # JAX writes local files only
+        folder = self._local = Path(tempfile.mkdtemp(prefix="mdt_jax_trace_"))
+      jax.profiler.start_trace(folder, profiler_options=_options(done))
       return
     self._end = None
 
@@ -69,11 +76,14 @@ class Profiler:
     self._end = None
     with tolerate(f"a trace in {self._folder}"):
       jax.profiler.stop_trace()
+      if not isinstance(self._folder, Path) and self._local is not None:
+        upload_folder(self._local, self._folder)
+        shutil.rmtree(self._local, ignore_errors=True)
       logger.info("wrote a trace: tensorboard --logdir=%s", self._folder)
 
 
 @contextlib.contextmanager
-def profiling(settings: Settings, workdir: Path) -> Iterator[Profiler]:
+def profiling(settings: Settings, workdir: AnyPath) -> Iterator[Profiler]:
   """Yields the profiler of a run; SIGUSR1 requests a trace of the next five steps.
 
   The signal keeps its effect if the process handles or ignores it already, or if the

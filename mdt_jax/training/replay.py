@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.objectives import Draws
 from mdt_jax.objectives.objective import Losses
-from mdt_jax.paths import output_folder
+from mdt_jax.paths import absolute, output_folder
 from mdt_jax.train_state import TrainState
 from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.program import make_program
@@ -33,7 +33,9 @@ from mdt_jax.types import Array, Batch, Params
 Look = Callable[[TrainState, Batch, Hashable], tuple[Array, Losses, Params, Draws]]
 
 
-def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]:
+def replay(
+  config: ConfigDict, workdir: str | os.PathLike[str], step: int
+) -> dict[str, Any]:
   """Trains again from a checkpoint up to one step, and reports what is not finite.
 
   The replay starts at the last checkpoint at or before `step`, or at step 0 if there is
@@ -69,7 +71,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, Any]
     raise SettingError(
       "--replay_step", step, f"must lie in [0, config.num_steps = {settings.num_steps})"
     )
-  workdir = output_folder("--workdir", workdir).absolute()
+  workdir = absolute(output_folder("--workdir", workdir))
   if not (workdir / FOLDER).is_dir():
     raise SettingError(
       "--workdir", str(workdir), f"must be the folder of a run: no {FOLDER!r} in it"

@@ -6,12 +6,12 @@ The training step skips the update if the loss or the gradient is not finite.
 from __future__ import annotations
 
 import collections
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
 
 from mdt_jax.atomic import write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
@@ -43,7 +43,7 @@ class SkippedSteps:
     num_examples: number of examples in the training data.
   """
 
-  def __init__(self, settings: Settings, workdir: Path, num_examples: int):
+  def __init__(self, settings: Settings, workdir: AnyPath, num_examples: int):
     self._settings = settings
     self._path = workdir / DIAGNOSIS
     self._num_examples = num_examples

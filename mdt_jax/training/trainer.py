@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from mdt_jax import sharding
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.lock import Lock
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.checkpoints.retries import SaveError
@@ -61,7 +61,7 @@ class Trainer:
   def __init__(
     self,
     experiment: Experiment,
-    workdir: Path,
+    workdir: AnyPath,
     program: Program,
     saved: Checkpoints,
     hooks: Sequence[Hook],

@@ -7,6 +7,7 @@ as WANDB_API_KEY, WANDB_ENTITY, WANDB_BASE_URL and WANDB_MODE, hold as for any r
 from __future__ import annotations
 
 import importlib
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 
@@ -59,18 +61,21 @@ class WandbRun:
   until it has passed the last step of the run that it resumes.
 
   Args:
-    workdir: folder of the run; receives the folder wandb and the id.
+    workdir: folder of the run; receives the folder wandb and the id. If the workdir is
+      in a bucket, a new temporary folder receives the folder wandb.
     project: project of the run.
     config: settings of the run, as nested dicts.
   """
 
-  def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]):
+  def __init__(self, workdir: AnyPath, project: str, config: Mapping[str, Any]):
     self._wandb: Any = importlib.import_module("wandb")
+    is_local = isinstance(workdir, Path)
+    folder = workdir if is_local else tempfile.mkdtemp(prefix="mdt_jax_wandb_")
     self._run = self._wandb.init(
       project=project,
       id=_read_id(workdir / ID_FILE),
       name=workdir.name,
-      dir=str(workdir),
+      dir=str(folder),
       config=dict(config),
       resume="allow",
       allow_val_change=True,  # of settings that change when a run is resumed
@@ -102,7 +107,7 @@ class WandbRun:
       self._run.log(values, step=step)
 
 
-def _read_id(path: Path) -> str:
+def _read_id(path: AnyPath) -> str:
   """The id of the run in the workdir, which is created for the first run."""
   if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
+from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import one_line
 from mdt_jax.logs import logger
 from mdt_jax.settings import Settings
@@ -17,7 +17,7 @@ TENSORBOARD = "tensorboard"  # folder inside a workdir
 
 
 def open_events(
-  workdir: Path, settings: Settings, start: int, writers: Sequence[Writer] = ()
+  workdir: AnyPath, settings: Settings, start: int, writers: Sequence[Writer] = ()
 ) -> Events:
   """Opens the writers of a run. Only process 0 may call this function.
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.fakes import Fakes
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").glob("*.s[hb]*"))]
 COMMAND = [
@@ -36,41 +38,6 @@ def test_shellcheck_passes(script):
   assert shellcheck, "comes with the test extra"
   result = subprocess.run([shellcheck, script], capture_output=True, text=True)
   assert result.returncode == 0, result.stdout
-
-
-class Fakes:
-  """Fake programs on the PATH that record their calls."""
-
-  def __init__(self, folder: Path):
-    self.folder = folder
-    self._bin = folder / "bin"
-    self._bin.mkdir()
-
-  def add(self, name: str, body: str = "") -> None:
-    program = self._bin / name
-    record = f'echo {name} "$@" >>{self.folder}/calls\n'
-    program.write_text(f"#!/usr/bin/env bash\ncd {self.folder}\n{record}{body}")
-    program.chmod(0o755)
-
-  def start(self, *command, **environment) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(self._bin), os.environ["PATH"]])
-    return subprocess.Popen(
-      command,
-      env={**os.environ, "PATH": path, **environment},
-      cwd=self.folder,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-
-  def run(self, *command, **environment) -> tuple[int, str, str]:
-    process = self.start(*command, **environment)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
-
-  def calls(self) -> list[str]:
-    record = self.folder / "calls"
-    return record.read_text().splitlines() if record.exists() else []
 
 
 @pytest.fixture
@@ -149,7 +116,14 @@ def test_runtime_image_matches_the_tpu_generation(fakes, kind, accelerator, imag
     ("create --zone=z", "--type = ''"),
     ("create --zone= --type=v5e-8", "'--zone='"),
     ("wait --zone=z --name=Big_One", "--name = 'Big_One'"),
-    ("wait --zone=z --spto", "'--spto' is unknown"),
+    ("wait --zone=z --spto", "'--spto' is unknown: accepted are --name, --type,"),
+    ("wait --zone=z --node-count=2", "'--node-count=2' is unknown"),
+    ("wait --zone=z python", "'python' is unknown"),
+    ("wait --zone=z --network", "'--network' has no value: write --network=VALUE"),
+    ("wait --zone=z --spot=yes", "'--spot=yes': --spot has no value"),
+    ("create --zone=z --type=v5e-8 --spot --reserved", "--spot and --reserved"),
+    ("wait --zone=z --internal-ip --tunnel-through-iap", "--internal-ip and --tunnel"),
+    ("wait --zone=z --extras=gcs,", "--extras = 'gcs,'"),
     ("wait --zone=z -- true", "'true': wait takes no command"),
     ("run --zone=z", "no command"),
     ("all --zone=z --type=v5e-8 --restarts=many -- true", "--restarts = 'many'"),
@@ -242,7 +216,9 @@ def worker(fakes):
   launch.mkdir()
   script = launch / "tpu_worker.sh"
   shutil.copy(ROOT / "launch" / "tpu_worker.sh", script)
-  return lambda *step: fakes.run("bash", script, *step, RUN=str(fakes.folder / "run"))
+  return lambda *step: fakes.run(
+    "bash", script, *step, RUN=str(fakes.folder / "run"), HOME=str(fakes.folder)
+  )
 
 
 def wait_for(file, text):
@@ -277,6 +253,36 @@ def test_follow_without_a_run_is_an_error(worker):
   code, _, err = worker("follow")
   assert code == 1
   assert "no command was started" in err
+
+
+def test_profile_sends_sigusr1_to_the_run(worker, fakes):
+  code, _, err = worker("profile")
+  assert code == 1
+  assert "no command is running" in err
+  trace = (
+    "trap 'echo traced; exit' USR1; echo ready; for _ in {1..300}; do sleep 0.1; done"
+  )
+  worker("start", "bash", "-c", trace)
+  wait_for(fakes.folder / "run" / "log", "ready")
+  assert worker("profile")[0] == 0
+  code, out, _ = worker("follow")
+  assert code == 0
+  assert "traced" in out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "extras"), [([], "tpu"), (["", "gcs,wandb"], "tpu,gcs,wandb")]
+)
+def test_install_adds_the_extras(worker, fakes, arguments, extras):
+  shutil.copy(ROOT / "launch" / "common.sh", fakes.folder / "launch")
+  fakes.add("python3")
+  for program in (".local/bin/uv", ".venv/bin/python"):
+    fakes.add(program.split("/")[-1])
+    (fakes.folder / program).parent.mkdir(parents=True)
+    (fakes.folder / "bin" / program.split("/")[-1]).rename(fakes.folder / program)
+  code, _, err = worker("install", *arguments)
+  assert code == 0, err
+  assert fakes.calls()[-1].endswith(f"--editable .[{extras}]")
 
 
 # slurm.sbatch.

@@ -1,0 +1,227 @@
+"""The lock of a workdir in a bucket: an object that its run writes again and again.
+
+A bucket has no locks that end with their process. So a lock holds for LEASE seconds
+after its last renewal. A run that finds a lock watches it: a renewal shows that another
+run is alive; without one within the lease, the run takes the lock over. Writing depends
+on the generation of the object, which the bucket changes with each write, so of several
+runs one alone gets the lock. No clocks are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from mdt_jax.buckets import describe_error
+from mdt_jax.errors import SettingError, one_line
+from mdt_jax.logs import logger
+
+LEASE = 60.0  # seconds after its last renewal that a lock holds
+RENEWAL = 15.0  # seconds between renewals
+POLL = 2.0  # seconds between looks at the lock of another run
+TIMEOUT = 10.0  # seconds for an answer of the bucket
+SETTING = "--workdir"
+
+
+class Lease:
+  """The lock of a workdir in a bucket, held by this process; see `leased`.
+
+  Args:
+    path: path of the lock's object.
+  """
+
+  def __init__(self, path: epath.Path):
+    storage: Any = importlib.import_module("google.cloud.storage")
+    self._errors: Any = importlib.import_module("google.api_core.exceptions")
+    self._path = path
+    # Without retries: `_renew` and `acquire` try again themselves.
+    self._options = {"timeout": TIMEOUT, "retry": None}
+    self._blob = storage.Blob.from_uri(str(path), client=storage.Client())
+    self._token = secrets.token_hex(4)
+    self._generation = 0  # of the object, as this run has written it
+    self._is_lost = False
+    self._ends = threading.Event()
+    self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+  def is_lost(self) -> bool:
+    """Whether the workdir was deleted, or belongs to another run by now."""
+    return self._is_lost
+
+  def acquire(self) -> None:
+    """Takes the lock, and starts to renew it.
+
+    Waits for up to `LEASE` seconds if another run has left its lock behind.
+
+    Raises:
+      SettingError: another run holds the lock.
+    """
+    seen = 0  # generation of another run's lock
+    deadline = 0.0
+    while not self._write(seen):
+      found, owner = self._look()
+      if found == 0:  # the other run has ended
+        seen = 0
+        continue
+      if seen not in (0, found):
+        raise SettingError(
+          SETTING, str(self._path.parent), f"is in use by another run: {_shown(owner)}"
+        )
+      if seen == 0:
+        seen, deadline = found, time.monotonic() + _lease_of(owner)
+        if _has_ended(owner):
+          continue
+        logger.info(
+          "%s is locked by %s: waiting for up to %.0f s whether it is alive",
+          self._path.parent,
+          _shown(owner),
+          _lease_of(owner),
+        )
+      while time.monotonic() < deadline and found == seen:
+        time.sleep(POLL)
+        found, owner = self._look()
+      if found == seen:
+        logger.warning("taking over the lock of %s, which is gone", _shown(owner))
+    self._thread.start()
+
+  def release(self) -> None:
+    """Stops to renew the lock, and deletes it if it is still this run's."""
+    self._ends.set()
+    if not self._thread.is_alive():
+      return
+    self._thread.join()
+    with contextlib.suppress(Exception):  # the lease ends by itself
+      self._blob.delete(if_generation_match=self._generation, **self._options)
+
+  def _run(self) -> None:
+    """Renews the lock until `release`, or until it is lost."""
+    last = time.monotonic()
+    while not self._ends.wait(RENEWAL) and not self._is_lost:
+      try:
+        self._renew()
+      except Exception as error:  # the bucket does not answer just now
+        silent = time.monotonic() - last
+        if silent > LEASE:
+          logger.error(
+            "THE LOCK IS NOT RENEWED for %.0f s, and another run may take the workdir "
+            "over: %s",
+            silent,
+            describe_error(error, self._path),
+          )
+      else:
+        last = time.monotonic()
+
+  def _renew(self) -> None:
+    """Writes the lock again; sets `_is_lost` if it is no longer this run's."""
+    if self._write(self._generation):
+      return
+    # The answer to an earlier renewal may have been lost on its way.
+    found, owner = self._look()
+    if owner.get("token") == self._token:
+      self._generation = found
+    else:
+      self._is_lost = True
+
+  def _write(self, generation: int) -> bool:
+    """Writes the lock if the object has this generation; 0: if there is none."""
+    owner = {
+      "owner": f"process {os.getpid()} on {socket.gethostname()}",
+      "token": self._token,
+      "process": _identity(os.getpid()),
+      "lease": LEASE,
+    }
+    try:
+      self._blob.upload_from_string(
+        json.dumps(owner), if_generation_match=generation, **self._options
+      )
+    except self._errors.PreconditionFailed:
+      return False
+    self._generation = self._blob.generation
+    return True
+
+  def _look(self) -> tuple[int, dict[str, Any]]:
+    """The generation of the lock, 0 for none, and what its owner has written."""
+    try:
+      content = self._blob.download_as_bytes(**self._options)
+    except self._errors.NotFound:
+      return 0, {}
+    found = json.loads(content) if content.startswith(b"{") else {}
+    return self._blob.generation, found
+
+
+@contextlib.contextmanager
+def leased(path: epath.Path) -> Iterator[Lease]:
+  """Holds the lock of a workdir for the block.
+
+  Args:
+    path: path of the lock's object.
+
+  Raises:
+    SettingError: another run holds the lock, the bucket cannot be used, or
+      google-cloud-storage is not installed.
+  """
+  try:
+    lease = Lease(path)
+    lease.acquire()
+  except SettingError:
+    raise
+  except ImportError as error:
+    raise SettingError(
+      SETTING,
+      str(path.parent),
+      f"needs google-cloud-storage ({one_line(error)}): pip install -e '.[gcs]'",
+    ) from None
+  except Exception as error:  # google-cloud-storage raises those of several libraries
+    raise SettingError(SETTING, str(path.parent), describe_error(error, path)) from None
+  try:
+    yield lease
+  finally:
+    lease.release()
+
+
+def _identity(pid: int) -> str | None:
+  """Names a process of this machine, or of this container; None without /proc.
+
+  The number of a process alone may belong to a process of another machine.
+  """
+  try:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid}"
+  except OSError:
+    return None
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+  """Whether the owner of a lock was a process of this machine that is gone."""
+  identity = str(owner.get("process") or "")
+  pid = identity.rpartition(" ")[2]
+  if not pid.isdigit() or identity != _identity(int(pid)):
+    return False
+  try:
+    os.kill(int(pid), 0)
+  except ProcessLookupError:
+    return True
+  except OSError:
+    return False
+  return int(pid) == os.getpid()  # an earlier run of this process
+
+
+def _lease_of(owner: dict[str, Any]) -> float:
+  """Seconds that the lock of an owner holds."""
+  lease = owner.get("lease")
+  return float(lease) if isinstance(lease, int | float) else LEASE
+
+
+def _shown(owner: dict[str, Any]) -> str:
+  """The owner of a lock, for messages."""
+  return one_line(str(owner.get("owner") or "an unknown process"), 200)
