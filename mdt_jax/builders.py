@@ -12,6 +12,7 @@ import optax
 
 from mdt_jax.buckets import is_bucket
 from mdt_jax.data.examples import Source
+from mdt_jax.data.latent_cache import check_cache
 from mdt_jax.data.latent_card import read_card
 from mdt_jax.data.latents import LatentSource
 from mdt_jax.data.own_source import CheckedSource
@@ -203,6 +204,7 @@ def open_examples(
   else:
     if data.source == "latents" and data.path and is_bucket(data.path):
       # The set is copied from the bucket only if it fits; the copy takes minutes.
+      check_cache(data.path, data.cache)
       card = read_card(data.path)
       _check_num_classes(model, len(card["classes"]))
       if autoencoder is not None:

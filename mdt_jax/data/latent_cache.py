@@ -61,14 +61,7 @@ def copy_set(
       or the disk is too small (nothing is copied then) or full.
     DataUnavailable: the bucket does not answer; the same call resumes.
   """
-  if not cache:
-    raise SettingError(
-      SETTING,
-      cache,
-      f"must be given, a folder on a local disk: training reads a copy of {path}",
-    )
-  into = local_path(SETTING, cache)
-  output_folder(SETTING, cache)
+  into = check_cache(path, cache)
   card = read_card(path)
   source = buckets.bucket_path("config.data.path", path)
   with buckets.one_line_errors("config.data.path", source):
@@ -84,6 +77,25 @@ def copy_set(
       if missing or not (folder / CARD).is_file():
         with atomic_write(folder / CARD, f".{secrets.token_hex(4)}") as partial:
           partial.write_bytes(content)
+  return folder
+
+
+def check_cache(
+  path: str | os.PathLike[str], cache: str | os.PathLike[str] | None
+) -> Path:
+  """Returns the local path of `cache`, in which files can be written.
+
+  Raises:
+    SettingError: see `copy_set`.
+  """
+  if not cache:
+    raise SettingError(
+      SETTING,
+      cache,
+      f"must be given, a folder on a local disk: training reads a copy of {path}",
+    )
+  folder = local_path(SETTING, cache)
+  output_folder(SETTING, cache)
   return folder
 
 
