@@ -34,6 +34,7 @@ SHARE_OF_UPLOADS = 0.05  # of the time, at most, for an object that grows
 # An object is downloaded in parts, of which so many are read at the same time.
 PART_BYTES, PARTS = 8 * 2**20, 8
 PART_SECONDS = 300.0  # after which a download counts as failed
+_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # raise errors
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -109,6 +110,18 @@ def describe_error(error: Exception, path: str | os.PathLike[str]) -> str:
   if is_of_network or isinstance(error, ConnectionError | TimeoutError):
     return f"the bucket does not answer: {text}"
   return f"the bucket cannot be used: {text}"
+
+
+def reason_of_bucket(error: Exception) -> str | None:
+  """Describes, in one line, a failed request to a bucket that caused an exception.
+
+  Returns:
+    The reason; None for any other cause.
+  """
+  is_refusal = isinstance(error, OSError) and str(error).startswith("Forbidden: ")
+  if not is_refusal and type(error).__module__.split(".")[0] not in _LIBRARIES:
+    return None
+  return describe_error(error, "")
 
 
 def list_objects(folder: epath.Path) -> dict[str, int]:
@@ -295,14 +308,14 @@ def _prepare() -> None:
   """
   # TensorFlow, where it is installed, would take seconds and other credentials.
   os.environ.setdefault("EPATH_USE_TF", "0")
-  gpath: Any = importlib.import_module("etils.epath.gpath")
-  with contextlib.suppress(AttributeError):
-    gpath._is_tf_installed.cache_clear()  # asked before, for a local path of Orbax
+  # epath asks for this variable once, at its first path, which may be a local one.
+  importlib.import_module("etils.epath.gpath")._is_tf_installed.cache_clear()
   importlib.import_module("gcsfs")
   fsspec: Any = importlib.import_module("fsspec")
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-  # Its log shows a stack trace for each failed request; the exception is enough.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # The exceptions of failed requests and of missing credentials are enough.
+  for library in ("gcsfs", "google.auth"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _filesystem() -> Any:

@@ -12,7 +12,7 @@ The first command writes a run's folder, from which mdt_jax.sample draws images.
 torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
 --push uploads averaged parameters of a run, its settings and a model card to the
 Hugging Face hub, from which Pipeline.from_pretrained loads them; --to_hub writes these
-files to a folder.
+files to a folder. --input and --output may lie in a bucket (gs://…).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mdt_jax import cli
 from mdt_jax.checkpoints import converted, hub_uploads
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
-from mdt_jax.paths import local_path
+from mdt_jax.paths import any_path
 from mdt_jax.pretrained import torch_inception, torch_vae
 
 INPUT = flags.DEFINE_string(
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
   del argv
   repository, output = PUSH.value, None
   if repository is None:
-    output = local_path("output", cli.required_value(OUTPUT, "runs/mdt_xl2"))
+    output = any_path("output", cli.required_value(OUTPUT, "runs/mdt_xl2"))
   _check_direction()
   published = {
     "step": STEP.value,
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
 
 def _check_direction() -> None:
   """Refuses flags of several directions, and an input of another direction."""
-  path = local_path("input", INPUT.value)
+  path = any_path("input", INPUT.value)
   directions = {
     "push": PUSH.value,
     "to_hub": TO_HUB.value,

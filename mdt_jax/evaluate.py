@@ -10,7 +10,8 @@ fid, sfid, is, precision and recall are the scores of ADM's evaluator. frechet, 
 and diversity need no network and suit small images. bpd is the variational bound on the
 negative log-likelihood of the run's data, in bits per dimension. Without --samples, the
 checkpoint draws the images. The command writes scores.json, and bpd.json for bpd.
-docs/evaluation.md describes the files.
+docs/evaluation.md describes the files. .npz files and outputs may lie in a bucket
+(gs://…).
 """
 
 from __future__ import annotations
@@ -29,20 +30,23 @@ from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.atomic import write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.evaluation import bits_per_dimension, job
 from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
-from mdt_jax.paths import local_path, output_file, output_folder
+from mdt_jax.paths import any_path, output_file, output_folder
+from mdt_jax.pretrained.hub import is_hub_url
 from mdt_jax.setting_groups import LABELS_OF_SCORES, SamplingSettings
 from mdt_jax.training.distributed import process_index
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "Folder of a run of mdt_jax.main or of mdt_jax.convert. Default: none; then "
-  "--samples must be given.",
+  "Folder of a run of mdt_jax.main or of mdt_jax.convert, local or in a bucket "
+  "(gs://...); or hf://ORG/NAME, a repository of mdt_jax.convert --push. Default: "
+  "none; then --samples must be given.",
 )
 SAMPLES = flags.DEFINE_string(
   "samples",
@@ -128,7 +132,7 @@ OUTPUT = flags.DEFINE_string(
   "output",
   None,
   "Folder for scores.json and bpd.json. Default: CHECKPOINT/evaluation, or the folder "
-  "that holds --samples.",
+  "that holds --samples. Must be given with --checkpoint=hf://...",
 )
 cli.suggest(
   {
@@ -141,7 +145,7 @@ cli.suggest(
 
 def main(argv: list[str]) -> None:
   del argv
-  if CHECKPOINT.value:
+  if CHECKPOINT.value and not is_hub_url(CHECKPOINT.value):
     cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   metrics = job.choose_metrics(
     METRICS.value,
@@ -232,6 +236,7 @@ def _names_of_flags() -> dict[str, str]:
   is_alias = flags.FLAGS["steps"].present
   return {
     "path": "checkpoint",
+    "name": "checkpoint",
     "config.data.source": "data_source",
     "config.data.path": "data_path",
     "config.data.vae": "vae",
@@ -259,7 +264,7 @@ def _parse(text: str) -> Any:
   return text
 
 
-def _outputs(metrics: list[str]) -> dict[str, Path]:
+def _outputs(metrics: list[str]) -> dict[str, AnyPath]:
   """The files to write: "bpd" and "scores", as far as they are asked for.
 
   Raises:
@@ -267,17 +272,19 @@ def _outputs(metrics: list[str]) -> dict[str, Path]:
   """
   if OUTPUT.value is not None:
     folder = output_folder("output", OUTPUT.value)
+  elif CHECKPOINT.value and is_hub_url(CHECKPOINT.value):
+    raise SettingError("output", None, "must be given with --checkpoint=hf://...")
   elif CHECKPOINT.value:
     folder = workdir_of(CHECKPOINT.value) / "evaluation"
   else:
-    folder = local_path("samples", SAMPLES.value or "").parent
+    folder = any_path("samples", SAMPLES.value or "").parent
   names = [job.BPD] if job.BPD in metrics else []
   if metrics != [job.BPD]:
     names.append("scores")
   return {name: output_file("output", folder / f"{name}.json") for name in names}
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
+def _write(path: AnyPath, found: dict[str, Any]) -> None:
   """Writes scores; all processes hold the same ones, and process 0 writes them."""
   if process_index() > 0:
     return

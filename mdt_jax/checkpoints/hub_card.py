@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mdt_jax.atomic import read_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.errors import one_line
 from mdt_jax.logs import counted, printable
@@ -29,7 +29,7 @@ _PAPERS = {
 def write_card(
   checkpoint: Checkpoint,
   settings: Settings,
-  workdir: Path,
+  workdir: AnyPath,
   name: str,
   license: str | None = None,
 ) -> str:
@@ -176,7 +176,7 @@ def _sampling(settings: Settings) -> Iterator[tuple[str, str]]:
       yield f"`config.sampling.{name}`", _code(str(value))
 
 
-def _scores(checkpoint: Checkpoint, workdir: Path) -> Iterator[tuple[str, str]]:
+def _scores(checkpoint: Checkpoint, workdir: AnyPath) -> Iterator[tuple[str, str]]:
   """Rows of the scores of the parameters, as far as the run has them."""
   settings, step = checkpoint.experiment.settings, checkpoint.step
   # Training scores the average of config.sampling.ema_decay of the run, else the first.
@@ -208,7 +208,7 @@ def _scores(checkpoint: Checkpoint, workdir: Path) -> Iterator[tuple[str, str]]:
     yield "bits per dimension", f"{bits:.4f} ({_text(how)})"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
   """Reads a JSON dict of a run; empty if there is none, or it is damaged."""
   try:
     return read_json(path, ValueError)

@@ -11,23 +11,25 @@ labels.json, or null. `sampling.ema_decay` in "settings" is the decay of the par
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
 import jax
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.checkpoints import converted
-from mdt_jax.checkpoints.loading import FOLDER, Checkpoint, workdir_of
+from mdt_jax.checkpoints.loading import FOLDER, Checkpoint, load_ema, workdir_of
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.experiment import Experiment
-from mdt_jax.models.registry import abstract_params
-from mdt_jax.paths import expand_home
-from mdt_jax.pretrained import hub, torch_mdt
+from mdt_jax.models.registry import Model, abstract_params
+from mdt_jax.paths import any_path, expand_home
+from mdt_jax.pretrained import bucket_weights, hub, torch_mdt
 from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE, read_config
 from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.setting_groups import MeshSettings
@@ -37,7 +39,7 @@ LIBRARY = "mdt_jax"  # value of "library_name" in the config.json of this packag
 
 
 def load_pretrained(
-  name: str | Path,
+  name: str | os.PathLike[str],
   network: str | None = None,
   **known: Unpack[torch_mdt.KnownSizes],
 ) -> Checkpoint:
@@ -45,8 +47,8 @@ def load_pretrained(
 
   Args:
     name: ORG/NAME of a repository that mdt_jax.convert pushed, or of a DiT in
-      diffusers' format; hf://ORG/NAME/FILE; or a local folder or file. A local folder
-      counts before a repository of the same name.
+      diffusers' format; hf://ORG/NAME/FILE; or a folder or file, local or in a bucket
+      (gs://…). A local folder counts before a repository of the same name.
     network: expected network; see `torch_mdt.from_torch`.
     **known: num_classes, num_heads, decode_depth and input_size of a network whose
       files do not state them; see `torch_mdt.from_torch`.
@@ -60,9 +62,8 @@ def load_pretrained(
       the hub refuses, or the files hold no such network; or an argument does not fit.
   """
   name = os.fspath(name)
-  path = _local(name)
   try:
-    with renamed_in_errors({"path": "name"}):
+    with renamed_in_errors({"path": "name"}), _local(name) as path:
       opened = torch_mdt.open_checkpoint(path, network, **known)
       config = _read_config(path if path.is_dir() else path.parent)
   except SettingError as error:
@@ -79,6 +80,29 @@ def load_pretrained(
   if config is not None:
     _check_fits(params, experiment, name)
   return Checkpoint(experiment, unflatten(params), step)
+
+
+def load_run(
+  path: str | os.PathLike[str],
+  step: int | None = None,
+  ema_decay: float | None = None,
+  model: Model | None = None,
+) -> Checkpoint:
+  """Loads a workdir as `load_ema` does, or hf://ORG/NAME as `load_pretrained` does.
+
+  Args:
+    path: a workdir; or hf://ORG/NAME, whose repository holds one average of one step.
+    step, ema_decay, model: see `load_ema`; must be None for a repository.
+
+  Raises:
+    SettingError: see `load_ema` and `load_pretrained`.
+  """
+  if not hub.is_hub_url(os.fspath(path)):
+    return load_ema(path, step, ema_decay, model)
+  for name, value in (("step", step), ("ema_decay", ema_decay), ("model", model)):
+    if value is not None:
+      raise SettingError(name, value, "is for a workdir, not for a repository")
+  return load_pretrained(path)
 
 
 def read_labels(weights: Path, num_classes: int) -> DataLabels | None:
@@ -117,25 +141,29 @@ def config_of(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
   }
 
 
-def _local(name: str) -> Path:
-  """Returns the local path of weights; downloads those of a repository."""
+@contextlib.contextmanager
+def _local(name: str) -> Iterator[Path]:
+  """Yields the local path of weights; downloads those of a repository or a bucket."""
   if hub.is_hub_url(name):
-    return hub.download("name", name)
-  path = expand_home(name)
+    yield hub.download("name", name)
+    return
+  path = any_path("name", name) if is_bucket(name) else expand_home(name)
   if (workdir_of(path) / FOLDER).is_dir():
     raise SettingError(
       "name", name, "is the folder of a run: Pipeline.from_checkpoint loads it"
     )
+  if is_bucket(name):
+    with bucket_weights.local_weights(name) as local:
+      yield local
+    return
   if os.path.exists(path):
-    return path
+    yield Path(path)
+    return
   if not hub.is_repository(name):
     raise SettingError(
       "name", name, "must be ORG/NAME on the Hugging Face hub, or an existing folder"
     )
-  try:
-    return hub.download("name", hub.SCHEME + name)
-  except SettingError as error:
-    raise SettingError("name", name, error.accepted) from None
+  yield hub.download("name", hub.SCHEME + name)
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mdt_jax.atomic import atomic_write, write_json
+from mdt_jax.buckets import SCHEME, AnyPath
 from mdt_jax.checkpoints import converted, hub_card, hub_folders, loading
 from mdt_jax.checkpoints.lock import LOCK
 from mdt_jax.errors import SettingError, renamed_in_errors
-from mdt_jax.paths import expand_home, output_folder
+from mdt_jax.paths import absolute, expand_home, output_folder
 from mdt_jax.pretrained import hub
 from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE, RELEASED_WEIGHTS
 from mdt_jax.pretrained.tensors import write_tensors
@@ -26,11 +27,12 @@ _PATHS = (
   ("eval", "reference"),
   ("eval", "inception"),
 )
+_STARTS_OF_PATHS = ("/", "~", "./", "../", SCHEME)
 
 
 def to_hub_folder(
-  workdir: str | Path,
-  folder: str | Path,
+  workdir: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
   *,
   overwrite: bool = False,
   step: int | None = None,
@@ -43,7 +45,7 @@ def to_hub_folder(
 
   Args:
     workdir: folder of a run, or of `converted.from_torch_file`.
-    folder: an empty folder, or the path of a new folder.
+    folder: an empty folder, or the path of a new folder; local or in a bucket (gs://…).
     overwrite: whether to replace such files in `folder`. Other files stay.
     step: step of the checkpoint; None for the latest.
     ema_decay: decay of the average; see `loading.load_ema`.
@@ -57,20 +59,20 @@ def to_hub_folder(
     SettingError: see `loading.load_ema` and `torch_mdt.to_torch`; or `folder` cannot be
       written, or is not empty and `overwrite` is False. Nothing is written then.
   """
-  folder = output_folder("folder", folder).absolute()
-  found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+  target = absolute(output_folder("folder", folder))
+  found = {path.name for path in target.iterdir()} if target.is_dir() else set()
   if loading.FOLDER in found or LOCK in found:
-    raise SettingError("folder", str(folder), "must not be the folder of a run")
+    raise SettingError("folder", str(target), "must not be the folder of a run")
   if found and not overwrite:
     raise SettingError(
-      "folder", str(folder), "must be an empty folder unless overwrite is set"
+      "folder", str(target), "must be an empty folder unless overwrite is set"
     )
   _check_license(license)
-  return _write(workdir, folder, str(folder.name), step, ema_decay, license)
+  return _write(workdir, target, target.name, step, ema_decay, license)
 
 
 def push_to_hub(
-  workdir: str | Path,
+  workdir: str | os.PathLike[str],
   repository: str,
   *,
   private: bool = False,
@@ -131,8 +133,8 @@ def without_local_paths(settings: Settings) -> Settings:
 
 
 def _write(
-  workdir: str | Path,
-  folder: Path,
+  workdir: str | os.PathLike[str],
+  folder: AnyPath,
   name: str,
   step: int | None,
   ema_decay: float | None,
@@ -177,11 +179,14 @@ def _last_name(path: str) -> str:
 
 
 def _reduced(value: Any) -> Any:
-  """Reduces the absolute paths among the texts in nested dicts to their last names."""
+  """Reduces the paths among the texts in nested dicts to their last names.
+
+  Paths are absolute ones and those of buckets.
+  """
   if isinstance(value, dict):
     return {name: _reduced(entry) for name, entry in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(_reduced(entry) for entry in value)
-  if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+  if isinstance(value, str) and value.startswith(_STARTS_OF_PATHS):
     return _last_name(value)
   return value

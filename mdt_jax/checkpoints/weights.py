@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums, converted, hub_folders, loading
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model, create_model
-from mdt_jax.paths import local_path
-from mdt_jax.pretrained import diffusers_dit, hub, torch_mdt
+from mdt_jax.paths import any_path
+from mdt_jax.pretrained import bucket_weights, diffusers_dit, hub, torch_mdt
 from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
@@ -62,10 +63,13 @@ def open_weights(init: InitSettings, target: Model) -> Weights:
     if hub.is_hub_url(init.path):
       weights = _open_hub(init, target)
     else:
-      path = local_path("path", init.path)
-      folder = loading.workdir_of(path)
-      is_run = os.path.isdir(folder / loading.FOLDER)
-      weights = _open_run(path, init) if is_run else _open_file(path, init, target)
+      path = any_path("path", init.path)
+      folder = loading.workdir_of(path) / loading.FOLDER
+      is_local = isinstance(folder, Path)
+      if os.path.isdir(folder) if is_local else folder.is_dir():
+        weights = _open_run(path, init)
+      else:
+        weights = _open_file(path, init, target)
     if init.checksum not in (None, weights.checksum):
       raise SettingError(
         "config.init.checksum",
@@ -88,7 +92,7 @@ def _open_hub(init: InitSettings, target: Model) -> Weights:
     raise SettingError(error.setting, value, accepted) from None
 
 
-def _open_run(path: Path, init: InitSettings) -> Weights:
+def _open_run(path: AnyPath, init: InitSettings) -> Weights:
   """Opens averaged parameters of a workdir."""
   for name in ("network", "num_classes"):
     if getattr(init, name) is not None:
@@ -105,12 +109,15 @@ def _open_run(path: Path, init: InitSettings) -> Weights:
   )
 
 
-def _open_file(path: Path, init: InitSettings, target: Model) -> Weights:
-  """Opens a PyTorch file or a folder in diffusers' format."""
+def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
+  """Opens a PyTorch file or a folder in diffusers' format; copies those of a bucket."""
+  if not isinstance(path, Path) and path.exists():
+    with bucket_weights.local_weights(path) as local:
+      return _open_file(local, init, target)
   for name in ("step", "ema_decay"):
     if getattr(init, name) is not None:
       raise SettingError(name, getattr(init, name), "is for workdirs, not for a file")
-  if not os.path.exists(path):
+  if not isinstance(path, Path) or not os.path.exists(path):
     raise SettingError(
       "path", init.path, "must be a workdir with checkpoints, or a file of weights"
     )

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from mdt_jax.buckets import reason_of_bucket
 from mdt_jax.cli import streams, usage
 from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag, with_value
 from mdt_jax.cli.config_files import (
@@ -132,8 +133,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   """Runs a command.
 
   A bad flag or setting ends in one line and exit code 2. A full or failing disk, and
-  too little memory, end in one line and exit code 1. Data that cannot be read now ends
-  in one line and exit code 75.
+  too little memory, end in one line and exit code 1. Data that cannot be read now, and
+  a bucket that fails, end in one line and exit code 75.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -154,6 +155,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
       if (reason := reason_of_machine(error)) is not None:
         _end(f"error: {reason}", EXIT_OTHER)
+      if (reason := reason_of_bucket(error)) is not None:
+        _end(f"error: {reason}; repeat the command", EXIT_TRY_AGAIN)
       if not distributed.is_joined():
         raise
       traceback.print_exception(error)

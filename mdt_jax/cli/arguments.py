@@ -270,11 +270,9 @@ def _check_override(name: str, value: str) -> None:
 
 
 def _check_value(name: str, flag: flags.Flag[Any], value: str) -> None:
-  """Raises SettingError where a value is of another type, or a URL but for gs://….
-
-  The command itself refuses a bucket where it needs a local path.
-  """
-  if is_url(value) and not is_bucket(value):
+  """Raises SettingError where a value is of another type, or is an unknown URL."""
+  # The commands refuse buckets, and addresses of the hub, where they cannot be used.
+  if is_url(value) and not is_bucket(value) and name != "checkpoint":
     local_path(f"--{name}", value)
   for kind, parser in _PARSERS.items():
     if isinstance(flag.parser, type(parser)):

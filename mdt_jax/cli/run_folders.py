@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from etils import epath
+
+from mdt_jax.buckets import AnyPath, is_bucket
 from mdt_jax.errors import SettingError
-from mdt_jax.paths import expand_home, local_path
+from mdt_jax.paths import absolute, any_path
 
 _FOLDER = "checkpoints"  # as `mdt_jax.checkpoints.manager.FOLDER`, which imports JAX
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | os.PathLike[str]) -> bool:
   """Whether a folder holds checkpoints of a run."""
-  return _holds_steps(expand_home(path) / _FOLDER)
+  return _holds_steps(absolute(path) / _FOLDER)
 
 
 def check_run_folder(
@@ -29,7 +33,7 @@ def check_run_folder(
   Raises:
     SettingError: `value` lies in the folder "checkpoints" of a run.
   """
-  path = local_path(f"--{flag}", value).absolute()
+  path = absolute(any_path(f"--{flag}", value))
   if path.is_file() or is_run(path):
     return
   for folder in (path, *path.parents):
@@ -47,7 +51,7 @@ def check_run_folder(
     raise SettingError(f"--{flag}", value, f"{what}; did you mean {hint}?")
 
 
-def _holds_steps(folder: Path) -> bool:
+def _holds_steps(folder: AnyPath) -> bool:
   """Whether a folder holds checkpoints, and not only folders with a number as name."""
   steps = [e for e in folder.iterdir() if e.name.isdigit()] if folder.is_dir() else []
   return any((s / "checksums.json").exists() or (s / "ema").exists() for s in steps)
@@ -55,7 +59,7 @@ def _holds_steps(folder: Path) -> bool:
 
 def _as_typed(value: str, levels: int) -> str:
   """The path so many folders above, relative if `value` is."""
-  path = Path(value)
+  path = epath.Path(value) if is_bucket(value) else Path(value)
   for _ in range(levels):
     path = path.parent if path.name not in ("", "..") else path / ".."
   return str(path)

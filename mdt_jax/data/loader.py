@@ -107,14 +107,14 @@ def batch_indices(
 
 
 def _handle_signals(worker: int, num_workers: int) -> None:
-  """Makes a worker process ignore SIGINT, SIGTERM and SIGHUP, and end with its parent.
+  """Makes a worker process ignore the signals of its parent, and end with it.
 
   A terminal and srun send signals to all processes. The training process still needs
   batches until it has saved, so the workers must continue. Grain stops workers by an
   event, then by SIGKILL.
   """
   del worker, num_workers
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -73,7 +73,7 @@ class Evaluator:
     *,
     reference: str | None = None,
     open_data: Callable[[], Source] | None = None,
-    inception: str | Path | None = None,
+    inception: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
     prefix: str = "",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from mdt_jax import buckets
 from mdt_jax.data import npy_format
 from mdt_jax.data.class_labels import DataLabels, class_number
 from mdt_jax.data.files import open_files
@@ -24,9 +23,10 @@ from mdt_jax.evaluation.image_streams import (
   ImageStream,
   LabelledImages,
   NpzImages,
+  open_npz,
 )
 from mdt_jax.logs import logger, printable
-from mdt_jax.paths import input_file, local_path
+from mdt_jax.paths import any_path, input_file, local_path
 
 GREY = ("1", "L", "LA")  # Pillow's modes of pictures without colours
 
@@ -60,7 +60,7 @@ class FileImages:
 
   def __init__(
     self,
-    path: str | Path,
+    path: str | os.PathLike[str],
     setting: str = "path",
     label_of: Mapping[str, int] = MappingProxyType({}),
   ):
@@ -131,7 +131,7 @@ class FileImages:
 
 
 def open_image_stream(
-  path: str | Path,
+  path: str | os.PathLike[str],
   setting: str = "path",
   label_of: Mapping[str, int] = MappingProxyType({}),
 ) -> ImageStream:
@@ -145,13 +145,13 @@ def open_image_stream(
   Raises:
     SettingError: the images cannot be read.
   """
-  if has_image_files(path):
+  if has_image_files(path, setting):
     return FileImages(path, setting, label_of)
   return NpzImages(path, setting)
 
 
 def label_of_named_class(
-  held: DataLabels | None, reference: str | Path | None
+  held: DataLabels | None, reference: str | os.PathLike[str] | None
 ) -> dict[str, int]:
   """Returns the labels of named classes of samples: name -> label.
 
@@ -165,18 +165,33 @@ def label_of_named_class(
   found: dict[str, int] = {}
   if held is not None:
     found = held.label_of
-  elif reference is not None and has_image_files(reference):
+  elif reference is not None and has_image_files(reference, "reference"):
     found = FileImages(reference, "reference").label_of
   return {name: i for name, i in found.items() if class_number(name) is None}
 
 
-def has_image_files(path: str | Path) -> bool:
-  """Whether a path is a folder or a .tar file, and not a file of arrays."""
-  path = os.path.expanduser(path)
-  return os.path.isdir(path) or os.path.splitext(path)[1] == ".tar"
+def has_image_files(path: str | os.PathLike[str], setting: str = "path") -> bool:
+  """Whether a path is a folder or a .tar file, and not a file of arrays.
+
+  Raises:
+    SettingError: the path is a folder or a .tar file of a bucket, or the bucket cannot
+      be read.
+  """
+  if not buckets.is_bucket(path):
+    path = os.path.expanduser(path)
+    return os.path.isdir(path) or os.path.splitext(path)[1] == ".tar"
+  found = any_path(setting, path)
+  if found.suffix != ".tar" and not found.is_dir():
+    return False
+  raise SettingError(
+    setting,
+    str(path),
+    "must be an .npz file: image files in a bucket are not read; copy them to a local "
+    "disk first (gcloud storage cp -r)",
+  )
 
 
-def has_labels(path: str | Path, setting: str = "path") -> bool:
+def has_labels(path: str | os.PathLike[str], setting: str = "path") -> bool:
   """Whether images, or statistics of images, have labels.
 
   Args:
@@ -186,11 +201,11 @@ def has_labels(path: str | Path, setting: str = "path") -> bool:
   Raises:
     SettingError: the path holds no images, or is no .npz file.
   """
-  if has_image_files(path):
+  if has_image_files(path, setting):
     return FileImages(path, setting).has_labels
   found = input_file(setting, path)
   try:
-    with zipfile.ZipFile(found) as file:
+    with open_npz(found) as file:
       return not {LABELS, "labels"}.isdisjoint(npy_format.member_names(file))
   except npy_format.ERRORS as error:
     raise SettingError(

@@ -7,6 +7,7 @@ one batch is in memory.
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Num
 
+from mdt_jax import buckets
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data import npy_format
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
@@ -30,6 +33,28 @@ from mdt_jax.types import Params
 IMAGES, LABELS = "arr_0", "arr_1"  # arrays of an .npz file, with ADM's names
 # (images (B, H, W, C) in [0, 255], uint8 or float32; labels (B,) or None)
 LabelledImages: TypeAlias = tuple[np.ndarray, np.ndarray | None]
+
+
+@contextlib.contextmanager
+def open_npz(path: AnyPath) -> Iterator[zipfile.ZipFile]:
+  """Opens an .npz file; reads that of a bucket part by part, without a local copy.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    one of npy_format.ERRORS: the file is not a readable .npz file, or its bucket does
+      not answer, now or during the block.
+  """
+  if isinstance(path, Path):
+    with zipfile.ZipFile(path) as archive:
+      yield archive
+    return
+  try:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+      yield archive
+  except (SettingError, KeyError, *npy_format.ERRORS):
+    raise
+  except Exception as error:  # gcsfs raises those of several libraries
+    raise OSError(buckets.describe_error(error, path)) from None
 
 
 class ImageStream(Protocol):
@@ -61,7 +86,7 @@ class NpzImages:
       finite; the error names the first such image.
   """
 
-  def __init__(self, path: str | Path, setting: str = "path"):
+  def __init__(self, path: str | os.PathLike[str], setting: str = "path"):
     self._path, self._setting = input_file(setting, path), setting
     with self._open() as member:
       self.shape, self._dtype = self._read_header(member)
@@ -83,7 +108,7 @@ class NpzImages:
     """Opens arr_0; raises SettingError if the file cannot be read."""
     try:
       with (
-        zipfile.ZipFile(self._path) as archive,
+        open_npz(self._path) as archive,
         archive.open(f"{IMAGES}.npy") as member,
       ):
         yield member
@@ -148,7 +173,7 @@ class NpzImages:
   def _read_labels(self) -> np.ndarray | None:
     """Reads and checks arr_1; None if the file has no labels."""
     try:
-      with zipfile.ZipFile(self._path) as file:
+      with open_npz(self._path) as file:
         if LABELS not in npy_format.member_names(file):
           return None
         labels = npy_format.read_member(file, LABELS)

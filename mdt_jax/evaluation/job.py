@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from mdt_jax import sharding
-from mdt_jax.checkpoints.loading import Checkpoint, load_ema
+from mdt_jax.checkpoints import hub_folders
+from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.data.sources import SOURCES
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.evaluation.evaluator import Evaluator, chosen_labels, draw_images
@@ -80,7 +81,7 @@ def choose_metrics(
 
 
 def load_run(
-  path: str | Path,
+  path: str | os.PathLike[str],
   step: int | None = None,
   ema_decay: float | None = None,
   *,
@@ -93,7 +94,7 @@ def load_run(
   """Loads a checkpoint and replaces some settings of the run; None keeps a setting.
 
   Args:
-    path: workdir of the run.
+    path: workdir of the run, or hf://ORG/NAME; see `hub_folders.load_run`.
     step: step of the checkpoint; None for the latest.
     ema_decay: decay of the averaged parameters.
     vae: autoencoder, a folder or Hugging Face id.
@@ -106,7 +107,7 @@ def load_run(
   Raises:
     SettingError: the checkpoint cannot be loaded, or a setting is invalid.
   """
-  checkpoint = load_ema(path, step, ema_decay, model)
+  checkpoint = hub_folders.load_run(path, step, ema_decay, model)
   experiment = checkpoint.experiment.with_vae(vae)
   data = experiment.settings.data
   if data_source or data_path:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data import npy_format
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import scores
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_files import FileImages, has_image_files
-from mdt_jax.evaluation.image_streams import IMAGES, NpzImages
+from mdt_jax.evaluation.image_streams import IMAGES, NpzImages, open_npz
 from mdt_jax.evaluation.metrics import Statistics, is_covariance
 from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.summary import Summary
@@ -27,7 +28,7 @@ _FEATURES = "features_"  # prefix of the names of arrays of features
 
 
 def read_reference(
-  path: str | Path,
+  path: str | os.PathLike[str],
   names: Sequence[str],
   extract: FeatureExtractor,
   *,
@@ -59,7 +60,7 @@ def read_reference(
     SettingError: the file cannot be read (see also `NpzImages`), or holds neither
       images nor the statistics that a score needs.
   """
-  if has_image_files(path):
+  if has_image_files(path, setting):
     images = FileImages(path, setting, {} if held is None else held.label_of)
     return scores.summarize(images, extract, names, progress=progress)
   stored, has_images = _read_summary(input_file(setting, path), setting)
@@ -81,20 +82,20 @@ def read_reference(
   )
 
 
-def save_statistics(path: str | Path, summary: Summary) -> None:
+def save_statistics(path: str | os.PathLike[str], summary: Summary) -> None:
   """Writes a summary to an .npz file that `read_reference` reads; the write is atomic.
 
   Means and covariances have the same names as in ADM's reference batches.
   """
-  path = output_file("path", path)
+  file = output_file("path", path)
   arrays = {f"{_FEATURES}{name}": rows for name, rows in summary.features.items()}
   for name, statistics in summary.statistics.items():
     mean, covariance = _keys(name)
     arrays |= {mean: statistics.mean, covariance: statistics.covariance}
   if summary.labels is not None:
     arrays["labels"] = summary.labels
-  with atomic_write(path) as partial, partial.open("wb") as file:
-    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+  with atomic_write(file) as partial, partial.open("wb") as opened:
+    np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def _keys(features: str) -> tuple[str, str]:
@@ -117,11 +118,11 @@ def _lacking(summary: Summary, names: Sequence[str]) -> list[str]:
   return [name for name in scores.of_real_images(names) if not suffices(name)]
 
 
-def _read_summary(path: Path, setting: str) -> tuple[Summary, bool]:
+def _read_summary(path: AnyPath, setting: str) -> tuple[Summary, bool]:
   """Reads the statistics of a file, and whether the file holds images."""
   known = dict.fromkeys(m.gaussian for m in METRICS.values() if m.gaussian is not None)
   try:
-    with zipfile.ZipFile(path) as file:
+    with open_npz(path) as file:
       held = npy_format.member_names(file)
       statistics = {
         name: Statistics(*(_read_real(file, key) for key in _keys(name)))

@@ -30,6 +30,10 @@ from mdt_jax.pretrained.diffusers_folders import (
 from mdt_jax.pretrained.tensors import Tensors
 
 SUBFOLDER = "transformer"  # folder of the network in a diffusers pipeline
+NO_WEIGHTS = (  # end of the error for a folder without weights
+  f"must be a file, or a folder with {RELEASED_WEIGHTS}, or with {CONFIG_FILE} and "
+  f"{WEIGHT_FILES[0]}"
+)
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 _MAX_POSITIONS = 2**25  # largest number of values of a position embedding
 _FIRST_BLOCK = "transformer_blocks.0."
@@ -80,12 +84,7 @@ def find_file(path: Path) -> Path:
   for folder in (path, path / SUBFOLDER):
     if found := weights_in(folder):
       return found
-  raise SettingError(
-    "path",
-    str(path),
-    f"must be a file, or a folder with {RELEASED_WEIGHTS}, or with {CONFIG_FILE} and "
-    f"{WEIGHT_FILES[0]}",
-  )
+  raise SettingError("path", str(path), NO_WEIGHTS)
 
 
 def is_diffusers(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.buckets import AnyPath, bucket_path, is_bucket
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.pretrained.torch_files import (
   NOTES,
@@ -165,7 +166,7 @@ def check_file(path: Path) -> None:
 
 
 def check_suffix(
-  setting: str, path: Path, accepted: Sequence[str] = (".pt", ".pth", ".safetensors")
+  setting: str, path: AnyPath, accepted: Sequence[str] = (".pt", ".pth", ".safetensors")
 ) -> None:
   """Raises SettingError unless `path` ends in one of the accepted suffixes."""
   if path.suffix not in accepted:
@@ -174,12 +175,14 @@ def check_suffix(
 
 
 def write_tensors(
-  path: str | Path, tensors: Tensors, metadata: Mapping[str, str] | None = None
+  path: str | os.PathLike[str],
+  tensors: Tensors,
+  metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes named tensors atomically to a .pt, .pth or .safetensors file.
 
   Args:
-    path: path of the file.
+    path: path of the file, on a local disk or in a bucket (gs://…).
     tensors: name -> array.
     metadata: texts to store in the file, by name; `read_weight_file` returns them. A
       .pt file holds them as an attribute of the state dict, which PyTorch's
@@ -189,15 +192,15 @@ def write_tensors(
     SettingError: setting "path": the file has another extension, or torch is needed and
       not installed.
   """
-  path = Path(path)
-  check_suffix("path", path)
-  with atomic_write(path) as partial:
-    if path.suffix == ".safetensors":
+  file = bucket_path("path", path) if is_bucket(path) else Path(path)
+  check_suffix("path", file)
+  with atomic_write(file) as partial:
+    if file.suffix == ".safetensors":
       from safetensors.numpy import save_file
 
       save_file(tensors, partial, dict(metadata or {}) or None)
     else:
-      torch = import_torch("path", path)
+      torch = import_torch("path", file)
       named = OrderedDict((n, torch.from_numpy(array)) for n, array in tensors.items())
       if metadata:
         setattr(named, NOTES, dict(metadata))

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 from mdt_jax.pretrained.pickles import check_pickle
@@ -47,7 +48,7 @@ _DAMAGES = (
 )
 
 
-def import_torch(setting: str, path: Path) -> Any:
+def import_torch(setting: str, path: AnyPath) -> Any:
   """Imports torch; raises SettingError if torch is not installed."""
   try:
     import torch

@@ -24,6 +24,7 @@ import numpy as np
 from mdt_jax.errors import SettingError, one_line, renamed_in_errors
 from mdt_jax.models.inception import IMAGE_SIZE, NUM_CLASSES, Inception
 from mdt_jax.paths import expand_home, output_file
+from mdt_jax.pretrained.bucket_weights import local_weights
 from mdt_jax.pretrained.tensors import (
   READABLE,
   Tensors,
@@ -84,7 +85,7 @@ _E = {
 _LAYOUTS = (_A, _A, _A, _B, _C, _C, _C, _C, _D, _E, _E)
 
 
-def load_inception(path: str | Path, setting: str = "path") -> Params:
+def load_inception(path: str | os.PathLike[str], setting: str = "path") -> Params:
   """Reads the parameters of `models.inception.Inception`.
 
   Args:
@@ -103,7 +104,10 @@ def load_inception(path: str | Path, setting: str = "path") -> Params:
 
 
 def convert_inception(
-  source: str | Path, target: str | Path, *, overwrite: bool = False
+  source: str | os.PathLike[str],
+  target: str | os.PathLike[str],
+  *,
+  overwrite: bool = False,
 ) -> None:
   """Converts weights to .safetensors, which can be read without torch or TensorFlow.
 
@@ -117,16 +121,16 @@ def convert_inception(
     SettingError: `source` cannot be read, see `load_inception`; `target` does not end
       in .safetensors, or exists and `overwrite` is False. Nothing is written.
   """
-  target = output_file("target", target)
-  if target.suffix != ".safetensors":
-    raise SettingError("target", str(target), "must end in .safetensors")
-  if target.exists() and not overwrite:
+  file = output_file("target", target)
+  if file.suffix != ".safetensors":
+    raise SettingError("target", str(file), "must end in .safetensors")
+  if file.exists() and not overwrite:
     raise SettingError(
-      "target", str(target), "exists already; set overwrite to replace it"
+      "target", str(file), "exists already; set overwrite to replace it"
     )
   with renamed_in_errors({"path": "source"}):
     tensors = _read(source)
-  write_tensors(target, tensors)
+  write_tensors(file, tensors)
 
 
 def to_params(tensors: Tensors) -> Params:
@@ -198,9 +202,14 @@ def _scopes() -> Iterator[str]:
       yield from (f"{block}/{name}" for name in numbered(tower, len(branches)))
 
 
-def _read(path: str | Path) -> Tensors:
+def _read(path: str | os.PathLike[str]) -> Tensors:
   """Reads and checks a file; returns float32 tensors with pytorch-fid's names."""
-  path = expand_home(path)
+  with local_weights(path, (*READABLE, GRAPH_SUFFIX)) as local:
+    return _read_local(expand_home(local))
+
+
+def _read_local(path: Path) -> Tensors:
+  """Reads and checks a local file; see `_read`."""
   if os.path.isfile(path):  # False for names that are too long
     check_suffix("path", path, (*READABLE, GRAPH_SUFFIX))
   tensors = _read_graph(path) if path.suffix == GRAPH_SUFFIX else read_tensors(path)

@@ -8,8 +8,8 @@ tensors in diffusers' format to them.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -17,7 +17,7 @@ from ml_dtypes import bfloat16
 
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.models.registry import NETWORKS, Model, abstract_params, create_model
-from mdt_jax.pretrained import diffusers_dit
+from mdt_jax.pretrained import bucket_weights, diffusers_dit
 from mdt_jax.pretrained import torch_mdt_layout as layout
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import (
@@ -77,7 +77,7 @@ class KnownSizes(TypedDict, total=False):
 
 
 def from_torch(
-  path: str | Path,
+  path: str | os.PathLike[str],
   network: str | None = None,
   *,
   decode_depth: int | None = None,
@@ -89,9 +89,10 @@ def from_torch(
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
-      .safetensors file, or a folder of a DiT in diffusers' format. Training checkpoints
-      are read as `tensors.read_tensors` says: averaged parameters ("ema") first.
-      Prefixes of wrapped networks, such as "module.", are removed.
+      .safetensors file, or a folder of a DiT in diffusers' format; on a local disk or
+      in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
+      says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
+      "module.", are removed.
     network: expected network, "DiT", "MDT" or "MDTv2"; None to infer the network from
       the tensors.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
@@ -127,7 +128,7 @@ def from_torch(
 
 
 def read_checkpoint(
-  path: str | Path, network: str | None = None, **known: Unpack[KnownSizes]
+  path: str | os.PathLike[str], network: str | None = None, **known: Unpack[KnownSizes]
 ) -> Checkpoint:
   """Same as `from_torch`, with the metadata of the file."""
   opened = open_checkpoint(path, network, **known)
@@ -135,12 +136,15 @@ def read_checkpoint(
 
 
 def open_checkpoint(
-  path: str | Path, network: str | None = None, **known: Unpack[KnownSizes]
+  path: str | os.PathLike[str], network: str | None = None, **known: Unpack[KnownSizes]
 ) -> OpenCheckpoint:
   """Same as `from_torch`, but reads parameters when they are asked for."""
   _check_network(network)
-  file = diffusers_dit.find_file(Path(path))
-  with renamed_in_errors({"tensors": "path"}):
+  with (
+    bucket_weights.local_weights(path) as local,
+    renamed_in_errors({"tensors": "path"}),
+  ):
+    file = diffusers_dit.find_file(local)
     tensors, metadata = read_weight_file(file)
     tensors = without_prefixes(tensors, "tensors", str(path))
     if diffusers_dit.is_diffusers(tensors):

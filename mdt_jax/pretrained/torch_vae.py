@@ -20,7 +20,7 @@ from mdt_jax.atomic import write_json
 from mdt_jax.buckets import is_bucket
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
-from mdt_jax.paths import expand_home
+from mdt_jax.paths import expand_home, is_url
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
   WEIGHT_FILES,
@@ -103,6 +103,12 @@ def load_vae(
       a file is broken, a setting is not supported, or tensors are missing, unexpected
       or of the wrong shape.
   """
+  if is_url(os.fspath(name_or_folder)):
+    raise SettingError(
+      SETTING,
+      str(name_or_folder),
+      "must be a local folder or a Hugging Face id: copy it to a local disk first",
+    )
   path = expand_home(name_or_folder)
   weights = path if os.path.isfile(path) else None
   folder = path.parent if weights else path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +17,7 @@ from mdt_jax.paths import input_file
 from mdt_jax.sizes import Size, describe_size, height_width
 
 # A PIL image, an array (H, W) or (H, W, C), or a path
-ImageLike: TypeAlias = Image.Image | np.ndarray | str | Path
+ImageLike: TypeAlias = Image.Image | np.ndarray | str | os.PathLike[str]
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
 IN_WORDS = {  # mode of PIL -> description in errors
   "L": "grey",
@@ -181,15 +183,15 @@ def hidden_tokens(
   return patches.all(axis=(1, 3)).reshape(-1)
 
 
-def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
+def _open(setting: str, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
   """Opens a picture from a path; raises SettingError if it cannot be read."""
   if isinstance(image, Image.Image):
     return image
-  if not isinstance(image, (str, Path)):
+  if not isinstance(image, (str, os.PathLike)):
     raise SettingError(setting, _name(image), "must be a PIL image, an array or a path")
-  image = input_file(setting, image)
+  file = input_file(setting, image)
   try:
-    return open_image(image)
+    return open_image(file if isinstance(file, Path) else io.BytesIO(file.read_bytes()))
   except UnidentifiedImageError as error:
     raise SettingError(
       setting, str(image), f"cannot be read as an image: {error}"
@@ -206,4 +208,4 @@ def _open(setting: str, image: Image.Image | str | Path) -> Image.Image:
 
 def _name(image: ImageLike) -> str:
   """The path or the type of an image, for errors."""
-  return str(image) if isinstance(image, (str, Path)) else type(image).__name__
+  return str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__

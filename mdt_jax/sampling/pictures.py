@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from mdt_jax.buckets import AnyPath
 
 MIN_TILE = 64  # least height of an image in a grid, in pixels
 CAPTION_HEIGHT = 14  # pixels
@@ -134,9 +137,21 @@ def write_npz(
       np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
 
 
-def read_npz(path: Path, count: int) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
+def save_png(image: Image.Image, path: AnyPath) -> None:
+  """Writes an image to a .png file."""
+  if isinstance(path, Path):
+    image.save(path)
+    return
+  content = io.BytesIO()
+  image.save(content, "PNG")
+  path.write_bytes(content.getvalue())
+
+
+def read_npz(
+  file: IO[bytes] | Path, count: int
+) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
   """Yields the images of a file of `write_npz`, in parts of at most `count` images."""
-  with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+  with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
     np.lib.format.read_magic(member)
     shape, _, dtype = np.lib.format.read_array_header_1_0(member)
     image_bytes = dtype.itemsize * math.prod(shape[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any, Unpack
 
 import jax
@@ -13,7 +13,8 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mdt_jax.checkpoints.hub_folders import load_pretrained
+from mdt_jax.buckets import AnyPath
+from mdt_jax.checkpoints.hub_folders import load_pretrained, load_run
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
@@ -64,13 +65,13 @@ class Pipeline:
   @classmethod
   def from_checkpoint(
     cls,
-    path: str | Path,
+    path: str | os.PathLike[str],
     step: int | None = None,
     ema_decay: float | None = None,
     vae: str | None = None,
     model: Model | None = None,
   ) -> Pipeline:
-    """Loads a pipeline from a workdir.
+    """Loads a pipeline from a workdir, local or in a bucket (gs://…).
 
     Args:
       path, step, ema_decay: see `checkpoints.loading.load_ema`.
@@ -89,7 +90,7 @@ class Pipeline:
   @classmethod
   def from_pretrained(
     cls,
-    name: str | Path,
+    name: str | os.PathLike[str],
     vae: str | None = None,
     network: str | None = None,
     **known: Unpack[KnownSizes],
@@ -97,8 +98,9 @@ class Pipeline:
     """Loads a pipeline from the Hugging Face hub, or from a folder of the same files.
 
     Args:
-      name: ORG/NAME of a repository, or a local folder, with the files that
-        mdt_jax.convert --push uploads, or with a DiT in diffusers' format.
+      name: ORG/NAME of a repository, or a folder, local or in a bucket (gs://…), with
+        the files that mdt_jax.convert --push uploads, or with a DiT in diffusers'
+        format.
       vae: see `from_checkpoint`.
       network, **known: see `checkpoints.hub_folders.load_pretrained`.
 
@@ -106,6 +108,25 @@ class Pipeline:
       SettingError: see `load_pretrained`, and `from_checkpoint` for `vae`.
     """
     return cls._of(load_pretrained(name, network, **known), vae)
+
+  @classmethod
+  def load(
+    cls,
+    path: str | os.PathLike[str],
+    step: int | None = None,
+    ema_decay: float | None = None,
+    vae: str | None = None,
+  ) -> Pipeline:
+    """Loads a pipeline from a workdir, or from hf://ORG/NAME on the Hugging Face hub.
+
+    Args:
+      path, step, ema_decay: see `checkpoints.hub_folders.load_run`.
+      vae: see `from_checkpoint`.
+
+    Raises:
+      SettingError: see `load_run`, and `from_checkpoint` for `vae`.
+    """
+    return cls._of(load_run(path, step, ema_decay), vae)
 
   @classmethod
   def _of(cls, checkpoint: Checkpoint, vae: str | None) -> Pipeline:
@@ -245,20 +266,20 @@ class Pipeline:
 
   def write(
     self,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     labels: Labels,
     *,
     png: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     **arguments: Any,
-  ) -> Path:
+  ) -> AnyPath:
     """Draws images and writes them to a folder, with all devices of all processes.
 
     Call `write` again to resume a stopped call. `sampling.writer` lists the files.
 
     Args:
-      folder: output folder, shared by all processes.
+      folder: output folder, shared by all processes; local or in a bucket (gs://…).
       labels: see `__call__`.
       png: whether to write each image also as folder/png/LABEL_NUMBER.png.
       overwrite: whether to replace finished images of other settings in the folder.
@@ -290,6 +311,8 @@ class Pipeline:
     )
     if not sharded.is_complete:
       sharded.write(job.generate_blocks, progress=progress and jax.process_index() == 0)
+    elif jax.process_index() == 0:
+      sharded.remove_blocks()  # a stopped process may have left some in a bucket
     if png and jax.process_index() == 0:
       sharded.write_pngs()
     return sharded.npz

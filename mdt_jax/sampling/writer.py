@@ -10,17 +10,18 @@
 The files of latents are latents.npz and latents.json. Finished images of other settings
 are replaced only if `overwrite` is set, and only after all new images exist. Several
 processes can share the folder: each process writes its own blocks, and process 0 merges
-the blocks.
+the blocks. The folder may lie in a bucket (gs://…).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,15 +32,18 @@ from flax import traverse_util
 from jaxtyping import Int, Shaped
 
 from mdt_jax.atomic import atomic_write, read_json, write_json
+from mdt_jax.buckets import AnyPath
+from mdt_jax.data import npy_format
 from mdt_jax.diffusion.samplers import OnStep
 from mdt_jax.errors import SettingError, describe_changes
 from mdt_jax.logs import logger
-from mdt_jax.paths import output_folder
+from mdt_jax.paths import file_size, output_folder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
 
 MAX_IN_GRID = 100  # images in samples.png, at most
 PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
+DELETED_AT_A_TIME = 32  # objects of a bucket
 # Settings whose values are hashes of arrays, see `SamplingJob.describe`.
 _HASHED = ("autoencoder", "image", "labels", "mask", "parameters")
 _LATER = ("autoencoder",)  # settings that descriptions of earlier versions lack
@@ -71,7 +75,7 @@ class ShardedImages:
 
   def __init__(
     self,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     request: Request,
     settings: dict[str, Any],
     *,
@@ -100,15 +104,17 @@ class ShardedImages:
       self._check_finished()
 
   @property
-  def npz(self) -> Path:
+  def npz(self) -> AnyPath:
     """The file of all images."""
     return self.folder / f"{self._name}.npz"
 
   @property
   def is_complete(self) -> bool:
     """Whether the folder holds the finished images of these settings."""
+    # A bucket has no atomic rename: blocks of these settings may be left there.
+    is_merged = not isinstance(self.folder, Path) or not self._partial.exists()
     return (
-      not self._partial.exists()
+      is_merged
       and self.npz.exists()
       and self._is_same(_read_json(self.folder / f"{self._name}.json"))
     )
@@ -121,14 +127,17 @@ class ShardedImages:
       progress: whether to show a progress bar.
     """
     mine = range(self._process_index, self._request.num_blocks, self._process_count)
-    missing = [block for block in mine if not self._is_written(block)]
+    held = self._names_of_blocks()
+    missing = [block for block in mine if not self._is_written(block, held)]
     if self._process_index > 0 and (not missing or self.is_complete):
       # Process 0 may have merged the blocks, and waits for no blocks of this process.
       # A new folder of blocks would look like an unfinished job.
       return
     self._partial.mkdir(parents=True, exist_ok=True)
     path = self._partial / "settings.json"
-    write_json(path, self._settings)
+    # A bucket refuses to write one object many times within a second.
+    if isinstance(path, Path) or not path.exists():
+      write_json(path, self._settings)
     total, left = (
       sum(len(self._request.ids(b)) for b in blocks) for blocks in (mine, missing)
     )
@@ -159,11 +168,12 @@ class ShardedImages:
 
     def save(i: int, pixels: np.ndarray) -> None:
       label = self._request.labels[i]
-      pictures.to_pil(pixels).save(self._pngs / f"{label}_{i:06d}.png")
+      path = self._pngs / f"{label}_{i:06d}.png"
+      pictures.save_png(pictures.to_pil(pixels), path)
 
     start = 0
-    with ThreadPoolExecutor() as threads:
-      for part in pictures.read_npz(self.npz, PNGS_AT_A_TIME):
+    with ThreadPoolExecutor() as threads, self.npz.open("rb") as file:
+      for part in pictures.read_npz(file, PNGS_AT_A_TIME):
         list(threads.map(save, range(start, start + len(part)), part))
         start += len(part)
 
@@ -213,22 +223,34 @@ class ShardedImages:
     )
     return "; ".join([*describe_changes(*plain), *hashed])
 
-  def _is_written(self, block: int) -> bool:
-    """Whether the file of a block holds its images; a damaged file is logged."""
+  def _names_of_blocks(self) -> set[str]:
+    """Names of the files in the folder of blocks."""
+    try:
+      return {path.name for path in self._partial.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+      return set()
+
+  def _is_written(self, block: int, held: Container[str]) -> bool:
+    """Whether the file of a block holds its images; a damaged file is logged.
+
+    Args:
+      block: number of the block.
+      held: result of `_names_of_blocks`.
+    """
     path = self._path(block)
-    if not path.exists():
+    if path.name not in held:
       return False
     try:
-      images = np.load(path, mmap_mode="r", allow_pickle=False)
-      if images.ndim == 4 and len(images) == len(self._request.ids(block)):
+      shape = _read_shape(path)
+      if len(shape) == 4 and shape[0] == len(self._request.ids(block)):
         return True
-      reason = f"it holds an array of shape {images.shape}"
+      reason = f"it holds an array of shape {shape}"
     except (OSError, ValueError, EOFError) as error:
       reason = str(error)
     logger.warning("Draws block %d again: %s is damaged (%s)", block, path, reason)
     return False
 
-  def _path(self, block: int) -> Path:
+  def _path(self, block: int) -> AnyPath:
     """The file of a block."""
     return self._partial / f"{block:06d}.npy"
 
@@ -236,8 +258,9 @@ class ShardedImages:
     """Waits until the blocks of all processes exist."""
     has_logged = False
     while True:
+      held = self._names_of_blocks()
       blocks = range(self._request.num_blocks)
-      missing = sum(not self._path(block).exists() for block in blocks)
+      missing = sum(self._path(block).name not in held for block in blocks)
       if not missing:
         return
       if not has_logged:
@@ -252,7 +275,8 @@ class ShardedImages:
   def _blocks(self) -> Iterator[Shaped[np.ndarray, "n H W C"]]:
     """Reads all blocks in order."""
     for block in range(self._request.num_blocks):
-      yield np.load(self._path(block), allow_pickle=False)
+      with self._path(block).open("rb") as file:
+        yield np.load(file, allow_pickle=False)
 
   def _merge(self) -> None:
     """Writes the grid and the .npz file from the blocks, then deletes the blocks."""
@@ -265,11 +289,24 @@ class ShardedImages:
       if self._name == "samples":
         self._remove_pngs()
     write_json(self.folder / f"{self._name}.json", self._settings)
-    # Rename first: a process may be stopped while it deletes the files.
-    done = self.folder / "partial.done"
-    shutil.rmtree(done, ignore_errors=True)
-    self._partial.rename(done)
-    shutil.rmtree(done)
+    self.remove_blocks()
+
+  def remove_blocks(self) -> None:
+    """Deletes the blocks of a finished job, if there are any."""
+    if not isinstance(self._partial, Path):
+      # The settings go last: they say which images a remaining block holds.
+      settings = self._partial / "settings.json"
+      blocks = [self._partial / name for name in self._names_of_blocks()]
+      blocks = [path for path in blocks if path != settings]
+      with ThreadPoolExecutor(DELETED_AT_A_TIME) as threads:
+        list(threads.map(lambda path: path.unlink(missing_ok=True), blocks))
+      settings.unlink(missing_ok=True)
+    elif self._partial.exists():
+      # Rename first: a process may be stopped while it deletes the files.
+      done = self.folder / "partial.done"
+      shutil.rmtree(done, ignore_errors=True)
+      self._partial.rename(done)
+      shutil.rmtree(done)
 
   def _remove_pngs(self) -> None:
     """Removes the PNGs of the replaced images, and no other files."""
@@ -289,7 +326,7 @@ class ShardedImages:
       pixels = pictures.latent_preview(pixels)
     captions = [self._caption(int(label)) for label in labels[: len(pixels)]]
     grid = pictures.make_grid(pixels, captions)
-    grid.save(self.folder / "samples.png")
+    pictures.save_png(grid, self.folder / "samples.png")
 
 
 def _show_step(bar: tqdm.tqdm, done: int, total: int) -> None:
@@ -298,7 +335,22 @@ def _show_step(bar: tqdm.tqdm, done: int, total: int) -> None:
   bar.update(0)  # refreshes the bar, at most ten times a second
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_shape(path: AnyPath) -> tuple[int, ...]:
+  """Reads the shape of the array in a file of `np.save`.
+
+  Raises:
+    OSError, ValueError, EOFError: the file is damaged or cut off.
+  """
+  if isinstance(path, Path):
+    return np.load(path, mmap_mode="r", allow_pickle=False).shape
+  with path.open("rb") as file:
+    header = npy_format.read_header(file)
+    if file_size(path) != file.tell() + header.num_bytes:
+      raise ValueError("it is cut off")
+  return header.shape
+
+
+def _read_json(path: AnyPath) -> dict[str, Any] | None:
   """Reads a JSON file; None if the file does not exist.
 
   Raises:

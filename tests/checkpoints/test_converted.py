@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from etils import epath
 
 from mdt_jax import Experiment, SettingError, recipes
+from mdt_jax.buckets import list_objects
+from mdt_jax.checkpoints import converted as converted_module
 from mdt_jax.checkpoints.converted import PARTIAL, from_torch_file, to_torch_file
 from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.models.registry import MODELS
+from mdt_jax.pretrained.bucket_weights import local_weights
 from mdt_jax.pretrained.tensors import read_tensors, write_tensors
 from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
 from mdt_jax.pretrained.torch_mdt_sizes import notes
@@ -87,6 +91,74 @@ def test_network_without_learned_variance_uses_a_fixed_variance():
   settings = recipes.of_network(attributes)
   assert settings.diffusion.variance == "fixed_large"
   assert not Experiment(settings).model.learn_sigma
+
+
+# In a bucket.
+
+
+def objects(folder):
+  """Path in the folder -> content of each object."""
+  paths = list_objects(epath.Path(folder))
+  return {path: (epath.Path(folder) / path).read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_round_trip_through_a_bucket_is_bit_exact(bucket, suffix):
+  source = epath.Path(f"{bucket}/source.pt")
+  source.write_bytes(fixture("mdt_v2").read_bytes())
+  from_torch_file(source, f"{bucket}/run")
+  held = {path.name for path in epath.Path(f"{bucket}/run").iterdir()}
+  assert held - {".lock"} == {"checkpoints", "config.json"}
+  assert to_torch_file(f"{bucket}/run", f"{bucket}/model{suffix}") == 0
+  before = read_tensors(fixture("mdt_v2"))
+  with local_weights(f"{bucket}/model{suffix}") as local:
+    after = read_tensors(local)
+  assert before.keys() == after.keys()
+  for key, value in before.items():
+    assert (value.dtype, value.tobytes()) == (after[key].dtype, after[key].tobytes())
+
+
+def test_overwrite_replaces_the_checkpoint_in_a_bucket(bucket):
+  from_torch_file(fixture("mdt_v1"), f"{bucket}/run")
+  DataLabels(np.array([1, 4]), ["ant", "bee"]).write(epath.Path(f"{bucket}/run"))
+  (epath.Path(bucket) / "run" / "mine.txt").write_text("kept")
+  before = objects(f"{bucket}/run")
+  with pytest.raises(SettingError, match=r"^workdir = .*must be an empty folder"):
+    from_torch_file(fixture("mdt_v2"), f"{bucket}/run")
+  with pytest.raises(SettingError, match=r"^path = .*missing.pt': must be a file"):
+    from_torch_file(f"{bucket}/missing.pt", f"{bucket}/run", overwrite=True)
+  assert objects(f"{bucket}/run") == before
+  from_torch_file(fixture("mdt_v2"), f"{bucket}/run", overwrite=True)
+  pipeline = Pipeline.from_checkpoint(f"{bucket}/run")
+  assert pipeline.config.model.name == "MDTv2-S/2"
+  assert pipeline.experiment.data_labels is None
+  assert {path.partition("/")[0] for path in objects(f"{bucket}/run")} - {".lock"} == {
+    "checkpoints",
+    "config.json",
+    "mine.txt",
+  }
+
+
+def test_conversion_after_a_killed_one_in_a_bucket(bucket, monkeypatch):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(converted_module, "_replace", stop)
+    patched.setattr(converted_module, "remove_folder", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+      from_torch_file(fixture("mdt_v1"), f"{bucket}/run")
+  assert any(path.startswith(PARTIAL) for path in objects(f"{bucket}/run"))
+  from_torch_file(fixture("mdt_v1"), f"{bucket}/run")
+  assert not any(path.startswith(PARTIAL) for path in objects(f"{bucket}/run"))
+
+
+def test_existing_object_is_refused_and_kept(converted, bucket):
+  path = epath.Path(f"{bucket}/model.pt")
+  path.write_text("kept")
+  with pytest.raises(SettingError, match=r"^path = .*exists already"):
+    to_torch_file(converted / "mdt_v1", path)
+  assert path.read_text() == "kept"
 
 
 # What a file does not show.

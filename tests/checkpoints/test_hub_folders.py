@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mdt_jax import Pipeline, SettingError
 from mdt_jax.checkpoints.hub_uploads import push_to_hub, to_hub_folder
@@ -18,6 +20,7 @@ from mdt_jax.pretrained.tensors import flatten, read_tensors, write_tensors
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
 from tests import reference
+from tests.cli import commands
 from tests.pretrained.diffusers_reference import to_diffusers
 from tests.pretrained.hub_cache import HubCache
 from tests.training.tiny import tiny_config
@@ -83,6 +86,55 @@ def test_folder_draws_the_images_of_the_run(run, tmp_path, monkeypatch):
   assert_same(Pipeline.from_pretrained("org/digits"), Pipeline.from_checkpoint(run))
   found = {path.name for path in (tmp_path / "org" / "digits").iterdir()}
   assert found == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_folder_in_a_bucket_draws_the_images_of_the_run(run, bucket):
+  assert to_hub_folder(run, f"{bucket}/published") == 7
+  names = {path.name for path in epath.Path(f"{bucket}/published").iterdir()}
+  assert names == {"model.safetensors", "config.json", "README.md"}
+  pipeline = Pipeline.from_pretrained(f"{bucket}/published")
+  assert_same(pipeline, Pipeline.from_checkpoint(run))
+  with pytest.raises(SettingError, match=r"^folder = .*empty folder"):
+    to_hub_folder(run, f"{bucket}/published")
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "run"])
+def test_folder_in_a_bucket_without_weights_is_refused(bucket, name):
+  epath.Path(f"{bucket}/empty/notes.txt").write_bytes(b"")
+  epath.Path(f"{bucket}/run/checkpoints/7/x").write_bytes(b"")
+  with pytest.raises(SettingError) as caught:
+    Pipeline.from_pretrained(f"{bucket}/{name}")
+  assert (caught.value.setting, caught.value.value) == ("name", f"{bucket}/{name}")
+
+
+def test_load_reads_a_workdir_or_a_repository(run, cache):
+  push_to_hub(run, "org/name")
+  expected = Pipeline.from_checkpoint(run)
+  assert_same(Pipeline.load("hf://org/name"), expected)
+  assert_same(Pipeline.load(run, step=7), expected)
+  with pytest.raises(SettingError, match=r"^step = 7: is for a workdir"):
+    Pipeline.load("hf://org/name", step=7)
+
+
+@pytest.mark.parametrize(
+  ("command", "flags", "file"),
+  [
+    ("sample", ["--labels=3,1", "--num_steps=2"], "samples.npz"),
+    ("evaluate", ["--metrics=bpd", "--num_images=2", "--num_steps=1"], "bpd.json"),
+  ],
+)
+def test_commands_read_a_repository(run, cache, tmp_path, command, flags, file):
+  push_to_hub(run, "org/name")
+  flags = ["--checkpoint=hf://org/name", f"--output={tmp_path / 'out'}", *flags]
+  start = functools.partial(
+    commands.run, f"mdt_jax.{command}", *flags, environment=cache.environment
+  )
+  commands.assert_refused(start("--step=7"), "--step = 7", "is for a workdir")
+  commands.assert_refused(start("--checkpoint=hf://org/none"), "--checkpoint = 'hf://")
+  assert not (tmp_path / "out").exists()
+  code, _, err = start()
+  assert code == 0, err
+  assert (tmp_path / "out" / file).exists()
 
 
 def test_run_starts_from_a_pushed_run(run, cache):
@@ -168,7 +220,7 @@ def test_released_file_has_the_settings_of_the_papers(tmp_path):
 # Errors.
 
 
-@pytest.mark.parametrize("name", ["name", "a/b/c", "gs://bucket/run", "", "org/name"])
+@pytest.mark.parametrize("name", ["name", "a/b/c", "s3://bucket/run", "", "org/name"])
 def test_unknown_name_is_refused(name, cache):
   with pytest.raises(SettingError) as caught:
     Pipeline.from_pretrained(name)

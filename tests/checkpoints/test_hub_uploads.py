@@ -64,7 +64,10 @@ def digits(tmp_path_factory):
       "eval.reference": f"{SECRET}/reference.npz",
       "eval.inception": f"{SECRET}/inception.pth",
       "optimizer.name": "sgd",
-      "optimizer.arguments": {"file": f"{SECRET}/momentum.json"},
+      "optimizer.arguments": {
+        "file": f"{SECRET}/momentum.json",
+        "object": f"gs:/{SECRET}/momentum.json",
+      },
     },
   )
   DataLabels(np.array([1, 4]), ["ant", "be|e"]).write(workdir)

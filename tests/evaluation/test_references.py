@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.references import read_reference, save_statistics
@@ -21,6 +22,27 @@ def test_saved_statistics_give_the_same_scores(files, tmp_path):
   fake = summary(files / "fake.npz")
   assert score(ALL, saved, fake) == score(ALL, real, fake)
   assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
+
+
+def test_reference_and_statistics_in_a_bucket_give_the_same_scores(files, bucket):
+  folder = epath.Path(bucket)
+  for name in ("real.npz", "fake.npz"):
+    (folder / name).write_bytes((files / name).read_bytes())
+  real = read_reference(f"{bucket}/real.npz", ALL, extractor())
+  save_statistics(f"{bucket}/statistics.npz", real)
+  saved = read_reference(folder / "statistics.npz", ALL, extractor())
+  expected = read_reference(files / "real.npz", ALL, extractor())
+  fake, local = summary(f"{bucket}/fake.npz"), summary(files / "fake.npz")
+  assert score(ALL, saved, fake) == score(ALL, expected, local)
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "text.npz", "photos", "x.tar"])
+def test_object_that_is_no_npz_file_is_refused(bucket, name):
+  for other in ("text.npz", "photos/a.png", "x.tar"):
+    epath.Path(f"{bucket}/{other}").write_bytes(b"no archive")
+  with pytest.raises(SettingError, match=r"must be a|is not a readable") as error:
+    read_reference(f"{bucket}/{name}", ["fid"], extractor(), setting="reference")
+  assert (error.value.setting, error.value.value) == ("reference", f"{bucket}/{name}")
 
 
 def test_saved_statistics_have_the_names_of_adm(files, tmp_path):

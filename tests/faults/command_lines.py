@@ -58,7 +58,7 @@ HOSTILE_TEXTS = [
   *("9" * 400, "x" * 5000, "@file", "0.5,", "1/0", "__import__('os')", "1_000", "+5"),
 ]
 HOSTILE_PATHS = [
-  *("gs://bucket/run", "s3://b/x", "file:///etc/passwd", "https://example.org/x.npz"),
+  *("gs:///run", "s3://b/x", "file:///etc/passwd", "https://example.org/x.npz"),
   *("{W}", "{W}/nowhere", "{W}/photos", "{W}/samples.npz", "{W}/image.png"),
   *("{W}/config.py/below", "/dev/null/x", "/dev/null", "/proc/self/x"),
   *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mdt_jax.errors import SettingError
@@ -19,6 +20,27 @@ def test_image_is_read_from_a_file_pil_image_or_array(tmp_path):
   picture.save(tmp_path / "image.png")
   for image in (tmp_path / "image.png", picture, PIXELS):
     np.testing.assert_array_equal(inpainting.read_image("image", image, 8, 3), PIXELS)
+
+
+def test_image_and_mask_are_read_from_a_bucket(bucket, tmp_path):
+  for name, pixels in (("image.png", PIXELS), ("mask.png", np.uint8(255) * HALF)):
+    Image.fromarray(pixels).save(tmp_path / name)
+    epath.Path(f"{bucket}/{name}").write_bytes((tmp_path / name).read_bytes())
+  image = inpainting.read_image("image", f"{bucket}/image.png", 8, 3)
+  np.testing.assert_array_equal(image, PIXELS)
+  mask = inpainting.read_mask("mask", epath.Path(f"{bucket}/mask.png"), 8)
+  np.testing.assert_array_equal(mask, HALF)
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [("missing.png", "must be a file"), ("text.png", "cannot be read as an image")],
+)
+def test_error_names_an_object_that_is_no_image(bucket, name, message):
+  epath.Path(f"{bucket}/text.png").write_bytes(b"no image")
+  with pytest.raises(SettingError) as error:
+    inpainting.read_image("image", f"{bucket}/{name}", 8, 3)
+  assert str(error.value).startswith(f"image = '{bucket}/{name}': {message}")
 
 
 def test_grey_image_has_one_channel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import time
 import tracemalloc
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mdt_jax.checkpoints.loading import save_model
@@ -233,6 +235,102 @@ def test_number_of_labels_must_match_the_images(tmp_path, count):
     pictures.write_npz(tmp_path / "x.npz", [PIXELS[:4]], np.zeros(count, int))
 
 
+# In a bucket.
+
+
+def names_of(folder):
+  return {path.name for path in folder.iterdir()}
+
+
+def test_stopped_job_resumes_in_a_bucket(bucket, tmp_path):
+  folder = epath.Path(bucket)
+  with pytest.raises(KeyboardInterrupt):
+    write(folder, Maker(stop_at=2))
+  assert names_of(folder) == {"partial"}
+  maker = Maker()
+  resumed = write(folder, maker)
+  assert maker.made == [2]
+  assert resumed == write(tmp_path)
+  assert names_of(folder) == {"samples.npz", "samples.png", "samples.json"}
+  grid = Image.open(io.BytesIO((folder / "samples.png").read_bytes()))
+  np.testing.assert_array_equal(grid, Image.open(tmp_path / "samples.png"))
+  assert sharded(folder).is_complete
+
+
+@pytest.mark.parametrize("cut", [0, 5, 200])
+def test_damaged_block_in_a_bucket_is_drawn_again(bucket, cut):
+  folder = epath.Path(bucket)
+  with pytest.raises(KeyboardInterrupt):
+    write(folder, Maker(stop_at=2))
+  block = folder / "partial" / "000000.npy"
+  block.write_bytes(block.read_bytes()[:cut])
+  maker = Maker()
+  write(folder, maker)
+  assert maker.made == [0, 2]
+
+
+def test_processes_share_blocks_in_a_bucket(bucket):
+  folder = epath.Path(bucket)
+  with pytest.raises(KeyboardInterrupt):  # all blocks but those of process 0 exist
+    write(folder, Maker(stop_at=0), process_count=2)
+  first, second = (sharded(folder, process_index=i, process_count=2) for i in (0, 1))
+  makers = [Maker(), Maker()]
+  second.write(makers[1], progress=False)
+  first.write(makers[0], progress=False)
+  assert [maker.made for maker in makers] == [[0, 2], [1]]
+  second.write(makers[1], progress=False)  # late: the blocks are deleted
+  assert makers[1].made == [1]
+  assert "partial" not in names_of(folder)
+  with np.load(io.BytesIO((folder / "samples.npz").read_bytes())) as data:
+    np.testing.assert_array_equal(data["arr_0"], PIXELS)
+
+
+def test_deletion_of_blocks_in_a_bucket_can_be_stopped(bucket, monkeypatch):
+  folder = epath.Path(bucket)
+  unlink = type(folder).unlink
+
+  def stop_at_the_second(path, **options):
+    if path.name == "000001.npy":
+      raise KeyboardInterrupt
+    unlink(path, **options)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(type(folder), "unlink", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+      write(folder)
+  assert names_of(folder / "partial") == {"000001.npy", "settings.json"}
+  with pytest.raises(SettingError, match="seed was 0, now 1"):
+    sharded(folder, seed=1, overwrite=True)  # would take the block for its own
+  again = sharded(folder)
+  assert again.is_complete
+  again.remove_blocks()
+  assert "partial" not in names_of(folder)
+  write(folder, seed=1, overwrite=True)
+  assert sharded(folder, seed=1).is_complete
+
+
+def test_finished_images_in_a_bucket_need_overwrite(bucket):
+  folder = epath.Path(bucket)
+  write(folder)
+  with pytest.raises(SettingError, match="seed was 0, now 1") as error:
+    sharded(folder, seed=1)
+  assert (error.value.setting, error.value.value) == ("folder", bucket)
+
+
+def test_pngs_are_written_to_a_bucket_and_replaced(bucket):
+  folder = epath.Path(bucket)
+  (folder / "png" / "mine.png").write_bytes(b"kept")
+  write(folder)
+  sharded(folder).write_pngs()
+  expected = {f"{i % 3}_{i:06d}.png" for i in range(10)}
+  assert names_of(folder / "png") == expected | {"mine.png"}
+  content = (folder / "png" / "1_000004.png").read_bytes()
+  with Image.open(io.BytesIO(content)) as picture:
+    np.testing.assert_array_equal(picture, PIXELS[4])
+  write(folder, seed=9, overwrite=True)
+  assert names_of(folder / "png") == {"mine.png"}
+
+
 # The sample command on one device and on eight devices.
 
 FLAGS = ["--num_images=300", "--batch_size=1", "--labels=random"]
@@ -247,13 +345,13 @@ def checkpoint(tmp_path_factory):
   return folder
 
 
-def start(checkpoint, output, num_devices):
+def start(checkpoint, output, num_devices, **options):
   flags = [f"--checkpoint={checkpoint}", f"--output={output}", *FLAGS]
-  return forked.command("mdt_jax.sample", *flags, num_devices=num_devices)
+  return forked.command("mdt_jax.sample", *flags, num_devices=num_devices, **options)
 
 
-def run(checkpoint, output, num_devices):
-  process = start(checkpoint, output, num_devices)
+def run(checkpoint, output, num_devices, **options):
+  process = start(checkpoint, output, num_devices, **options)
   assert process.end() == 0, process.err
   return (output / "samples.npz").read_bytes()
 
@@ -280,6 +378,21 @@ def test_killed_run_resumes_to_the_same_images(checkpoint, on_one_device, tmp_pa
   assert process.end() == -signal.SIGKILL
   assert not (tmp_path / "samples.npz").exists()
   assert run(checkpoint, tmp_path, 8) == on_one_device
+
+
+def test_run_that_was_killed_resumes_in_a_bucket(
+  checkpoint, on_one_device, bucket, bucket_environment
+):
+  output = epath.Path(bucket)
+  process = start(checkpoint, output, 1, environment=bucket_environment)
+  while len(list((output / "partial").glob("*.npy"))) < 3:
+    assert process.is_alive(), process.err
+    time.sleep(0.005)
+  process.kill()
+  assert process.end() == -signal.SIGKILL
+  assert names_of(output) == {"partial"}
+  resumed = run(checkpoint, output, 8, environment=bucket_environment)
+  assert resumed == on_one_device
 
 
 @pytest.mark.parametrize("name", ["samples.json", "partial/settings.json"])

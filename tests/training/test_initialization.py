@@ -236,7 +236,7 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
     ),
     ({"init.path": "{old}", "model.num_heads": 4}, r"init.path = .*: num_heads is 2"),
     ({"init.path": "{old}", "model.depth": 6}, r"init.path = .*: depth is 4 there"),
-    ({"init.path": "gs://a/b"}, r"init.path = 'gs://a/b': must be a local path"),
+    ({"init.path": "s3://a/b"}, r"init.path = 's3://a/b': must be a local path"),
     ({"init.path": "{file}", "init.step": 1}, r"init.step = 1: is for workdirs"),
     ({"init.path": "{file}", "init.network": "MDT"}, r"init.network = 'MDT': must be"),
     ({"init.path": "{cut}"}, r"init.path = .*cut.safetensors': must be a safetensors"),
