@@ -13,6 +13,7 @@ from etils import epath
 
 from mdt_jax import buckets
 from mdt_jax.data import latents
+from mdt_jax.data.feature_import import import_features
 from mdt_jax.data.latent_set import BEGUN
 from mdt_jax.errors import DataUnavailable, SettingError
 from tests import forked
@@ -220,3 +221,17 @@ def test_path_without_a_set_is_refused(bucket, path):
     "holds no card.json" if "such-set" in path else "no bucket 'no-such-bucket'"
   )
   assert expected in error.value.accepted
+
+
+def test_statistics_of_imported_features_read_few_shards(bucket, tmp_path, monkeypatch):
+  features = np.random.default_rng(0).standard_normal((10, 4, 2, 2)).astype(np.float32)
+  np.save(tmp_path / "latents.npy", features)
+  read = []
+  parts = buckets.read_parts
+  monkeypatch.setattr(
+    buckets,
+    "read_parts",
+    lambda path, size: read.append(path.name) or parts(path, size),
+  )
+  import_features(tmp_path / "latents.npy", bucket, num_shards=5)
+  assert read == [latents.shard_name(index, 5) for index in (0, 2, 4)]
