@@ -105,6 +105,15 @@ def _server():
       del os.environ[name]
 
 
+def wait_for(condition) -> None:
+  """Waits until a function returns a true value."""
+  for _ in range(200):
+    if condition():
+      return
+    time.sleep(0.05)
+  raise AssertionError("did not happen within 10 s")
+
+
 @pytest.fixture(scope="session")
 def bucket_environment(_server):
   """Variables for commands that use the server."""

@@ -22,7 +22,7 @@ from mdt_jax.paths import (
   output_folder,
   remove_folder,
 )
-from tests.fake_bucket import forget_connections
+from tests.fake_bucket import forget_connections, wait_for
 
 
 def test_files_are_written_and_read(bucket):
@@ -84,7 +84,7 @@ def test_object_grows(bucket, monkeypatch):
   monkeypatch.setattr(buckets, "SECONDS_BETWEEN_UPLOADS", 0.05)
   with buckets.AppendedObject(path) as file:
     assert file.write(b"2\n") == 2
-    _wait_for(lambda: path.read_bytes() == b"1\n2\n")
+    wait_for(lambda: path.read_bytes() == b"1\n2\n")
     file.write(b"3\n")
   assert path.read_bytes() == b"1\n2\n3\n"
 
@@ -176,11 +176,3 @@ def test_missing_package_is_named(monkeypatch):
   with pytest.raises(SettingError, match="gcs"):
     output_folder("--workdir", "gs://bucket/run")
   buckets._prepare.cache_clear()
-
-
-def _wait_for(condition):
-  for _ in range(200):
-    if condition():
-      return
-    threading.Event().wait(0.05)
-  raise AssertionError("did not happen within 10 s")

@@ -531,6 +531,8 @@ def test_run_in_a_bucket_is_converted_and_back(bucket, bucket_environment, tmp_p
     ("sample", "--checkpoint={}/run --output=gs://missing/x", ["--output = "]),
     ("sample", "--checkpoint=hf://org/name", ["--output = None: must be given"]),
     ("sample", "--checkpoint=s3://x/run", ["--checkpoint = 's3://x/run'", "local"]),
+    ("sample", "--checkpoint={}/run --vae={}/vae", ["--vae = '{}/vae'", "local"]),
+    ("main", "--config={}/c.py --workdir={}/w", ["--config = '{}/c.py'", "local"]),
     ("evaluate", "--checkpoint=hf://org/name", ["--output = None: must be given"]),
     ("evaluate", "--samples={}/none.npz", ["--samples = '{}/none.npz'", "a file"]),
     ("evaluate", "--samples={}/run", ["--samples = '{}/run'", "copy them"]),

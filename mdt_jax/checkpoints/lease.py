@@ -47,7 +47,7 @@ class Lease:
     self._path = path
     # Without retries: `_renew` and `acquire` try again themselves.
     self._options = {"timeout": TIMEOUT, "retry": None}
-    self._blob = storage.Blob.from_uri(str(path), client=storage.Client())
+    self._storage, self._client = storage, storage.Client()
     self._token = secrets.token_hex(4)
     self._generation = 0  # of the object, as this run has written it
     self._is_lost = False
@@ -100,8 +100,10 @@ class Lease:
     if not self._thread.is_alive():
       return
     self._thread.join()
+    if self._is_lost:
+      return
     with contextlib.suppress(Exception):  # the lease ends by itself
-      self._blob.delete(if_generation_match=self._generation, **self._options)
+      self._object().delete(if_generation_match=self._generation, **self._options)
 
   def _run(self) -> None:
     """Renews the lock until `release`, or until it is lost."""
@@ -140,23 +142,35 @@ class Lease:
       "process": _identity(os.getpid()),
       "lease": LEASE,
     }
+    written = self._object()
     try:
-      self._blob.upload_from_string(
+      written.upload_from_string(
         json.dumps(owner), if_generation_match=generation, **self._options
       )
     except self._errors.PreconditionFailed:
       return False
-    self._generation = self._blob.generation
+    self._generation = written.generation
     return True
 
   def _look(self) -> tuple[int, dict[str, Any]]:
     """The generation of the lock, 0 for none, and what its owner has written."""
+    found = self._object()
     try:
-      content = self._blob.download_as_bytes(**self._options)
+      found.reload(**self._options)
+      generation = found.generation
+      content = self._object().download_as_bytes(**self._options)
     except self._errors.NotFound:
       return 0, {}
-    found = json.loads(content) if content.startswith(b"{") else {}
-    return self._blob.generation, found
+    # If the lock has changed in between, writing over this generation fails.
+    with contextlib.suppress(ValueError):
+      owner = json.loads(content)
+      if isinstance(owner, dict):
+        return generation, owner
+    return generation, {}
+
+  def _object(self) -> Any:
+    """The lock's object, anew: one that was read asks for the same generation again."""
+    return self._storage.Blob.from_uri(str(self._path), client=self._client)
 
 
 @contextlib.contextmanager

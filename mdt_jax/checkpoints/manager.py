@@ -35,6 +35,7 @@ DAMAGED = "damaged"  # folder inside a workdir, for checkpoints moved out of FOL
 COMMIT_SUCCESS = "commit_success.txt"  # of Orbax
 # Packages whose versions a checkpoint records.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PATIENCE = 60.0  # seconds that a save waits for the previous one
 MAX_REASON = 300  # length limit of a library's error message in ours
 
 
@@ -94,8 +95,9 @@ class Checkpoints:
   ) -> bool:
     """Starts an asynchronous save, after waiting for the previous save.
 
-    A failed save is logged and not raised, so training continues; `must_retry` says
-    when to call `save` with `again`.
+    Waits for `PATIENCE` seconds at most: if a bucket or a disk does not answer,
+    training continues without this save. A failed save is logged and not raised, so
+    training continues; `must_retry` says when to call `save` with `again`.
 
     Args:
       step: number of training steps done.
@@ -105,12 +107,21 @@ class Checkpoints:
 
     Returns:
       Whether a save was started. No save is started if this step is saved already, if
-      the save that this call waits for failed, or if an earlier save failed and `again`
-      is False.
+      the save that this call waits for failed or is not over, or if an earlier save
+      failed and `again` is False.
 
     Raises:
       SaveError: `max_failures` saves in a row failed.
     """
+    if not self._is_over():
+      logger.warning(
+        "THE CHECKPOINT OF STEP %d IS NOT SAVED: the save of step %d takes more than "
+        "%g s. Training continues",
+        step,
+        self._saving,
+        PATIENCE,
+      )
+      return False
     if self._end_of_save() or (self._retries.step is not None and not again):
       return False
     not_saved = self._retries.step
@@ -329,6 +340,13 @@ class Checkpoints:
     manager.wait_until_finished()
     if jax.process_index() == 0:
       checksums.write_checksums(self._folder / str(step))
+
+  def _is_over(self) -> bool:
+    """Whether the running save ends within `PATIENCE` seconds, on all processes."""
+    if self._pending is None:
+      return True
+    futures.wait([self._pending], PATIENCE)
+    return not _on_any_process("" if self._pending.done() else "busy")
 
   def _end_of_save(self) -> bool:
     """Waits for the running save and returns whether the save failed.

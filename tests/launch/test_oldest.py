@@ -13,7 +13,7 @@ def test_oldest_versions_are_the_lower_bounds_of_the_package():
   extras = project["optional-dependencies"]
   named = [
     *project["dependencies"],
-    *(line for extra in ("tfds", "wandb", "test") for line in extras[extra]),
+    *(line for extra in ("gcs", "tfds", "wandb", "test") for line in extras[extra]),
   ]
   bounds = [line.replace(">=", "==", 1) for line in named if ">=" in line]
   lines = (ROOT / "launch" / "oldest.txt").read_text().splitlines()
