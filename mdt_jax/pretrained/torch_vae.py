@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.atomic import write_json
-from mdt_jax.buckets import is_bucket
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.paths import expand_home, is_url
@@ -280,13 +279,6 @@ def _by_hand(name: str, where: str) -> str:
 
 def _download(name: str) -> Path:
   """Downloads a model from the Hugging Face hub and returns its folder."""
-  if is_bucket(name):
-    raise SettingError(
-      SETTING,
-      name,
-      "must be a local folder or an id on the hub: copy it to a local disk (gcloud "
-      "storage cp -r), or mount the bucket",
-    )
   if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
     raise SettingError(
       SETTING, name, f"must be an existing folder; {_by_hand(DEFAULT_ID, 'it')}"
