@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from mdt_jax import buckets
 from mdt_jax.buckets import AnyPath
 
 # Errors of file systems that cannot wait, such as some network file systems.
@@ -44,7 +43,7 @@ def atomic_write(path: AnyPath, writer: str = "") -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mdt_jax_") as folder:
       local = Path(folder) / path.name
       yield local
-      epath.Path(local).copy(path, overwrite=True)
+      buckets.upload_file(local, path)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}{writer}.partial")
@@ -79,12 +78,15 @@ def read_json(
 
   Raises:
     FileNotFoundError: there is no such file.
+    DataUnavailable: the bucket of the file does not answer.
     Exception: the error of `refuse`: the file cannot be read, is a folder, a FIFO or a
       device, is larger than `max_bytes`, or holds anything but a JSON dict in UTF-8.
   """
   try:
-    is_local = isinstance(path, Path)
-    content = _read_regular(path, max_bytes) if is_local else path.read_bytes()
+    if isinstance(path, Path):
+      content = _read_regular(path, max_bytes)
+    else:
+      content = buckets.read_object(path)
     if len(content) > max_bytes:
       raise ValueError(f"it has more than {max_bytes:,} bytes")
     found = json.loads(content.decode("utf-8"))

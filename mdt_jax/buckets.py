@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from mdt_jax.errors import SettingError, one_line
+from mdt_jax.errors import DataUnavailable, SettingError, one_line
 from mdt_jax.logs import logger
 
 AnyPath: TypeAlias = Path | epath.Path  # local, or of a bucket
@@ -31,6 +31,9 @@ AnyPath: TypeAlias = Path | epath.Path  # local, or of a bucket
 SCHEME = "gs://"
 SECONDS_BETWEEN_UPLOADS = 10.0  # of an object that grows
 SHARE_OF_UPLOADS = 0.05  # of the time, at most, for an object that grows
+# An object is downloaded in parts, of which so many are read at the same time.
+PART_BYTES, PARTS = 8 * 2**20, 8
+PART_SECONDS = 300.0  # after which a download counts as failed
 _LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # raise errors
 
 
@@ -128,14 +131,89 @@ def list_objects(folder: epath.Path) -> dict[str, int]:
   return {name.removeprefix(prefix): info["size"] for name, info in found.items()}
 
 
+def list_checksums(folder: epath.Path) -> dict[str, str | None]:
+  """Lists the objects of a folder as `list_objects` does: path -> CRC-32C, base64.
+
+  The checksum is None if the server gives none.
+  """
+  prefix = f"{str(folder).removeprefix(SCHEME)}/"
+  found = _filesystem().find(str(folder), detail=True)
+  return {name.removeprefix(prefix): o.get("crc32c") for name, o in found.items()}
+
+
+@contextlib.contextmanager
+def one_line_errors(setting: str, path: epath.Path) -> Iterator[None]:
+  """Turns exceptions of gcsfs in the block into errors of one line.
+
+  Args:
+    setting: name of the setting that holds the path.
+    path: path in the bucket.
+
+  Raises:
+    DataUnavailable: the cause may pass, such as a network that is away.
+    SettingError: any other cause, such as a missing permission.
+    FileNotFoundError: there is no such object.
+  """
+  try:
+    yield
+  except (FileNotFoundError, SettingError, DataUnavailable):
+    raise
+  except Exception as error:  # gcsfs raises those of several libraries
+    text = describe_error(error, path)
+    if _may_pass(error):
+      raise DataUnavailable(f"{path}: {text}") from error
+    raise SettingError(setting, str(path), text) from None
+
+
+def read_object(path: epath.Path) -> bytes:
+  """Reads an object.
+
+  Raises:
+    FileNotFoundError: there is no such object.
+    DataUnavailable: the bucket does not answer.
+    OSError: any other cause; its text is one line.
+  """
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:
+    raise
+  except Exception as error:  # gcsfs raises those of several libraries
+    text = describe_error(error, path)
+    if _may_pass(error):
+      raise DataUnavailable(f"{path}: {text}") from error
+    raise OSError(text) from error
+
+
+def read_parts(path: epath.Path, size: int) -> Iterator[bytes]:
+  """Yields the content of an object of `size` bytes, in order.
+
+  Raises the exceptions of gcsfs, which tries again for about 30 s before.
+  """
+  step = PART_BYTES * PARTS
+  for start in range(0, size, step):
+    starts = [*range(start, min(start + step, size), PART_BYTES)]
+    ends = [min(first + PART_BYTES, size) for first in starts]
+    names = [str(path)] * len(starts)
+    options = {"on_error": "raise", "timeout": PART_SECONDS}
+    yield from _filesystem().cat_ranges(names, starts, ends, **options)
+
+
+def upload_file(local: str | os.PathLike[str], path: epath.Path) -> None:
+  """Copies a local file to an object.
+
+  If an exception ends the copy, such as KeyboardInterrupt, the object stays as it was.
+  `epath.Path.copy` would leave a truncated object.
+  """
+  _filesystem().put_file(os.fspath(local), str(path))
+
+
 def upload_folder(local: str | os.PathLike[str], folder: epath.Path) -> None:
   """Copies the files of a local folder, and of the folders in it, to `folder`."""
   for above, _, names in os.walk(local):
     for name in names:
       file = os.path.join(above, name)
       target = folder / os.path.relpath(file, local)
-      target.parent.mkdir(parents=True, exist_ok=True)
-      epath.Path(file).copy(target, overwrite=True)
+      upload_file(file, target)
 
 
 @contextlib.contextmanager
@@ -244,6 +322,18 @@ def _filesystem() -> Any:
   """The file system of gcsfs, the one that `epath.Path` uses."""
   fsspec: Any = importlib.import_module("fsspec")
   return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def _may_pass(error: Exception) -> bool:
+  """Whether an exception of gcsfs may be over at the next start."""
+  code = getattr(error, "code", None) or getattr(error, "status", None)
+  if code is not None and str(code).isdigit():
+    return int(code) in (408, 429) or int(code) >= 500
+  if isinstance(error, ConnectionError | TimeoutError):
+    return True
+  name, library = type(error).__name__, type(error).__module__.split(".")[0]
+  is_of_network = library in ("aiohttp", "requests")
+  return is_of_network or name in ("RefreshError", "TransportError")
 
 
 def _bucket(path: str | os.PathLike[str]) -> str:

@@ -10,7 +10,10 @@ import dataclasses
 
 import optax
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data.examples import Source
+from mdt_jax.data.latent_cache import check_cache
+from mdt_jax.data.latent_card import read_card
 from mdt_jax.data.latents import LatentSource
 from mdt_jax.data.own_source import CheckedSource
 from mdt_jax.data.sources import create_source
@@ -199,6 +202,13 @@ def open_examples(
   if own is not None:
     source = CheckedSource(own, image_shape)
   else:
+    if data.source == "latents" and data.path and is_bucket(data.path):
+      # The set is copied from the bucket only if it fits; the copy takes minutes.
+      check_cache(data.path, data.cache)
+      card = read_card(data.path)
+      _check_num_classes(model, len(card["classes"]))
+      if autoencoder is not None:
+        autoencoder.check_scale(data.vae, card)
     source = create_source(
       data.source,
       path=data.path,
@@ -207,15 +217,20 @@ def open_examples(
       channels=image_shape[2],
       max_unreadable=data.max_unreadable,
       image_bits=data.image_bits,
+      cache=data.cache,
     )
   latents = source if own is None else own
   if isinstance(latents, LatentSource) and autoencoder is not None:
     autoencoder.check_scale(data.vae, latents.card)
-  if source.num_classes > model.num_classes:
+  _check_num_classes(model, source.num_classes)
+  return source
+
+
+def _check_num_classes(model: Model, num_classes: int) -> None:
+  """Raises SettingError if the data has more classes than the network."""
+  if num_classes > model.num_classes:
     raise SettingError(
       "config.model.num_classes",
       model.num_classes,
-      f"must be at least {source.num_classes}: the data has labels "
-      f"0 … {source.num_classes - 1}",
+      f"must be at least {num_classes}: the data has labels 0 … {num_classes - 1}",
     )
-  return source

@@ -9,7 +9,8 @@ python -m mdt_jax.encode --reference_batch=FILE.npz --source=IMAGES    for evalu
 The first command writes ArrayRecord shards of latents and a card (card.json) to DIR.
 Train on them with --config.data.path=DIR. The same command resumes after a stop. To
 divide the work among machines, run the same command on each, with an output folder that
-all of them see, and with either --process_index and --process_count, or --distributed.
+all of them see, such as gs://BUCKET/DIR, and with either --process_index and
+--process_count, or --distributed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ VAE = flags.DEFINE_string(
   "Face hub. Needed to encode.",
 )
 OUTPUT = flags.DEFINE_string(
-  "output", None, "Folder of the set of latents. Needed except for --reference_batch."
+  "output",
+  None,
+  "Folder of the set of latents, local or gs://…. Needed except for --reference_batch.",
 )
 IMAGE_SIZE = flags.DEFINE_string(
   "image_size",

@@ -262,8 +262,12 @@ class DataSettings:
   source: str = "latents"
   # Where the data is. latents: folder of the set; images: a folder of images or .tar
   # files, a .tar file or tfds:NAME; npz: an .npz or .npy file; arrays: a folder of .npy
-  # files, an .npz or .npy file; digits: None.
+  # files, an .npz or .npy file; digits: None. Only latents may be in a bucket, gs://….
   path: str | None = None
+  # Folder on a local disk that receives a copy of latents in a bucket, before training:
+  # each host needs room for the whole set (docs/data.md). Needed if `path` is gs://…;
+  # without effect on a local path.
+  cache: str | None = None
   # Split of a tfds: data set.
   split: str = "train"
   # Bits of the values in image files of more than 8 bits, in [8, 16]: the value

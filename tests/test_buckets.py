@@ -7,6 +7,7 @@ import json
 import threading
 from pathlib import Path
 
+import gcsfs
 import pytest
 from etils import epath
 
@@ -50,6 +51,31 @@ def test_failed_write_leaves_the_object(bucket):
   with atomic_write(path) as partial:
     partial.write_text("new")
   assert path.read_text() == "new"
+
+
+def test_failed_upload_leaves_the_object(bucket, tmp_path, monkeypatch):
+  path = output_file("output", f"{bucket}/file")
+  path.write_bytes(b"old")
+  (tmp_path / "new").write_bytes(bytes(6 * 2**20))
+
+  async def upload_chunk(*arguments):
+    raise ConnectionResetError
+
+  monkeypatch.setattr(gcsfs.core, "upload_chunk", upload_chunk)
+  with pytest.raises(Exception):  # noqa: B017
+    buckets.upload_file(tmp_path / "new", path)
+  assert path.read_bytes() == b"old"
+
+
+def test_parts_are_the_content_in_order(bucket, monkeypatch):
+  monkeypatch.setattr(buckets, "PART_BYTES", 3)
+  monkeypatch.setattr(buckets, "PARTS", 2)
+  path = epath.Path(f"{bucket}/file")
+  content = bytes(range(17))
+  path.write_bytes(content)
+  parts = list(buckets.read_parts(path, len(content)))
+  assert b"".join(parts) == content
+  assert max(map(len, parts)) == 3
 
 
 def test_object_grows(bucket, monkeypatch):

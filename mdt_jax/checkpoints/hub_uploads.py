@@ -23,6 +23,7 @@ FILES = (RELEASED_WEIGHTS, CONFIG_FILE, hub_card.FILE)
 # Settings that may hold paths of this machine, apart from config.data.vae.
 _PATHS = (
   ("data", "path"),
+  ("data", "cache"),
   ("init", "path"),
   ("eval", "reference"),
   ("eval", "inception"),
@@ -111,12 +112,12 @@ def push_to_hub(
 def without_local_paths(settings: Settings) -> Settings:
   """Returns settings without paths of this machine, for publication.
 
-  A path in config.data.path, config.init.path, config.eval.reference and .inception,
-  and an absolute path in `arguments` of an objective, a process or an optimizer, is
-  reduced to its last name: "/data/me/latents" becomes "latents". Names of data sets
-  (tfds:NAME) and addresses of the hub stay. So does config.data.vae if it is a name on
-  the hub. Another autoencoder is left out, and a run that encodes images with it then
-  counts as one of latents, so that a pipeline does not take latents for pixels.
+  A path in config.data.path and .cache, config.init.path, config.eval.reference and
+  .inception, and an absolute path in `arguments` of an objective, a process or an
+  optimizer, is reduced to its last name: "/data/me/latents" becomes "latents". Names of
+  data sets (tfds:NAME) and addresses of the hub stay. So does config.data.vae if it is
+  a name on the hub. Another autoencoder is left out, and a run that encodes images with
+  it then counts as one of latents, so that a pipeline does not take latents for pixels.
   """
   data = settings.data
   if data.vae is not None and _is_local_autoencoder(data.vae):

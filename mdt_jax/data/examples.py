@@ -73,6 +73,7 @@ class SourceArguments:
     channels: number of channels of the examples.
     max_unreadable: largest accepted number of unreadable examples.
     image_bits: bits of the values in image files of more than 8 bits.
+    cache: local folder that receives a copy of a latent set in a bucket.
   """
 
   path: str
@@ -81,6 +82,7 @@ class SourceArguments:
   channels: int
   max_unreadable: int
   image_bits: int = 16
+  cache: str | None = None
 
 
 def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Example:

@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data import file_names, latent_card
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.features import Convention, FeatureSource, open_features
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
-from mdt_jax.data.latents import channel_statistics, open_set
+from mdt_jax.data.latents import LatentSource, channel_statistics, open_set
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
 from mdt_jax.paths import output_folder
 
 BATCH_SIZE = 64  # images in memory at once
 SAMPLED = 10_000  # records that the logged statistics read, at most
+SAMPLED_SHARDS = 3  # shards of a bucket that they read, at most
 # Standard deviations of a channel outside of this range get a warning.
 USUAL_STD = (0.5, 2.0)
 MIN_STD = 1e-6  # a channel with a smaller std counts as constant
@@ -197,6 +199,8 @@ def _describe(output: Any) -> None:
   places = (
     np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).round().astype(int)
   )
+  if is_bucket(output):  # each shard is downloaded as a whole
+    places = _in_few_shards(source, places)
   mean, std = channel_statistics(source[place]["views"] for place in places.tolist())
   for name, numbers in (("mean", mean), ("std", std)):
     logger.info("%s by channel: %s", name, " ".join(f"{v:.4f}" for v in numbers))
@@ -207,3 +211,12 @@ def _describe(output: Any) -> None:
       std.min(),
       std.max(),
     )
+
+
+def _in_few_shards(source: LatentSource, places: np.ndarray) -> np.ndarray:
+  """Keeps the places of records that are in `SAMPLED_SHARDS` evenly spaced shards."""
+  shards = [source.locate(place)[0] for place in places.tolist()]
+  names = [*dict.fromkeys(shards)]
+  chosen = np.linspace(0, len(names) - 1, min(len(names), SAMPLED_SHARDS)).round()
+  kept = {names[number] for number in chosen.astype(int).tolist()}
+  return places[[shard in kept for shard in shards]]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.data.feature_files import ArrayRows, FolderRows, Rows, refuse
 from mdt_jax.errors import SettingError, check_choice
@@ -164,6 +165,14 @@ def open_features(
     SettingError: setting "features" or "labels": a file cannot be read, or has a shape
       that cannot be used.
   """
+  for setting, value in (("features", path), ("labels", labels)):
+    if value is not None and is_bucket(value):
+      raise SettingError(
+        setting,
+        os.fspath(value),
+        "must be a local path: copy it to a local disk (gcloud storage cp -r), or "
+        "mount the bucket",
+      )
   text = os.path.expanduser(os.fspath(path))
   if labels is None and text.rstrip("/").endswith("_features"):
     beside = text.rstrip("/").removesuffix("features") + "labels"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data.examples import Example, TolerantSource
 from mdt_jax.data.folder_files import FolderFiles
 from mdt_jax.data.tar_files import TarFiles, list_tars
@@ -111,6 +112,13 @@ def open_files(
   path = str(path)
   if path.startswith(TFDS_PREFIX):
     return TfdsFiles(path, split)
+  if is_bucket(path):
+    raise SettingError(
+      "config.data.path",
+      path,
+      "must be a local path: images are not read from a bucket; copy them to a local "
+      "disk (gcloud storage cp -r), or mount the bucket",
+    )
   path = os.path.expanduser(path)
   tars = list_tars(path)
   if tars:

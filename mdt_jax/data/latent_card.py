@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from mdt_jax.atomic import read_json
+from mdt_jax.buckets import bucket_path, is_bucket
 from mdt_jax.data.class_labels import class_number
 from mdt_jax.errors import SettingError
-from mdt_jax.paths import expand_home
+from mdt_jax.paths import any_path, expand_home
 
 FORMAT = "mdt_jax latents 1"
 CARD = "card.json"
@@ -35,14 +36,19 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     SettingError: there is no card, it cannot be read, has another format, or holds a
       value that cannot be used.
+    DataUnavailable: the bucket does not answer.
   """
 
   def refuse(text: str) -> SettingError:
     return SettingError("config.data.path", str(path), text)
 
+  is_in_bucket = is_bucket(path)
+  folder = bucket_path("config.data.path", path) if is_in_bucket else expand_home(path)
   try:
-    card = read_json(expand_home(path) / CARD, refuse)
+    card = read_json(folder / CARD, refuse)
   except FileNotFoundError:
+    if is_in_bucket:
+      any_path("config.data.path", path)  # raises if there is no such bucket
     raise refuse(
       f"holds no {CARD}: must be a finished output of python -m mdt_jax.encode"
     ) from None

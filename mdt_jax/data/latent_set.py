@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
+from mdt_jax import buckets
 from mdt_jax.atomic import read_json, write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data import latent_card, latents
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import file_size
 
 BEGUN = "begun.json"  # holds the card of an unfinished set
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _with_one_line_errors(
+  method: Callable[Concatenate[LatentSet, _P], _R],
+) -> Callable[Concatenate[LatentSet, _P], _R]:
+  """Turns exceptions of the set's bucket into errors of one line."""
+
+  @functools.wraps(method)
+  def wrapped(self: LatentSet, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    if isinstance(self.folder, Path):
+      return method(self, *args, **kwargs)
+    with buckets.one_line_errors("--output", self.folder):
+      return method(self, *args, **kwargs)
+
+  return wrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +46,8 @@ class LatentSet:
   """A latent set to write or to resume; see `latents` for the format.
 
   While a set is unfinished, each finished shard has a .json file beside it with its
-  entry of the card. `finish` merges these entries into card.json.
+  entry of the card. `finish` merges these entries into card.json. In a bucket, the
+  entry is written after the shard; on a disk, before the shard gets its name.
 
   Attributes:
     folder: folder of the set, of `paths.output_folder`.
@@ -33,7 +57,7 @@ class LatentSet:
     num_shards: number of shards. Consecutive images are divided evenly among them.
   """
 
-  folder: Path
+  folder: AnyPath
   card: dict[str, Any]
   num_images: int
   num_shards: int
@@ -53,15 +77,20 @@ class LatentSet:
     edges = np.linspace(0, self.num_images, self.num_shards + 1).round().astype(int)
     return range(edges[shard], edges[shard + 1])
 
-  def shard_path(self, shard: int) -> Path:
+  def shard_path(self, shard: int) -> AnyPath:
     """Returns the path of a shard."""
     return self.folder / latents.shard_name(shard, self.num_shards)
 
+  @_with_one_line_errors
   def has_shard(self, shard: int) -> bool:
     """Returns whether a shard of an unfinished set is finished."""
     path = self.shard_path(shard)
-    return entry_path(path).exists() and path.exists()
+    if not (entry_path(path).exists() and path.exists()):
+      return False
+    # In a bucket, two processes may have written the shard at the same time.
+    return isinstance(path, Path) or file_size(path) == self._entry(path)["bytes"]
 
+  @_with_one_line_errors
   def is_finished(self) -> bool:
     """Returns whether the folder holds the finished set with all its shards.
 
@@ -70,9 +99,10 @@ class LatentSet:
     """
     if not (self.folder / latents.CARD).exists():
       return False
-    card = self._finished_card()
-    return all(self._has_size(entry) for entry in card["shards"])
+    card, sizes = self._finished_card(), self._sizes()
+    return all(sizes.get(entry["file"]) == entry["bytes"] for entry in card["shards"])
 
+  @_with_one_line_errors
   def stored_card(self) -> dict[str, Any] | None:
     """Reads the card of the finished or begun set; None if the folder holds neither.
 
@@ -86,11 +116,14 @@ class LatentSet:
 
   def bytes_missing(self) -> int:
     """Returns the approximate size in bytes of the shards that are not written yet."""
-    paths = map(self.shard_path, range(self.num_shards))
-    return self.num_bytes - sum(p.stat().st_size for p in paths if p.exists())
+    paths, sizes = map(self.shard_path, range(self.num_shards)), self._sizes()
+    return self.num_bytes - sum(sizes.get(path.name, 0) for path in paths)
 
+  @_with_one_line_errors
   def check_disk(self) -> tuple[int, int]:
     """Checks that the missing shards fit on the disk.
+
+    A set in a bucket needs room for one shard, in the folder for temporary files.
 
     Returns:
       (bytes of the missing shards, free bytes on the disk).
@@ -98,16 +131,24 @@ class LatentSet:
     Raises:
       SettingError: the missing shards do not fit.
     """
-    folder = self.folder.absolute()
+    missing = self.bytes_missing()
+    if isinstance(self.folder, Path):
+      needed, folder, what = missing, self.folder.absolute(), "more"
+    else:
+      folder = Path(tempfile.gettempdir())
+      images = max(len(self.shard_images(shard)) for shard in range(self.num_shards))
+      needed = min(missing, images * self.num_bytes // self.num_images)
+      what = f"in the temporary folder {folder} (TMPDIR), for one shard"
     while not folder.exists():
       folder = folder.parent
-    missing, free = self.bytes_missing(), shutil.disk_usage(folder).free
-    if missing > free:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
       raise self.error(
-        f"needs {missing / 1e9:.1f} GB more; {free / 1e9:.1f} GB are free on this disk"
+        f"needs {needed / 1e9:.1f} GB {what}; {free / 1e9:.1f} GB are free on this disk"
       )
     return missing, free
 
+  @_with_one_line_errors
   def begin(self) -> None:
     """Prepares the folder for writing shards.
 
@@ -119,8 +160,7 @@ class LatentSet:
       self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise self.error(f"cannot be created: {error}") from None
-    names = {path.name for path in self.folder.iterdir()}
-    names = {name for name in names if not name.startswith(".")}
+    names = {name for name in self._names() if not name.startswith(".")}
     if latents.CARD in names:
       self._reopen()
     elif not names:
@@ -129,14 +169,16 @@ class LatentSet:
       raise self.error("must be empty or hold a latent set with the same settings")
     self._check_card(read_json(self.folder / BEGUN, self.error))
 
+  @_with_one_line_errors
   def abandon(self) -> None:
     """Removes the plan of a set if no shard is finished or being written.
 
     The next command can then use other settings.
     """
-    if [path.name for path in self.folder.iterdir()] == [BEGUN]:
+    if self._names() == [BEGUN]:
       (self.folder / BEGUN).unlink(missing_ok=True)
 
+  @_with_one_line_errors
   def finish(self) -> bool:
     """Writes card.json if all shards are finished.
 
@@ -147,17 +189,23 @@ class LatentSet:
       Whether the set is finished.
 
     Raises:
-      SettingError: the set is empty, because no image could be read.
+      SettingError: the set is empty, because no image could be read; or, in a bucket,
+        two processes have written a shard at the same time.
     """
     paths = [self.shard_path(shard) for shard in range(self.num_shards)]
     card_path = self.folder / latents.CARD
     try:
-      entries = [read_json(entry_path(p), self.error) for p in paths]
+      entries = [self._entry(path) for path in paths]
     except FileNotFoundError:  # a shard is missing, or another process wrote the card
       return card_path.exists()
-    for path, entry in zip(paths, entries, strict=True):
-      name = entry_path(path).name
-      latent_card.check_shard(entry, name, len(self.card["classes"]), self.error)
+    if not isinstance(self.folder, Path):
+      sizes = self._sizes()
+      for entry in entries:
+        if sizes.get(entry["file"]) != entry["bytes"]:
+          raise self.error(
+            f"two processes have written {entry['file']} at the same time: repeat the "
+            "command, and give each process its own --process_index"
+          )
     images = sum(entry["images"] for entry in entries)
     if images == 0:
       raise self.error("gets no latents: none of the images can be read")
@@ -165,6 +213,7 @@ class LatentSet:
     self.remove_plan()
     return True
 
+  @_with_one_line_errors
   def remove_plan(self) -> None:
     """Removes the files that only an unfinished set needs."""
     entries = [entry_path(self.shard_path(shard)) for shard in range(self.num_shards)]
@@ -179,15 +228,40 @@ class LatentSet:
     """Turns a finished set with missing shards into an unfinished set."""
     entries = self._finished_card()["shards"]
     write_json(self.folder / BEGUN, self.card)
+    sizes = self._sizes()
     for entry in entries:
-      if self._has_size(entry):
+      if sizes.get(entry["file"]) == entry["bytes"]:
         write_json(entry_path(self.folder / entry["file"]), entry)
     (self.folder / latents.CARD).unlink(missing_ok=True)
 
-  def _has_size(self, entry: dict[str, Any]) -> bool:
-    """Returns whether a shard exists and has the size in its entry of the card."""
-    path = self.folder / entry["file"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+  def _entry(self, path: AnyPath) -> dict[str, Any]:
+    """Reads the entry of a finished shard of an unfinished set, and checks it.
+
+    Raises:
+      FileNotFoundError: the shard has no entry.
+      SettingError: the entry is damaged.
+    """
+    entry = read_json(entry_path(path), self.error)
+    name = entry_path(path).name
+    latent_card.check_shard(entry, name, len(self.card["classes"]), self.error)
+    return entry
+
+  def _sizes(self) -> dict[str, int]:
+    """Returns the size in bytes of each file in the folder, which may be missing."""
+    if not isinstance(self.folder, Path):
+      return buckets.list_objects(self.folder)
+    sizes = {}
+    for path in self.folder.iterdir() if self.folder.exists() else ():
+      with contextlib.suppress(FileNotFoundError):  # another process renamed the file
+        if path.is_file():
+          sizes[path.name] = file_size(path)
+    return sizes
+
+  def _names(self) -> list[str]:
+    """Returns the names in the folder; in a bucket, an empty folder does not exist."""
+    if not isinstance(self.folder, Path):
+      return sorted({name.partition("/")[0] for name in self._sizes()})
+    return [path.name for path in self.folder.iterdir()]
 
   def _finished_card(self) -> dict[str, Any]:
     """Reads card.json; raises SettingError if it is damaged or of another set."""
@@ -207,6 +281,6 @@ class LatentSet:
         )
 
 
-def entry_path(path: Path) -> Path:
+def entry_path(path: AnyPath) -> AnyPath:
   """Returns the path of a shard's entry while the set is unfinished."""
   return path.with_suffix(".json")

@@ -1,8 +1,13 @@
 """Writes the shards of a latent set.
 
 A shard depends only on its own images. A shard is written under a temporary name and
-renamed when complete. So a stopped run resumes at the first unfinished shard, processes
-need no communication, and interruptions do not change the set.
+renamed when complete; for a bucket, it is written to the local disk and uploaded when
+complete. So a stopped run resumes at the first unfinished shard, processes need no
+communication, and interruptions do not change the set.
+
+A lock keeps two processes from writing one shard in a folder. A bucket has no such
+locks. There, an object appears whole, and the process that finishes a shard later than
+another one ends with an error instead of uploading the shard.
 """
 
 from __future__ import annotations
@@ -10,14 +15,18 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 
+from mdt_jax import buckets
 from mdt_jax.atomic import write_json
+from mdt_jax.buckets import AnyPath
 from mdt_jax.data import file_names, latents
 from mdt_jax.data.examples import Example, count_labels, load_patiently
 from mdt_jax.data.latent_set import LatentSet, entry_path
@@ -126,7 +135,8 @@ def write_latents(
     SettingError: the folder holds another set, another process writes the same shard,
       too many images are unreadable, latents are not finite, or writing fails, for
       example on a full disk.
-    DataUnavailable: the machine cannot read the images now.
+    DataUnavailable: the machine cannot read the images now, or the bucket of the set
+      does not answer.
   """
   if latent_set.is_finished():
     latent_set.remove_plan()  # left by a process that was killed while it finished
@@ -144,7 +154,7 @@ def write_latents(
       _write_shard(latent_set, latent_set.shard_path(shard), records)
   except SettingError:
     latent_set.abandon()
-    if is_new:
+    if is_new and isinstance(latent_set.folder, Path):
       with contextlib.suppress(OSError):  # not empty
         latent_set.folder.rmdir()
     raise
@@ -217,47 +227,79 @@ def _records(
 
 
 def _write_shard(
-  latent_set: LatentSet, path: Path, records: Iterator[bytes | str]
+  latent_set: LatentSet, path: AnyPath, records: Iterator[bytes | str]
 ) -> None:
   """Writes a shard and its entry of the card, then renames the shard to `path`."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
+  if not isinstance(path, Path):
+    _write_object(latent_set, path, records)
+    return
   partial = path.with_name(f".{path.name}.partial")
-  labels: list[int] = []
-  left_out: list[str] = []
   with _lock(latent_set, partial, path):
     try:
-      with _disk_errors(latent_set, path):
-        writer = ArrayRecordWriter(file_names.from_path(str(partial)), WRITER_OPTIONS)
-      try:
-        for record in records:
-          if isinstance(record, str):
-            left_out.append(record)
-            continue
-          with _disk_errors(latent_set, path):
-            writer.write(record)
-          labels.append(latent_set.layout.label(record))
-      finally:
-        with _disk_errors(latent_set, path):
-          writer.close()
+      entry = _write_records(latent_set, path, partial, records)
       with _disk_errors(latent_set, path):
         with open(partial, "rb") as file:
           os.fsync(file.fileno())
-        entry = {
-          "file": path.name,
-          "images": len(labels),
-          "bytes": partial.stat().st_size,
-          "labels": count_labels(np.asarray(labels, int)),
-          "left_out": left_out,
-        }
         write_json(entry_path(path), entry)
         os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
 
 
+def _write_object(
+  latent_set: LatentSet, path: epath.Path, records: Iterator[bytes | str]
+) -> None:
+  """Writes a shard to the local disk, uploads it, and then writes its entry."""
+  with buckets.one_line_errors("--output", path):
+    entry_path(path).unlink(missing_ok=True)  # of a shard that was deleted
+  with contextlib.ExitStack() as stack:
+    with _disk_errors(latent_set, path):
+      # The file has no name, so nothing is left even if the process is killed.
+      file = stack.enter_context(tempfile.TemporaryFile())
+    partial = Path(f"/dev/fd/{file.fileno()}")
+    entry = _write_records(latent_set, path, partial, records)
+    with buckets.one_line_errors("--output", path):
+      if entry_path(path).exists() or (path.parent / latents.CARD).exists():
+        raise latent_set.error(
+          f"another process has written {path.name}; each process needs its own "
+          "--process_index"
+        )
+      buckets.upload_file(partial, path)
+      write_json(entry_path(path), entry)
+
+
+def _write_records(
+  latent_set: LatentSet, path: AnyPath, partial: Path, records: Iterator[bytes | str]
+) -> dict[str, Any]:
+  """Writes the records of the shard `path` to `partial`; returns the shard's entry."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  labels: list[int] = []
+  left_out: list[str] = []
+  with _disk_errors(latent_set, path):
+    writer = ArrayRecordWriter(file_names.from_path(str(partial)), WRITER_OPTIONS)
+  try:
+    for record in records:
+      if isinstance(record, str):
+        left_out.append(record)
+        continue
+      with _disk_errors(latent_set, path):
+        writer.write(record)
+      labels.append(latent_set.layout.label(record))
+  finally:
+    with _disk_errors(latent_set, path):
+      writer.close()
+  return {
+    "file": path.name,
+    "images": len(labels),
+    "bytes": partial.stat().st_size,
+    "labels": count_labels(np.asarray(labels, int)),
+    "left_out": left_out,
+  }
+
+
 @contextlib.contextmanager
-def _disk_errors(latent_set: LatentSet, path: Path) -> Iterator[None]:
+def _disk_errors(latent_set: LatentSet, path: AnyPath) -> Iterator[None]:
   """Turns errors of the file system and of ArrayRecord into a SettingError."""
   try:
     yield

@@ -22,12 +22,14 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Float64
 
-from mdt_jax.data import file_names
+from mdt_jax.buckets import bucket_path, is_bucket
+from mdt_jax.data import file_names, latent_cache
+from mdt_jax.data.bucket_shards import BucketRecords
 from mdt_jax.data.examples import (
   Example,
   SourceArguments,
@@ -35,16 +37,19 @@ from mdt_jax.data.examples import (
   shape_error,
 )
 from mdt_jax.data.latent_card import CARD, DTYPES, read_card
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.paths import expand_home
 from mdt_jax.sizes import Size, height_width
-
-if TYPE_CHECKING:
-  from grain.sources import ArrayRecordDataSource
 
 LABEL_BYTES = 4
 
 Progress = Callable[[int], Any]  # called with the number of newly done images
+
+
+class Records(Protocol):
+  """The records of all shards of a set, in order."""
+
+  def __getitem__(self, index: int, /) -> bytes: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +108,8 @@ class LatentSource(TolerantSource):
   draws the latents from the moments on the device.
 
   Args:
-    path: output folder of `mdt_jax.encode`.
+    path: output folder of `mdt_jax.encode`. From a folder in a bucket, only reading in
+      order is fast; see `bucket_shards.BucketRecords`.
     input_size: height and width of the latents, see `mdt_jax.sizes`.
     channels: number of channels of the latents.
     max_unreadable: largest accepted number of unreadable records.
@@ -124,13 +130,12 @@ class LatentSource(TolerantSource):
     self.card = read_card(path)
     self.image_shape = (*height_width(input_size, "input_size"), channels)
     self.layout = Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
-    if self.layout.latent_shape != self.image_shape:
-      raise shape_error(self._path, self.layout.latent_shape, self.image_shape)
+    _check_shape(self._path, self.card, self.image_shape)
     self.class_names = self.card["classes"]
     self.num_classes = len(self.class_names)
     shards = self.card["shards"]
     self.label_counts = _label_counts(shards)
-    self._records = _open_shards(expand_home(self._path), shards)
+    self._records = _open_records(self._path, shards)
     self._ends = np.cumsum([shard["images"] for shard in shards])
 
   def __len__(self) -> int:
@@ -160,9 +165,17 @@ class LatentSource(TolerantSource):
 
 
 def open_latents(arguments: SourceArguments) -> LatentSource:
-  """Opens a latent set; `image_size` and `channels` refer to the latents."""
+  """Opens a latent set; `image_size` and `channels` refer to the latents.
+
+  A set in a bucket is copied to `cache` first; see `latent_cache`.
+  """
+  path: str | Path = arguments.path
+  if is_bucket(path):
+    shape = (*height_width(arguments.image_size, "input_size"), arguments.channels)
+    _check_shape(arguments.path, read_card(path), shape)
+    path = latent_cache.copy_set(path, arguments.cache)
   return LatentSource(
-    arguments.path, arguments.image_size, arguments.channels, arguments.max_unreadable
+    path, arguments.image_size, arguments.channels, arguments.max_unreadable
   )
 
 
@@ -190,6 +203,7 @@ def verify(
   Raises:
     SettingError: a shard or a record is missing or damaged; the message names the first
       one.
+    DataUnavailable: the bucket of the set does not answer.
   """
   source = open_set(path)
   first_names: dict[str, str] = {}  # name of the first image of a shard -> shard
@@ -201,6 +215,8 @@ def verify(
         raise ValueError("its moments are not finite")
       if record == 0 and (other := first_names.setdefault(name, shard)) != shard:
         raise ValueError(f"it begins with the same image as {other}")
+    except DataUnavailable:
+      raise
     except Exception as error:
       raise SettingError(
         "config.data.path",
@@ -253,7 +269,22 @@ def _label_counts(shards: list[dict[str, Any]]) -> dict[int, int] | None:
   return dict(counts)
 
 
-def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> ArrayRecordDataSource:
+def _check_shape(
+  path: str, card: dict[str, Any], expected: tuple[int, int, int]
+) -> None:
+  """Raises SettingError if the latents of a set have another shape."""
+  if (found := tuple(card["latent_shape"])) != expected:
+    raise shape_error(path, found, expected)
+
+
+def _open_records(path: str, shards: list[dict[str, Any]]) -> Records:
+  """Opens the shards of a set in a folder or in a bucket."""
+  if is_bucket(path):
+    return BucketRecords(bucket_path("config.data.path", path), shards)
+  return _open_shards(expand_home(path), shards)
+
+
+def _open_shards(folder: Path, shards: list[dict[str, Any]]) -> Records:
   """Opens all shards; raises SettingError if a shard differs from the card."""
   import grain
   from array_record.python.array_record_module import ArrayRecordReader

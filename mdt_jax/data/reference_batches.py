@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from mdt_jax.atomic import atomic_write
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latents import Progress
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import absolute
 
 
 def write_reference_batch(
@@ -36,7 +38,7 @@ def write_reference_batch(
   Raises:
     SettingError: `path` does not end in .npz, or too many images are unreadable.
   """
-  path = Path(path)
+  path = absolute(path) if is_bucket(path) else Path(path)
   if path.suffix != ".npz":
     raise SettingError("--reference_batch", str(path), "must end in .npz")
   count = min(num_images, len(source))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data.arrays import open_arrays
 from mdt_jax.data.digits import DigitsSource, open_digits
 from mdt_jax.data.examples import Source, SourceArguments, Subset, split_indices
@@ -73,6 +74,7 @@ def create_source(
   channels: int,
   max_unreadable: int,
   image_bits: int = 16,
+  cache: str | None = None,
 ) -> Source:
   """Opens a source by name.
 
@@ -84,11 +86,14 @@ def create_source(
     channels: number of channels of the examples; 1 for "digits".
     max_unreadable: largest accepted number of unreadable examples.
     image_bits: bits of the values in image files of more than 8 bits.
+    cache: local folder that receives a copy of a latent set in a bucket; ignored if
+      the set is in a local folder.
 
   Raises:
     SettingError: the name is unknown, a required path is missing, a path is given to a
-      source without one, the source does not have this size or number of channels, or
-      the source cannot be opened.
+      source without one, a path of a bucket to a source that reads none, the source
+      does not have this size or number of channels, or the source cannot be opened.
+    DataUnavailable: a bucket does not answer.
   """
   check_choice("config.data.source", name, SOURCES)
   entry = SOURCES[name]
@@ -103,7 +108,9 @@ def create_source(
       f"the sources of a path are {others}",
     )
   path = os.fspath(path) if path else ""
-  if entry.path is not None and not path.startswith(TFDS_PREFIX):
+  if is_bucket(path):
+    _check_reads_buckets(name, path)
+  elif entry.path is not None and not path.startswith(TFDS_PREFIX):
     local_path("config.data.path", path)
   arguments = SourceArguments(
     path=path,
@@ -112,5 +119,18 @@ def create_source(
     channels=channels,
     max_unreadable=max_unreadable,
     image_bits=image_bits,
+    cache=cache,
   )
   return entry.open(arguments)
+
+
+def _check_reads_buckets(name: str, path: str) -> None:
+  """Raises SettingError if a source reads local files only."""
+  if name != "latents":
+    raise SettingError(
+      "config.data.path",
+      path,
+      f"must be a local path: config.data.source = {name!r} reads no bucket, only "
+      "'latents' does; encode the images with python -m mdt_jax.encode, copy the data "
+      "to a local disk (gcloud storage cp -r), or mount the bucket",
+    )

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 
 from mdt_jax import sharding
 from mdt_jax.atomic import write_json
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data import file_names, latent_card, latents, reference_batches
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
@@ -22,7 +23,7 @@ from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
 from mdt_jax.logs import counted, logger
-from mdt_jax.paths import local_path, output_file, output_folder
+from mdt_jax.paths import absolute, any_path, output_file, output_folder
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sizes import Size, describe_size, height_width, to_size
 from mdt_jax.types import Array
@@ -183,7 +184,7 @@ def verify(output: str | os.PathLike[str]) -> int:
     SettingError: a shard or a record is missing or damaged; the message names the first
       one.
   """
-  output = local_path("output", output)
+  output = any_path("output", output)
   with tqdm.tqdm(total=latents.read_card(output)["images"], unit="image") as bar:
     count = latents.verify(output, bar.update)
   logger.info("%s in %s: every checksum agrees", counted(count, "image"), output)
@@ -206,7 +207,8 @@ def write_statistics(
   Raises:
     SettingError: the folder holds no latent set, or too many records are unreadable.
   """
-  output = output_file("output", Path(output, STATISTICS)).parent
+  folder = absolute(output) if is_bucket(output) else Path(output)
+  output = output_file("output", folder / STATISTICS).parent
   source = latents.open_set(output, max_unreadable)
   with tqdm.tqdm(total=len(source), unit="image") as bar:
     readable = source.readable(bar.update)
@@ -283,13 +285,14 @@ def _log_sizes(latent_set: LatentSet, images: ImageSource) -> None:
   held = DataLabels.of(images)
   held.warn_of_order()
   logger.info(
-    "%s in %s; to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free",
+    "%s in %s; to %d shards: %.2f GB, %.2f GB still to be written, %.1f GB free%s",
     counted(len(images), "image"),
     held.describe(),
     latent_set.num_shards,
     latent_set.num_bytes / 1e9,
     missing / 1e9,
     free / 1e9,
+    "" if isinstance(latent_set.folder, Path) else " for temporary files",
   )
 
 

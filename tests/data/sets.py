@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mdt_jax.buckets import is_bucket
 from mdt_jax.data import latent_card
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import write_latents
 from mdt_jax.errors import SettingError
+from mdt_jax.paths import absolute
 
 LATENT_SHAPE = (4, 4, 3)
 NUM_IMAGES, NUM_CLASSES, NUM_SHARDS = 24, 5, 3
@@ -63,7 +65,8 @@ def latent_set(folder, **changes):
     "dtype": "float16",
     **changes,
   }
-  return LatentSet(Path(folder), card, NUM_IMAGES, NUM_SHARDS)
+  folder = absolute(folder) if is_bucket(folder) else Path(folder)
+  return LatentSet(folder, card, NUM_IMAGES, NUM_SHARDS)
 
 
 def write(output, source=None, encode=encode_fn, **settings):
