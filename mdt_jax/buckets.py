@@ -293,7 +293,7 @@ class AppendedObject(io.RawIOBase):
       content = self._local.read()
       self._is_uploaded = True
     try:
-      self._path.write_bytes(content)
+      _filesystem().pipe_file(str(self._path), content)
     except BaseException:
       self._is_uploaded = False
       raise

@@ -414,8 +414,19 @@ class LogSettings:
 
 
 def split_commas(text: str) -> tuple[str, ...]:
-  """The parts of a text between commas, without spaces around them or empty parts."""
-  return tuple(part for part in map(str.strip, text.split(",")) if part)
+  """The parts of a text between commas, without spaces around them or empty parts.
+
+  A comma inside brackets is part of a regular expression, such as blocks/fc[1,2] or
+  a{2,3}.
+  """
+  parts, depth = [""], 0
+  for character in text:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and depth <= 0:
+      parts.append("")
+    else:
+      parts[-1] += character
+  return tuple(part for part in map(str.strip, parts) if part)
 
 
 def at_least(settings: Any, name: str, least: int) -> None:

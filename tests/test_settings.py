@@ -14,6 +14,7 @@ from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.objectives import MDTUnmaskedObjective, PlainObjective
+from mdt_jax.setting_groups import split_commas
 from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config, tiny_dit_config
 
@@ -330,3 +331,16 @@ def test_open_arguments_need_an_own_process_or_objective(group, message):
   config[group].arguments.ratio = 0.5
   with pytest.raises(SettingError, match=rf"^config\.{group}\.arguments = .*{message}"):
     build(config)
+
+
+@pytest.mark.parametrize(
+  ("text", "parts"),
+  [
+    ("", ()),
+    (" a , b,", ("a", "b")),
+    ("blocks/fc[1,2],x{1,2}", ("blocks/fc[1,2]", "x{1,2}")),
+    ("(a,b{1}):1e-3,c", ("(a,b{1}):1e-3", "c")),
+  ],
+)
+def test_commas_in_brackets_do_not_split(text, parts):
+  assert split_commas(text) == parts

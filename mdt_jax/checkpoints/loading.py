@@ -191,6 +191,7 @@ def _check_fits(
   """
   # A Checkpointer would warn about an optional file that these checkpoints lack.
   saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
+  check_choice("ema_decay", decay, saved.tree)  # `save_model` writes one average
   needed, held = _shapes(params), _shapes(saved.tree[decay])
   differing = sorted(
     name for name in needed | held if needed.get(name) != held.get(name)

@@ -121,6 +121,13 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
     raise SettingError(
       "path", init.path, "must be a workdir with checkpoints, or a file of weights"
     )
+  if path.name.isdigit() and path.parent.name == loading.FOLDER and path.is_dir():
+    raise SettingError(
+      "path",
+      init.path,
+      f"is a checkpoint of a run: use config.init.path={path.parent.parent} and "
+      f"config.init.step={path.name}",
+    )
   known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
   try:
     opened = torch_mdt.open_checkpoint(path, init.network, **known)

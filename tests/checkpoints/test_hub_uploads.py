@@ -162,7 +162,8 @@ def test_no_path_of_the_machine_is_published(digits, tmp_path):
   settings = json.loads((folder / "config.json").read_text())["settings"]
   assert settings["data"]["path"] == "my_images"
   assert settings["init"]["path"] == "old_run"
-  assert settings["optimizer"]["arguments"] == {"file": "momentum.json"}
+  shown = {"file": "momentum.json", "object": "momentum.json"}
+  assert settings["optimizer"]["arguments"] == shown
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ class Run(forked.Forked):
     config: config file.
     before: called in the process before training starts.
     logs: folder for the output; None for a folder beside the workdir.
+    environment: variables to set in the process.
   """
 
   def __init__(
@@ -37,21 +39,23 @@ class Run(forked.Forked):
     config: Path = CONFIG,
     before: Callable[[], None] | None = None,
     logs: Path | None = None,
+    environment: Mapping[str, str] | None = None,
   ):
     logs = logs or workdir.parent / f"{workdir.name}_logs"
     logs.mkdir(exist_ok=True)
     self.log = logs / f"{time.time_ns()}.txt"
     flags = (f"--config={config}", f"--workdir={workdir}", *flags)
-    super().__init__(_train, before, flags, out=self.log, err=self.log)
+    files = {"out": self.log, "err": self.log}
+    super().__init__(_train, before, flags, environment=environment, **files)
 
   def steps(self) -> list[int]:
     """Returns the logged steps."""
     return [int(n) for n in re.findall(r"^step (\d+)/", self.log.read_text(), re.M)]
 
 
-def finish(workdir: Path, *flags: str, logs: Path | None = None) -> Run:
-  """Runs the command and asserts that it succeeds."""
-  run = Run(workdir, *flags, logs=logs)
+def finish(workdir: Path, *flags: str, **options: Any) -> Run:
+  """Runs the command and asserts that it succeeds; see `Run` for the options."""
+  run = Run(workdir, *flags, **options)
   assert run.end() == 0, run.log.read_text()
   return run
 

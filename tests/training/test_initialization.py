@@ -236,6 +236,11 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
     ),
     ({"init.path": "{old}", "model.num_heads": 4}, r"init.path = .*: num_heads is 2"),
     ({"init.path": "{old}", "model.depth": 6}, r"init.path = .*: depth is 4 there"),
+    ({"init.path": "{old}", "init.ema_decay": 0.9}, r"init.ema_decay = '0.9': .* 0.5$"),
+    (
+      {"init.path": "{checkpoint}"},
+      r"init.path = .*init.path=.*old and config.init.step=7$",
+    ),
     ({"init.path": "s3://a/b"}, r"init.path = 's3://a/b': must be a local path"),
     ({"init.path": "{file}", "init.step": 1}, r"init.step = 1: is for workdirs"),
     ({"init.path": "{file}", "init.network": "MDT"}, r"init.network = 'MDT': must be"),
@@ -254,6 +259,7 @@ def test_bad_setting_is_refused_before_anything_is_written(
   cut.write_bytes(file.read_bytes()[:-100])
   vae = reference.FIXTURES / "vae"
   places = {"{old}": old_run[0], "{file}": file, "{cut}": cut, "{vae}": vae}
+  places["{checkpoint}"] = old_run[0] / "checkpoints" / "7"
   settings = {
     key: str(places.get(value, value)) if key == "init.path" else value
     for key, value in settings.items()
