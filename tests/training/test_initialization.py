@@ -239,7 +239,7 @@ def test_each_of_eight_devices_gets_its_part(old_run, tmp_path):
     ({"init.path": "{old}", "init.ema_decay": 0.9}, r"init.ema_decay = '0.9': .* 0.5$"),
     (
       {"init.path": "{checkpoint}"},
-      r"init.path = .*init.path=.*old and config.init.step=7$",
+      r"init.path = .*init.path=.* and config.init.step=7$",
     ),
     ({"init.path": "s3://a/b"}, r"init.path = 's3://a/b': must be a local path"),
     ({"init.path": "{file}", "init.step": 1}, r"init.step = 1: is for workdirs"),
