@@ -27,7 +27,7 @@ from mdt_jax.models.embeddings import (
 from mdt_jax.models.layers import gelu, linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
 from mdt_jax.models.network import Network
-from mdt_jax.models.partitioning import gather, parameter_axes, shard_batch
+from mdt_jax.models.partitioning import gather, look_up, parameter_axes, shard_batch
 from mdt_jax.sizes import Size, to_size
 from mdt_jax.types import Array, Dtype
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
       # timm truncates this normal at 2, a hundred standard deviations away: no effect.
       shape = (self.bias_rows, self.num_heads)
       table = self.param("relative_position_bias", normal_init, shape, jnp.float32)
-      bias = jnp.asarray(table)[index]  # (1 or B, K, K, heads)
+      bias = look_up(jnp.asarray(table), index)  # (1 or B, K, K, heads)
       bias = bias.transpose(0, 3, 1, 2)  # (1 or B, heads, K, K)
     if self.sow_attention and self.is_mutable_collection("intermediates"):
       weights = attention_weights(query, key, bias)  # (B, heads, K, K)

@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import flax.linen as nn
+import jax
 from flax.linen.spmd import with_logical_constraint
 from jax.custom_derivatives import linear_call
+from jax.sharding import PartitionSpec
 
 from mdt_jax.types import Array
 
@@ -65,6 +67,32 @@ def gather(parameter: Array, axes: Sequence[str | None]) -> Array:
   return with_logical_constraint(
     parameter, tuple(None if axis == "width" else axis for axis in axes)
   )
+
+
+def look_up(table: Array, index: Array) -> Array:
+  """Returns table[index], for an index that has one entry, or one for each example.
+
+  Inside the `shard_map` of `sharding.mean_over_data`, XLA would gather the index and
+  the gradient of the result over all devices that share a batch. This function looks up
+  and sums on each device alone; only gradients of the table are summed over devices.
+
+  Args:
+    table: (rows, …).
+    index: (1 or B, …), integers.
+  """
+  axes = nn.logical_to_mesh_axes(("batch",))[0]
+  mesh = jax.sharding.get_abstract_mesh()
+  is_alone = len(index) == 1 or not isinstance(axes, str) or axes not in mesh.shape
+  if is_alone or not mesh.manual_axes or len(index) % mesh.shape[axes]:
+    return table[index]
+  local = jax.shard_map(
+    lambda table, index: table[index],
+    in_specs=(PartitionSpec(), PartitionSpec(axes)),
+    out_specs=PartitionSpec(axes),
+    axis_names={axes},
+    check_vma=False,
+  )
+  return local(table, index)
 
 
 def gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
