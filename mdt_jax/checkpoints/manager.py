@@ -314,9 +314,8 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
-    if self._cleans and jax.process_index() == 0:
-      # Orbax's own option would fail each save if a folder cannot be removed.
-      _remove_half_written(self._folder)
+    if self._cleans:
+      self._clean()
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
@@ -328,6 +327,25 @@ class Checkpoints:
         for name in ("state", "ema")
       },
     )
+
+  def _clean(self) -> None:
+    """Removes incomplete checkpoints, before any process looks for complete ones.
+
+    Raises:
+      Exception: the folder cannot be used, on all processes if on process 0.
+    """
+    error: Exception | None = None
+    if jax.process_index() == 0:
+      try:
+        # Orbax's own option would fail each save if a folder cannot be removed.
+        _remove_half_written(self._folder)
+      except Exception as raised:  # gcsfs raises those of several libraries
+        error = raised
+    failure = _on_any_process("" if error is None else _reason(error))
+    if error is not None:
+      raise error
+    if failure:
+      raise OSError(failure)
 
   def _write_checksums(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Waits until Orbax has written a checkpoint, then writes the checksums."""
