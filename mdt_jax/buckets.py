@@ -17,6 +17,7 @@ import secrets
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +36,8 @@ SHARE_OF_UPLOADS = 0.05  # of the time, at most, for an object that grows
 PART_BYTES, PARTS = 8 * 2**20, 8
 PART_SECONDS = 300.0  # after which a download counts as failed
 _LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # raise errors
+# Exceptions without a code that may be over at the next start.
+_PASSING = ("ChecksumError", "RefreshError", "RetryError", "TransportError")
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -65,7 +68,12 @@ def bucket_path(setting: str, path: str | os.PathLike[str]) -> epath.Path:
 
 
 def check_readable(setting: str, path: epath.Path) -> None:
-  """Raises SettingError unless the objects of the bucket of `path` can be listed."""
+  """Checks that the objects of the bucket of `path` can be listed.
+
+  Raises:
+    SettingError: they cannot be listed.
+    DataUnavailable: the bucket does not answer.
+  """
   with _refused(setting, str(path), path):
     options = {"maxResults": 1, "json_out": True}
     _filesystem().call("GET", "b/{}/o", _bucket(path), **options)
@@ -80,6 +88,7 @@ def check_writable(setting: str, value: str, folder: epath.Path) -> None:
 
   Raises:
     SettingError: the object cannot be written or deleted.
+    DataUnavailable: the bucket does not answer.
   """
   probe = folder / f".probe.{secrets.token_hex(4)}"
   with _refused(setting, value, folder):
@@ -119,7 +128,9 @@ def reason_of_bucket(error: Exception) -> str | None:
     The reason; None for any other cause.
   """
   is_refusal = isinstance(error, OSError) and str(error).startswith("Forbidden: ")
-  if not is_refusal and type(error).__module__.split(".")[0] not in _LIBRARIES:
+  is_late = isinstance(error, TimeoutError) and _is_of_request(error)
+  library = type(error).__module__.split(".")[0]
+  if not (is_refusal or is_late or library in _LIBRARIES):
     return None
   return describe_error(error, "")
 
@@ -141,6 +152,18 @@ def list_checksums(folder: epath.Path) -> dict[str, str | None]:
   return {name.removeprefix(prefix): o.get("crc32c") for name, o in found.items()}
 
 
+def may_pass(error: Exception) -> bool:
+  """Whether an exception of gcsfs may be over at the next start."""
+  code = getattr(error, "code", None) or getattr(error, "status", None)
+  if code is not None and str(code).isdigit():
+    return int(code) in (408, 429) or int(code) >= 500
+  if isinstance(error, ConnectionError | TimeoutError):
+    return True
+  name, library = type(error).__name__, type(error).__module__.split(".")[0]
+  is_of_network = library in ("aiohttp", "requests", "urllib3")
+  return is_of_network or name in _PASSING
+
+
 @contextlib.contextmanager
 def one_line_errors(setting: str, path: epath.Path) -> Iterator[None]:
   """Turns exceptions of gcsfs in the block into errors of one line.
@@ -160,7 +183,7 @@ def one_line_errors(setting: str, path: epath.Path) -> Iterator[None]:
     raise
   except Exception as error:  # gcsfs raises those of several libraries
     text = describe_error(error, path)
-    if _may_pass(error):
+    if may_pass(error):
       raise DataUnavailable(f"{path}: {text}") from error
     raise SettingError(setting, str(path), text) from None
 
@@ -179,7 +202,7 @@ def read_object(path: epath.Path) -> bytes:
     raise
   except Exception as error:  # gcsfs raises those of several libraries
     text = describe_error(error, path)
-    if _may_pass(error):
+    if may_pass(error):
       raise DataUnavailable(f"{path}: {text}") from error
     raise OSError(text) from error
 
@@ -214,6 +237,17 @@ def upload_folder(local: str | os.PathLike[str], folder: epath.Path) -> None:
       file = os.path.join(above, name)
       target = folder / os.path.relpath(file, local)
       upload_file(file, target)
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+  """Moves the objects of a folder to a new folder.
+
+  `epath.Path.rename` fails if nothing lies in the folder above `target`.
+  """
+  names = list_objects(source)
+  old, new = ([f"{folder}/{name}" for name in names] for folder in (source, target))
+  _filesystem().copy(old, new)
+  _filesystem().rm(old)
 
 
 @contextlib.contextmanager
@@ -324,16 +358,11 @@ def _filesystem() -> Any:
   return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
-def _may_pass(error: Exception) -> bool:
-  """Whether an exception of gcsfs may be over at the next start."""
-  code = getattr(error, "code", None) or getattr(error, "status", None)
-  if code is not None and str(code).isdigit():
-    return int(code) in (408, 429) or int(code) >= 500
-  if isinstance(error, ConnectionError | TimeoutError):
-    return True
-  name, library = type(error).__name__, type(error).__module__.split(".")[0]
-  is_of_network = library in ("aiohttp", "requests")
-  return is_of_network or name in ("RefreshError", "TransportError")
+def _is_of_request(error: Exception) -> bool:
+  """Whether an exception came from a request to a bucket."""
+  frames = traceback.walk_tb(error.__traceback__)
+  names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
+  return any(name.split(".")[0] in ("fsspec", *_LIBRARIES) for name in names)
 
 
 def _bucket(path: str | os.PathLike[str]) -> str:
@@ -343,8 +372,10 @@ def _bucket(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def _refused(setting: str, value: str, path: epath.Path) -> Iterator[None]:
-  """Raises SettingError for an exception of the block."""
+  """Raises SettingError or DataUnavailable for an exception of the block."""
   try:
     yield
   except Exception as error:  # gcsfs raises those of several libraries
+    if may_pass(error):
+      raise DataUnavailable(f"{value}: {describe_error(error, path)}") from error
     raise SettingError(setting, value, describe_error(error, path)) from None

@@ -51,6 +51,7 @@ def any_path(setting: str, path: str | os.PathLike[str]) -> AnyPath:
 
   Raises:
     SettingError: see `local_path`; or the bucket cannot be read.
+    DataUnavailable: the bucket does not answer.
   """
   if not buckets.is_bucket(path):
     return local_path(setting, path)

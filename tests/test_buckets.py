@@ -167,6 +167,18 @@ def test_failed_requests_are_told_from_other_errors(bucket):
     assert buckets.reason_of_bucket(other) is None
 
 
+def test_request_that_times_out_is_told_from_other_timeouts(bucket, monkeypatch):
+  async def hang(self, *arguments, **options):
+    raise TimeoutError  # of aiohttp, after five minutes
+
+  monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", hang)
+  with pytest.raises(TimeoutError) as error:
+    epath.Path(f"{bucket}/x").read_bytes()
+  assert "does not answer" in (buckets.reason_of_bucket(error.value) or "")
+  assert buckets.may_pass(error.value)
+  assert buckets.reason_of_bucket(TimeoutError("of something else")) is None
+
+
 def test_missing_package_is_named(monkeypatch):
   def missing(name):
     raise ImportError(f"No module named {name!r}")

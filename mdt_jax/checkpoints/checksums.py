@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from mdt_jax.atomic import atomic_write
-from mdt_jax.buckets import AnyPath, list_objects
+from mdt_jax.buckets import AnyPath, list_objects, one_line_errors
 
 FILE = "checksums.json"  # inside the folder of a checkpoint
 UNFINISHED = f"{FILE} is missing: the save was not finished"
@@ -35,13 +35,16 @@ def damage(folder: AnyPath, items: Sequence[str] | None = None) -> str | None:
 
   Returns:
     A description of the damage for messages; None if the checkpoint is intact.
+
+  Raises:
+    DataUnavailable, SettingError: checksums.json cannot be read from the bucket.
   """
   if isinstance(folder, Path):
     for path in folder.rglob("*"):  # reading a pipe would hang, whoever reads it
       if path.exists() and not (path.is_file() or path.is_dir()):
         return f"{path.relative_to(folder)} is not a file"
   try:
-    written = json.loads((folder / FILE).read_text())
+    written = json.loads(_read(folder / FILE))
     files = written["files"]
     if written[_OWN] != _of_names(files):
       return f"{FILE} is damaged"
@@ -62,6 +65,14 @@ def damage(folder: AnyPath, items: Sequence[str] | None = None) -> str | None:
     if found != files[name]:
       return f"{name} does not match its checksum"
   return None
+
+
+def _read(path: AnyPath) -> bytes:
+  """Reads a file; a bucket that does not answer is no damage."""
+  if isinstance(path, Path):
+    return path.read_bytes()
+  with one_line_errors("path", path):
+    return path.read_bytes()
 
 
 def checksum_of(path: AnyPath) -> str:

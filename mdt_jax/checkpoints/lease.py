@@ -10,6 +10,7 @@ runs one alone gets the lock. No clocks are compared.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -17,13 +18,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
-from mdt_jax.buckets import describe_error
+from mdt_jax.buckets import describe_error, may_pass, one_line_errors
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 
@@ -32,6 +33,7 @@ RENEWAL = 15.0  # seconds between renewals
 POLL = 2.0  # seconds between looks at the lock of another run
 TIMEOUT = 10.0  # seconds for an answer of the bucket
 SETTING = "--workdir"
+_R = TypeVar("_R")
 
 
 class Lease:
@@ -45,9 +47,10 @@ class Lease:
     storage: Any = importlib.import_module("google.cloud.storage")
     self._errors: Any = importlib.import_module("google.api_core.exceptions")
     self._path = path
-    # Without retries: `_renew` and `acquire` try again themselves.
+    # Without retries: `_run` and `_patiently` try again themselves.
     self._options = {"timeout": TIMEOUT, "retry": None}
-    self._storage, self._client = storage, storage.Client()
+    # Credentials of a person may name no project, which only lists of buckets need.
+    self._storage, self._client = storage, storage.Client(project=None)
     self._token = secrets.token_hex(4)
     self._generation = 0  # of the object, as this run has written it
     self._is_lost = False
@@ -65,11 +68,15 @@ class Lease:
 
     Raises:
       SettingError: another run holds the lock.
+      Exception: the bucket cannot be used, or has not answered for `LEASE` seconds.
     """
     seen = 0  # generation of another run's lock
     deadline = 0.0
-    while not self._write(seen):
-      found, owner = self._look()
+    while not self._patiently(functools.partial(self._write, seen)):
+      found, owner = self._patiently(self._look)
+      if owner.get("token") == self._token:  # the answer to `_write` was lost
+        self._generation = found
+        break
       if found == 0:  # the other run has ended
         seen = 0
         continue
@@ -89,7 +96,7 @@ class Lease:
         )
       while time.monotonic() < deadline and found == seen:
         time.sleep(POLL)
-        found, owner = self._look()
+        found, owner = self._patiently(self._look)
       if found == seen:
         logger.warning("taking over the lock of %s, which is gone", _shown(owner))
     self._thread.start()
@@ -122,6 +129,17 @@ class Lease:
           )
       else:
         last = time.monotonic()
+
+  def _patiently(self, request: Callable[[], _R]) -> _R:
+    """Repeats a request for up to `LEASE` seconds while the bucket does not answer."""
+    deadline = time.monotonic() + LEASE
+    while True:
+      try:
+        return request()
+      except Exception as error:  # those of several libraries
+        if not may_pass(error) or time.monotonic() > deadline:
+          raise
+      time.sleep(POLL)
 
   def _renew(self) -> None:
     """Writes the lock again; sets `_is_lost` if it is no longer this run's."""
@@ -183,20 +201,19 @@ def leased(path: epath.Path) -> Iterator[Lease]:
   Raises:
     SettingError: another run holds the lock, the bucket cannot be used, or
       google-cloud-storage is not installed.
+    DataUnavailable: the bucket does not answer.
   """
   try:
-    lease = Lease(path)
-    lease.acquire()
-  except SettingError:
-    raise
+    importlib.import_module("google.cloud.storage")
   except ImportError as error:
     raise SettingError(
       SETTING,
       str(path.parent),
       f"needs google-cloud-storage ({one_line(error)}): pip install -e '.[gcs]'",
     ) from None
-  except Exception as error:  # google-cloud-storage raises those of several libraries
-    raise SettingError(SETTING, str(path.parent), describe_error(error, path)) from None
+  with one_line_errors(SETTING, path.parent):
+    lease = Lease(path)
+    lease.acquire()
   try:
     yield lease
   finally:

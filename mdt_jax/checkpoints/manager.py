@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mdt_jax.buckets import AnyPath, check_readable, list_objects
+from mdt_jax.buckets import AnyPath, check_readable, list_objects, move_folder
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
 from mdt_jax.checkpoints.retries import Retries
@@ -35,7 +35,7 @@ DAMAGED = "damaged"  # folder inside a workdir, for checkpoints moved out of FOL
 COMMIT_SUCCESS = "commit_success.txt"  # of Orbax
 # Packages whose versions a checkpoint records.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-PATIENCE = 60.0  # seconds that a save waits for the previous one
+PATIENCE = 60.0  # seconds that training waits for a save, all in all
 MAX_REASON = 300  # length limit of a library's error message in ours
 
 
@@ -79,6 +79,7 @@ class Checkpoints:
     self._finisher = futures.ThreadPoolExecutor(1, "checksums")
     self._pending: futures.Future[None] | None = None  # the running save
     self._saving = 0  # step of the running save
+    self._patience = PATIENCE  # seconds to wait for the running save
 
   def latest_step(self, until: int | None = None) -> int | None:
     """The latest step with a complete checkpoint, at most `until`; None without one."""
@@ -95,9 +96,10 @@ class Checkpoints:
   ) -> bool:
     """Starts an asynchronous save, after waiting for the previous save.
 
-    Waits for `PATIENCE` seconds at most: if a bucket or a disk does not answer,
-    training continues without this save. A failed save is logged and not raised, so
-    training continues; `must_retry` says when to call `save` with `again`.
+    Waits for `PATIENCE` seconds at most, and then no more for the same save: if a
+    bucket or a disk does not answer, training continues without this save. A failed
+    save is logged and not raised, so training continues; `must_retry` says when to call
+    `save` with `again`.
 
     Args:
       step: number of training steps done.
@@ -113,19 +115,12 @@ class Checkpoints:
     Raises:
       SaveError: `max_failures` saves in a row failed.
     """
-    if not self._is_over():
-      logger.warning(
-        "THE CHECKPOINT OF STEP %d IS NOT SAVED: the save of step %d takes more than "
-        "%g s. Training continues",
-        step,
-        self._saving,
-        PATIENCE,
-      )
+    if not self._is_over(step):
       return False
     if self._end_of_save() or (self._retries.step is not None and not again):
       return False
     not_saved = self._retries.step
-    self._saving = step
+    self._saving, self._patience = step, PATIENCE
     try:
       manager = self._opened()  # fails as long as the disk is away
       if step in manager.all_steps() and step != not_saved:
@@ -319,10 +314,8 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
-    if self._cleans and jax.process_index() == 0:
-      # Orbax's own option would fail each save if a folder cannot be removed.
-      for name in _half_written(self._folder):
-        remove_folder(self._folder / name)
+    if self._cleans:
+      self._clean()
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
@@ -335,18 +328,54 @@ class Checkpoints:
       },
     )
 
+  def _clean(self) -> None:
+    """Removes incomplete checkpoints, before any process looks for complete ones.
+
+    Raises:
+      Exception: the folder cannot be used, on all processes if on process 0.
+    """
+    error: Exception | None = None
+    if jax.process_index() == 0:
+      try:
+        # Orbax's own option would fail each save if a folder cannot be removed.
+        _remove_half_written(self._folder)
+      except Exception as raised:  # gcsfs raises those of several libraries
+        error = raised
+    failure = _on_any_process("" if error is None else _reason(error))
+    if error is not None:
+      raise error
+    if failure:
+      raise OSError(failure)
+
   def _write_checksums(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Waits until Orbax has written a checkpoint, then writes the checksums."""
     manager.wait_until_finished()
     if jax.process_index() == 0:
       checksums.write_checksums(self._folder / str(step))
 
-  def _is_over(self) -> bool:
-    """Whether the running save ends within `PATIENCE` seconds, on all processes."""
+  def _is_over(self, step: int) -> bool:
+    """Whether the running save ends within the patience, on all processes.
+
+    The log names the first step that is not saved for this reason.
+
+    Args:
+      step: the step that is to be saved next.
+    """
     if self._pending is None:
       return True
-    futures.wait([self._pending], PATIENCE)
-    return not _on_any_process("" if self._pending.done() else "busy")
+    futures.wait([self._pending], self._patience)
+    if not _on_any_process("" if self._pending.done() else "busy"):
+      return True
+    if self._patience > 0:
+      logger.warning(
+        "THE CHECKPOINT OF STEP %d IS NOT SAVED: the save of step %d takes more than "
+        "%g s. Training continues without saves until it is over",
+        step,
+        self._saving,
+        PATIENCE,
+      )
+    self._patience = 0.0
+    return False
 
   def _end_of_save(self) -> bool:
     """Waits for the running save and returns whether the save failed.
@@ -383,21 +412,35 @@ class Checkpoints:
       damage,
     )
     if jax.process_index() == 0:
-      aside.parent.mkdir(exist_ok=True)
-      (self._folder / str(step)).rename(aside)
+      checkpoint = self._folder / str(step)
+      if isinstance(checkpoint, Path):
+        aside.parent.mkdir(exist_ok=True)
+        checkpoint.rename(aside)
+      else:
+        move_folder(checkpoint, epath.Path(aside))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"put {step} aside")
     self._opened().reload()
 
 
-def _half_written(folder: AnyPath) -> list[str]:
-  """Names of the folders of saves that were killed."""
+def _remove_half_written(folder: AnyPath) -> None:
+  """Removes the folders of saves that were killed.
+
+  In a bucket, Orbax marks a complete checkpoint by an object. A checkpoint that was
+  copied from a disk may lack this object, and gets it if it has its checksums.
+  """
   if isinstance(folder, Path):
-    return [path.name for path in folder.glob("*.orbax-checkpoint-tmp*")]
-  # In a bucket, Orbax marks a complete checkpoint by an object.
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+      remove_folder(path)
+    return
   names = list_objects(folder)
-  steps = {name.partition("/")[0] for name in names if "/" in name}
-  return [step for step in steps if f"{step}/{COMMIT_SUCCESS}" not in names]
+  for step in sorted({name.partition("/")[0] for name in names if "/" in name}):
+    if f"{step}/{COMMIT_SUCCESS}" in names:
+      continue
+    if f"{step}/{checksums.FILE}" in names:
+      (folder / step / COMMIT_SUCCESS).write_text("copied with its checksums")
+    else:
+      remove_folder(folder / step)
 
 
 def _reason(error: BaseException) -> str:

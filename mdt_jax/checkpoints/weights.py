@@ -111,6 +111,13 @@ def _open_run(path: AnyPath, init: InitSettings) -> Weights:
 
 def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
   """Opens a PyTorch file or a folder in diffusers' format; copies those of a bucket."""
+  if path.name.isdigit() and path.parent.name == loading.FOLDER and path.is_dir():
+    raise SettingError(
+      "path",
+      init.path,
+      f"is a checkpoint of a run: use config.init.path={path.parent.parent} and "
+      f"config.init.step={path.name}",
+    )
   if not isinstance(path, Path) and path.exists():
     with bucket_weights.local_weights(path) as local:
       return _open_file(local, init, target)
@@ -120,13 +127,6 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
   if not isinstance(path, Path) or not os.path.exists(path):
     raise SettingError(
       "path", init.path, "must be a workdir with checkpoints, or a file of weights"
-    )
-  if path.name.isdigit() and path.parent.name == loading.FOLDER and path.is_dir():
-    raise SettingError(
-      "path",
-      init.path,
-      f"is a checkpoint of a run: use config.init.path={path.parent.parent} and "
-      f"config.init.step={path.name}",
     )
   known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
   try:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from mdt_jax.buckets import reason_of_bucket
+from mdt_jax.buckets import may_pass, reason_of_bucket
 from mdt_jax.cli import streams, usage
 from mdt_jax.cli.arguments import Arguments, UsageError, missing_flag, with_value
 from mdt_jax.cli.config_files import (
@@ -134,7 +134,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
   A bad flag or setting ends in one line and exit code 2. A full or failing disk, and
   too little memory, end in one line and exit code 1. Data that cannot be read now, and
-  a bucket that fails, end in one line and exit code 75.
+  a bucket that does not answer, end in one line and exit code 75.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -156,7 +156,9 @@ def run(main: Callable[[list[str]], None]) -> None:
       if (reason := reason_of_machine(error)) is not None:
         _end(f"error: {reason}", EXIT_OTHER)
       if (reason := reason_of_bucket(error)) is not None:
-        _end(f"error: {reason}; repeat the command", EXIT_TRY_AGAIN)
+        if may_pass(error):
+          _end(f"error: {reason}; repeat the command", EXIT_TRY_AGAIN)
+        _end(f"error: {reason}", EXIT_BAD_SETTING)
       if not distributed.is_joined():
         raise
       traceback.print_exception(error)

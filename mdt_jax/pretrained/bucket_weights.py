@@ -12,7 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from mdt_jax import buckets
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.logs import logger
 from mdt_jax.paths import any_path, file_size
 from mdt_jax.pretrained.diffusers_dit import NO_WEIGHTS, SUBFOLDER
@@ -43,6 +43,7 @@ def local_weights(
     SettingError: setting "path": there are no such weights, the bucket cannot be read,
       or the local disk is too small. Errors of the block name the path in the bucket
       instead of the copy.
+    DataUnavailable: the bucket does not answer.
   """
   if not buckets.is_bucket(path):
     yield Path(path)
@@ -99,4 +100,7 @@ def _download(path: epath.Path, copy: Path) -> None:
   except SettingError:
     raise
   except Exception as error:  # gcsfs raises those of several libraries
-    raise SettingError("path", str(path), buckets.describe_error(error, path)) from None
+    text = buckets.describe_error(error, path)
+    if buckets.may_pass(error):
+      raise DataUnavailable(f"{path}: {text}") from error
+    raise SettingError("path", str(path), text) from None

@@ -23,7 +23,7 @@ from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost; JAX's own: 100
@@ -223,8 +223,8 @@ def together() -> Iterator[None]:
 
   Raises:
     Exception: the exception of this process. A process without an exception raises
-      SettingError if the first failed process raised SettingError, and RuntimeError
-      otherwise, so all processes end with the same exit code.
+      SettingError or DataUnavailable if the first failed process raised this type, and
+      RuntimeError otherwise, so all processes end with the same exit code.
   """
   error: Exception | None = None
   try:
@@ -232,13 +232,16 @@ def together() -> Iterator[None]:
   except Exception as raised:
     error = raised
   if jax.process_count() > 1:
-    here = np.array([error is not None, isinstance(error, SettingError)])
-    failed, can_be_mended = multihost_utils.process_allgather(here).T
+    kinds = (Exception, SettingError, DataUnavailable)
+    here = np.array([isinstance(error, kind) for kind in kinds])
+    failed, can_be_mended, may_pass = multihost_utils.process_allgather(here).T
     if failed.any() and error is None:
       first = int(np.argmax(failed))
       text = "this process failed and stops all processes; see its output"
       if can_be_mended[first]:
         error = SettingError("--process_id", first, text)
+      elif may_pass[first]:
+        error = DataUnavailable(f"process {first}: {text}")
       else:
         error = RuntimeError(f"process {first}: {text}")
   if error is not None:

@@ -92,7 +92,8 @@ class Hook(abc.ABC):
       made = self._make(done, ema, stops)
     except Stopped:
       if jax.process_index() == 0:  # the next start of the run tries again
-        self._tried(done).unlink(missing_ok=True)
+        with tolerate(f"{self.what} of step {done}"):
+          self._tried(done).unlink(missing_ok=True)
       raise
     except Exception as error:
       is_of_setting = isinstance(error, SettingError)

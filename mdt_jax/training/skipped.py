@@ -16,6 +16,7 @@ from mdt_jax.data.loader import batch_indices
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import logger
 from mdt_jax.settings import Settings
+from mdt_jax.training.events import tolerate
 from mdt_jax.training.step import Metrics
 
 DIAGNOSIS = "diagnosis.json"  # in the workdir
@@ -102,7 +103,8 @@ class SkippedSteps:
         ],
         "last_checkpoint": last_saved,
       }
-      write_json(self._path, found)
+      with tolerate(DIAGNOSIS):  # the error below matters more
+        write_json(self._path, found)
     steps = ", ".join(str(skipped.step) for skipped in self._found)
     batches = ", ".join(str(skipped.batch) for skipped in self._found)
     raise SettingError(

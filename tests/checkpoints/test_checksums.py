@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from etils import epath
 
 from mdt_jax.checkpoints import checksums
+from mdt_jax.errors import DataUnavailable
 
 FILES = {"state/d/0": b"\0" * 5000, "state/meta": b"{}", "config/metadata": b"seed"}
 
@@ -63,3 +65,17 @@ def test_every_byte_of_the_checksums_file_is_protected(folder):
 
 def test_folder_without_checksums_is_unfinished(tmp_path):
   assert "not finished" in checksums.damage(tmp_path)
+
+
+def test_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
+  folder = epath.Path(bucket)
+  (folder / "ema").write_bytes(b"x")
+  checksums.write_checksums(folder)
+  assert checksums.damage(folder) is None
+
+  def refuse(path):
+    raise TimeoutError
+
+  monkeypatch.setattr(type(folder), "read_bytes", refuse)
+  with pytest.raises(DataUnavailable, match="does not answer"):
+    checksums.damage(folder)

@@ -10,7 +10,7 @@ from etils import epath
 
 from mdt_jax.checkpoints import lease
 from mdt_jax.checkpoints.lock import LOCK, locked
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import DataUnavailable, SettingError
 from tests import forked
 from tests.fake_bucket import wait_for
 
@@ -97,6 +97,33 @@ def test_renewal_whose_answer_is_lost_does_not_lose_the_lock(workdir):
     wait_for(lambda: lock._generation != before)
     time.sleep(0.3)
     assert not lock.is_lost()
+
+
+def test_first_write_whose_answer_is_lost_gets_the_lock(workdir, monkeypatch):
+  write, answers = lease.Lease._write, []
+
+  def lose_first_answer(self, generation):
+    answers.append(write(self, generation))
+    if len(answers) == 1:
+      raise ConnectionResetError
+    return answers[-1]
+
+  monkeypatch.setattr(lease.Lease, "_write", lose_first_answer)
+  start = time.monotonic()
+  with locked(workdir) as lock:
+    assert time.monotonic() - start < lease.LEASE / 2
+    assert not lock.is_lost()
+
+
+def test_bucket_that_does_not_answer_is_no_bad_setting(workdir, monkeypatch):
+  def refuse(self, generation):
+    raise ConnectionRefusedError
+
+  monkeypatch.setattr(lease.Lease, "_write", refuse)
+  monkeypatch.setattr(lease, "LEASE", 0.1)
+  away = pytest.raises(DataUnavailable, match="does not answer")
+  with away, locked(workdir):
+    pass
 
 
 def test_damaged_lock_is_taken_over_after_the_lease(workdir, monkeypatch):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 
 import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from mdt_jax.checkpoints import checksums, retries
+from mdt_jax.buckets import list_objects
+from mdt_jax.checkpoints import checksums, manager, retries
 from mdt_jax.checkpoints.loading import load_ema
 from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
 from mdt_jax.checkpoints.retries import SaveError
@@ -204,6 +207,20 @@ def test_only_the_saving_run_removes_unfinished_checkpoints(tmp_path):
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "7"]
 
 
+def test_checkpoint_that_was_copied_to_a_bucket_is_kept(bucket):
+  config = tiny_dit_config()
+  state = save(bucket, config)
+  folder = epath.Path(bucket) / "checkpoints"
+  for name in list_objects(folder):
+    if name.endswith(manager.COMMIT_SUCCESS):  # earlier versions of Orbax write none
+      (folder / name).unlink()
+  checksums.write_checksums(folder / "7")
+  (folder / "9" / "state").write_bytes(b"half of a save")
+  Checkpoints(bucket, 2, cleans=True).close()
+  assert [path.name for path in folder.iterdir()] == ["7"]
+  assert_same(restore(bucket, state, config), state)
+
+
 def restore(folder, state, config):
   checkpoints = Checkpoints(folder, 2)
   try:
@@ -226,6 +243,18 @@ def test_damaged_checkpoint_is_moved_and_the_previous_one_loaded(tmp_path, caplo
   assert not (tmp_path / "checkpoints" / "8").exists()
   (aside,) = (tmp_path / "damaged").iterdir()
   assert aside.name.startswith("8_")
+
+
+def test_damaged_checkpoint_in_a_bucket_is_moved(bucket):
+  config = tiny_dit_config()
+  state = save(bucket, config, steps=(7, 8))
+  folder = epath.Path(bucket)
+  (folder / "checkpoints" / "8" / "checksums.json").unlink()  # killed before it
+  before = {name for name in list_objects(folder) if "/8/" in name}
+  assert_same(restore(bucket, state, config), state)
+  assert not (folder / "checkpoints" / "8").exists()
+  (aside,) = (folder / "damaged").iterdir()
+  assert len(list_objects(aside)) == len(before) > 5
 
 
 def test_restore_fails_when_every_checkpoint_is_damaged(tmp_path):
@@ -312,6 +341,29 @@ def test_saves_fail_while_the_disk_is_away_and_succeed_afterwards(
     assert checkpoints.save(4, state, config.to_dict(), again=True)
   assert sorted(path.name for path in disk.iterdir()) == ["1", "4"]
   assert checksums.damage(disk / "4") is None
+
+
+def test_training_waits_once_for_a_save_that_hangs(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(manager, "PATIENCE", 0.5)
+  write, goes_on = checksums.write_checksums, threading.Event()
+  monkeypatch.setattr(
+    checksums, "write_checksums", lambda folder: goes_on.wait(60) and write(folder)
+  )
+  config = tiny_dit_config()
+  state = make_state(config)
+  with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+    assert checkpoints.save(1, state, config.to_dict())
+    start = time.monotonic()
+    assert not checkpoints.save(2, state, config.to_dict())
+    first = time.monotonic() - start
+    for step in range(3, 13):
+      assert not checkpoints.save(step, state, config.to_dict())
+    assert first >= 0.5 and time.monotonic() - start < 2
+    assert caplog.text.count("IS NOT SAVED") == 1
+    goes_on.set()
+    monkeypatch.setattr(manager, "PATIENCE", 60)
+    checkpoints.finish(13, state, config.to_dict())
+  assert checksums.damage(tmp_path / "checkpoints" / "13") is None
 
 
 def test_last_save_is_retried_until_it_succeeds(tmp_path, monkeypatch):
