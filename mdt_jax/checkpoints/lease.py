@@ -61,6 +61,13 @@ class Lease:
     """Whether the workdir was deleted, or belongs to another run by now."""
     return self._is_lost
 
+  def check_role(self) -> None:
+    """Asks for the bucket's properties, as Orbax does when it deletes a checkpoint.
+
+    Without the permission storage.buckets.get, a run would fail hours after its start.
+    """
+    self._client.get_bucket(self._object().bucket.name, **self._options)
+
   def acquire(self) -> None:
     """Takes the lock, and starts to renew it.
 
@@ -213,6 +220,7 @@ def leased(path: epath.Path) -> Iterator[Lease]:
     ) from None
   with one_line_errors(SETTING, path.parent):
     lease = Lease(path)
+    lease.check_role()
     lease.acquire()
   try:
     yield lease
