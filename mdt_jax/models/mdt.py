@@ -94,6 +94,7 @@ class Attention(nn.Module):
     query, key, value = jnp.unstack(qkv, axis=2)
     bias = None
     if self.bias_rows:
+      assert index is not None
       # timm truncates this normal at 2, a hundred standard deviations away: no effect.
       shape = (self.bias_rows, self.num_heads)
       table = self.param("relative_position_bias", normal_init, shape, jnp.float32)

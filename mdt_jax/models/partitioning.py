@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import flax.linen as nn
 import jax
-from flax.linen.spmd import with_logical_constraint
+from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
 from jax.custom_derivatives import linear_call
 from jax.sharding import PartitionSpec
 
@@ -80,7 +80,7 @@ def look_up(table: Array, index: Array) -> Array:
     table: (rows, …).
     index: (1 or B, …), integers.
   """
-  axes = nn.logical_to_mesh_axes(("batch",))[0]
+  axes = next(iter(logical_to_mesh_axes(("batch",)) or ()), None)
   mesh = jax.sharding.get_abstract_mesh()
   is_alone = len(index) == 1 or not isinstance(axes, str) or axes not in mesh.shape
   if is_alone or not mesh.manual_axes or len(index) % mesh.shape[axes]:
