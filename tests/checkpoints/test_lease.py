@@ -36,8 +36,8 @@ def hold(workdir):
     time.sleep(60)
 
 
-def test_second_run_is_refused_and_told_of_the_first(workdir):
-  process = forked.Forked(hold, str(workdir))
+def test_second_run_is_refused_and_told_of_the_first(workdir, bucket_environment):
+  process = forked.Forked(hold, str(workdir), environment=bucket_environment)
   process.wait_for("held")
   with pytest.raises(SettingError) as error, locked(workdir):
     pass
@@ -46,8 +46,10 @@ def test_second_run_is_refused_and_told_of_the_first(workdir):
   assert f"process {process.pid} on " in error.value.accepted
 
 
-def test_lock_of_a_killed_process_of_this_machine_is_taken_over_at_once(workdir):
-  process = forked.Forked(hold, str(workdir))
+def test_lock_of_a_killed_process_of_this_machine_is_taken_over_at_once(
+  workdir, bucket_environment
+):
+  process = forked.Forked(hold, str(workdir), environment=bucket_environment)
   process.wait_for("held")
   process.kill()
   start = time.monotonic()
