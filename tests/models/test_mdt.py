@@ -27,6 +27,7 @@ PARAMETER_COUNTS = {
   "MDTv2-S/2": 38_454_872,
   "MDTv2-B/2": 152_112_272,
   "MDTv2-XL/2": 742_263_904,
+  "SiT-XL/2": 675_129_632,
 }
 TINY = dict(input_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10)
 
@@ -270,8 +271,9 @@ def test_label_dropout_needs_its_rng_stream():
     apply(model, reference.random_params(model), x, y, y, train=True)
 
 
-def test_dit_refuses_a_mask():
-  model = create_model("DiT-S/2", **TINY)
+@pytest.mark.parametrize("name", ["DiT-S/2", "SiT-S/2"])
+def test_network_without_side_interpolater_refuses_a_mask(name):
+  model = create_model(name, **TINY)
   x, y = jnp.zeros((1, 8, 8, 4)), jnp.array([0])
   mask = random_token_mask(jax.random.key(0), 1, 16, 8)
   with pytest.raises(ValueError, match="token_mask must be None"):
@@ -279,7 +281,8 @@ def test_dit_refuses_a_mask():
 
 
 BAD = [
-  ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, MDT, MDTv2"),
+  ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, SiT, MDT, MDTv2"),
+  ("SiT-S/2", "learn_sigma", True, "must be False for SiT"),
   ("MDT-S/2", "remat", "some", "accepted are none, full, dots"),
   ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16"),
   *(
