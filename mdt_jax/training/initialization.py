@@ -28,7 +28,7 @@ from mdt_jax.types import Array, Params
 
 _CLASSES = "config.init.classes"
 # Settings of config.diffusion that decide what the outputs of a network mean.
-_MEANING = ("process", "prediction", "schedule", "num_timesteps")
+_MEANING = ("process", "arguments", "prediction", "schedule", "num_timesteps")
 
 
 class Initialization:
