@@ -127,6 +127,7 @@ BAD = [
   ("data.num_threads", -1, "must be at least 0"),
   ("data.num_workers", -1, "must be at least 0"),
   ("model.mlp_ratio", 0.0, "must be above 0"),
+  ("model.patch_bottleneck", -1, "must be at least 0"),
   ("optimizer.b1", 1.5, "must lie in [0, 1)"),
   ("ema_decays", (), "must be one or more numbers in [0, 1)"),
   ("diffusion.schedule", "sqrt", "accepted are linear, cosine"),

@@ -164,7 +164,8 @@ def released_weights(checkpoint: loading.Checkpoint) -> tuple[Tensors, dict[str,
     SettingError: released networks are not of this form; see `torch_mdt.to_torch`.
   """
   attributes = torch_mdt.attributes_of(checkpoint.experiment.model)
-  names = {name: f"config.model.{name}" for name in ("input_size", "condition")}
+  checked = ("input_size", "patch_bottleneck", "condition")
+  names = {name: f"config.model.{name}" for name in checked}
   with renamed_in_errors(names):
     tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   diffusion = checkpoint.experiment.settings.diffusion

@@ -222,6 +222,8 @@ class MDT(Network, kw_only=True):
     num_heads: number of attention heads.
     decode_depth: number of blocks after the side-interpolater; DiT and SiT ignore it.
     mlp_ratio: hidden width of the MLP divided by D.
+    patch_bottleneck: R, width of a linear layer between a patch and the embedding of
+      its token, for large patches of pixels; 0: none. See `PatchEmbed`.
     dtype: compute dtype. Parameters, softmax and LayerNorm are float32.
     remat: "none", "full" or "dots": which activations the backward pass recomputes; see
       `layers.REMAT_POLICIES`. On CPUs, remat saves memory only if unroll is 1.
@@ -240,6 +242,7 @@ class MDT(Network, kw_only=True):
   num_heads: int = 6
   decode_depth: int = 6
   mlp_ratio: float = 4.0
+  patch_bottleneck: int = 0
   dtype: Dtype = jnp.float32
   remat: str = "none"
   forward_mode: bool = False
@@ -307,7 +310,8 @@ class MDT(Network, kw_only=True):
 
     width, dtype = self.hidden_size, self.dtype
     options = dict(dtype=dtype, forward_mode=self.forward_mode)
-    patch_embed = PatchEmbed(self.patch_size, width, **options, name="patch_embed")
+    sizes = self.patch_size, width, self.patch_bottleneck
+    patch_embed = PatchEmbed(*sizes, **options, name="patch_embed")
     embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
 
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
@@ -419,6 +423,8 @@ class MDT(Network, kw_only=True):
       self.hidden_size % heads == 0 and self.hidden_size % 4 == 0,
       f"must be divisible by num_heads = {heads} and by 4",
     )
+    holds = self.patch_bottleneck >= 0
+    self._require("patch_bottleneck", holds, "must be at least 0")
     holds = self.mlp_ratio * self.hidden_size >= 1
     self._require("mlp_ratio", holds, "must be above 0")
     if self.takes_mask:

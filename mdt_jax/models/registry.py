@@ -29,7 +29,7 @@ SIZES = {
   "L": dict(hidden_size=1024, depth=24, num_heads=16),
   "XL": dict(hidden_size=1152, depth=28, num_heads=16),
 }
-PATCH_SIZES = (2, 4, 8)
+PATCH_SIZES = (2, 4, 8, 16)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

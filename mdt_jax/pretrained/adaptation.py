@@ -297,16 +297,23 @@ class Adaptation:
     )
 
   def _patch_embedding(self, path: str) -> Start:
-    """Starts the patch embedding: its kernel (p p C, D), or its bias (D,)."""
-    source, target = self.source, self.target
+    """Starts the patch embedding: its kernel (p p C, D), or its bias (D,).
+
+    With a bottleneck of width R, its kernels are (p p C, R) and (R, D).
+    """
+    source: Any = self.source
+    target: Any = self.target
     old, new, channels = source.patch_size, target.patch_size, target.in_channels
+    there, here = source.patch_bottleneck, target.patch_bottleneck
+    if there != here:
+      return _new(f"patch_bottleneck is {there} there, {here} here")
     if (old, source.in_channels) == (new, channels):
       return self._same(path)
     if source.in_channels != channels:
       return _new(f"{source.in_channels} channels there, {channels} here")
     if self._patches == "fresh":
       return _new(f"patches of {old} pixels there, {new} here")
-    if path.endswith("bias"):
+    if not path.endswith("bottleneck/kernel" if here else "linear/kernel"):
       return self._same(path)
     self._used.add(path)
 
@@ -388,6 +395,7 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
   "label_embed/table": Adaptation._labels,
   "pos_embed": Adaptation._positions,
   "decode_pos_embed": Adaptation._positions,
+  "patch_embed/bottleneck/kernel": Adaptation._patch_embedding,
   "patch_embed/linear/kernel": Adaptation._patch_embedding,
   "patch_embed/linear/bias": Adaptation._patch_embedding,
   "final_layer/linear/kernel": Adaptation._last_layer,

@@ -256,7 +256,7 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 
   Raises:
     SettingError: an attribute is invalid, the input is not a square, or the network has
-      a condition other than labels.
+      a bottleneck before its tokens or a condition other than labels.
   """
   model = create_model(**attributes)
   height, width, _ = model.input_shape
@@ -265,6 +265,10 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
       "input_size",
       (height, width),
       "must be a square: released networks hold no others",
+    )
+  if bottleneck := getattr(model, "patch_bottleneck", 0):
+    raise SettingError(
+      "patch_bottleneck", bottleneck, "must be 0: released networks have none"
     )
   if model.condition is not None:
     raise SettingError(

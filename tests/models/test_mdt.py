@@ -180,6 +180,7 @@ def test_parameter_counts_match_the_released_code(name, expected):
   [
     dict(in_channels=1, num_classes=1, learn_sigma=False),
     dict(in_channels=3, patch_size=4),
+    dict(in_channels=3, patch_size=4, patch_bottleneck=5),
     dict(input_size=6, hidden_size=24),
     dict(input_size=8, patch_size=8),
     dict(input_size=(4, 10)),
@@ -309,6 +310,7 @@ BAD = [
   ("MDT-S/2", "label_dropout", -0.1, "must lie in [0, 1)"),
   ("MDT-S/2", "label_dropout", 1.0, "must lie in [0, 1)"),
   ("MDT-S/2", "mlp_ratio", 0.0, "must be above 0"),
+  ("MDT-S/2", "patch_bottleneck", -1, "must be at least 0"),
   ("MDT-S/2", "unroll", 0, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "unroll", -2, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "decode_depth", 0, "must lie in [1, depth = 12]"),

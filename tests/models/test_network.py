@@ -77,6 +77,7 @@ def test_mdt_attributes_keep_their_defaults():
       num_heads=6,
       decode_depth=6,
       mlp_ratio=4.0,
+      patch_bottleneck=0,
       label_dropout=0.1,
       learn_sigma=True,
       dtype=jnp.float32,

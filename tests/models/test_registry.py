@@ -24,8 +24,8 @@ def small(variant):
   return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
 
 
-def test_there_are_48_presets():
-  assert len(MODELS) == 4 * 4 * 3
+def test_there_are_64_presets():
+  assert len(MODELS) == 4 * 4 * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -138,6 +138,16 @@ TREES = {
 def test_parameter_tree_matches_old_checkpoints(variant):
   flat = flax.traverse_util.flatten_dict(abstract_params(small(variant)), sep="/")
   assert {path: leaf.shape for path, leaf in flat.items()} == TREES[variant]
+
+
+def test_bottleneck_adds_a_kernel_and_narrows_another():
+  model = small("DiT").clone(patch_bottleneck=3)
+  flat = flax.traverse_util.flatten_dict(abstract_params(model), sep="/")
+  expected = TREES["DiT"] | {
+    "patch_embed/bottleneck/kernel": (16, 3),
+    "patch_embed/linear/kernel": (3, 16),
+  }
+  assert {path: leaf.shape for path, leaf in flat.items()} == expected
 
 
 # The last entry of every random parameter, drawn with key 3. If these values change, a

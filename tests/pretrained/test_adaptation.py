@@ -160,6 +160,18 @@ def test_other_patch_size(patches):
   np.testing.assert_array_equal(found["pos_embed"], params_of(source)["pos_embed"])
 
 
+def test_bottleneck_is_resized_or_starts_anew():
+  source = tiny(patch_bottleneck=8)
+  other, adaptation = start(source, tiny(patch_bottleneck=8, patch_size=4))
+  assert other["patch_embed/bottleneck/kernel"].shape == (48, 8)
+  assert adaptation.starts["patch_embed/bottleneck/kernel"].how == "resized"
+  kept = "patch_embed/linear/kernel"
+  np.testing.assert_array_equal(other[kept], params_of(source)[kept])
+  _, adaptation = start(source, tiny())
+  assert adaptation.starts[kept].how == "new values"
+  assert adaptation.dropped == ["patch_embed/bottleneck/kernel"]
+
+
 def test_enlarged_images_have_the_embeddings_of_the_images():
   """The network with patches of 4 embeds an enlarged image as the old one the image."""
   source, target = tiny(), tiny(patch_size=4, input_size=16)

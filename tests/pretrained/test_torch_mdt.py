@@ -283,6 +283,13 @@ def test_to_torch_refuses_invalid_attributes():
   assert caught.value.setting == "decode_depth"
 
 
+def test_to_torch_refuses_a_bottleneck():
+  attributes, params = reference.load_model("dit")
+  with pytest.raises(SettingError) as caught:
+    to_torch({**attributes, "patch_bottleneck": 4}, params)
+  assert (caught.value.setting, caught.value.value) == ("patch_bottleneck", 4)
+
+
 @pytest.mark.parametrize("name", ["from_tensors", "from_torch", "to_torch"])
 def test_earlier_module_exports_the_same_functions(name):
   assert getattr(earlier, name) is getattr(torch_mdt, name)
