@@ -37,8 +37,8 @@ class ModelSettings:
   num_classes: int = 1000
   # Height and width of a patch, in pixels or latents; a patch is one token.
   patch_size: int | None = None
-  # Width of a linear layer between a patch and its token, at least 0; 0: none. It is for
-  # large patches of pixels, such as 128 for patches of 16x16x3 (JiT).
+  # Width of a linear layer between a patch and its token, at least 0; 0: none. Large
+  # patches of pixels use it, such as 128 for patches of 16x16x3 (JiT).
   patch_bottleneck: int = 0
   # Width of the transformer; divisible by num_heads and by 4.
   hidden_size: int | None = None

@@ -170,6 +170,8 @@ def _sampling(settings: Settings) -> Iterator[tuple[str, str]]:
   names = ["process"]
   if diffusion.process == "gaussian":
     names += ["schedule", "num_timesteps", "prediction", "variance", "loss_weight"]
+  else:
+    names += ["arguments"]
   for name in names:
     yield f"`config.diffusion.{name}`", _code(str(getattr(diffusion, name)))
   for name, value in dataclasses.asdict(sampling).items():
