@@ -174,12 +174,14 @@ def build_sampler(settings: Settings, process: Process) -> Sampler:
         channels=chosen.cfg_channels or None,
         interval=chosen.cfg_interval,
         num_timesteps=process.end_network_time,
+        clean_time=process.clean_network_time,
       ),
       method=chosen.method,
       num_steps=chosen.num_steps,
       spacing=chosen.spacing,
       eta=chosen.eta,
       clip_denoised=chosen.clip_denoised,
+      arguments=chosen.arguments,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -88,6 +89,20 @@ def check_range(setting: str, value: float | None, low: float, high: float) -> N
     raise SettingError(setting, value, f"must lie in [{low:,}, {high:,}]")
 
 
+def check_number(setting: str, value: Any, *, above: float | None = None) -> None:
+  """Raises SettingError unless `value` is a number, finite, and above a limit.
+
+  Args:
+    setting, value: the setting.
+    above: the exclusive limit; None for none.
+  """
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value):
+    raise SettingError(setting, value, "must be a number")
+  if above is not None and not value > above:
+    raise SettingError(setting, value, f"must be above {above:g}")
+
+
 def check_arguments(
   function: Callable[..., Any], given: Mapping[str, Any], what: str
 ) -> None:
@@ -103,7 +118,8 @@ def check_arguments(
     return
   for name, value in given.items():
     if name not in parameters:
-      raise SettingError(name, value, f"is no setting of {what}")
+      known = ", ".join(sorted(parameters)) or "none"
+      raise SettingError(name, value, f"is no setting of {what}; accepted are {known}")
   for name, parameter in parameters.items():
     if parameter.default is parameter.empty and name not in given:
       raise SettingError(name, None, f"must be given: a setting of {what}")

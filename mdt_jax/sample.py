@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import mdt_jax.interrupts  # noqa: F401
 
+import contextlib
+import json
 import os
 from typing import Any
 
@@ -61,7 +63,15 @@ NUM_IMAGES = flags.DEFINE_integer(
 METHOD = flags.DEFINE_string(
   "method",
   None,
-  "Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde. Default: the run's.",
+  "Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde; for runs of flow or edm also "
+  "ode_euler, ode_midpoint, ode_heun, ode_heun3, ode_rk4, sde, sde_heun and edm; not "
+  "ddpm and ddim. Default: the run's.",
+)
+ARGUMENTS = flags.DEFINE_string(
+  "arguments",
+  None,
+  "More arguments of the samplers sde, sde_heun and edm, as a dict in quotes: "
+  "'{\"churn\": 40.0}'. Default: the run's, if the sampler is.",
 )
 NUM_STEPS = flags.DEFINE_integer(
   "num_steps",
@@ -213,6 +223,7 @@ def _sampling() -> dict[str, Any]:
   """Settings of config.sampling that flags change."""
   flag_values = {
     "method": METHOD.value,
+    "arguments": _arguments(),
     "num_steps": NUM_STEPS.value,
     "spacing": SPACING.value,
     "eta": ETA.value,
@@ -222,6 +233,17 @@ def _sampling() -> dict[str, Any]:
     "cfg_interval": _interval(),
   }
   return {name: value for name, value in flag_values.items() if value is not None}
+
+
+def _arguments() -> dict[str, Any] | None:
+  text = ARGUMENTS.value
+  with contextlib.suppress(ValueError):
+    found = None if text is None else json.loads(text)
+    if found is None or isinstance(found, dict):
+      return found
+  raise SettingError(
+    "arguments", text, "must be a dict in quotes, such as '{\"churn\": 40.0}'"
+  )
 
 
 def _interval() -> tuple[float, ...] | None:

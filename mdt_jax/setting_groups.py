@@ -111,10 +111,10 @@ class MaskingSettings:
 class DiffusionSettings:
   """The process. Settings after `arguments` belong to the process gaussian."""
 
-  # gaussian (discrete DDPM), or a process of your own (a key of
-  # mdt_jax.diffusion.PROCESSES).
+  # gaussian (discrete DDPM), flow (SiT, flow matching), edm, or a process of your own
+  # (a key of mdt_jax.diffusion.PROCESSES). See docs/processes.md.
   process: str = "gaussian"
-  # Arguments of a process of your own: '{"scale": 2.0}'.
+  # Arguments of any other process than gaussian: '{"path": "gvp"}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # Noise schedule: linear or cosine.
   schedule: str = "linear"
@@ -136,7 +136,7 @@ class DiffusionSettings:
       return dict(self.arguments)
     if self.arguments:
       raise SettingError(
-        "arguments", self.arguments, "are of a process of your own, not of gaussian"
+        "arguments", self.arguments, "must be empty for the process gaussian"
       )
     named = dataclasses.asdict(self)
     return {name: named[name] for name in named if name not in ("process", "arguments")}
@@ -321,8 +321,13 @@ class MeshSettings:
 class SamplingSettings:
   """How images are drawn in training; also the defaults of mdt_jax.sample."""
 
-  # Sampler: ddpm, ddim, euler, heun, dpm++ or dpm++sde.
+  # Sampler: ddpm or ddim (process gaussian); euler, heun, dpm++ or dpm++sde (every
+  # process); ode_euler, ode_midpoint, ode_heun, ode_heun3, ode_rk4, sde, sde_heun or
+  # edm (processes in continuous time, such as flow and edm). See docs/sampling.md.
   method: str = "ddpm"
+  # More arguments of sde, sde_heun ('{"diffusion": "sbdm", "last_step": "tweedie"}') or
+  # edm ('{"churn": 40.0}').
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # Sampling steps, in [1, diffusion.num_timesteps]. euler, heun, dpm++ and dpm++sde
   # need 10 to 30 steps; heun calls the network twice a step.
   num_steps: int = 250

@@ -121,7 +121,7 @@ class Settings:
   def to_config(self) -> ConfigDict:
     """Returns a locked ConfigDict; only the groups `arguments` take new names."""
     config = to_config(self).lock()
-    for name in ("objective", "diffusion", "optimizer"):
+    for name in ("objective", "diffusion", "optimizer", "sampling"):
       group: Any = config[name]
       group.arguments.unlock()
     return config
@@ -203,6 +203,8 @@ class Settings:
           "is chosen when a checkpoint is loaded: by --ema_decay, or "
           "Pipeline.from_checkpoint(…, ema_decay=…)",
         )
+    if changes.get("method", self.sampling.method) != self.sampling.method:
+      changes = {"arguments": {}, **changes}  # those of the run are of its method
     types_of = typing.get_type_hints(SamplingSettings)
     parsed = {
       name: parse_value(value, types_of[name], f"config.sampling.{name}")

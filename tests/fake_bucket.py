@@ -55,6 +55,7 @@ class FakeBucket:
 
   def start(self) -> None:
     """Starts the server, and waits until it answers."""
+    self._remove_half_written()
     address = f"127.0.0.1:{self._port}"
     host, port = address.split(":")
     command = [self._program, "-scheme", "http", "-host", host, "-port", port]
@@ -74,6 +75,18 @@ class FakeBucket:
     assert self._process is not None
     self._process.send_signal(signal.SIGKILL)
     self._process.wait()
+
+  def _remove_half_written(self) -> None:
+    """Removes the files whose objects a kill of the server left without properties.
+
+    Google's objects are written at once or not at all. This server would answer each
+    list of the bucket with 404 from then on.
+    """
+    if not hasattr(os, "listxattr"):  # other systems keep properties in files
+      return
+    for path in (self._folder / BUCKET).rglob("*"):
+      if path.is_file() and "user.metadata" not in os.listxattr(path):
+        path.unlink()
 
   def names(self, prefix: str = "") -> list[str]:
     """Names of the objects, sorted."""

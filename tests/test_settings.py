@@ -336,7 +336,7 @@ def test_optional_setting_keeps_its_type():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"steps": 3}, r"^steps = 3: is no setting of sampling: cfg_channels, "),
+    ({"steps": 3}, r"^steps = 3: is no setting of sampling: arguments, cfg_channels, "),
     ({"ema_decay": 0.9}, r"^config\.sampling\.ema_decay = 0\.9: is chosen when"),
     ({"eta": "1"}, r"^config\.sampling\.eta = '1': must be of type float"),
     ({"num_steps": 0}, r"^config\.sampling\.num_steps = 0: must lie in \[1, "),
@@ -358,7 +358,7 @@ def test_settings_of_a_later_version_are_ignored_with_a_warning(caplog):
 @pytest.mark.parametrize(
   ("group", "message"),
   [
-    ("diffusion", "not of gaussian"),
+    ("diffusion", "must be empty for the process gaussian"),
     ("objective", r"config\.masking"),
   ],
 )

@@ -236,6 +236,11 @@ class GaussianDiffusion(Process):
       log_snr(self.alphas_cumprod),
     )
 
+  def num_edit_steps(self, strength: float) -> int:
+    """Number of steps up to the share `strength` of the original process."""
+    limit = strength * (self.num_original_timesteps - 1)
+    return int(np.count_nonzero(self.timesteps <= limit))
+
   def network_time(self, t: Array) -> Int[Array, " B"]:
     """Returns the original timesteps (B,) of steps t (B,)."""
     return jnp.asarray(self.timesteps, jnp.int32)[t]

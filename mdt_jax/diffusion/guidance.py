@@ -24,6 +24,8 @@ class Guidance:
     channels: number of leading channels to guide; None for all.
     interval: (low, high) range of t / T, inclusive, in which to guide.
     num_timesteps: T, the time that the network receives at full noise.
+    clean_time: time that the network receives without noise. If it is not 0, t / T
+      means (t - clean_time) / (T - clean_time).
   """
 
   scale: float = 1.0
@@ -31,6 +33,7 @@ class Guidance:
   channels: int | None = 3
   interval: tuple[float, float] = WHOLE
   num_timesteps: float = 1000
+  clean_time: float = 0.0
 
   def apply(
     self,
@@ -60,12 +63,17 @@ class Guidance:
       channels=self.channels,
       interval=self.interval,
       num_timesteps=self.num_timesteps,
+      clean_time=self.clean_time,
       one_batch=one_batch,
     )
 
 
 def power_cosine_scale(
-  t: Array, scale: float, power: float, num_timesteps: float = 1000
+  t: Array,
+  scale: float,
+  power: float,
+  num_timesteps: float = 1000,
+  clean_time: float = 0.0,
 ) -> Array:
   """Computes the guidance scale at timestep t (MDT, arXiv 2303.14389, section 4.1).
 
@@ -77,12 +85,31 @@ def power_cosine_scale(
     scale: guidance scale w.
     power: see the equation.
     num_timesteps: T.
+    clean_time: see `Guidance`.
 
   Returns:
     (B,) float32.
   """
-  fraction = (1 - t.astype(jnp.float32) / num_timesteps) ** power
+  noise_share = (t.astype(jnp.float32) - clean_time) / (num_timesteps - clean_time)
+  fraction = (1 - noise_share) ** power
   return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * fraction)) / 2
+
+
+def noise_above(
+  t: Array, share: float, num_timesteps: float, clean_time: float = 0.0
+) -> Array:
+  """Compares times with the time at a share of the process.
+
+  Args:
+    t: (B,) times that the network receives.
+    share: share of the process in [0, 1], from no noise.
+    num_timesteps, clean_time: see `Guidance`.
+
+  Returns:
+    (B,) difference, above 0 where t has more noise than the time at `share`.
+  """
+  limit = clean_time + share * (num_timesteps - clean_time)
+  return t - limit if num_timesteps > clean_time else limit - t
 
 
 def guided(
@@ -95,6 +122,7 @@ def guided(
   channels: int | None = 3,
   interval: tuple[float, float] = WHOLE,
   num_timesteps: float = 1000,
+  clean_time: float = 0.0,
   one_batch: bool = True,
 ) -> ModelFn:
   """Turns a conditional network into a guided function for samplers.
@@ -113,7 +141,7 @@ def guided(
       guides the first 3 of 4, a remnant of GLIDE.
     interval: (low, high) range of t / T, inclusive, in which to guide (arXiv
       2404.07724). A call with all timesteps outside skips the unconditional pass.
-    num_timesteps: T, the time that the network receives at full noise.
+    num_timesteps, clean_time: see `Guidance`.
     one_batch: whether the two passes run as one batch of 2B samples. False: two
       independent calls, which are faster on CPUs, where XLA leaves cores idle in the
       batched products of attention.
@@ -140,13 +168,13 @@ def guided(
     return conditional, unconditional
 
   def is_guided(t: Array) -> Array:
-    low, high = (share * num_timesteps for share in interval)
-    return (t >= low) & (t <= high)
+    low, high = (noise_above(t, share, num_timesteps, clean_time) for share in interval)
+    return (low >= 0) & (high <= 0)
 
   def guided_fn(x: Array, t: Array) -> Array:
     conditional, unconditional = halves(x, t)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    step_scale = power_cosine_scale(t, scale, power, num_timesteps)
+    step_scale = power_cosine_scale(t, scale, power, num_timesteps, clean_time)
     if interval != WHOLE:
       step_scale = jnp.where(is_guided(t), step_scale, 1)
     step_scale = step_scale[:, None, None, None]

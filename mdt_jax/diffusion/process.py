@@ -2,9 +2,9 @@
 
 A process defines how data and noise are mixed and what a network's output means.
 Objectives, guidance and the solvers (euler, heun, dpm++, dpm++sde) work with any
-`Process`. ddpm, ddim, the variational bound and image editing need a
-`GaussianDiffusion`, because they use its posterior. Each process defines its times t:
-integers for DDPM, real numbers for a continuous process.
+`Process`. ddpm, ddim and the variational bound need a `GaussianDiffusion`, because they
+use its posterior; the samplers in time need a `continuous.ContinuousProcess`. Each
+process defines its times t: integers for DDPM, real numbers for a continuous process.
 """
 
 from __future__ import annotations
@@ -77,6 +77,25 @@ class Process(abc.ABC):
     """The time that the network receives at `end_time`; T in `guidance`."""
     return float(self.network_time(jnp.asarray([self.end_time]))[0])
 
+  @property
+  def clean_network_time(self) -> float:
+    """The time that the network receives without noise."""
+    return 0.0
+
+  @property
+  def default_spacing(self) -> str | None:
+    """The spacing of every sampler; None for each sampler's own."""
+    return None
+
+  @property
+  def noise_scale(self) -> float:
+    """Standard deviation of the latents that sampling starts from."""
+    return 1.0
+
+  def time_bin(self, t: Array, count: int) -> Array:
+    """Returns in which of `count` equal parts of [0, end_time) times t (B,) lie."""
+    return count * t // self.end_time
+
   def weight(self, t: Array) -> Array:
     """Returns the weight of the squared error at times t: (B,) float32."""
     return jnp.ones(t.shape, jnp.float32)
@@ -127,6 +146,20 @@ class Process(abc.ABC):
     output = model_output.astype(jnp.float32)
     loss = self.weight(t) * mean_flat((self.target(x0, noise, t) - output) ** 2)
     return {"loss": loss}
+
+  def num_edit_steps(self, strength: float) -> int:
+    """Number of steps of an edit, which starts from an image with added noise.
+
+    Only for a respaced process.
+
+    Args:
+      strength: noise at the start, as a share of the process in (0, 1].
+    """
+    raise SettingError(
+      "config.diffusion.process",
+      type(self).__name__,
+      "cannot edit: it must define num_edit_steps()",
+    )
 
   def respaced(self, spacing: str, num_steps: int) -> Process:
     """Returns a process for sampling, in which t is an integer step in [0, num_steps).

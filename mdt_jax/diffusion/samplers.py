@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,19 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import Guidance, ModelFn
 from mdt_jax.diffusion.process import Levels, Process
 from mdt_jax.diffusion.solvers import SOLVERS, SPACING_OF, Rows, solver_rows
+from mdt_jax.diffusion.time_solvers import (
+  RANDOM,
+  TIME_SOLVERS,
+  as_grid,
+  integrate,
+  make_arguments,
+  make_grid,
+  num_calls,
+)
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.types import Array
 
-METHODS = ("ddpm", "ddim", *SOLVERS)
+METHODS = ("ddpm", "ddim", *SOLVERS, *TIME_SOLVERS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +36,8 @@ class Sampler:
   Attributes:
     process: a respaced process; its steps are the steps of the sampler.
     method: one of METHODS; see `sample`.
+    arguments: further arguments of the method, from `make_arguments`; None for methods
+      without any.
     eta: noise of "ddim", in [0, 1]: 0 for none, 1 for as much as "ddpm".
     clip_denoised: whether to clip the predicted x0 to [-1, 1]; for pixels.
     guidance: classifier-free guidance.
@@ -37,6 +48,7 @@ class Sampler:
   eta: float
   clip_denoised: bool
   guidance: Guidance
+  arguments: Any = None
 
   @classmethod
   def create(
@@ -49,6 +61,7 @@ class Sampler:
     spacing: str | None = None,
     eta: float = 0.0,
     clip_denoised: bool = False,
+    arguments: Mapping[str, Any] | None = None,
   ) -> Sampler:
     """Respaces a process and builds the sampler.
 
@@ -58,15 +71,27 @@ class Sampler:
       num_steps: number of steps of the sampler.
       spacing: see `Process.respaced`. None for the best spacing for the method, see
         `solvers.SPACING_OF`.
+      arguments: name -> value of further arguments of the method, such as "last_step"
+        of "sde"; see `time_solvers.ARGUMENTS`.
 
     Raises:
       SettingError: the method is unknown or does not support this process, or the
         process does not support the spacing or the number of steps.
     """
     check_choice("method", method, METHODS)
+    if method in TIME_SOLVERS:
+      if clip_denoised:
+        raise SettingError(
+          "clip_denoised", clip_denoised, f"must be False for {method}"
+        )
+      checked = make_arguments(method, arguments or {})
+      grid = make_grid(process, method, num_steps, spacing, checked)
+      return cls(grid, method, eta, clip_denoised, guidance, checked)
+    if arguments:
+      raise SettingError("arguments", arguments, f"must be empty for {method}")
     if method not in SOLVERS:
       _as_gaussian(process, method)
-    spacing = spacing or SPACING_OF.get(method, "uniform")
+    spacing = spacing or process.default_spacing or SPACING_OF.get(method, "uniform")
     if spacing == "uniform" and method not in SOLVERS:
       spacing = ""  # the spacing of the released code
     respaced = process.respaced(spacing, num_steps)
@@ -81,7 +106,10 @@ class Sampler:
   def num_calls(self) -> int:
     """Number of network passes per image; guidance doubles the number."""
     steps = self.process.levels().alpha.size
-    calls = 2 * steps - 1 if self.method == "heun" else steps
+    if self.method in TIME_SOLVERS:
+      calls = num_calls(self.method, steps, self.arguments)
+    else:
+      calls = 2 * steps - 1 if self.method == "heun" else steps
     return calls * (1 if self.guidance.scale == 1 else 2)
 
 
@@ -103,6 +131,7 @@ def sample(
   hold: Callable[[Array, Array], Array] | None = None,
   repeats: int = 1,
   on_step: OnStep | None = None,
+  arguments: Any = None,
 ) -> Array:
   """Samples x_0 from x_T. Call this function under jax.jit.
 
@@ -113,8 +142,8 @@ def sample(
     x_T: (B, H, W, C) standard normal noise to start from.
     key: random key of the noise added at the steps, or (B,) keys, one per sample. With
       one key per sample, a sample does not depend on the rest of the batch.
-    method: "ddpm" (ancestral sampling), "ddim" (arXiv 2010.02502), or a solver for
-      fewer steps, see `solvers.solver_rows`.
+    method: "ddpm" (ancestral sampling), "ddim" (arXiv 2010.02502), a solver for fewer
+      steps, see `solvers.solver_rows`, or a sampler in time, see `time_solvers`.
     eta: noise of "ddim", in [0, 1]: 0 is deterministic, 1 adds as much as "ddpm".
     clip_denoised: whether to clip the predicted x0 to [-1, 1]; for pixels.
     noise: (calls, B, H, W, C) noise of each call of the network, in order; None to draw
@@ -128,6 +157,7 @@ def sample(
       2201.09865, with jumps of one step). Only for "ddpm" and "ddim".
     on_step: called on the host at each call of the network, with (calls so far, calls
       in all). JAX's cache on disk does not keep programs that call the host.
+    arguments: see `Sampler`.
 
   Returns:
     (B, H, W, C) float32.
@@ -139,10 +169,12 @@ def sample(
   check_choice("method", method, METHODS)
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
-  if repeats < 1 or (repeats > 1 and method in SOLVERS):
+  if repeats < 1 or (repeats > 1 and method not in ("ddpm", "ddim")):
     raise SettingError(
       "repeats", repeats, "must be at least 1; above 1 only for ddpm and ddim"
     )
+  if hold is not None:
+    check_holds(method)
   x_T = jnp.asarray(x_T, jnp.float32)
   levels = diffusion.levels()
   total = levels.alpha.size
@@ -197,6 +229,21 @@ def sample(
       x += row.noise * draw(row.step, given)
     return (x, start, x0), None
 
+  if method in TIME_SOLVERS:
+    grid = as_grid(diffusion, method)
+    if num_steps < total:
+      grid = dataclasses.replace(grid, times=grid.times[:num_steps])
+    arguments = make_arguments(method, {}) if arguments is None else arguments
+    calls = num_calls(method, num_steps, arguments)
+    return integrate(
+      lambda x, t: model_fn(x, t).astype(jnp.float32),
+      grid,
+      x_T,
+      lambda step: draw(step, None if noise is None else jnp.asarray(noise)[step]),
+      lambda call: report(call, calls),
+      method=method,
+      arguments=arguments,
+    )
   if method in SOLVERS:
     rows = solver_rows(Levels(*(level[:num_steps] for level in levels)), method)
     state = (x_T, x_T, jnp.zeros_like(x_T))
@@ -208,9 +255,18 @@ def sample(
   return x_0
 
 
+def check_holds(method: str) -> None:
+  """Raises SettingError if a method cannot keep a part of an image, for inpainting."""
+  if method in TIME_SOLVERS:
+    accepted = ", ".join(known for known in METHODS if known not in TIME_SOLVERS)
+    raise SettingError("method", method, f"cannot inpaint; accepted are {accepted}")
+
+
 def is_random(method: str, eta: float = 0.0) -> bool:
   """Whether a method adds noise at its steps; `eta` matters only for "ddim"."""
-  return method in ("ddpm", "dpm++sde") or (method == "ddim" and eta > 0)
+  if method == "ddim":
+    return eta > 0
+  return method in ("ddpm", "dpm++sde", *RANDOM)
 
 
 def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:

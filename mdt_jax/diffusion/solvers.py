@@ -61,7 +61,9 @@ def solver_rows(levels: Levels, method: str) -> Rows:
   # Two steps are of first order: the first, which has no previous x0, and the last,
   # which returns the predicted x0.
   eta = 1.0 if method == "dpm++sde" else 0.0
-  keep = np.append(sigma[1:-1] / sigma[:-2] * np.exp(-eta * h), 0.0)
+  # The first h is infinite where the noisiest level has no data; then eta h is not 0 h.
+  decay = eta * h if eta else np.zeros_like(h)
+  keep = np.append(sigma[1:-1] / sigma[:-2] * np.exp(-decay), 0.0)
   gain = np.append(alpha[1:-1] * -np.expm1(-(1 + eta) * h), 1.0)
   extrapolated = np.zeros_like(gain)
   if method != "euler":
@@ -74,17 +76,20 @@ def solver_rows(levels: Levels, method: str) -> Rows:
     keep=keep,
     now=gain * (1 + extrapolated),
     before=-gain * extrapolated,
-    noise=np.append(sigma[1:-1] * np.sqrt(-np.expm1(-2 * eta * h)), 0.0),
+    noise=np.append(sigma[1:-1] * np.sqrt(-np.expm1(-2 * decay)), 0.0),
   )
 
 
 def _heun(alpha: np.ndarray, sigma: np.ndarray) -> Rows:
   """Rows of "heun": dy/ds = (y - x0) / s with s = sigma / alpha and y = x / alpha."""
   count = len(alpha) - 1
-  ratio = (sigma[1:] / alpha[1:]) / (sigma[:-1] / alpha[:-1])  # next s / current s
-  # The corrector averages both slopes. The last step, to s = 0, has no corrector.
-  from_first = 0.5 * (3 - 2 * ratio[:-1] - 1 / ratio[:-1])
-  from_second = 0.5 * (1 / ratio[:-1] - 1)
+  with np.errstate(divide="ignore"):  # s is infinite where there is no data
+    ratio = (sigma[1:] / alpha[1:]) / (sigma[:-1] / alpha[:-1])  # next s / current s
+  # The corrector averages both slopes. The last step, to s = 0, has no corrector, and
+  # after a first step from infinite s, the corrector changes nothing.
+  inverse = np.divide(1, ratio[:-1], out=np.ones(count - 1), where=ratio[:-1] > 0)
+  from_first = 0.5 * (3 - 2 * ratio[:-1] - inverse)
+  from_second = 0.5 * (inverse - 1)
   first_step = np.arange(count)[::-1]
 
   def interleave(predictor: np.ndarray, corrector: np.ndarray) -> np.ndarray:

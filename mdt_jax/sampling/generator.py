@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Shaped, UInt32
 
-from mdt_jax.diffusion.gaussian import GaussianDiffusion
-from mdt_jax.diffusion.guidance import ModelFn
-from mdt_jax.diffusion.process import Process
-from mdt_jax.diffusion.samplers import OnStep, Sampler, sample, step_noise
-from mdt_jax.errors import SettingError
+from mdt_jax.diffusion.guidance import Guidance, ModelFn, noise_above
+from mdt_jax.diffusion.samplers import (
+  OnStep,
+  Sampler,
+  check_holds,
+  sample,
+  step_noise,
+)
 from mdt_jax.models.masking import TokenMask, token_mask_from_noise
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
@@ -91,16 +92,14 @@ def make_generator(
     "inpaint"; see `Request`.
 
   Raises:
-    SettingError: an edit or an interpolation needs a Gaussian process, and the process
-      is of another kind.
+    SettingError: the process cannot edit, or the sampling method cannot inpaint.
   """
   platform = platform or jax.default_backend()
   process = sampler.process
   shape = output_shape(model)
-  edit_steps = num_edit_steps(process, task.strength) if task.kind == "edit" else None
-  masked_from = 0.0
-  if task.interpolation:
-    masked_from = (1 - task.interpolation) * _gaussian(process).num_original_timesteps
+  edit_steps = process.num_edit_steps(task.strength) if task.kind == "edit" else None
+  if task.kind == "inpaint":
+    check_holds(sampler.method)
 
   def guided_fn(params: Params, labels: Array, mask: TokenMask | None) -> ModelFn:
     """The network with guidance; `mask` hides the same tokens of every sample."""
@@ -133,7 +132,7 @@ def make_generator(
     start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
 
-    start = noise
+    start = noise if process.noise_scale == 1 else process.noise_scale * noise
     if edit_steps is not None:
       t = jnp.full((len(noise),), edit_steps - 1)
       start = process.q_sample(given["image"], t, noise)
@@ -149,7 +148,7 @@ def make_generator(
     if task.interpolation:
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
       masked_fn = guided_fn(params, labels, mask)
-      model_fn = _switch(masked_fn, model_fn, masked_from)
+      model_fn = _switch(masked_fn, model_fn, sampler.guidance, task.interpolation)
 
     x_0 = sample(
       model_fn,
@@ -163,6 +162,7 @@ def make_generator(
       hold=hold_visible if task.kind == "inpaint" else None,
       repeats=task.repeats,
       on_step=on_step,
+      arguments=sampler.arguments,
     )
     if task.kind == "inpaint":
       return jnp.where(given["hidden"][..., None], x_0, given["image"])
@@ -171,31 +171,13 @@ def make_generator(
   return generate
 
 
-def num_edit_steps(process: Process, strength: float) -> int:
-  """Number of steps of an edit: timesteps up to the share `strength` of the process."""
-  gaussian = _gaussian(process)
-  limit = strength * (gaussian.num_original_timesteps - 1)
-  return int(np.count_nonzero(gaussian.timesteps <= limit))
-
-
-def _gaussian(process: Process) -> GaussianDiffusion:
-  """Returns the process if it is Gaussian; raises SettingError otherwise."""
-  if not isinstance(process, GaussianDiffusion):
-    raise SettingError(
-      "process",
-      type(process).__name__,
-      "must be a GaussianDiffusion to interpolate or edit",
-    )
-  return process
-
-
-def _switch(
-  first: Callable[[Array, Array], Array], then: ModelFn, limit: float
-) -> ModelFn:
-  """A model function that calls `first` at timesteps >= `limit`, and `then` below.
-
-  Sampling runs from large timesteps to small ones.
-  """
-  if limit == 0:
+def _switch(first: ModelFn, then: ModelFn, guidance: Guidance, share: float) -> ModelFn:
+  """A model function that calls `first` in the noisy `share` of the process."""
+  if share == 1:
     return first
-  return lambda x, t: jax.lax.cond(t[0] >= limit, first, then, x, t)
+
+  def switched(x: Array, t: Array) -> Array:
+    above = noise_above(t[0], 1 - share, guidance.num_timesteps, guidance.clean_time)
+    return jax.lax.cond(above >= 0, first, then, x, t)
+
+  return switched

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from mdt_jax.data.transforms import to_float
-from mdt_jax.diffusion.solvers import SOLVERS
+from mdt_jax.diffusion.samplers import check_holds
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling import inpainting
 from mdt_jax.sampling.generator import Task
@@ -37,6 +37,7 @@ def with_inpainting(
       range.
   """
   model, method = job.experiment.model, job.experiment.sampler.method
+  check_holds(method)
   pixels = _read_images(job, "inpaint", image)
   hidden_pixels = inpainting.read_mask("mask", mask, job.image_shape[:2])
   hidden = hidden_pixels
@@ -47,7 +48,7 @@ def with_inpainting(
   if interpolation is None:
     interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
   repeats = 1 if repeats is None else repeats
-  if repeats < 1 or (repeats > 1 and method in SOLVERS):
+  if repeats < 1 or (repeats > 1 and method not in ("ddpm", "ddim")):
     raise SettingError(
       "repeats", repeats, "must be at least 1, and 1 unless method is ddpm or ddim"
     )

@@ -131,7 +131,8 @@ def make_train_step(
     gradients, losses = compute(state.params, draws)
     total = losses.pop("total")
     weighted = {name: loss * draws.weights for name, loss in losses.items()}
-    metrics = _loss_metrics(weighted, draws.t, objective.process.end_time)
+    quartile = objective.process.time_bin(draws.t, NUM_QUARTILES)
+    metrics = _loss_metrics(weighted, quartile)
     norm = optax.tree.norm(_trained(gradients, frozen))
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
@@ -201,9 +202,8 @@ def _check_loss(objective: Objective, found: Any, batch_size: int) -> None:
     )
 
 
-def _loss_metrics(losses: Losses, t: Array, end_time: float) -> Metrics:
+def _loss_metrics(losses: Losses, quartile: Array) -> Metrics:
   """The metrics of each loss (B,): over all times, and for each quartile of times."""
-  quartile = NUM_QUARTILES * t // end_time
   metrics = {}
   for name, loss in losses.items():
     metrics[name] = jnp.stack([loss.sum(), jnp.float32(loss.shape[0])])

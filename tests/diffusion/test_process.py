@@ -62,7 +62,9 @@ def test_sample_t_draws_all_timesteps():
 
 
 def test_error_names_the_process_and_its_unknown_setting():
-  with pytest.raises(SettingError, match=r"^process = 'ddpm': accepted are gaussian"):
+  with pytest.raises(
+    SettingError, match=r"^process = 'ddpm': accepted are edm, flow, gaussian"
+  ):
     create_process("ddpm")
   for name in PROCESSES:
     with pytest.raises(SettingError, match=f"^pace = 3: is no setting .* '{name}'"):

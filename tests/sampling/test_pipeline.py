@@ -247,7 +247,11 @@ def test_error_for_a_missing_checkpoint_names_the_argument(checkpoint, arguments
     ([], {}, "labels = []: must hold at least one label"),
     ([1], dict(seed=-1), "seed = -1: must lie in"),
     ([1], dict(batch_size=0), "batch_size = 0: must be at least 1"),
-    ([1], dict(steps=5), "steps = 5: is no setting of sampling: cfg_channels"),
+    (
+      [1],
+      dict(steps=5),
+      "steps = 5: is no setting of sampling: arguments, cfg_channels",
+    ),
     ([1], dict(num_steps=5.5), "num_steps = 5.5: must be of type int"),
     ([1], dict(num_steps=None), "num_steps = None: must be of type int"),
     ([1], dict(num_steps=2000), "num_steps = 2000: must lie in [1, "),

@@ -1,0 +1,179 @@
+"""The process "flow" and the samplers in time, as SiT's released code computes them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion import create_process
+from mdt_jax.diffusion.flow import PATHS
+from mdt_jax.diffusion.samplers import sample
+from mdt_jax.diffusion.time_solvers import RUNGE_KUTTA, make_arguments, make_grid
+from tests import reference
+
+RECORDED = reference.load("sit_transport")
+PATH_NAMES = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}
+PREDICTION_NAMES = {"velocity": "velocity", "epsilon": "noise", "score": "score"}
+TOLERANCE = 2e-5  # of losses, as of forward passes
+STEPS = int(RECORDED["loop/num_steps"]) - 1  # the release counts times
+
+
+def recorded(name):
+  """A recorded array of images, channels last."""
+  return reference.to_nhwc(RECORDED[name])
+
+
+def network(x, t):
+  """tanh(conv3x3(x) + bias cos(3 t)), the network of the recorded loops."""
+  features = jax.lax.conv_general_dilated(
+    x,
+    RECORDED["toy/conv_oihw"].transpose(2, 3, 1, 0),
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  phase = jnp.cos(3 * t)[:, None, None, None]
+  return jnp.tanh(features + RECORDED["toy/tbias"] * phase)
+
+
+def run(process, method, steps=STEPS, noise=None, **arguments):
+  """Samples from the recorded noise, in evenly spaced times."""
+  checked = make_arguments(method, arguments)
+  grid = make_grid(process, method, steps, None, checked)
+  options = {"method": method, "arguments": checked, "noise": noise}
+  loop = jax.jit(lambda x: sample(network, grid, x, jax.random.key(0), **options))
+  return loop(recorded("loop/z"))
+
+
+@functools.cache
+def flow(path, prediction="velocity", **settings):
+  return create_process("flow", path=path, prediction=prediction, **settings)
+
+
+# SiT's time is 1 for data.
+@pytest.mark.parametrize("path", PATHS)
+def test_coefficients_match_reference(path):
+  t = 1 - RECORDED["coef/t"].astype(np.float64)
+  expected = {
+    name: RECORDED[f"coef/{PATH_NAMES[path]}/{name}"]
+    for name in ("alpha", "sigma", "d_alpha", "d_sigma", "drift_var")
+  }
+  process = flow(path)
+  found = {
+    "alpha": process.alpha(t),
+    "sigma": process.sigma(t),
+    "d_alpha": -process.alpha_rate(t),
+    "d_sigma": -process.sigma_rate(t),
+    "drift_var": process.diffusion_rate(t),
+  }
+  for name, values in found.items():
+    reference.assert_matches(f"SiT {name}", values, expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_velocity_gives_the_released_score_and_noise(path):
+  t = 1 - jnp.asarray(RECORDED["coef/t"])
+  x, v = recorded("coef/x"), recorded("coef/v")
+  name, process = PATH_NAMES[path], flow(path)
+  found = {"noise": process.to_noise(v, x, t), "score": process.to_score(v, x, t)}
+  for kind, values in found.items():
+    expected = recorded(f"coef/{name}/{kind}_from_velocity")
+    reference.assert_matches(f"SiT {kind} from a velocity", values, expected, 1e-4)
+  score = flow(path, "score").to_velocity(v, x, t)
+  expected = -recorded(f"coef/{name}/velocity_from_score")
+  reference.assert_matches("SiT velocity from a score", score, expected, 1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_NAMES)
+@pytest.mark.parametrize("path", PATHS)
+def test_losses_match_reference(path, prediction):
+  start = f"train/{PATH_NAMES[path]}/{PREDICTION_NAMES[prediction]}"
+  x0, noise = recorded("train/x1"), recorded("train/x0")
+  # In float64: 1 - t = 0.001 would be wrong by 1.3e-5, and its loss by 2.6e-5.
+  t = 1 - RECORDED[f"{start}/t"].astype(np.float64)
+  for weight in ("none", "velocity", "likelihood"):
+    if f"{start}/loss_{weight}" not in RECORDED:
+      continue
+    process = flow(path, prediction, loss_weight=weight)
+    x_t = process.q_sample(x0, t, noise)
+    losses = process.training_losses(
+      network(x_t, process.network_time(t)), x0, x_t, t, noise
+    )
+    expected = RECORDED[f"{start}/loss_{weight}"]
+    reference.assert_matches("SiT losses", losses["loss"], expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_NAMES)
+@pytest.mark.parametrize("path", PATHS)
+def test_times_span_the_released_intervals(path, prediction):
+  process = flow(path, prediction)
+  start = f"interval/{PATH_NAMES[path]}/{PREDICTION_NAMES[prediction]}"
+  low, high = process.training_interval
+  np.testing.assert_allclose(RECORDED[f"{start}/train"], [1 - high, 1 - low], atol=1e-9)
+  low, high = process.sampling_interval
+  np.testing.assert_allclose(RECORDED[f"{start}/ode"], [1 - high, 1 - low], atol=1e-9)
+  t = process.sample_t(jax.random.key(0), 1000)
+  low, high = process.training_interval
+  assert float(t.min()) >= low and float(t.max()) <= high
+
+
+SOLVERS = {"heun2": "ode_heun"} | {
+  method.removeprefix("ode_"): method for method in RUNGE_KUTTA if method != "ode_heun"
+}
+ODES = [
+  name.removeprefix("ode/")
+  for name in RECORDED
+  if name.startswith("ode/") and name.split("/")[-1] in SOLVERS
+]
+SDES = [
+  name.removeprefix("sde/")
+  for name in RECORDED
+  if name.startswith("sde/") and name.split("/")[-1][0] in "MENT"  # not is_nan, t, all
+]
+
+
+@pytest.mark.parametrize("name", ODES)
+def test_ode_matches_reference(name):
+  path, prediction, _ = parsed(f"{name.rpartition('/')[0]}/sigma/Mean")
+  found = run(flow(path, prediction), SOLVERS[name.split("/")[-1]])
+  reference.assert_matches("SiT ODE loops", found, recorded(f"ode/{name}"), 1e-4)
+
+
+def parsed(name):
+  """(path, prediction, arguments) of the name of a recorded SDE."""
+  path, prediction, form, last = name.split("/")
+  form, _, norm = form.partition("_norm")
+  last, _, size = last.partition("_size")
+  arguments = {
+    "diffusion": form.removesuffix("_eps1e-3").replace("-", "_").lower(),
+    "norm": float(norm.replace("p", ".") or 1),
+    "last_step": last.lower(),
+    "last_step_size": float(size.replace("p", ".") or 0.04),
+  }
+  paths, predictions = (
+    {theirs: ours for ours, theirs in names.items()}
+    for names in (PATH_NAMES, PREDICTION_NAMES)
+  )
+  return paths[path], predictions[prediction], arguments
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_sde_matches_reference(name):
+  path, prediction, arguments = parsed(name)
+  steps = STEPS + (arguments["last_step"] != "none")
+  noise = recorded("loop/noise")
+  found = run(flow(path, prediction), "sde", steps, noise, **arguments)
+  reference.assert_matches("SiT SDE loops", found, recorded(f"sde/{name}"), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["Linear/velocity/sigma/Mean", "GVP/noise/sigma/None"])
+def test_sde_heun_matches_reference(name):
+  path, prediction, arguments = parsed(name)
+  steps = STEPS + (arguments["last_step"] != "none")
+  noise = recorded("loop/noise")
+  found = run(flow(path, prediction), "sde_heun", steps, noise, **arguments)
+  reference.assert_matches("SiT SDE loops", found, recorded(f"sde_heun/{name}"), 1e-4)
