@@ -128,7 +128,7 @@ def _dit(size: str, input_size: int = 32) -> Settings:
 
 # As SiT's released code: 250 steps of Euler-Maruyama, a constant scale on 3 channels.
 _FLOW_SAMPLING = SamplingSettings(
-  method="euler", num_steps=250, cfg_scale=1.5, cfg_power=0.0, cfg_channels=3
+  method="sde", num_steps=250, cfg_scale=1.5, cfg_power=0.0, cfg_channels=3
 )
 
 

@@ -251,6 +251,8 @@ def _stated_arguments(
       for key, (name, values) in _SIT_ARGUMENTS.items()
       if isinstance(metadata.get(key), str) and metadata[key] in values
     }
+    if "prediction" not in found:  # SiT ignores the weight for velocities
+      found.pop("loss_weight", None)
   try:
     create_process(process, **found)
   except (TypeError, ValueError, OverflowError):  # a SettingError is a ValueError

@@ -49,10 +49,10 @@ def get_config() -> ConfigDict:
 
   config.data.source = "images"
 
-  config.sampling.method = "heun"
+  config.sampling.method = "ode_heun"
   config.sampling.num_steps = 50
   config.sampling.cfg_scale = 2.9
   config.sampling.cfg_power = 0.0
   config.sampling.cfg_channels = 0  # all
-  config.sampling.cfg_interval = (0.1, 1.0)
+  config.sampling.cfg_interval = (0.0, 0.9)  # of the noise; JiT counts from noise
   return config
