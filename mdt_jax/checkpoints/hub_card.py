@@ -171,7 +171,7 @@ def _sampling(settings: Settings) -> Iterator[tuple[str, str]]:
   if diffusion.process == "gaussian":
     names += ["schedule", "num_timesteps", "prediction", "variance", "loss_weight"]
   else:
-    names += ["arguments"]
+    names.append("arguments")
   for name in names:
     yield f"`config.diffusion.{name}`", _code(str(getattr(diffusion, name)))
   for name, value in dataclasses.asdict(sampling).items():

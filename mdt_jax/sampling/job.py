@@ -20,14 +20,11 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Listener, Request
 from mdt_jax.sampling.generator import Task, make_generator, output_shape
-from mdt_jax.setting_groups import SamplingSettings
 from mdt_jax.types import Array, Params
 
-# (settings, task, number of devices, whether steps are reported) -> the compiled
-# generator
-BlockGenerators: TypeAlias = dict[
-  tuple[SamplingSettings, Task, int, bool], BlockGenerator
-]
+# (text of the settings, task, number of devices, whether steps are reported) -> the
+# compiled generator
+BlockGenerators: TypeAlias = dict[tuple[str, Task, int, bool], BlockGenerator]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,6 +110,8 @@ class SamplingJob:
     """
     settings = self.experiment.settings
     sampling = dataclasses.asdict(settings.sampling)
+    if not settings.sampling.arguments:  # earlier versions have none
+      del sampling["arguments"]
     described = {
       "step": self.step,
       "parameters": _digest(*jax.tree.leaves(self.params)),
@@ -139,7 +138,8 @@ class SamplingJob:
 
   def _generator(self, num_devices: int, reports: bool) -> BlockGenerator:
     """The compiled generator, which jobs with equal settings share."""
-    key = (self.experiment.settings.sampling, self.task, num_devices, reports)
+    settings = repr(self.experiment.settings.sampling)
+    key = (settings, self.task, num_devices, reports)
     if key not in self.generators:
       listener = Listener()
       generator = make_generator(
