@@ -36,9 +36,9 @@ _NOTED_DIFFUSION: dict[str, Container[Any]] = {
   "num_timesteps": range(1, 100_001),
 }
 # Arguments of SiT's training code that its checkpoints hold -> (argument of the process
-# flow, SiT's value -> ours).
+# flow, SiT's value -> ours). Other values are the defaults of the process.
 _SIT_ARGUMENTS = {
-  "path_type": ("path", {"Linear": "linear", "GVP": "gvp", "VP": "vp"}),
+  "path_type": ("path", {"GVP": "gvp", "VP": "vp"}),
   "prediction": ("prediction", {"noise": "epsilon", "score": "score"}),
   "loss_weight": (
     "loss_weight",
@@ -269,7 +269,7 @@ def _check_process(
     return
   variant = attributes["variant"]
   has = "a" if attributes["learn_sigma"] else "no"
-  text = f"does not fit: the network is a {variant} with {has} learned variance"
+  text = f"does not fit: the network is {variant} with {has} learned variance"
   if variant == "DiT" and process == "flow":
     text += "; network=SiT reads a SiT"
   raise SettingError("process", process, text)

@@ -152,7 +152,7 @@ def test_velocities_of_the_training_of_sit_have_no_weight(weight, tmp_path):
   args = dict(path_type="Linear", prediction="velocity", loss_weight=weight)
   write_sit_args(tmp_path / "sit.pt", model="SiT-XL/2", **args)
   settings = from_torch_file(tmp_path / "sit.pt", tmp_path / "run", num_heads=2)
-  assert settings.diffusion.arguments == {"path": "linear"}
+  assert settings.diffusion.arguments == {}
 
 
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})
