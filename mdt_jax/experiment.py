@@ -24,6 +24,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source, Subset, split_indices
 from mdt_jax.data.sources import SOURCES
 from mdt_jax.diffusion import Process
+from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.errors import (
   SettingError,
@@ -129,6 +130,8 @@ class Experiment:
         f"{self.settings.diffusion.variance!r}, returns {self.model.out_channels}; "
         "learn_sigma=True doubles the channels, for learned_range",
       )
+    if isinstance(self.process, ContinuousProcess):
+      _ = self.sampler  # the default, ddpm, belongs to the process gaussian
     scale = self.settings.sampling.cfg_scale
     if scale != 1 and self.model.conditioning.dropout == 0:
       raise SettingError(

@@ -15,8 +15,10 @@ from mdt_jax import sharding
 from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.data.sources import Source
 from mdt_jax.data.transforms import pixels_to_float, without_draws
+from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
-from mdt_jax.diffusion.likelihood import calc_bpd
+from mdt_jax.diffusion.guidance import ModelFn
+from mdt_jax.diffusion.likelihood import calc_bpd, calc_flow_bpd
 from mdt_jax.diffusion.process import Process
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
@@ -24,6 +26,8 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.types import Array, Batch, Params
 
 NUM_IMAGES = 1000  # default number of images of `measure`
+FLOW_STEPS = 100  # default number of steps of a probability flow
+GAP_STREAM = 2**31  # folded into the key of an image, for the noise between levels
 
 # (params, batch, ids (B,), seed) -> terms of `calc_bpd`
 Bound: TypeAlias = Callable[[Params, Batch, Array, Array], dict[str, Array]]
@@ -37,39 +41,32 @@ def make_bound(
   clip_denoised: bool,
   autoencoder: Autoencoder | None = None,
 ) -> Bound:
-  """Builds the jitted variational bound of images, in bits per dimension.
+  """Builds the jitted likelihood of images, in bits per dimension.
+
+  This is the variational bound of a Gaussian process, and the density under the
+  probability flow of a process in continuous time. The latter adds uniform noise to
+  pixels, to fill the gaps between their 256 levels.
 
   Args:
     model: the network.
-    process: the Gaussian process that the network was trained on.
+    process: the process that the network was trained on.
     num_steps: number of steps of a respaced process; None for all steps, like the
-      released code.
-    clip_denoised: whether to clip each predicted x0 to [-1, 1]; set this for pixels.
+      released code, or for `FLOW_STEPS` in continuous time.
+    clip_denoised: whether the data are pixels in [-1, 1]; the bound then clips each
+      predicted x0.
     autoencoder: encodes the images of a batch; None if a batch holds the latents or the
       pixels that the network was trained on.
 
   Returns:
-    (params, batch, ids (B,), seed) -> terms of `calc_bpd`. The noise of an image
-    derives from the seed and the image's number in `ids`, and does not depend on the
-    rest of the batch. Latents are the means of the encoder, without noise.
+    (params, batch, ids (B,), seed) -> terms of `calc_bpd` or of `calc_flow_bpd`. The
+    noise of an image derives from the seed and the image's number in `ids`, and does
+    not depend on the rest of the batch. Latents are the means of the encoder, without
+    noise.
 
   Raises:
-    SettingError: the process is not Gaussian, or `num_steps` is out of range.
+    SettingError: the process has no likelihood, or `num_steps` is out of range.
   """
-  if not isinstance(process, GaussianDiffusion):
-    raise SettingError(
-      "metrics",
-      "bpd",
-      f"needs a gaussian process, not a {type(process).__name__}",
-    )
-  total = process.num_timesteps
-  if num_steps is not None and not 1 <= num_steps <= total:
-    raise SettingError(
-      "num_steps",
-      num_steps,
-      f"must lie in [1, config.diffusion.num_timesteps = {total}]",
-    )
-  diffusion = process if num_steps is None else process.respaced("", num_steps)
+  likelihood = _likelihood(process, num_steps, clip_denoised)
 
   @jax.jit
   def bound(
@@ -84,7 +81,7 @@ def make_bound(
       return output
 
     x0 = batch["moments"][:, 0] if "moments" in batch else batch["image"]
-    return calc_bpd(model_fn, diffusion, x0, keys, clip_denoised=clip_denoised)
+    return likelihood(model_fn, x0, keys)
 
   if autoencoder is None:
     return bound
@@ -97,6 +94,50 @@ def make_bound(
     return bound(params, encoded, ids, seed)
 
   return bound_of_images
+
+
+def _likelihood(
+  process: Process, num_steps: int | None, is_pixels: bool
+) -> Callable[[ModelFn, Array, Array], dict[str, Array]]:
+  """Returns the function (network, x0 (B, H, W, C), keys (B,)) -> terms."""
+  if isinstance(process, ContinuousProcess):
+    steps = FLOW_STEPS if num_steps is None else num_steps
+    if steps < 1:
+      raise SettingError("num_steps", steps, "must be at least 1")
+
+    def density(model_fn: ModelFn, x0: Array, keys: Array) -> dict[str, Array]:
+      if is_pixels:
+        step = jnp.uint32(GAP_STREAM)
+        gaps = jax.vmap(
+          lambda key: jax.random.uniform(
+            jax.random.fold_in(key, step), x0.shape[1:], minval=-1.0, maxval=1.0
+          )
+        )(keys)
+        x0 += gaps / 255  # half of the distance between two levels
+      terms = calc_flow_bpd(model_fn, process, x0, keys, num_steps=steps)
+      del terms["noise"]
+      if is_pixels:
+        terms["total_bpd"] -= np.log2(2 / 255)
+      return terms
+
+    return density
+  if not isinstance(process, GaussianDiffusion):
+    raise SettingError(
+      "metrics",
+      "bpd",
+      f"needs the process gaussian, flow or edm, not a {type(process).__name__}",
+    )
+  total = process.num_timesteps
+  if num_steps is not None and not 1 <= num_steps <= total:
+    raise SettingError(
+      "num_steps",
+      num_steps,
+      f"must lie in [1, config.diffusion.num_timesteps = {total}]",
+    )
+  diffusion = process if num_steps is None else process.respaced("", num_steps)
+  return lambda model_fn, x0, keys: calc_bpd(
+    model_fn, diffusion, x0, keys, clip_denoised=is_pixels
+  )
 
 
 def bounds(
@@ -144,7 +185,7 @@ def measure(
   batch_size: int = 64,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Computes the mean bound over a run's data, with a progress bar.
+  """Computes the mean likelihood over a run's data, with a progress bar.
 
   The images are spread evenly over the held-out data of the run
   (config.data.validation), or over the training data if the run holds out no data.
@@ -161,8 +202,8 @@ def measure(
     of "images", and the mean of each term of `calc_bpd`.
 
   Raises:
-    SettingError: the process is not Gaussian, `num_steps` is out of range, or the data
-      cannot be read.
+    SettingError: the process has no likelihood, `num_steps` is out of range, or the
+      data cannot be read.
   """
   experiment = checkpoint.experiment
   bound = make_bound(

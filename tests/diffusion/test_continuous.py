@@ -14,6 +14,7 @@ from mdt_jax.diffusion import create_process
 from mdt_jax.diffusion.continuous import TimeGrid
 from mdt_jax.diffusion.flow import PREDICTIONS
 from mdt_jax.diffusion.guidance import Guidance
+from mdt_jax.diffusion.likelihood import calc_flow_bpd
 from mdt_jax.diffusion.process import like
 from mdt_jax.diffusion.samplers import METHODS, Sampler, sample
 from mdt_jax.diffusion.solvers import SOLVERS
@@ -293,3 +294,15 @@ def test_bad_samplers_are_refused(name, method, arguments, options, setting, acc
     Sampler.create(create(name), Guidance(), **options)
   assert error.value.setting == setting
   assert all(word in error.value.accepted for word in accepted.split(", "))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_likelihood_of_normal_data(name):
+  """The density of N(MEAN, STD^2), which the exact network flows to noise."""
+  x0 = MEAN + STD * jax.random.normal(jax.random.key(2), (4, 4, 4, 1))
+  found = jax.jit(
+    lambda x: calc_flow_bpd(exact_network(name), create(name), x, jax.random.key(0))
+  )(x0)
+  density = np.exp(-(((np.asarray(x0) - MEAN) / STD) ** 2) / 2) / math.sqrt(2 * np.pi)
+  expected = -np.log2(density / STD).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(found["total_bpd"], expected, atol=0.01)

@@ -11,8 +11,10 @@ import pytest
 
 from mdt_jax.diffusion import create_process
 from mdt_jax.diffusion.flow import PATHS
+from mdt_jax.diffusion.likelihood import calc_flow_bpd
+from mdt_jax.diffusion.runge_kutta import RUNGE_KUTTA
 from mdt_jax.diffusion.samplers import sample
-from mdt_jax.diffusion.time_solvers import RUNGE_KUTTA, make_arguments, make_grid
+from mdt_jax.diffusion.time_solvers import make_arguments, make_grid
 from tests import reference
 
 RECORDED = reference.load("sit_transport")
@@ -177,3 +179,24 @@ def test_sde_heun_matches_reference(name):
   noise = recorded("loop/noise")
   found = run(flow(path, prediction), "sde_heun", steps, noise, **arguments)
   reference.assert_matches("SiT SDE loops", found, recorded(f"sde_heun/{name}"), 1e-4)
+
+
+def test_likelihood_matches_reference():
+  process, x = flow("linear"), recorded("likelihood/x")
+  found = jax.jit(
+    lambda x: calc_flow_bpd(
+      network,
+      process,
+      x,
+      jax.random.key(0),
+      num_steps=STEPS,
+      method="ode_euler",
+      signs=recorded("likelihood/rademacher"),
+    )
+  )(x)
+  log_p = -found["total_bpd"] * np.log(2) * x[0].size
+  start = "likelihood/Linear/velocity/euler"
+  reference.assert_matches("SiT likelihood", log_p, RECORDED[f"{start}/logp"], 1e-4)
+  reference.assert_matches(
+    "SiT likelihood", found["noise"], recorded(f"{start}/z"), 1e-4
+  )

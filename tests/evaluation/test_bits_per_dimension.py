@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mdt_jax.diffusion.process import Process
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import bits_per_dimension
 from mdt_jax.experiment import build
+from mdt_jax.models.registry import abstract_params
 from tests import reference
 from tests.training.tiny import tiny_config
 
@@ -83,3 +86,29 @@ def test_process_without_a_variational_bound_is_refused():
 
   with pytest.raises(SettingError, match=r"metrics = 'bpd'.*not a Other"):
     bits_per_dimension.make_bound(None, Other(), clip_denoised=True)
+
+
+def test_density_of_a_flow():
+  """An untrained flow does not move, so each pixel has the density of noise."""
+  experiment = build(tiny_config(**{"diffusion.process": "flow"}))
+  bound = bits_per_dimension.make_bound(
+    experiment.model, experiment.process, 4, clip_denoised=True
+  )
+  params = jax.tree.map(jnp.zeros_like, abstract_params(experiment.model))
+  source = experiment.source
+  options = {"seed": 0, "batch_size": 5}
+  (found,) = bits_per_dimension.bounds(bound, params, source, INDICES, **options)
+  pixels = np.stack([source[int(i)]["image"] for i in INDICES]) / 127.5 - 1
+  density = np.exp(-(pixels**2) / 2) / np.sqrt(2 * np.pi)
+  expected = -np.log2(density * 2 / 255).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(found["total_bpd"], expected, atol=1e-3)
+  np.testing.assert_allclose(found["divergence_bpd"], 0, atol=1e-6)
+  assert set(found) == {"total_bpd", "prior_bpd", "divergence_bpd"}
+
+
+def test_steps_of_a_flow_are_positive():
+  experiment = build(tiny_config(**{"diffusion.process": "edm"}))
+  with pytest.raises(SettingError, match="num_steps = 0: must be at least 1"):
+    bits_per_dimension.make_bound(
+      experiment.model, experiment.process, 0, clip_denoised=True
+    )
