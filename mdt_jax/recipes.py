@@ -40,11 +40,35 @@ def dit(size: str, input_size: int = 32) -> ConfigDict:
   return _dit(size, input_size).to_config()
 
 
-def of_network(attributes: Mapping[str, Any]) -> Settings:
+def sit(size: str, input_size: int = 32) -> ConfigDict:
+  """SiT: DiT trained on velocities (arXiv 2401.08740). For arguments see `mdtv2`."""
+  return _sit(size, input_size).to_config()
+
+
+def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
+  """MDTv2's network, masking and optimizer, trained on velocities: no paper's run.
+
+  Times are drawn from a logit-normal distribution. For arguments see `mdtv2`.
+  """
+  return _mdtv2_flow(size, input_size).to_config()
+
+
+def process_of(attributes: Mapping[str, Any]) -> str:
+  """Returns the process that a released network was trained with."""
+  return "flow" if attributes["variant"] == "SiT" else "gaussian"
+
+
+def of_network(
+  attributes: Mapping[str, Any],
+  process: str | None = None,
+  arguments: Mapping[str, Any] | None = None,
+) -> Settings:
   """Returns the settings of the run that a released network comes from.
 
   Args:
     attributes: attributes of MDT, as `pretrained.torch_mdt.from_torch` returns them.
+    process: name of the process; None for that of the paper's run.
+    arguments: arguments of a process other than "gaussian"; None for its defaults.
   """
   attributes = dict(attributes)
   variant, learn_sigma = attributes.pop("variant"), attributes.pop("learn_sigma")
@@ -53,17 +77,22 @@ def of_network(attributes: Mapping[str, Any]) -> Settings:
   size = next((s for s, known in SIZES.items() if known["hidden_size"] == width), "S")
   recipes: dict[str, Callable[[str], Settings]] = {
     "DiT": _dit,
+    "SiT": _sit,
     "MDT": _mdt,
     "MDTv2": _mdtv2,
   }
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
   name = name if name in MODELS else f"{variant}-{size}/2"
-  diffusion = settings.diffusion
-  if not learn_sigma:
+  diffusion, sampling = settings.diffusion, settings.sampling
+  if process is not None and process != diffusion.process:
+    diffusion = DiffusionSettings(process=process)
+    sampling = SamplingSettings() if process == "gaussian" else _FLOW_SAMPLING
+  if diffusion.process != "gaussian":
+    diffusion = dataclasses.replace(diffusion, arguments=dict(arguments or {}))
+  elif not learn_sigma:
     diffusion = dataclasses.replace(diffusion, variance="fixed_large")
   model = dataclasses.replace(settings.model, **{**attributes, "name": name})
-  sampling = settings.sampling
   if model.label_dropout == 0:  # guidance needs a null label
     sampling = dataclasses.replace(sampling, cfg_scale=1.0)
   return dataclasses.replace(
@@ -94,4 +123,30 @@ def _dit(size: str, input_size: int = 32) -> Settings:
     diffusion=DiffusionSettings(loss_weight="none"),
     optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
     sampling=SamplingSettings(cfg_scale=1.5, cfg_power=0.0),  # a constant scale
+  )
+
+
+# As SiT's released code: 250 steps of Euler-Maruyama, a constant scale on 3 channels.
+_FLOW_SAMPLING = SamplingSettings(
+  method="sde", num_steps=250, cfg_scale=1.5, cfg_power=0.0, cfg_channels=3
+)
+
+
+def _sit(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"SiT-{size}/2", input_size=input_size),
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="flow"),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
+    sampling=_FLOW_SAMPLING,
+  )
+
+
+def _mdtv2_flow(size: str, input_size: int = 32) -> Settings:
+  return dataclasses.replace(
+    _mdtv2(size, input_size),
+    diffusion=DiffusionSettings(
+      process="flow", arguments={"time_distribution": "logit_normal"}
+    ),
+    sampling=_FLOW_SAMPLING,
   )

@@ -25,7 +25,7 @@ LABELS_OF_SCORES = ("random", "balanced")
 class ModelSettings:
   """The network. A setting of None has the value of the preset that `name` chooses."""
 
-  # Preset, a key of mdt_jax.MODELS: DiT-S/2, MDT-B/4, MDTv2-XL/2, ….
+  # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, ….
   name: str = "MDTv2-S/2"
   # Height and width of the network's input, in pixels or latents, each divisible by
   # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
@@ -37,13 +37,16 @@ class ModelSettings:
   num_classes: int = 1000
   # Height and width of a patch, in pixels or latents; a patch is one token.
   patch_size: int | None = None
+  # Width of a linear layer between a patch and its token, at least 0; 0: none. Large
+  # patches of pixels use it, such as 128 for patches of 16x16x3 (JiT).
+  patch_bottleneck: int = 0
   # Width of the transformer; divisible by num_heads and by 4.
   hidden_size: int | None = None
   # Number of transformer blocks, without the side-interpolater; even for MDTv2.
   depth: int | None = None
   # Number of attention heads.
   num_heads: int | None = None
-  # Number of blocks after the side-interpolater, in [1, depth]; DiT ignores it.
+  # Number of blocks after the side-interpolater, in [1, depth]; DiT and SiT ignore it.
   decode_depth: int | None = None
   # Hidden width of the MLPs, as a multiple of hidden_size; above 0.
   mlp_ratio: float = 4.0
@@ -218,7 +221,7 @@ class InitSettings:
   step: int | None = None
   # Decay of the averaged parameters in a workdir. None: the one that is sampled.
   ema_decay: float | None = None
-  # What a file holds: DiT, MDT or MDTv2. None: what its tensors show.
+  # What a file holds: DiT, SiT, MDT or MDTv2. None: what its tensors show.
   network: str | None = None
   # Classes of the network in a file, without the null label. None: what its tensors
   # show; see --num_classes of mdt_jax.convert.

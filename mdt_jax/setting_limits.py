@@ -30,6 +30,7 @@ MAXIMA = {
   "config.model.input_size": 16_384,
   "config.model.mlp_ratio": 1_000,
   "config.model.num_classes": 10_000_000,
+  "config.model.patch_bottleneck": 65_536,
   "config.model.unroll": 1_000,
 }
 

@@ -188,6 +188,11 @@ def check_mesh(
   width = getattr(model, "hidden_size", fsdp)
   if width % fsdp:
     raise SettingError("config.mesh.fsdp", fsdp, f"must divide hidden_size = {width}")
+  bottleneck = getattr(model, "patch_bottleneck", 0)
+  if bottleneck % fsdp:
+    raise SettingError(
+      "config.mesh.fsdp", fsdp, f"must divide patch_bottleneck = {bottleneck}"
+    )
   heads = getattr(model, "num_heads", tensor)
   hidden = int(width * getattr(model, "mlp_ratio", tensor))
   if heads % tensor or hidden % tensor:

@@ -27,7 +27,7 @@ LOOP_TOLERANCE = 1e-4
 # `python -m benchmarks.parity` writes the table from it.
 MEASURED: dict[str, tuple[float, float]] = {}
 
-NAMES = {"mdt_v1": "MDT v1", "mdt_v2": "MDTv2", "dit": "DiT"}
+NAMES = {"mdt_v1": "MDT v1", "mdt_v2": "MDTv2", "dit": "DiT", "sit": "SiT"}
 MDT_FIXTURES = ("mdt_v1", "mdt_v2")
 MODEL_FIXTURES = (*MDT_FIXTURES, "dit")
 

@@ -33,10 +33,14 @@ def build_on(config, num_devices):
   return build(config, devices=jax.devices() * num_devices)
 
 
+SIZES = ("s", "b", "l", "xl")
+
+
 def test_each_published_run_and_digits_have_a_config():
-  runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit") for s in ("s", "b", "l", "xl")}
-  others = {"digits", "dit_xl2_512", "mdtv2_xl2_512"}
-  assert {path.stem for path in CONFIGS.glob("*.py")} == runs | others
+  runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit", "sit") for s in SIZES}
+  flows = {f"mdtv2_{s}2_flow" for s in SIZES}
+  others = {"digits", "dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels"}
+  assert {path.stem for path in CONFIGS.glob("*.py")} == runs | flows | others
 
 
 @pytest.mark.parametrize("variant", ["dit", "mdtv2"])
@@ -80,6 +84,37 @@ def test_v2_runs_are_as_released(size, rate, decode):
   lengths = experiment.objective.static_choices
   assert all(length % 8 == 0 for length in lengths)
   assert (lengths[0], lengths[-1]) == (128, 176)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sit_runs_are_as_released(size):
+  config = load(f"sit_{size}2").get_config()
+  experiment = build_on(config, 8)
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-4)
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0, 0)
+  assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
+  assert (config.num_steps, config.data.flip) == (400_000, True)
+  assert isinstance(experiment.objective, PlainObjective)
+  assert experiment.model.label_dropout == 0.1
+  assert not experiment.process.learns_variance
+  assert experiment.model.out_channels == 4
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flow_of_mdtv2_changes_process_and_sampling_alone(size):
+  config, flow = (load(f"mdtv2_{size}2{end}").get_config() for end in ("", "_flow"))
+  assert flow.diffusion.process == "flow"
+  lengths = [build_on(c, 8).objective.static_choices for c in (config, flow)]
+  assert lengths[0] == lengths[1]
+  for name in ("diffusion", "sampling"):
+    flow[name] = config[name]
+  assert flow.to_dict() == config.to_dict()
+
+
+def test_pixels_of_dit_b16_are_256_tokens():
+  model = build_on(load("dit_b16_pixels").get_config(), 8).model
+  assert (model.num_tokens, model.input_shape) == (256, (256, 256, 3))
+  assert (model.patch_size, model.patch_bottleneck, model.out_channels) == (16, 128, 3)
 
 
 def test_dit_has_no_masked_pass():
@@ -127,6 +162,7 @@ BAD = [
   ("data.num_threads", -1, "must be at least 0"),
   ("data.num_workers", -1, "must be at least 0"),
   ("model.mlp_ratio", 0.0, "must be above 0"),
+  ("model.patch_bottleneck", -1, "must be at least 0"),
   ("optimizer.b1", 1.5, "must lie in [0, 1)"),
   ("ema_decays", (), "must be one or more numbers in [0, 1)"),
   ("diffusion.schedule", "sqrt", "accepted are linear, cosine"),

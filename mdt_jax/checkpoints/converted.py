@@ -17,9 +17,10 @@ from mdt_jax.checkpoints import loading, manager
 from mdt_jax.checkpoints.lock import LOCK, locked
 from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
+from mdt_jax.diffusion import PROCESSES, create_process
 from mdt_jax.diffusion.gaussian import PREDICTIONS
 from mdt_jax.diffusion.schedules import SCHEDULES
-from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.paths import absolute, output_file, output_folder, remove_folder
 from mdt_jax.pretrained import torch_mdt
@@ -28,11 +29,21 @@ from mdt_jax.pretrained.tensors import Tensors, check_suffix, write_tensors
 from mdt_jax.settings import Settings
 
 PARTIAL = ".partial"  # folder inside a workdir, for a conversion that is not complete
-# Settings of config.diffusion that exported files note -> accepted values.
+# Settings of the process gaussian that exported files note -> accepted values.
 _NOTED_DIFFUSION: dict[str, Container[Any]] = {
   "prediction": PREDICTIONS,
   "schedule": SCHEDULES,
   "num_timesteps": range(1, 100_001),
+}
+# Arguments of SiT's training code that its checkpoints hold -> (argument of the process
+# flow, SiT's value -> ours). Other values are the defaults of the process.
+_SIT_ARGUMENTS = {
+  "path_type": ("path", {"GVP": "gvp", "VP": "vp"}),
+  "prediction": ("prediction", {"noise": "epsilon", "score": "score"}),
+  "loss_weight": (
+    "loss_weight",
+    {"velocity": "velocity", "likelihood": "likelihood"},
+  ),
 }
 
 
@@ -46,6 +57,7 @@ def from_torch_file(
   num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
+  process: str | None = None,
 ) -> Settings:
   """Converts a released PyTorch checkpoint to a workdir for sampling and evaluation.
 
@@ -59,14 +71,20 @@ def from_torch_file(
     overwrite: whether to replace the checkpoints in `workdir`. Other files stay, except
       labels.json, which belongs to the old checkpoints.
     decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
+    process: process that trained the network, a key of `diffusion.PROCESSES`; None for
+      that which the file states, else "flow" for a SiT and "gaussian" for others. With
+      "flow", a DiT whose last layer has 2C channels is read as a SiT.
 
   Returns:
     Settings of a run with this network, as saved in the workdir.
 
   Raises:
-    SettingError: see `torch_mdt.from_torch`; or `workdir` is a file, or in use by a
-      run; or `workdir` is not empty and `overwrite` is False. Nothing is written then.
+    SettingError: see `torch_mdt.from_torch` and `settings_of`; or `workdir` is a file,
+      or in use by a run; or `workdir` is not empty and `overwrite` is False. Nothing is
+      written then.
   """
+  if process is not None:
+    check_choice("process", process, PROCESSES)
   target = absolute(output_folder("workdir", workdir))
   found = {path.name for path in target.iterdir()} if target.is_dir() else set()
   if found - {LOCK, PARTIAL} and not overwrite:  # a stopped conversion leaves these two
@@ -80,8 +98,9 @@ def from_torch_file(
     num_heads=num_heads,
     num_classes=num_classes,
     input_size=input_size,
+    process=process,
   )
-  settings = settings_of(checkpoint.attributes, checkpoint.metadata)
+  settings = settings_of(checkpoint.attributes, checkpoint.metadata, process)
   _log_network(path, checkpoint, settings)
   with contextlib.ExitStack() as stack:
     with renamed_in_errors({"--workdir": "workdir"}):
@@ -145,11 +164,15 @@ def released_weights(checkpoint: loading.Checkpoint) -> tuple[Tensors, dict[str,
     SettingError: released networks are not of this form; see `torch_mdt.to_torch`.
   """
   attributes = torch_mdt.attributes_of(checkpoint.experiment.model)
-  names = {name: f"config.model.{name}" for name in ("input_size", "condition")}
+  checked = ("input_size", "patch_bottleneck", "condition")
+  names = {name: f"config.model.{name}" for name in checked}
   with renamed_in_errors(names):
     tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
   diffusion = checkpoint.experiment.settings.diffusion
-  noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
+  if diffusion.process == "gaussian":
+    noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
+  else:
+    noted = {"process": diffusion.process, "arguments": diffusion.arguments}
   return tensors, sizes.notes(attributes, diffusion=noted)
 
 
@@ -171,12 +194,37 @@ def _replace(old: AnyPath, new: AnyPath, aside: AnyPath) -> None:
     raise
 
 
-def settings_of(attributes: dict[str, Any], metadata: Mapping[str, Any]) -> Settings:
-  """Returns the settings of the run that a network of a file comes from."""
-  settings = recipes.of_network(attributes)
+def settings_of(
+  attributes: dict[str, Any],
+  metadata: Mapping[str, Any],
+  process: str | None = None,
+) -> Settings:
+  """Returns the settings of the run that a network of a file comes from.
+
+  Args:
+    attributes: attributes of the network.
+    metadata: what the file says about itself.
+    process: see `from_torch_file`.
+
+  Raises:
+    SettingError: setting "process": it does not fit the network, or it is None and the
+      file states an unknown one.
+  """
   noted = sizes.read_notes(metadata).get("diffusion")
-  if not isinstance(noted, dict):
-    return settings
+  noted = noted if isinstance(noted, dict) else {}
+  stated = noted.get("process", "gaussian" if noted else None)
+  if process is None and stated is not None:
+    check_choice("process", stated, PROCESSES)
+  chosen = process or stated or recipes.process_of(attributes)
+  if chosen != "gaussian":
+    known = _stated_arguments(chosen, noted if chosen == stated else {}, metadata)
+    _check_process(chosen, known, attributes)
+    return recipes.of_network(attributes, chosen, known)
+  if process == "gaussian" and attributes["variant"] == "SiT" and stated != "gaussian":
+    raise SettingError(
+      "process", process, "must be flow for a SiT; network=DiT reads a DiT"
+    )
+  settings = recipes.of_network(attributes, chosen)
   known = {
     name: noted[name]
     for name, accepted in _NOTED_DIFFUSION.items()
@@ -186,25 +234,71 @@ def settings_of(attributes: dict[str, Any], metadata: Mapping[str, Any]) -> Sett
   return dataclasses.replace(settings, diffusion=diffusion)
 
 
+def _stated_arguments(
+  process: str, noted: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the arguments of a process that a file states, if they are valid.
+
+  Args:
+    process: name of the process.
+    noted: notes of this package about the process; empty if there are none.
+    metadata: what the file says about itself; training arguments of SiT.
+  """
+  found = noted.get("arguments", {})
+  if not noted and process == "flow":
+    found = {
+      name: values[metadata[key]]
+      for key, (name, values) in _SIT_ARGUMENTS.items()
+      if isinstance(metadata.get(key), str) and metadata[key] in values
+    }
+    if "prediction" not in found:  # SiT ignores the weight for velocities
+      found.pop("loss_weight", None)
+  try:
+    create_process(process, **found)
+  except (TypeError, ValueError, OverflowError):  # a SettingError is a ValueError
+    return {}
+  return dict(found)
+
+
+def _check_process(
+  process: str, arguments: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> None:
+  """Raises SettingError if a process does not fit the output of a network."""
+  learns_variance = create_process(process, **arguments).learns_variance
+  if learns_variance == attributes["learn_sigma"]:
+    return
+  variant = attributes["variant"]
+  has = "a" if attributes["learn_sigma"] else "no"
+  text = f"does not fit: the network is {variant} with {has} learned variance"
+  if variant == "DiT" and process == "flow":
+    text += "; network=SiT reads a SiT"
+  raise SettingError("process", process, text)
+
+
 def _log_network(
   path: str | os.PathLike[str], checkpoint: torch_mdt.Checkpoint, settings: Settings
 ) -> None:
   """Logs what a file was read as, and what the file does not show."""
-  attributes = checkpoint.attributes
+  attributes, diffusion = checkpoint.attributes, settings.diffusion
   logger.info("%s: %s", path, sizes.describe_fully(attributes))
-  prediction = settings.diffusion.prediction
+  meaning = f"config.diffusion.prediction={diffusion.prediction!r}"
+  if diffusion.process != "gaussian":
+    meaning = f"config.diffusion.process={diffusion.process!r}"
+    meaning += f", config.diffusion.arguments={diffusion.arguments}"
   if sizes.read_notes(checkpoint.metadata):
-    logger.info("as the file notes: config.diffusion.prediction=%r", prediction)
-    return
-  also = ""
-  if attributes["variant"] == "DiT":
-    also = (
-      f"; {' and '.join(sizes.LOOKALIKES)} have tensors of the same names and shapes, "
-      f"and {sizes.NOT_YET}"
+    logger.info("as the file notes: %s", meaning)
+  elif diffusion.process != "gaussian":
+    logger.info("the process of the network: %s", meaning)
+  else:
+    also = ""
+    if attributes["variant"] == "DiT":
+      also = (
+        "; a SiT has tensors of the same names and shapes: --process=flow reads one; "
+        f"TREAD has them too, and {sizes.NOT_YET}"
+      )
+    logger.info(
+      "the file does not show what the network predicts: assumed is a DDPM network "
+      "that predicts noise (%s)%s",
+      meaning,
+      also,
     )
-  logger.info(
-    "the file does not show what the network predicts: assumed is a DDPM network that "
-    "predicts noise (config.diffusion.prediction=%r)%s",
-    prediction,
-    also,
-  )

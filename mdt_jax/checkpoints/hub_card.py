@@ -21,6 +21,7 @@ _SHOWN_NAMES = 20  # largest number of class names in a card
 _CODE = "https://github.com/sail-sg/MDT"
 _PAPERS = {
   "DiT": "arxiv:2212.09748",
+  "SiT": "arxiv:2401.08740",
   "MDT": "arxiv:2303.14389",
   "MDTv2": "arxiv:2303.14389",
 }

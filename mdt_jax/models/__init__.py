@@ -1,4 +1,4 @@
-"""The networks MDT v1, MDTv2 and DiT; `models.registry` lists all presets."""
+"""The networks MDT v1, MDTv2, DiT and SiT; `models.registry` lists all presets."""
 
 from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.mdt import MDT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -112,12 +113,22 @@ def drop_labels(
 
 
 class PatchEmbed(nn.Module):
-  """Maps images to L = (H / p)(W / p) tokens by a linear layer on p x p patches."""
+  """Maps images to L = (H / p)(W / p) tokens by a linear layer on p x p patches.
+
+  Attributes:
+    patch_size: p.
+    hidden_size: D.
+    bottleneck: R, width of a linear layer without bias before that layer, so that the
+      map from a patch has rank R: the embedding of JiT (arXiv 2511.13720). 0: none.
+    dtype: dtype of the products.
+    forward_mode: see `layers.linear`.
+  """
 
   patch_size: int
   hidden_size: int
+  bottleneck: int = 0
   dtype: Dtype = jnp.float32
-  forward_mode: bool = False  # see `layers.linear`
+  forward_mode: bool = False
 
   @nn.compact
   def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
@@ -125,14 +136,13 @@ class PatchEmbed(nn.Module):
     p = self.patch_size
     patches = images.reshape(b, h // p, p, w // p, p, c)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
-    embed = linear(
-      self.hidden_size,
-      "linear",
-      path="patch_embed/",
-      dtype=self.dtype,
-      forward_mode=self.forward_mode,
+    options: dict[str, Any] = dict(
+      path="patch_embed/", dtype=self.dtype, forward_mode=self.forward_mode
     )
-    return embed(patches)  # (B, L, D)
+    if self.bottleneck:
+      reduce = linear(self.bottleneck, "bottleneck", use_bias=False, **options)
+      patches = reduce(patches)  # (B, L, R)
+    return linear(self.hidden_size, "linear", **options)(patches)  # (B, L, D)
 
 
 def unpatchify(

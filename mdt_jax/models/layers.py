@@ -35,6 +35,7 @@ def linear(
   kernel_init: nn.initializers.Initializer = linear_init,
   axis: int | Sequence[int] = -1,
   path: str = "",
+  use_bias: bool = True,
   forward_mode: bool = False,
 ) -> nn.DenseGeneral:
   """Builds a linear layer that gathers its sharded kernel before the product.
@@ -49,6 +50,7 @@ def linear(
     axis: input axes to sum over; they must be the last ones.
     path: prefix of `name` in the parameter's path, such as "final_layer/". Needed if
       `partitioning.PARAMETER_AXES` distinguishes layers of the same name by the prefix.
+    use_bias: whether the layer adds a bias.
     forward_mode: whether jax.jvp can differentiate the layer; makes gradients slower.
 
   Returns:
@@ -66,6 +68,7 @@ def linear(
     axis=axis,
     dtype=dtype,
     kernel_init=kernel_init,
+    use_bias=use_bias,
     dot_general=dot_general,
     name=name,
   )

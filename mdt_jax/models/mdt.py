@@ -1,4 +1,6 @@
-"""The networks MDT, MDTv2 (arXiv 2303.14389) and DiT (arXiv 2212.09748).
+"""The networks MDT, MDTv2 (arXiv 2303.14389), DiT (arXiv 2212.09748) and SiT.
+
+SiT (arXiv 2401.08740) is a DiT whose output is a velocity.
 
 Letters in shapes: B samples; H, W, C height, width and channels of the latents; L
 tokens of an image; K tokens that the encoder sees; D width of the network.
@@ -31,7 +33,7 @@ from mdt_jax.models.partitioning import gather, look_up, parameter_axes, shard_b
 from mdt_jax.sizes import Size, to_size
 from mdt_jax.types import Array, Dtype
 
-VARIANTS = ("DiT", "MDT", "MDTv2")
+VARIANTS = ("DiT", "SiT", "MDT", "MDTv2")
 
 # The released bias tables have 3 extra rows, of BEiT's class token, that none reads.
 UNUSED_BIAS_ROWS = 3
@@ -195,6 +197,8 @@ class MDT(Network, kw_only=True):
          embedded input.
   DiT:   depth plain blocks without position bias. The position embedding is frozen. A
          token mask is not accepted.
+  SiT:   as DiT without learned variance. Its last layer has 2C channels, as in the
+         released checkpoints; the output is the first C. Times lie in [0, 1].
 
   jax.jvp works only with forward_mode=True, because the gradients of products and
   attention are written by hand in reverse mode. With forward_mode=False, compute the
@@ -212,12 +216,14 @@ class MDT(Network, kw_only=True):
     state["intermediates"]["decode_blocks"]["__call__"][0][0]  # (decode_depth, B, L, D)
 
   Attributes (in addition to those of `Network`):
-    variant: "DiT", "MDT" or "MDTv2".
+    variant: "DiT", "SiT", "MDT" or "MDTv2".
     hidden_size: width D, divisible by num_heads and by 4.
     depth: number of blocks, without the side-interpolater.
     num_heads: number of attention heads.
-    decode_depth: number of blocks after the side-interpolater; DiT ignores it.
+    decode_depth: number of blocks after the side-interpolater; DiT and SiT ignore it.
     mlp_ratio: hidden width of the MLP divided by D.
+    patch_bottleneck: R, width of a linear layer between a patch and the embedding of
+      its token, for large patches of pixels; 0: none. See `PatchEmbed`.
     dtype: compute dtype. Parameters, softmax and LayerNorm are float32.
     remat: "none", "full" or "dots": which activations the backward pass recomputes; see
       `layers.REMAT_POLICIES`. On CPUs, remat saves memory only if unroll is 1.
@@ -236,6 +242,7 @@ class MDT(Network, kw_only=True):
   num_heads: int = 6
   decode_depth: int = 6
   mlp_ratio: float = 4.0
+  patch_bottleneck: int = 0
   dtype: Dtype = jnp.float32
   remat: str = "none"
   forward_mode: bool = False
@@ -250,11 +257,16 @@ class MDT(Network, kw_only=True):
   @property
   def takes_mask(self) -> bool:
     """Whether the network has a side-interpolater, so that it accepts a token mask."""
-    return self.variant != "DiT"
+    return self.variant in ("MDT", "MDTv2")
+
+  @property
+  def last_channels(self) -> int:
+    """Channels of the last layer: `out_channels`; 2C for SiT, which ignores half."""
+    return self.out_channels * (2 if self.variant == "SiT" else 1)
 
   @property
   def frozen(self) -> tuple[str, ...]:
-    """Names of parameters that are not trained: DiT's position embedding."""
+    """Names of parameters that are not trained: the positions of DiT and SiT."""
     return () if self.takes_mask else ("pos_embed",)
 
   @nn.compact
@@ -270,13 +282,15 @@ class MDT(Network, kw_only=True):
 
     Args:
       x: (B, H, W, C) noisy latents of the size `input_size`.
-      t: (B,) timesteps of the original process, in [0, T - 1], integer or float.
+      t: (B,) times, integer or float: in [0, T - 1] for a DDPM of T steps, in [0, 1]
+        for a flow.
       y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
         num_classes is the null label. Labels out of range do not raise an error: JAX
         clamps them to the rows of the label table. A label above num_classes acts as
         the null label if label_dropout > 0, else as the last class. -1 reads the last
         row as well. See `LabelEmbed`.
-      token_mask: the tokens that the encoder sees; None for all. DiT accepts only None.
+      token_mask: the tokens that the encoder sees; None for all. DiT and SiT accept
+        only None.
       train: whether to drop conditions. Labels then need the random stream
         "label_dropout".
 
@@ -285,22 +299,25 @@ class MDT(Network, kw_only=True):
 
     Raises:
       SettingError: an attribute is invalid.
-      ValueError: `x` has another shape, or `token_mask` is given to DiT.
+      ValueError: `x` has another shape, or `token_mask` is given to DiT or SiT.
     """
     self.check()
     self.check_input(x)
     if token_mask is not None and not self.takes_mask:
-      raise ValueError("DiT has no side-interpolater: token_mask must be None")
+      raise ValueError(
+        f"{self.variant} has no side-interpolater: token_mask must be None"
+      )
 
     width, dtype = self.hidden_size, self.dtype
     options = dict(dtype=dtype, forward_mode=self.forward_mode)
-    patch_embed = PatchEmbed(self.patch_size, width, **options, name="patch_embed")
+    sizes = self.patch_size, width, self.patch_bottleneck
+    patch_embed = PatchEmbed(*sizes, **options, name="patch_embed")
     embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
 
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
     c = c + self.conditioning.embedder(width, dtype)(y, train)  # (B, D)
 
-    if self.variant == "DiT":
+    if not self.takes_mask:
       tokens, _ = self._blocks("blocks", self.depth)(embedded, c, None, None)
     else:
       index = jnp.asarray(relative_position_index(self.grid_size))[None]  # (1, L, L)
@@ -308,9 +325,10 @@ class MDT(Network, kw_only=True):
       tokens = self._interpolate(tokens, c, index, token_mask)  # (B, L, D)
       tokens = self._decode(tokens, embedded, c, index)
 
-    sizes = self.patch_size, self.out_channels, self.grid_size
+    sizes = self.patch_size, self.last_channels, self.grid_size
     final_layer = FinalLayer(*sizes, **options, name="final_layer")
-    return final_layer(tokens, c).astype(jnp.float32)
+    output = final_layer(tokens, c).astype(jnp.float32)  # (B, H, W, last_channels)
+    return output if self.variant != "SiT" else output[..., : self.out_channels]
 
   def _encode(
     self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
@@ -391,6 +409,12 @@ class MDT(Network, kw_only=True):
     check_choice("variant", self.variant, VARIANTS)
     check_choice("remat", self.remat, layers.REMAT_POLICIES)
     super().check()
+    self._require(
+      "learn_sigma",
+      self.variant != "SiT" or not self.learn_sigma,
+      "must be False for SiT, which has no learned variance: use the process flow, or "
+      "a variance of fixed_small or fixed_large",
+    )
     for name in ("hidden_size", "depth", "num_heads"):
       self._require(name, getattr(self, name) >= 1, "must be at least 1")
     heads, depth = self.num_heads, self.depth
@@ -399,6 +423,8 @@ class MDT(Network, kw_only=True):
       self.hidden_size % heads == 0 and self.hidden_size % 4 == 0,
       f"must be divisible by num_heads = {heads} and by 4",
     )
+    holds = self.patch_bottleneck >= 0
+    self._require("patch_bottleneck", holds, "must be at least 0")
     holds = self.mlp_ratio * self.hidden_size >= 1
     self._require("mlp_ratio", holds, "must be above 0")
     if self.takes_mask:

@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of MDT, MDTv2 and DiT from their attributes.
+"""Counts the floating-point operations of MDT, MDTv2, DiT and SiT.
 
 A multiply-add of a matrix product counts as two operations; see `models.flops`.
 """
@@ -18,8 +18,9 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
   """
   length, width = model.num_tokens, model.hidden_size
   patch = model.patch_size**2 * model.in_channels
-  out = model.patch_size**2 * model.out_channels
-  flops = 2 * length * patch * width
+  out = model.patch_size**2 * model.last_channels
+  rank = model.patch_bottleneck
+  flops = 2 * length * (patch * rank + rank * width if rank else patch * width)
   flops += 2 * (NUM_FREQUENCIES * width + width**2)  # timestep
   flops += 2 * width * 2 * width + 2 * length * width * out  # final layer
   if not model.takes_mask:

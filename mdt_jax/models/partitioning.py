@@ -26,6 +26,7 @@ Axes: TypeAlias = tuple[str | None, ...]
 # End of a parameter's path -> its axes, without the leading axis of stacked blocks.
 # Parameters that match no row are replicated: mostly biases, 1/1000 of all numbers.
 PARAMETER_AXES: Mapping[str, Axes] = {
+  "patch_embed/bottleneck/kernel": (None, "width"),
   "patch_embed/linear/kernel": (None, "width"),
   "timestep_embed/fc1/kernel": (None, "width"),
   "timestep_embed/fc2/kernel": (None, "width"),

@@ -29,7 +29,7 @@ SIZES = {
   "L": dict(hidden_size=1024, depth=24, num_heads=16),
   "XL": dict(hidden_size=1152, depth=28, num_heads=16),
 }
-PATCH_SIZES = (2, 4, 8)
+PATCH_SIZES = (2, 4, 8, 16)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -43,11 +43,13 @@ class NetworkEntry:
     presets: name, such as "MDTv2-S/2" -> attributes of the module.
     forward_flops: function (model, num_keep or None) -> operations of a forward pass
       over one image; see `models.flops`.
+    defaults: attributes whose default is not that of the module.
   """
 
   module: type[Model]
   presets: Mapping[str, dict[str, Any]]
   forward_flops: Callable[[Any, int | None], int]
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _presets(
@@ -66,6 +68,9 @@ def _presets(
 
 NETWORKS: dict[str, NetworkEntry] = {
   "DiT": NetworkEntry(MDT, _presets("DiT"), mdt_flops.forward_flops),
+  "SiT": NetworkEntry(
+    MDT, _presets("SiT"), mdt_flops.forward_flops, dict(learn_sigma=False)
+  ),
   "MDT": NetworkEntry(
     MDT, _presets("MDT", dict(S=2, B=2, L=2, XL=2)), mdt_flops.forward_flops
   ),
@@ -108,7 +113,8 @@ def create_model(
     assert name is not None
     given = {**MODELS[name], **given}
   check_choice("variant", given["variant"], NETWORKS)
-  module = NETWORKS[given["variant"]].module
+  network = NETWORKS[given["variant"]]
+  module, given = network.module, {**network.defaults, **given}
   known = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
   for attribute, value in attributes.items():
     if attribute not in known:

@@ -29,7 +29,9 @@ KEPT, RESIZED, NEW, NEUTRAL = "kept", "resized", "new values", "neutral"
 PATCHES = ("resize", "fresh")
 # (old variant, new variant): pairs whose blocks compute the same, up to parameters that
 # start neutral, such as long skips.
-_COMPATIBLE = {("DiT", "MDT"), ("DiT", "MDTv2"), ("MDT", "MDTv2"), ("MDT", "DiT")}
+_COMPATIBLE = {
+  (old, new) for old in ("DiT", "SiT", "MDT") for new in ("DiT", "SiT", "MDT", "MDTv2")
+}
 _MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
 
 # Path of a parameter of the old network -> its value.
@@ -57,9 +59,9 @@ class Start:
 class Adaptation:
   """The start of each parameter of a network from those of another network.
 
-  Networks of the same class with parameters of equal shapes fit. Networks DiT, MDT and
-  MDTv2 may differ in classes, input size, patch size, channels and learned variance,
-  and, where `_COMPATIBLE` says so, in the variant.
+  Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT, MDT
+  and MDTv2 may differ in classes, input size, patch size, channels and learned
+  variance, and, where `_COMPATIBLE` says so, in the variant.
 
   Args:
     source: the old network.
@@ -150,7 +152,7 @@ class Adaptation:
       return
     for name in ("depth", "decode_depth"):
       there, here = getattr(old, name), getattr(new, name)
-      both = old.variant == new.variant != "DiT"
+      both = old.variant == new.variant and new.takes_mask
       if there != here and (name == "depth" or both):
         raise self._misfit(
           f"{name} is {there} there and {here}",
@@ -193,7 +195,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of MDT, MDTv2 or DiT."""
+    """Returns the start of a parameter of MDT, MDTv2, DiT or SiT."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")
@@ -295,16 +297,23 @@ class Adaptation:
     )
 
   def _patch_embedding(self, path: str) -> Start:
-    """Starts the patch embedding: its kernel (p p C, D), or its bias (D,)."""
-    source, target = self.source, self.target
+    """Starts the patch embedding: its kernel (p p C, D), or its bias (D,).
+
+    With a bottleneck of width R, its kernels are (p p C, R) and (R, D).
+    """
+    source: Any = self.source
+    target: Any = self.target
     old, new, channels = source.patch_size, target.patch_size, target.in_channels
+    there, here = source.patch_bottleneck, target.patch_bottleneck
+    if there != here:
+      return _new(f"patch_bottleneck is {there} there, {here} here")
     if (old, source.in_channels) == (new, channels):
       return self._same(path)
     if source.in_channels != channels:
       return _new(f"{source.in_channels} channels there, {channels} here")
     if self._patches == "fresh":
       return _new(f"patches of {old} pixels there, {new} here")
-    if path.endswith("bias"):
+    if not path.endswith("bottleneck/kernel" if here else "linear/kernel"):
       return self._same(path)
     self._used.add(path)
 
@@ -318,10 +327,12 @@ class Adaptation:
 
   def _last_layer(self, path: str) -> Start:
     """Starts the last linear layer: kernel (D, p p C), or bias (p p C,)."""
-    source, target = self.source, self.target
+    source: Any = self.source
+    target: Any = self.target
     old, new, channels = source.patch_size, target.patch_size, target.in_channels
     same_outputs = source.out_channels == target.out_channels
-    if (old, source.in_channels) == (new, channels) and same_outputs:
+    same_layer = source.last_channels == target.last_channels
+    if (old, source.in_channels) == (new, channels) and same_outputs and same_layer:
       return self._same(path)
     if source.in_channels != channels:
       return _new(f"{source.in_channels} channels there, {channels} here")
@@ -330,8 +341,10 @@ class Adaptation:
     self._used.add(path)
 
     def compute(read: Read, _: np.ndarray | None) -> np.ndarray:
-      sizes = old, new, source.out_channels, target.out_channels
-      return resize_last_layer(read(path), *sizes)
+      # Channels that SiT ignores are left out, and start at 0.
+      used = min(source.out_channels, target.out_channels)
+      layer = resize_last_layer(read(path), old, new, source.last_channels, used)
+      return resize_last_layer(layer, new, new, used, target.last_channels)
 
     notes = []
     if not same_outputs:
@@ -340,6 +353,8 @@ class Adaptation:
         if source.learn_sigma
         else "kept; the outputs of the variance are 0"
       )
+    elif not same_layer:
+      notes.append("kept; the channels that SiT ignores are left out or 0")
     if old != new:
       notes.append("resized bicubically")
     return Start(KEPT if old == new else RESIZED, compute, "; ".join(notes))
@@ -380,6 +395,7 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
   "label_embed/table": Adaptation._labels,
   "pos_embed": Adaptation._positions,
   "decode_pos_embed": Adaptation._positions,
+  "patch_embed/bottleneck/kernel": Adaptation._patch_embedding,
   "patch_embed/linear/kernel": Adaptation._patch_embedding,
   "patch_embed/linear/bias": Adaptation._patch_embedding,
   "final_layer/linear/kernel": Adaptation._last_layer,
@@ -389,7 +405,7 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
 
 def _layers(model: MDT) -> list[tuple[str, int]]:
   """(stack, index in the stack) of each block, in the order of the forward pass."""
-  if model.variant == "DiT":
+  if not model.takes_mask:
     return [("blocks", i) for i in range(model.depth)]
   encoder, decoder = model.depth - model.decode_depth, model.decode_depth
   decode = [("decode_blocks", i) for i in range(decoder)]

@@ -1,4 +1,4 @@
-"""Converts PyTorch checkpoints of MDT, MDTv2 and DiT to and from flax parameters.
+"""Converts PyTorch checkpoints of MDT, MDTv2, DiT and SiT to and from flax parameters.
 
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
@@ -68,12 +68,18 @@ class OpenCheckpoint:
 
 
 class KnownSizes(TypedDict, total=False):
-  """What the caller knows of a network beyond its tensors; see `from_torch`."""
+  """What the caller knows of a network beyond its tensors; see `from_torch`.
+
+  process: the process that trained the network, a key of `diffusion.PROCESSES`. With
+    "flow", a DiT whose last layer has 2C channels is read as a SiT, unless `network`
+    says "DiT". With any process, hints that a DiT may be a SiT are ignored.
+  """
 
   decode_depth: int | None
   num_heads: int | None
   num_classes: int | None
   input_size: int | None
+  process: str | None
 
 
 def from_torch(
@@ -85,7 +91,7 @@ def from_torch(
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a PyTorch checkpoint of MDT, MDTv2 or DiT.
+  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT or SiT.
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
@@ -93,13 +99,14 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "MDT" or "MDTv2"; None to infer the network from
-      the tensors.
+    network: expected network, "DiT", "SiT", "MDT" or "MDTv2"; None to infer the network
+      from the tensors. A SiT has tensors of the names and shapes of a DiT, and is read
+      as a DiT if neither `network` nor the file says otherwise.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, which the tensors do not determine; None for
-      that which the file states, else that of the published size of the same width.
+    num_heads: number of heads of a DiT or SiT, which the tensors do not determine; None
+      for that which the file states, else that of the published size of the same width.
     num_classes: number of classes, without the null label. If the label table has
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
@@ -111,10 +118,10 @@ def from_torch(
     parameters of that network, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is not such a checkpoint, or seems to hold a SiT or TREAD;
-      tensors are missing, unexpected or of the wrong shape; `network` is unknown or
-      differs from the network of the tensors; an argument is needed and None, or does
-      not fit the tensors.
+    SettingError: the file is not such a checkpoint, holds a TREAD, or seems to hold a
+      SiT while `network` is None; tensors are missing, unexpected or of the wrong
+      shape; `network` is unknown or differs from the network of the tensors; an
+      argument is needed and None, or does not fit the tensors.
   """
   attributes, params, _ = read_checkpoint(
     path,
@@ -185,6 +192,7 @@ def _open_network(
   num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
+  process: str | None = None,
 ) -> OpenCheckpoint:
   """Checks tensors without prefixes, and returns the network that they hold."""
   known = sizes.stated_sizes(metadata)
@@ -192,9 +200,10 @@ def _open_network(
     size = known.get("input_size") if input_size is None else input_size
     tensors = diffusers_dit.to_released(tensors, source, size)
   attributes = sizes.infer_attributes(tensors, source, known, num_classes)
+  attributes = sizes.tell_dit_from_sit(
+    tensors, attributes, metadata, source, network, process
+  )
   variant = attributes["variant"]
-  if network is not None and network != variant:
-    raise SettingError("network", network, f"must be {variant}, as in {source}")
   if input_size is not None and input_size != attributes["input_size"]:
     raise SettingError(
       "input_size", input_size, f"must be {attributes['input_size']}, as in {source}"
@@ -209,7 +218,7 @@ def _open_network(
     attributes["num_heads"] = num_heads
   if attributes["num_heads"] is None:
     raise SettingError(
-      "num_heads", None, "must be given for a DiT of unpublished width"
+      "num_heads", None, f"must be given for a {variant} of unpublished width"
     )
   read_as = sizes.describe(attributes)
   try:
@@ -218,7 +227,6 @@ def _open_network(
     raise SettingError("tensors", source, f"{read_as}, but {error}") from None
   params = flatten(abstract_params(model))
   refuse("tensors", source, read_as, _misfits(tensors, model, params))
-  sizes.check_is_ddpm(tensors, attributes, metadata, source, network is not None)
 
   def read(path: str) -> np.ndarray:
     return _read_param(tensors, path, params[path].shape, model)
@@ -248,7 +256,7 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 
   Raises:
     SettingError: an attribute is invalid, the input is not a square, or the network has
-      a condition other than labels.
+      a bottleneck before its tokens or a condition other than labels.
   """
   model = create_model(**attributes)
   height, width, _ = model.input_shape
@@ -257,6 +265,10 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
       "input_size",
       (height, width),
       "must be a square: released networks hold no others",
+    )
+  if bottleneck := getattr(model, "patch_bottleneck", 0):
+    raise SettingError(
+      "patch_bottleneck", bottleneck, "must be 0: released networks have none"
     )
   if model.condition is not None:
     raise SettingError(
@@ -276,7 +288,7 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 
 def _check_network(network: str | None) -> None:
   """Raises SettingError for a network that cannot be expected."""
-  if network in sizes.LOOKALIKES:
+  if network == "TREAD":
     raise SettingError(
       "network",
       network,

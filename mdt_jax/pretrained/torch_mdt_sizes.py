@@ -1,8 +1,9 @@
-"""Infers the sizes of MDT, MDTv2 and DiT from the names and shapes of their tensors.
+"""Infers the sizes of MDT, MDTv2, DiT and SiT from the names and shapes of tensors.
 
-Some attributes are not in the shapes: the number of heads of a DiT, the decoder blocks
-of an MDT v1, and whether the label table has a row for the null label. They come from
-the caller, from what the file says about itself, or from the released code.
+Some attributes are not in the shapes: whether a DiT is a SiT, the number of heads of
+both, the decoder blocks of an MDT v1, and whether the label table has a row for the
+null label. They come from the caller, from what the file says about itself, or from the
+released code.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth")
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
-# Networks whose tensors have the names and shapes of a DiT, but which are no DDPM: SiT
-# (arXiv 2401.08740), a flow model, and TREAD (arXiv 2501.04765), trained by EDM.
-LOOKALIKES = ("SiT", "TREAD")
-NOT_YET = "flow models and EDM are not supported yet"
+# TREAD (arXiv 2501.04765) is trained by EDM. Its tensors have the names and shapes of a
+# DiT, and so have those of SiT (arXiv 2401.08740), a flow model.
+NOT_YET = "TREAD is not supported yet"
 _LOOKALIKE = r"(?i)\b(sit|tread)(?![a-z])"
 # Where training arguments and metadata name the network.
 _NETWORK_NAMES = ("model", "network", "net", "arch", "architecture", "name", "title")
@@ -43,6 +43,8 @@ def infer_attributes(
   num_classes: int | None = None,
 ) -> dict[str, Any]:
   """Infers the attributes of a network from the names and shapes of its tensors.
+
+  A SiT is read as a DiT with learned variance; see `tell_dit_from_sit`.
 
   Args:
     tensors: released name -> array.
@@ -80,7 +82,7 @@ def infer_attributes(
       raise SettingError(
         "tensors",
         source,
-        f"must hold an MDT, MDTv2 or DiT: {name} {problem}; {some_names(tensors)}",
+        f"must hold an MDT, MDTv2, DiT or SiT: {name} {problem}; {some_names(tensors)}",
       )
     return found
 
@@ -97,8 +99,8 @@ def infer_attributes(
     raise SettingError(
       "tensors",
       source,
-      f"must hold an MDT, MDTv2 or DiT: pos_embed of {length} tokens does not fit the "
-      "other tensors",
+      f"must hold an MDT, MDTv2, DiT or SiT: pos_embed of {length} tokens does not fit "
+      "the other tensors",
     )
   num_classes, has_null = _count_classes(rows, num_classes, known, source)
   attributes: dict[str, Any] = dict(
@@ -166,54 +168,98 @@ def read_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def check_is_ddpm(
+def tell_dit_from_sit(
   tensors: Mapping[str, np.ndarray],
   attributes: Mapping[str, Any],
   metadata: Mapping[str, Any],
   source: str,
-  asked: bool,
-) -> None:
-  """Refuses a DiT that is known, or seems, to be one of LOOKALIKES.
+  network: str | None,
+  process: str | None = None,
+) -> dict[str, Any]:
+  """Returns the attributes of a DiT, or of the SiT that its tensors belong to.
 
-  SiT predicts velocity, and its time lies in [0, 1]. Its loss ignores the channels of
-  the variance, so their rows stay at zero, where they start.
+  Both have tensors of the same names and shapes. In order of weight: what the file says
+  about itself, the caller's `network` and `process`, and hints. A hint raises an error,
+  because nothing decides: the name of the file; or rows of the last layer that are zero
+  where a DiT has its variance, since SiT's loss ignores them.
 
   Args:
     tensors: released name -> array.
-    attributes: attributes of the network.
+    attributes: attributes that `infer_attributes` returned.
     metadata: metadata of the file.
     source: path of the file.
-    asked: whether the caller asked for a DiT. Then hints are ignored; the file's own
-      statement is not.
+    network: the network that the caller expects; None if the caller does not say.
+    process: the process that trained the network; None if the caller does not say.
 
   Raises:
-    SettingError: setting "tensors".
+    SettingError: setting "network": it does not fit the tensors or the file. Setting
+      "tensors": the file holds a TREAD, or seems to hold a SiT and nothing decides.
   """
-  if attributes["variant"] != "DiT" or read_notes(metadata):
-    return
+  variant = attributes["variant"]
+  if variant != "DiT":
+    if network not in (None, variant):
+      raise SettingError("network", network, f"must be {variant}, as in {source}")
+    return dict(attributes)
+  if network not in (None, "DiT", "SiT"):
+    raise SettingError("network", network, f"must be DiT or SiT, as in {source}")
+  has_both_halves = attributes["learn_sigma"]
+  stated, text = _stated_network(metadata)
+  if stated == "TREAD":
+    raise SettingError("tensors", source, f"is no DiT, as its {text} says: {NOT_YET}")
+  if stated == "SiT":
+    if network == "DiT":
+      raise SettingError("network", network, f"must be SiT, as its {text} says")
+    network = "SiT"
+  elif network is None and stated is None and process == "flow" and has_both_halves:
+    network = "SiT"
+  elif network is None and stated is None and process is None:
+    hint = None
+    if re.search(
+      r"(?i)\bsit[-_](s|b|l|xl)\b", source.rpartition("/")[2].replace("_", "-")
+    ):
+      hint = "its name is that of a SiT"
+    if _leaves_variance_at_zero(tensors, attributes):
+      hint = (
+        "the rows of final_layer.linear.weight for the variance are zero, as in a SiT"
+      )
+    if hint:
+      raise SettingError(
+        "tensors",
+        source,
+        f"{hint}, whose tensors have the names and shapes of a DiT: network=SiT reads "
+        "it as a SiT, network=DiT as a DiT",
+      )
+  if network != "SiT":
+    return dict(attributes)
+  if not has_both_halves:
+    channels = attributes["in_channels"]
+    raise SettingError(
+      "network",
+      "SiT",
+      f"must be DiT: the last layer of {source} has {channels} channels, and that of a "
+      f"SiT has {2 * channels}",
+    )
+  return {**attributes, "variant": "SiT", "learn_sigma": False}
+
+
+def _stated_network(metadata: Mapping[str, Any]) -> tuple[str | None, str]:
+  """Returns which network a file says that it holds, and where it says so.
+
+  Returns:
+    ("SiT", "TREAD", or for notes of this package any variant; the name and the value of
+    the entry). (None, "") if the file does not say.
+  """
+  variant = read_notes(metadata).get("variant")
+  if isinstance(variant, str):
+    return variant, f"variant {variant!r}"
   for name in (*_NETWORK_NAMES, "path_type"):
     text = str(metadata.get(name, ""))[:80]
-    # Only SiT's training code has a path_type.
-    if re.search(_LOOKALIKE, text) or (name == "path_type" and text):
-      raise SettingError(
-        "tensors", source, f"is no DiT, as its {name} {text!r} says: {NOT_YET}"
-      )
-  hint = None
-  if re.search(
-    r"(?i)\bsit[-_](s|b|l|xl)\b", source.rpartition("/")[2].replace("_", "-")
-  ):
-    hint = "its name is that of a SiT"
-  if _leaves_variance_at_zero(tensors, attributes):
-    hint = (
-      "the rows of final_layer.linear.weight for the variance are zero, as in a SiT"
-    )
-  if hint and not asked:
-    raise SettingError(
-      "tensors",
-      source,
-      f"{hint}, whose tensors have the names and shapes of a DiT; {NOT_YET}; "
-      "network=DiT reads it as a DiT",
-    )
+    found = re.search(_LOOKALIKE, text)
+    if found:
+      return {"sit": "SiT", "tread": "TREAD"}[found[1].lower()], f"{name} {text!r}"
+    if name == "path_type" and text:  # only SiT's training code has a path_type
+      return "SiT", f"{name} {text!r}"
+  return None, ""
 
 
 def describe(attributes: Mapping[str, Any]) -> str:
@@ -228,12 +274,12 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
   side, channels = attributes["input_size"], attributes["in_channels"]
   has_null = attributes.get("label_dropout", 1) > 0
   blocks = f"{attributes['num_heads']} heads"
-  if attributes["variant"] != "DiT":
+  if attributes["variant"] in ("MDT", "MDTv2"):
     blocks += f", {attributes['decode_depth']} decode blocks"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
-    f"label; {'learned' if attributes['learn_sigma'] else 'fixed'} variance"
+    f"label; {'learned' if attributes['learn_sigma'] else 'no learned'} variance"
   )
 
 

@@ -36,9 +36,15 @@ def zero_shards(model: Model, num_shards: int) -> dict[str, Int[np.ndarray, "...
     SettingError: the network is not one of the released code, or has fewer tensors than
       there are shards.
   """
-  if getattr(model, "variant", None) not in NETWORKS or model.condition is not None:
+  if (
+    getattr(model, "variant", None) not in NETWORKS
+    or model.condition is not None
+    or getattr(model, "patch_bottleneck", 0)
+  ):
     raise SettingError(
-      "clip_shards", num_shards, f"needs {', '.join(NETWORKS)} with class labels"
+      "clip_shards",
+      num_shards,
+      f"needs {', '.join(NETWORKS)} with class labels and without patch_bottleneck",
     )
   params = flatten(abstract_params(model))
   sizes = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 
 from mdt_jax import sharding
 from mdt_jax.buckets import AnyPath
+from mdt_jax.builders import build_process
 from mdt_jax.checkpoints.manager import FOLDER
 from mdt_jax.checkpoints.weights import Weights, open_weights
 from mdt_jax.data.class_labels import DataLabels, class_number
@@ -27,8 +29,10 @@ from mdt_jax.training.program import Program
 from mdt_jax.types import Array, Params
 
 _CLASSES = "config.init.classes"
-# Settings of config.diffusion that decide what the outputs of a network mean.
+# Settings of config.diffusion that decide what the outputs of a network mean, and
+# arguments of the processes flow and edm that do.
 _MEANING = ("process", "prediction", "schedule", "num_timesteps")
+_MEANING_OF_ARGUMENTS = ("path", "prediction", "data_time", "sigma_data")
 
 
 class Initialization:
@@ -110,15 +114,22 @@ class Initialization:
 
   def _warn_of_other_meaning(self, weights: Weights) -> None:
     """Warns if the outputs of the weights mean something else in this run."""
-    there, here = weights.settings.diffusion, self._experiment.settings.diffusion
-    for name in _MEANING:
-      if getattr(there, name) != getattr(here, name):
+    there: Any = weights.settings.diffusion
+    here: Any = self._experiment.settings.diffusion
+    names, prefix = _MEANING, ""
+    if there.process == here.process != "gaussian":
+      there, here = build_process(weights.settings), self._experiment.process
+      names, prefix = _MEANING_OF_ARGUMENTS, "arguments."
+    for name in names:
+      old, new = getattr(there, name, None), getattr(here, name, None)
+      if old != new:
         logger.warning(
-          "the weights were trained with config.diffusion.%s = %r, and this run has "
+          "the weights were trained with config.diffusion.%s%s = %r, and this run has "
           "%r: the network must learn anew what its output means",
+          prefix,
           name,
-          getattr(there, name),
-          getattr(here, name),
+          old,
+          new,
         )
 
 

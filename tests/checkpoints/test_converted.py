@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import os
@@ -20,13 +21,15 @@ from mdt_jax.checkpoints.loading import save_model
 from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.data.class_labels import DataLabels
-from mdt_jax.models.registry import MODELS
+from mdt_jax.models.registry import MODELS, create_model
 from mdt_jax.pretrained.bucket_weights import local_weights
 from mdt_jax.pretrained.tensors import read_tensors, write_tensors
 from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
 from mdt_jax.pretrained.torch_mdt_sizes import notes
 from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.setting_groups import DiffusionSettings
 from tests import reference
+from tests.cli.commands import assert_refused, run
 
 HEADS = {"mdt_v1": {}, "mdt_v2": {}, "dit": {"num_heads": 2}}
 
@@ -77,13 +80,17 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_network_gets_its_name_and_released_settings(name):
-  attributes = dict(MODELS[name], input_size=32, learn_sigma=True)
+  is_sit = MODELS[name]["variant"] == "SiT"
+  attributes = dict(MODELS[name], input_size=32, learn_sigma=not is_sit)
   settings = recipes.of_network(attributes)
   assert settings.model.name == name
   assert Experiment(settings).model.depth == MODELS[name]["depth"]
-  released = {"DiT": ("adamw", "none"), "MDT": ("adamw", "none")}
-  expected = released.get(attributes["variant"], ("adan", "min_snr"))
-  assert (settings.optimizer.name, settings.diffusion.loss_weight) == expected
+  assert settings.diffusion.process == ("flow" if is_sit else "gaussian")
+  optimizer = "adan" if attributes["variant"] == "MDTv2" else "adamw"
+  assert settings.optimizer.name == optimizer
+  if not is_sit:
+    weight = "min_snr" if attributes["variant"] == "MDTv2" else "none"
+    assert settings.diffusion.loss_weight == weight
 
 
 def test_network_without_learned_variance_uses_a_fixed_variance():
@@ -91,6 +98,142 @@ def test_network_without_learned_variance_uses_a_fixed_variance():
   settings = recipes.of_network(attributes)
   assert settings.diffusion.variance == "fixed_large"
   assert not Experiment(settings).model.learn_sigma
+
+
+# Flow models.
+
+
+NO_SIGMA = dict(learn_sigma=False)
+
+
+def write_sit_args(path, **args):
+  """A checkpoint of SiT's training code, which saves its arguments."""
+  ema = torch.load(fixture("sit"), weights_only=True)
+  torch.save({"ema": ema, "args": argparse.Namespace(**args)}, path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_sit_is_converted_there_and_back(suffix, tmp_path):
+  settings = from_torch_file(
+    fixture("sit"), tmp_path / "run", num_heads=2, process="flow"
+  )
+  assert settings.model.name == "SiT-S/2"
+  assert (
+    settings.diffusion == recipes.of_network(MODELS["SiT-S/2"] | NO_SIGMA).diffusion
+  )
+  assert (settings.diffusion.process, settings.diffusion.arguments) == ("flow", {})
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert pipeline.experiment.model.variant == "SiT"
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / f"back{suffix}")
+  before = read_tensors(fixture("sit"))
+  after = read_tensors(tmp_path / f"back{suffix}")
+  assert before.keys() == after.keys()
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+  # The notes of the file say that it holds a SiT and a flow.
+  assert from_torch_file(tmp_path / f"back{suffix}", tmp_path / "again") == settings
+
+
+def test_network_sit_has_a_flow(tmp_path):
+  settings = from_torch_file(fixture("sit"), tmp_path / "run", "SiT", num_heads=2)
+  assert settings.diffusion.process == "flow"
+
+
+def test_arguments_of_the_training_of_sit_become_those_of_the_flow(tmp_path):
+  args = dict(path_type="GVP", prediction="score", loss_weight="likelihood")
+  write_sit_args(tmp_path / "sit.pt", model="SiT-XL/2", **args)
+  settings = from_torch_file(tmp_path / "sit.pt", tmp_path / "run", num_heads=2)
+  expected = dict(path="gvp", prediction="score", loss_weight="likelihood")
+  assert settings.diffusion.arguments == expected
+
+
+@pytest.mark.parametrize("weight", [None, "likelihood"])
+def test_velocities_of_the_training_of_sit_have_no_weight(weight, tmp_path):
+  args = dict(path_type="Linear", prediction="velocity", loss_weight=weight)
+  write_sit_args(tmp_path / "sit.pt", model="SiT-XL/2", **args)
+  settings = from_torch_file(tmp_path / "sit.pt", tmp_path / "run", num_heads=2)
+  assert settings.diffusion.arguments == {}
+
+
+FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})
+
+
+@pytest.mark.parametrize("process", [None, "flow"])
+@pytest.mark.parametrize("variant", ["DiT", "MDTv2"])
+def test_flow_of_a_run_survives_a_round_trip(variant, process, tmp_path):
+  sizes = dict(input_size=4, patch_size=2, hidden_size=8, num_heads=2)
+  sizes |= dict(depth=2, decode_depth=2)
+  attributes = {**sizes, "variant": variant, "num_classes": 3, **NO_SIGMA}
+  settings = recipes.of_network(attributes, "flow", FLOW.arguments)
+  assert settings.diffusion == FLOW
+  params = reference.random_params(create_model(**attributes))
+  save_model(tmp_path / "run", settings, params)
+  to_torch_file(tmp_path / "run", tmp_path / "model.safetensors")
+  again = from_torch_file(
+    tmp_path / "model.safetensors", tmp_path / "again", process=process
+  )
+  assert again.diffusion == FLOW
+  assert again.sampling == settings.sampling
+
+
+@pytest.mark.parametrize(
+  ("name", "network", "process", "accepted"),
+  [
+    ("dit", "DiT", "flow", "network=SiT"),
+    ("mdt_v2", None, "flow", "MDTv2 with a learned variance"),
+    ("sit", "SiT", "gaussian", "must be flow"),
+    ("sit", None, "ddpm", "flow, gaussian"),
+  ],
+)
+def test_process_that_does_not_fit_writes_nothing(
+  name, network, process, accepted, tmp_path
+):
+  known = {"num_heads": 2} if name != "mdt_v2" else {}
+  with pytest.raises(SettingError) as error:
+    from_torch_file(fixture(name), tmp_path / "run", network, process=process, **known)
+  assert (error.value.setting, error.value.value) == ("process", process)
+  assert accepted in error.value.accepted
+  assert not (tmp_path / "run").exists()
+
+
+def test_command_names_the_flag_of_a_process_that_does_not_fit(tmp_path):
+  flags = (f"--input={fixture('mdt_v2')}", f"--output={tmp_path / 'run'}")
+  result = run("mdt_jax.convert", *flags, "--process=flow")
+  assert_refused(result, "--process = 'flow': does not fit", "learned variance")
+
+
+@pytest.mark.parametrize("noted", [{"path": "spiral"}, {"path": 3}, [1], {"a": 1}])
+def test_unknown_arguments_in_a_file_are_ignored(noted, tmp_path):
+  attributes, params = from_torch(fixture("sit"), "SiT", num_heads=2)
+  path = tmp_path / "model.safetensors"
+  diffusion = {"process": "flow", "arguments": noted}
+  tensors = to_torch(attributes, params)
+  write_tensors(path, tensors, notes(attributes, diffusion=diffusion))
+  settings = from_torch_file(path, tmp_path / "run")
+  assert (settings.diffusion.process, settings.diffusion.arguments) == ("flow", {})
+
+
+def test_unknown_process_in_a_file_is_refused(tmp_path):
+  attributes, params = reference.load_model("dit")
+  path = tmp_path / "model.safetensors"
+  tensors = to_torch(attributes, params)
+  write_tensors(path, tensors, notes(attributes, diffusion={"process": "mine"}))
+  with pytest.raises(SettingError, match=r"^process = 'mine': accepted are "):
+    from_torch_file(path, tmp_path / "run")
+  settings = from_torch_file(path, tmp_path / "run", process="gaussian")
+  assert settings.diffusion == recipes.of_network(attributes).diffusion
+
+
+def test_bottleneck_cannot_be_written_to_a_released_file(tmp_path):
+  attributes, _ = reference.load_model("dit")
+  attributes = {**attributes, "patch_bottleneck": 4}
+  settings = recipes.of_network(attributes)
+  params = reference.random_params(create_model(**attributes))
+  save_model(tmp_path / "run", settings, params)
+  with pytest.raises(SettingError) as error:
+    to_torch_file(tmp_path / "run", tmp_path / "model.pt")
+  assert error.value.setting == "config.model.patch_bottleneck"
+  assert not (tmp_path / "model.pt").exists()
 
 
 # In a bucket.

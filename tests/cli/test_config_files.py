@@ -30,9 +30,11 @@ def test_packaged_configs_are_found_from_any_folder(name):
 
 def test_packaged_configs_are_listed_by_file_name():
   sizes = ["b2", "l2", "s2", "xl2"]
-  networks = [f"{name}_{size}" for name in ("dit", "mdt", "mdtv2") for size in sizes]
-  larger = ["dit_xl2_512", "mdtv2_xl2_512"]
-  assert packaged_configs() == ["digits", *sorted(networks + larger)]
+  variants = ("dit", "sit", "mdt", "mdtv2")
+  networks = [f"{name}_{size}" for name in variants for size in sizes]
+  flows = [f"mdtv2_{size}_flow" for size in sizes]
+  others = ["dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels"]
+  assert packaged_configs() == ["digits", *sorted(networks + flows + others)]
 
 
 def test_file_on_disk_takes_precedence(elsewhere):

@@ -161,6 +161,24 @@ def test_patch_embedding_equals_a_strided_convolution(patch, channels, shape):
   np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_bottleneck_is_a_product_of_two_kernels():
+  """JiT's embedding: a convolution without bias, then one of 1 x 1 with a bias."""
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((2, 4, 8, 3)).astype(np.float32)
+  first, second = (
+    rng.standard_normal(shape).astype(np.float32) for shape in ((48, 2), (2, 5))
+  )
+  bias = np.arange(5, dtype=np.float32)
+  params = {
+    "bottleneck": {"kernel": first},
+    "linear": {"kernel": second, "bias": bias},
+  }
+  tokens = PatchEmbed(4, 5, bottleneck=2).apply({"params": params}, images)
+  one = {"linear": {"kernel": first @ second, "bias": bias}}
+  expected = PatchEmbed(4, 5).apply({"params": one}, images)
+  np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5), (4, 1)])
 @pytest.mark.parametrize(("patch", "channels"), [(1, 4), (2, 3), (4, 1)])
 def test_final_layer_places_each_patch_at_its_token(patch, channels, grid):

@@ -46,6 +46,8 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
   ("name", "sizes", "num_keep"),
   [
     ("DiT-S/2", dict(depth=3), None),
+    ("SiT-S/2", dict(depth=3), None),
+    ("DiT-S/2", dict(depth=3, patch_bottleneck=5), None),
     ("MDT-S/2", dict(depth=5, decode_depth=2), None),
     ("MDT-S/2", dict(depth=5, decode_depth=2, mlp_ratio=3.0), 10),
     ("MDTv2-S/2", dict(depth=6, decode_depth=2), None),

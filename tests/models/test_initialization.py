@@ -33,6 +33,7 @@ SIZES = dict(
 # Every stack has two or three layers.
 MODELS = {
   "DiT": MDT(variant="DiT", depth=3, **SIZES),
+  "SiT": MDT(variant="SiT", depth=3, learn_sigma=False, **SIZES),
   "MDT": MDT(variant="MDT", depth=5, decode_depth=2, **SIZES),
   "MDTv2": MDT(variant="MDTv2", depth=7, decode_depth=3, **SIZES),
 }
@@ -106,6 +107,7 @@ def bound_of(path):
   ("variant", "counts"),
   [
     ("DiT", dict(zero=13, xavier=5, normal=3, positions=1)),
+    ("SiT", dict(zero=13, xavier=5, normal=3, positions=1)),
     ("MDT", dict(zero=25, xavier=13, normal=7, positions=2)),
     ("MDTv2", dict(zero=33, xavier=19, normal=8, positions=2)),
   ],
@@ -155,6 +157,16 @@ def test_linear_layers_have_the_std_of_a_uniform_distribution(variant, path):
   for layer in layers_of(variant, path):
     off = NUM_STDS * math.sqrt(0.2 / layer.size)
     assert layer.std() == pytest.approx(bound_of(path) / math.sqrt(3), rel=off)
+
+
+def test_bottleneck_is_xavier_uniform_on_a_patch():
+  """As JiT's released code initialises both convolutions, as linear layers."""
+  model = MODELS["DiT"].clone(patch_bottleneck=8)
+  params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+  for layer, fans in (("bottleneck", (16, 8)), ("linear", (8, WIDTH))):
+    kernel, bound = params["patch_embed"][layer]["kernel"], math.sqrt(6 / sum(fans))
+    assert kernel.shape == fans
+    assert 0.9 * bound < np.abs(kernel).max() <= bound
 
 
 @tensors("normal")

@@ -27,6 +27,7 @@ PARAMETER_COUNTS = {
   "MDTv2-S/2": 38_454_872,
   "MDTv2-B/2": 152_112_272,
   "MDTv2-XL/2": 742_263_904,
+  "SiT-XL/2": 675_129_632,
 }
 TINY = dict(input_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10)
 
@@ -179,6 +180,7 @@ def test_parameter_counts_match_the_released_code(name, expected):
   [
     dict(in_channels=1, num_classes=1, learn_sigma=False),
     dict(in_channels=3, patch_size=4),
+    dict(in_channels=3, patch_size=4, patch_bottleneck=5),
     dict(input_size=6, hidden_size=24),
     dict(input_size=8, patch_size=8),
     dict(input_size=(4, 10)),
@@ -270,8 +272,9 @@ def test_label_dropout_needs_its_rng_stream():
     apply(model, reference.random_params(model), x, y, y, train=True)
 
 
-def test_dit_refuses_a_mask():
-  model = create_model("DiT-S/2", **TINY)
+@pytest.mark.parametrize("name", ["DiT-S/2", "SiT-S/2"])
+def test_network_without_side_interpolater_refuses_a_mask(name):
+  model = create_model(name, **TINY)
   x, y = jnp.zeros((1, 8, 8, 4)), jnp.array([0])
   mask = random_token_mask(jax.random.key(0), 1, 16, 8)
   with pytest.raises(ValueError, match="token_mask must be None"):
@@ -279,7 +282,8 @@ def test_dit_refuses_a_mask():
 
 
 BAD = [
-  ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, MDT, MDTv2"),
+  ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, SiT, MDT, MDTv2"),
+  ("SiT-S/2", "learn_sigma", True, "must be False for SiT"),
   ("MDT-S/2", "remat", "some", "accepted are none, full, dots"),
   ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16"),
   *(
@@ -306,6 +310,7 @@ BAD = [
   ("MDT-S/2", "label_dropout", -0.1, "must lie in [0, 1)"),
   ("MDT-S/2", "label_dropout", 1.0, "must lie in [0, 1)"),
   ("MDT-S/2", "mlp_ratio", 0.0, "must be above 0"),
+  ("MDT-S/2", "patch_bottleneck", -1, "must be at least 0"),
   ("MDT-S/2", "unroll", 0, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "unroll", -2, "must be -1 (all) or at least 1"),
   ("MDT-S/2", "decode_depth", 0, "must lie in [1, depth = 12]"),

@@ -47,7 +47,7 @@ def test_custom_field_needs_no_default():
   check_network(NoField(width=3, **SMALL))
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "MDT-B/4", "MDTv2-S/8"])
+@pytest.mark.parametrize("name", ["DiT-S/2", "SiT-S/2", "MDT-B/4", "MDTv2-S/8"])
 def test_networks_of_the_package_pass(name):
   model = create_model(name)
   check_network(model)
@@ -77,6 +77,7 @@ def test_mdt_attributes_keep_their_defaults():
       num_heads=6,
       decode_depth=6,
       mlp_ratio=4.0,
+      patch_bottleneck=0,
       label_dropout=0.1,
       learn_sigma=True,
       dtype=jnp.float32,

@@ -15,9 +15,13 @@ RANK_OF_A_MATRIX = 2
 
 @functools.cache
 def ranks(variant):
-  """Maps each parameter path of the smallest preset to its rank in one block."""
+  """Maps each parameter path of the smallest preset to its rank in one block.
+
+  The preset has a bottleneck before its tokens in addition.
+  """
   network = NETWORKS[variant]
-  params = abstract_params(create_model(next(iter(network.presets))))
+  name = next(iter(network.presets))
+  params = abstract_params(create_model(name, patch_bottleneck=8))
   return {
     path: len(leaf.shape) - ("blocks/" in path)
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()

@@ -19,13 +19,13 @@ SMALL = dict(
 
 
 def small(variant):
-  depths = dict(DiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2))
+  depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2))
   depth, decode_depth = depths[variant]
   return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
 
 
-def test_there_are_36_presets():
-  assert len(MODELS) == 3 * 4 * 3
+def test_there_are_64_presets():
+  assert len(MODELS) == 4 * 4 * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -38,7 +38,14 @@ def test_preset_creates_its_network_and_attributes(name):
 @pytest.mark.parametrize("variant", NETWORKS)
 def test_create_model_accepts_attributes_without_a_name(variant):
   attributes = dict(SMALL, variant=variant, depth=4, decode_depth=2, mlp_ratio=3.0)
-  assert create_model(**attributes) == MDT(**attributes)
+  defaults = NETWORKS[variant].defaults
+  assert create_model(**attributes) == MDT(**{**defaults, **attributes})
+
+
+@pytest.mark.parametrize("attributes", [dict(name="SiT-S/2"), dict(variant="SiT")])
+def test_sit_has_no_learned_variance(attributes):
+  model = create_model(**attributes)
+  assert (model.learn_sigma, model.out_channels) == (False, 4)
 
 
 def test_dtype_may_be_a_string():
@@ -116,6 +123,7 @@ def stacked(name, length, block):
 
 TREES = {
   "DiT": SHARED | stacked("blocks", 2, BLOCK),
+  "SiT": SHARED | stacked("blocks", 2, BLOCK),
   "MDT": MASKED
   | stacked("blocks", 1, BIASED_BLOCK)
   | stacked("decode_blocks", 2, BIASED_BLOCK),
@@ -130,6 +138,16 @@ TREES = {
 def test_parameter_tree_matches_old_checkpoints(variant):
   flat = flax.traverse_util.flatten_dict(abstract_params(small(variant)), sep="/")
   assert {path: leaf.shape for path, leaf in flat.items()} == TREES[variant]
+
+
+def test_bottleneck_adds_a_kernel_and_narrows_another():
+  model = small("DiT").clone(patch_bottleneck=3)
+  flat = flax.traverse_util.flatten_dict(abstract_params(model), sep="/")
+  expected = TREES["DiT"] | {
+    "patch_embed/bottleneck/kernel": (16, 3),
+    "patch_embed/linear/kernel": (3, 16),
+  }
+  assert {path: leaf.shape for path, leaf in flat.items()} == expected
 
 
 # The last entry of every random parameter, drawn with key 3. If these values change, a

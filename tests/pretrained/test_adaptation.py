@@ -52,7 +52,7 @@ def forward(model, params, labels=(4, 4, 4)):
   return jax.jit(model.apply)({"params": unflatten(params)}, x, t, labels)
 
 
-@pytest.mark.parametrize("variant", ["DiT", "MDT", "MDTv2"])
+@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2"])
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
   found, adaptation = start(source, source)
@@ -160,6 +160,18 @@ def test_other_patch_size(patches):
   np.testing.assert_array_equal(found["pos_embed"], params_of(source)["pos_embed"])
 
 
+def test_bottleneck_is_resized_or_starts_anew():
+  source = tiny(patch_bottleneck=8)
+  other, adaptation = start(source, tiny(patch_bottleneck=8, patch_size=4))
+  assert other["patch_embed/bottleneck/kernel"].shape == (48, 8)
+  assert adaptation.starts["patch_embed/bottleneck/kernel"].how == "resized"
+  kept = "patch_embed/linear/kernel"
+  np.testing.assert_array_equal(other[kept], params_of(source)[kept])
+  _, adaptation = start(source, tiny())
+  assert adaptation.starts[kept].how == "new values"
+  assert adaptation.dropped == ["patch_embed/bottleneck/kernel"]
+
+
 def test_enlarged_images_have_the_embeddings_of_the_images():
   """The network with patches of 4 embeds an enlarged image as the old one the image."""
   source, target = tiny(), tiny(patch_size=4, input_size=16)
@@ -180,6 +192,36 @@ def test_variance_is_taken_or_left():
   expected = forward(without, params_of(without))
   np.testing.assert_allclose(output[..., :3], expected, atol=1e-6)
   assert not output[..., 3:].any()
+
+
+NO_VARIANCE = dict(learn_sigma=False)
+
+
+@pytest.mark.parametrize(
+  ("source", "target"),
+  [
+    (tiny("SiT"), tiny("SiT", num_classes=9)),
+    (tiny("SiT"), tiny("MDTv2", **NO_VARIANCE)),
+    (tiny("SiT"), tiny("DiT", **NO_VARIANCE)),
+    (tiny("SiT"), tiny("DiT")),
+    (tiny("DiT"), tiny("SiT")),
+    (tiny("MDT", **NO_VARIANCE), tiny("SiT", patch_size=2)),
+  ],
+)
+def test_sit_exchanges_its_used_channels_alone(source, target):
+  found, _ = start(source, target)
+  old = params_of(source)
+  if source.variant == "MDT":  # its position biases are dropped
+    old = {p: 0 * a if "position_bias" in p else a for p, a in old.items()}
+    old["decode_pos_embed"] = 0 * old["decode_pos_embed"]
+  output = forward(target, found, [target.num_classes] * 3)
+  np.testing.assert_allclose(
+    output[..., :3], forward(source, old)[..., :3], rtol=2e-6, atol=2e-6
+  )
+  assert not output[..., 3:].any()
+  if target.variant == "SiT" != source.variant:
+    kernel = found["final_layer/linear/kernel"].reshape(16, 4, 6)
+    assert kernel[..., :3].any() and not kernel[..., 3:].any()
 
 
 def test_other_channels_start_anew():

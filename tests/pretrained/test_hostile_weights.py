@@ -27,6 +27,7 @@ VALID = {
   "torch_valid",
   "torch_valid_parameters",
   "torch_nested",
+  "torch_args_of_sit",
   "torch_args_wrong",
   "torch_bin",
   "torch_legacy",

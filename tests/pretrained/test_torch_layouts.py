@@ -152,7 +152,7 @@ def test_error_names_entries_of_a_file_without_network(tmp_path):
 )
 def test_error_names_tensors_of_another_network(tensors):
   error = expect_error(from_tensors, tensors)
-  assert "must hold an MDT, MDTv2 or DiT" in error.accepted
+  assert "must hold an MDT, MDTv2, DiT or SiT" in error.accepted
   assert f"it holds {counted(len(tensors), 'tensor')}, such as " in error.accepted
 
 

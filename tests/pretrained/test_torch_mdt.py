@@ -140,6 +140,24 @@ def test_parameters_are_float32_numpy_arrays(name):
   assert {(type(leaf), leaf.dtype.name) for leaf in leaves} == {(np.ndarray, "float32")}
 
 
+def test_sit_round_trip_keeps_every_bit_of_the_reference():
+  attributes, params = from_torch(reference.FIXTURES / "sit.pt", "SiT", num_heads=2)
+  back = to_torch(attributes, params)
+  assert attributes["variant"] == "SiT" and back.keys() == released("sit").keys()
+  for key, value in released("sit").items():
+    reference.assert_matches(
+      "SiT, checkpoint converted there and back",
+      back[key].view(np.uint8),
+      value.view(np.uint8),
+      0,
+    )
+
+
+def test_sit_is_read_as_a_dit_unless_asked_for():
+  attributes, _ = from_torch(reference.FIXTURES / "sit.pt", num_heads=2)
+  assert (attributes["variant"], attributes["learn_sigma"]) == ("DiT", True)
+
+
 def test_half_precision_is_read_as_float32(tmp_path):
   path = tmp_path / "half.pt"
   write_pt(path, {k: v.astype(np.float16) for k, v in released("dit").items()})
@@ -237,6 +255,7 @@ def test_network_argument_may_name_the_variant(name):
     ("mdt_v1", "MDTv2"),
     ("mdt_v2", "MDT"),
     ("dit", "MDT"),
+    ("mdt_v2", "SiT"),
     ("dit", "UNet"),
     ("dit", "dit"),
     ("dit", ""),
@@ -262,6 +281,13 @@ def test_to_torch_refuses_invalid_attributes():
   with pytest.raises(SettingError) as caught:
     to_torch({**attributes, "decode_depth": 9}, params)
   assert caught.value.setting == "decode_depth"
+
+
+def test_to_torch_refuses_a_bottleneck():
+  attributes, params = reference.load_model("dit")
+  with pytest.raises(SettingError) as caught:
+    to_torch({**attributes, "patch_bottleneck": 4}, params)
+  assert (caught.value.setting, caught.value.value) == ("patch_bottleneck", 4)
 
 
 @pytest.mark.parametrize("name", ["from_tensors", "from_torch", "to_torch"])
@@ -400,7 +426,7 @@ def test_error_names_the_file(suffix, tmp_path):
 def test_file_without_a_required_tensor_is_not_a_model(tensor):
   tensors = {key: value for key, value in released("dit").items() if key != tensor}
   message = expect_tensor_error("dit", tensors)
-  assert "must hold an MDT, MDTv2 or DiT" in message and tensor in message
+  assert "must hold an MDT, MDTv2, DiT or SiT" in message and tensor in message
 
 
 # Files that are not checkpoints.
@@ -466,7 +492,7 @@ def test_pt_file_without_tensors_is_refused(held, tmp_path):
 def test_empty_state_dict_is_refused(tmp_path):
   path = tmp_path / "empty.pt"
   torch.save({}, path)
-  assert "must hold an MDT, MDTv2 or DiT" in expect_error(path)
+  assert "must hold an MDT, MDTv2, DiT or SiT" in expect_error(path)
 
 
 # Pickles that hold code.

@@ -15,7 +15,12 @@ from mdt_jax import SettingError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import create_model
 from mdt_jax.pretrained.tensors import read_weight_file, write_tensors
-from mdt_jax.pretrained.torch_mdt import from_tensors, from_torch, to_torch
+from mdt_jax.pretrained.torch_mdt import (
+  from_tensors,
+  from_torch,
+  read_checkpoint,
+  to_torch,
+)
 from mdt_jax.pretrained.torch_mdt_sizes import (
   describe_fully,
   infer_attributes,
@@ -29,6 +34,7 @@ from tests.pretrained.test_torch_mdt import released
 TINY = dict(input_size=4, hidden_size=8, num_heads=2)
 NETWORKS = {
   "DiT": dict(variant="DiT", depth=1),
+  "SiT": dict(variant="SiT", depth=1, learn_sigma=False),
   "MDT": dict(variant="MDT", depth=3, decode_depth=1),
   "MDTv2": dict(variant="MDTv2", depth=3, decode_depth=1),
 }
@@ -160,40 +166,61 @@ def test_pytorch_loads_a_state_dict_with_notes(tmp_path):
   assert layer.weight.detach().numpy().tolist() == tensors["weight"].tolist()
 
 
-# Flow models.
+# SiT and TREAD, whose tensors look like those of a DiT.
 
 
-@pytest.mark.parametrize(
-  "args",
-  [
-    dict(model="SiT-XL/2"),
-    dict(model="SiT_B"),
-    dict(model="TREAD-XL/2"),
-    dict(path_type="Linear", prediction="velocity", model="XL/2"),
-  ],
-)
-@pytest.mark.parametrize("asked", [None, "DiT"])
-def test_file_whose_arguments_name_a_sit_is_refused(args, asked, tmp_path):
+STATED = [
+  dict(model="SiT-XL/2"),
+  dict(model="SiT_B"),
+  dict(path_type="Linear", prediction="velocity", model="XL/2"),
+]
+
+
+def write_training_checkpoint(path, args):
   held = {"ema": as_torch(released("dit")), "args": argparse.Namespace(**args)}
-  torch.save(held, tmp_path / "model.pt")
+  torch.save(held, path)
+
+
+@pytest.mark.parametrize("args", STATED)
+@pytest.mark.parametrize("asked", [None, "SiT"])
+def test_file_whose_arguments_name_a_sit_is_read_as_one(args, asked, tmp_path):
+  write_training_checkpoint(tmp_path / "model.pt", args)
+  attributes, _ = from_torch(tmp_path / "model.pt", asked, num_heads=2)
+  assert (attributes["variant"], attributes["learn_sigma"]) == ("SiT", False)
+
+
+@pytest.mark.parametrize("args", STATED)
+def test_file_whose_arguments_name_a_sit_is_no_dit(args, tmp_path):
+  write_training_checkpoint(tmp_path / "model.pt", args)
+  error = expect_error(from_torch, tmp_path / "model.pt", "DiT", num_heads=2)
+  assert (error.setting, error.value) == ("network", "DiT")
+  assert "must be SiT" in error.accepted
+
+
+@pytest.mark.parametrize("asked", [None, "DiT", "SiT"])
+def test_file_whose_arguments_name_a_tread_is_refused(asked, tmp_path):
+  write_training_checkpoint(tmp_path / "model.pt", dict(model="TREAD-XL/2"))
   error = expect_error(from_torch, tmp_path / "model.pt", asked, num_heads=2)
-  assert error.setting == "path"
-  assert "is no DiT" in error.accepted and "flow models" in error.accepted
+  assert error.setting == "path" and "TREAD" in error.accepted
 
 
-def test_metadata_of_safetensors_that_names_a_sit_is_refused(tmp_path):
+def test_metadata_of_safetensors_names_a_sit(tmp_path):
   path = tmp_path / "model.safetensors"
   write_tensors(path, released("dit"), {"model": "sit-b/2"})
-  assert "flow models" in expect_error(from_torch, path, num_heads=2).accepted
+  assert from_torch(path, num_heads=2)[0]["variant"] == "SiT"
 
 
 @pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "my_sit_b_2.pt", "sit-s.pt"])
-def test_file_named_like_a_sit_is_read_as_a_dit_only_if_asked(name, tmp_path):
+def test_file_named_like_a_sit_needs_its_network(name, tmp_path):
   torch.save(as_torch(released("dit")), tmp_path / name)
   error = expect_error(from_torch, tmp_path / name, num_heads=2)
-  assert "network=DiT" in error.accepted
+  assert error.setting == "path"
+  assert "network=DiT" in error.accepted and "network=SiT" in error.accepted
   attributes, _ = from_torch(tmp_path / name, "DiT", num_heads=2)
   assert attributes == reference.load_model("dit")[0]
+  attributes, _ = from_torch(tmp_path / name, "SiT", num_heads=2)
+  expected = {**reference.load_model("dit")[0], "variant": "SiT", "learn_sigma": False}
+  assert attributes == expected
 
 
 def test_variance_that_was_never_trained_marks_a_sit():
@@ -205,6 +232,7 @@ def test_variance_that_was_never_trained_marks_a_sit():
   error = expect_error(from_tensors, tensors, num_heads=2)
   assert "variance are zero" in error.accepted and "network=DiT" in error.accepted
   assert from_tensors(tensors, network="DiT", num_heads=2)[0]["learn_sigma"]
+  assert from_tensors(tensors, network="SiT", num_heads=2)[0]["variant"] == "SiT"
 
 
 def test_untrained_dit_is_no_sit():
@@ -213,17 +241,43 @@ def test_untrained_dit_is_no_sit():
   assert from_tensors(tensors, num_heads=2)[0]["variant"] == "DiT"
 
 
+@pytest.mark.parametrize(
+  ("network", "process", "variant"),
+  [(None, "flow", "SiT"), (None, "gaussian", "DiT"), ("DiT", "flow", "DiT")],
+)
+def test_process_tells_a_sit_from_a_dit(network, process, variant, tmp_path):
+  torch.save(as_torch(released("dit")), tmp_path / "SiT-XL-2-256x256.pt")
+  found = read_checkpoint(
+    tmp_path / "SiT-XL-2-256x256.pt", network, num_heads=2, process=process
+  )
+  assert found.attributes["variant"] == variant
+
+
+@pytest.mark.parametrize("process", [None, "flow"])
+def test_own_dit_is_no_sit_whatever_its_process(process):
+  metadata = notes({"variant": "DiT", "num_heads": 2})
+  found, _ = from_tensors(released("dit"), metadata=metadata, process=process)
+  assert found["variant"] == "DiT"
+
+
+def test_last_layer_of_a_sit_has_twice_the_channels():
+  config = dict(TINY, variant="DiT", depth=1, learn_sigma=False)
+  params = reference.random_params(MDT(**config))
+  error = expect_error(from_tensors, to_torch(config, params), network="SiT")
+  assert (error.setting, error.value) == ("network", "SiT")
+  assert "has 4 channels" in error.accepted
+
+
 @pytest.mark.parametrize("name", ["DiT-XL-2-256x256.pt", "transit-b.pt", "site.pt"])
 def test_other_names_are_not_taken_for_a_sit(name, tmp_path):
   torch.save(as_torch(released("dit")), tmp_path / name)
   assert from_torch(tmp_path / name, num_heads=2)[0]["variant"] == "DiT"
 
 
-@pytest.mark.parametrize("network", ["SiT", "TREAD"])
-def test_lookalike_of_a_dit_is_not_an_accepted_network(network):
-  error = expect_error(from_tensors, released("dit"), network=network, num_heads=2)
-  assert (error.setting, error.value) == ("network", network)
-  assert "flow models" in error.accepted and "DiT, MDT, MDTv2" in error.accepted
+def test_tread_is_not_an_accepted_network():
+  error = expect_error(from_tensors, released("dit"), network="TREAD", num_heads=2)
+  assert (error.setting, error.value) == ("network", "TREAD")
+  assert "DiT, SiT, MDT, MDTv2" in error.accepted
 
 
 # The description for the log.
@@ -245,7 +299,7 @@ def test_description_names_network_sizes_classes_and_variance(name, texts):
 def test_description_of_a_network_without_null_label_and_learned_variance():
   attributes = {**reference.load_model("dit")[0], "label_dropout": 0.0}
   text = describe_fully({**attributes, "learn_sigma": False})
-  assert re.search("classes without a null label; fixed variance", text)
+  assert re.search("classes without a null label; no learned variance", text)
 
 
 def test_home_folder_is_expanded(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_errors_name_the_setting(changes, message):
 def test_networks_of_users_have_no_shards():
   config = tiny_config(**{"optimizer.clip_shards": 2})
   with pytest.raises(
-    SettingError, match=r"^config.optimizer.clip_shards = 2: needs DiT, MDT, MDTv2 with"
+    SettingError, match=r"^config.optimizer.clip_shards = 2: needs DiT, SiT, MDT, MDTv2"
   ):
     build(
       config, model=Conv(input_size=8, in_channels=1, num_classes=10, learn_sigma=True)

@@ -16,7 +16,7 @@ from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.models.registry import init_params
 from mdt_jax.pretrained.tensors import flatten, write_tensors
-from mdt_jax.pretrained.torch_mdt import attributes_of, to_torch
+from mdt_jax.pretrained.torch_mdt import attributes_of, from_torch, to_torch
 from mdt_jax.settings import Settings
 from mdt_jax.training import loop
 from mdt_jax.training.initialization import Initialization
@@ -267,3 +267,29 @@ def test_bad_setting_is_refused_before_anything_is_written(
   with pytest.raises(SettingError, match=f"^config.{message}"):
     loop.train(tiny_dit_config(**settings), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def flow_of_sit(**arguments):
+  """The config of a run that starts from the fixture of SiT."""
+  return tiny_config(
+    **{
+      **{"model.name": "SiT-S/2", "model.input_size": 12, "model.in_channels": 4},
+      **{"model.hidden_size": 32, "model.depth": 4, "model.num_heads": 2},
+      **{"model.num_classes": 10, "masking.ratio": 0.0, "masking.width": 0.0},
+      **{"diffusion.process": "flow", "diffusion.arguments": arguments},
+      **{"init.path": str(reference.FIXTURES / "sit.pt"), "init.network": "SiT"},
+    },
+  )
+
+
+def test_run_starts_from_a_sit(caplog):
+  arguments = {"prediction": "velocity", "time_distribution": "logit_normal"}
+  state, _ = first_state(flow_of_sit(**arguments))
+  _, params = from_torch(reference.FIXTURES / "sit.pt", "SiT", num_heads=2)
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
+  assert "must learn anew" not in caplog.text
+
+
+def test_other_path_of_a_flow_is_warned_of(caplog):
+  first_state(flow_of_sit(path="gvp"))
+  assert "arguments.path = 'linear', and this run has 'gvp'" in caplog.text
