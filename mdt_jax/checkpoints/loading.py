@@ -15,7 +15,8 @@ from etils import epath
 
 from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints.manager import FOLDER, restore_args, restore_config
+from mdt_jax.checkpoints.manager import FOLDER
+from mdt_jax.checkpoints.restoring import restore_args, restore_config
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.experiment import Experiment

@@ -14,14 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mdt_jax.buckets import AnyPath, check_readable, list_objects, move_folder
+from mdt_jax.buckets import check_readable, move_folder
 from mdt_jax.checkpoints import checksums
+from mdt_jax.checkpoints.agreement import on_any_process, reason_of
 from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
+from mdt_jax.checkpoints.incomplete import remove_incomplete
+from mdt_jax.checkpoints.restoring import restore_args, restore_config
 from mdt_jax.checkpoints.retries import Retries
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment
@@ -32,11 +34,9 @@ from mdt_jax.train_state import TrainState
 
 FOLDER = "checkpoints"  # folder inside a workdir
 DAMAGED = "damaged"  # folder inside a workdir, for checkpoints moved out of FOLDER
-COMMIT_SUCCESS = "commit_success.txt"  # of Orbax
 # Packages whose versions a checkpoint records.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PATIENCE = 60.0  # seconds that training waits for a save, all in all
-MAX_REASON = 300  # length limit of a library's error message in ours
 
 
 class NothingSavedError(SettingError):
@@ -210,7 +210,7 @@ class Checkpoints:
     while (step := self.latest_step(until)) is not None:
       reads = jax.process_index() == 0  # process 0 reads and sends the result
       found = checksums.damage(self._folder / str(step)) if reads else None
-      if damage := _on_any_process(found or ""):
+      if damage := on_any_process(found or ""):
         self._put_aside(step, damage)
         if is_first_save and damage == checksums.UNFINISHED:
           raise NothingSavedError("--workdir", workdir, "holds no finished checkpoint")
@@ -270,7 +270,7 @@ class Checkpoints:
     # Other processes may have ended, so this process does not communicate with them.
     if self._pending is not None and (error := self._pending.exception()) is not None:
       logger.error(
-        "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, _reason(error)
+        "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, reason_of(error)
       )
     self._close_manager()
 
@@ -298,9 +298,9 @@ class Checkpoints:
         else:
           check_readable("--workdir", self._folder)
       except Exception as error:  # gcsfs raises those of several libraries
-        failure = _reason(error)
+        failure = reason_of(error)
       # If one process alone failed, the others would wait inside Orbax for it.
-      if failure := _on_any_process(failure):
+      if failure := on_any_process(failure):
         raise OSError(failure)
       self._remove_failed()
       self._manager = self._open()
@@ -315,7 +315,7 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     """Opens Orbax's manager, and removes incomplete checkpoints if `cleans` is set."""
     if self._cleans:
-      self._clean()
+      remove_incomplete(self._folder)
     return ocp.CheckpointManager(
       self._folder,
       options=self._options,
@@ -327,25 +327,6 @@ class Checkpoints:
         for name in ("state", "ema")
       },
     )
-
-  def _clean(self) -> None:
-    """Removes incomplete checkpoints, before any process looks for complete ones.
-
-    Raises:
-      Exception: the folder cannot be used, on all processes if on process 0.
-    """
-    error: Exception | None = None
-    if jax.process_index() == 0:
-      try:
-        # Orbax's own option would fail each save if a folder cannot be removed.
-        _remove_half_written(self._folder)
-      except Exception as raised:  # gcsfs raises those of several libraries
-        error = raised
-    failure = _on_any_process("" if error is None else _reason(error))
-    if error is not None:
-      raise error
-    if failure:
-      raise OSError(failure)
 
   def _write_checksums(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Waits until Orbax has written a checkpoint, then writes the checksums."""
@@ -364,7 +345,7 @@ class Checkpoints:
     if self._pending is None:
       return True
     futures.wait([self._pending], self._patience)
-    if not _on_any_process("" if self._pending.done() else "busy"):
+    if not on_any_process("" if self._pending.done() else "busy"):
       return True
     if self._patience > 0:
       logger.warning(
@@ -386,7 +367,7 @@ class Checkpoints:
       return False
     error = self._pending.exception()
     self._pending = None
-    reason = _on_any_process("" if error is None else _reason(error))
+    reason = on_any_process("" if error is None else reason_of(error))
     if reason:
       self._failed(reason)
       return True
@@ -421,66 +402,6 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"put {step} aside")
     self._opened().reload()
-
-
-def _remove_half_written(folder: AnyPath) -> None:
-  """Removes the folders of saves that were killed.
-
-  In a bucket, Orbax marks a complete checkpoint by an object. A checkpoint that was
-  copied from a disk may lack this object, and gets it if it has its checksums.
-  """
-  if isinstance(folder, Path):
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
-      remove_folder(path)
-    return
-  names = list_objects(folder)
-  for step in sorted({name.partition("/")[0] for name in names if "/" in name}):
-    if f"{step}/{COMMIT_SUCCESS}" in names:
-      continue
-    if f"{step}/{checksums.FILE}" in names:
-      (folder / step / COMMIT_SUCCESS).write_text("copied with its checksums")
-    else:
-      remove_folder(folder / step)
-
-
-def _reason(error: BaseException) -> str:
-  """The message of an exception on one line, cut to `MAX_REASON` characters."""
-  return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-
-
-def _on_any_process(text: str) -> str:
-  """Returns, on all processes, the text of the first process with a non-empty text.
-
-  All processes must call this function together.
-  """
-  if jax.process_count() == 1:
-    return text
-  padded = np.zeros(MAX_REASON, np.uint8)
-  encoded = np.frombuffer(text.encode()[:MAX_REASON], np.uint8)
-  padded[: encoded.size] = encoded
-  every = multihost_utils.process_allgather(padded)
-  said = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in every)
-  return next(filter(None, said), "")
-
-
-def restore_args(like: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
-  """Orbax arguments to restore arrays with the shapes, dtypes and shardings of `like`.
-
-  With `partial`, arrays of the checkpoint that are not in `like` are not read.
-  """
-  return ocp.args.PyTreeRestore(
-    like,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-    partial_restore=partial,
-  )
-
-
-def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  """The config that a checkpoint holds, as `Settings.from_dict` reads it."""
-  restored = manager.restore(
-    step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-  )
-  return restored["config"]
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from mdt_jax.buckets import list_objects
-from mdt_jax.checkpoints import checksums, manager, retries
+from mdt_jax.checkpoints import checksums, incomplete, manager, retries
 from mdt_jax.checkpoints.loading import load_ema
 from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
 from mdt_jax.checkpoints.retries import SaveError
@@ -212,7 +212,7 @@ def test_checkpoint_that_was_copied_to_a_bucket_is_kept(bucket):
   state = save(bucket, config)
   folder = epath.Path(bucket) / "checkpoints"
   for name in list_objects(folder):
-    if name.endswith(manager.COMMIT_SUCCESS):  # earlier versions of Orbax write none
+    if name.endswith(incomplete.COMMIT_SUCCESS):  # earlier versions of Orbax write none
       (folder / name).unlink()
   checksums.write_checksums(folder / "7")
   (folder / "9" / "state").write_bytes(b"half of a save")
