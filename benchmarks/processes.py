@@ -18,8 +18,8 @@ Question: what do the process and the prediction change, all else equal?
 - H2: x0 predictions recognise as many digits as velocity predictions to 1 percentage
   point (JiT's claim, arXiv 2511.13720, concerns patches of more values than the network
   is wide, so here nothing should be lost or won).
-Every arm and seed is reported. Seeds 0, 1, 2. The number of steps was lowered from 1,000
-before any score was seen, because a run took three minutes.
+Every arm and seed is reported. Seeds 0, 1, 2. Before any score was seen, the number of
+steps was lowered from 1,000, because a run took three minutes.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ def any_path(setting: str, path: str | os.PathLike[str]) -> AnyPath:
     DataUnavailable: the bucket does not answer.
   """
   if not buckets.is_bucket(path):
+    if is_url(text := os.fspath(path)):
+      raise SettingError(
+        setting, text, "must be a local path, or one of a bucket: gs://BUCKET/NAME"
+      )
     return local_path(setting, path)
   found = buckets.bucket_path(setting, path)
   buckets.check_readable(setting, found)

@@ -55,6 +55,42 @@ FAULTS = {
   "dpm++ extrapolates half as far": Fault(
     "diffusion/solvers.py", "h[:-1], 1) / 2", "h[:-1], 1) / 4", "diffusion"
   ),
+  "the network of a flow receives the time of SD3": Fault(
+    "diffusion/flow.py",
+    "return 1 - t if self.data_time == 1 else t",
+    "return t if self.data_time == 1 else 1 - t",
+    "diffusion/test_flow.py",
+  ),
+  "the shift moves times towards data": Fault(
+    "diffusion/flow.py",
+    "shift * t / (1 + (shift - 1) * t)",
+    "t / (shift + (1 - shift) * t)",
+    "diffusion/test_flow.py",
+  ),
+  "the drift of the SDE has half of the score": Fault(
+    "diffusion/stochastic.py",
+    "arguments.rate(process, t) * at.score",
+    "arguments.rate(process, t) * at.score / 2",
+    "diffusion/test_continuous.py",
+  ),
+  "churn adds no noise": Fault(
+    "diffusion/stochastic.py",
+    'y += row["noise"]',
+    'y += 0 * row["noise"]',
+    "diffusion/test_edm.py",
+  ),
+  "a stage of Runge-Kutta uses the first slope": Fault(
+    "diffusion/runge_kutta.py",
+    'k.at[row["stage"]]',
+    "k.at[0]",
+    "diffusion/test_continuous.py",
+  ),
+  "the likelihood leaves out the volume": Fault(
+    "diffusion/likelihood.py",
+    "prior + divergence",
+    "prior",
+    "diffusion/test_continuous.py",
+  ),
   "guidance moves away from the condition": Fault(
     "diffusion/guidance.py",
     "base + step_scale *",

@@ -13,6 +13,7 @@ import pytest
 import mdt_jax
 from mdt_jax.errors import SettingError, reason_of_machine
 from mdt_jax.paths import (
+  any_path,
   expand_home,
   input_file,
   local_path,
@@ -154,3 +155,9 @@ def test_mounted_full_disk_is_named(tmp_path):
       output_folder("path", tmp_path / "run")
   finally:
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("path", ["s3://a/b", "gs:/a/b", "GS://a/b"])
+def test_address_of_another_kind_is_told_of_buckets(path):
+  with pytest.raises(SettingError, match="or one of a bucket: gs://BUCKET/NAME"):
+    any_path("workdir", path)

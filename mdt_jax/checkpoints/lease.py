@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -29,6 +30,7 @@ from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
 
 LEASE = 60.0  # seconds after its last renewal that a lock holds
+DAY = 86_400.0
 RENEWAL = 15.0  # seconds between renewals
 POLL = 2.0  # seconds between looks at the lock of another run
 TIMEOUT = 10.0  # seconds for an answer of the bucket
@@ -256,9 +258,14 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 
 
 def _lease_of(owner: dict[str, Any]) -> float:
-  """Seconds that the lock of an owner holds."""
+  """Seconds that the lock of an owner holds, at most those of a day.
+
+  A damaged lock may hold no number, NaN or Infinity.
+  """
   lease = owner.get("lease")
-  return float(lease) if isinstance(lease, int | float) else LEASE
+  if not isinstance(lease, int | float) or math.isnan(lease):
+    return LEASE
+  return min(max(0.0, float(lease)), DAY)
 
 
 def _shown(owner: dict[str, Any]) -> str:

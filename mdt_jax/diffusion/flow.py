@@ -225,8 +225,7 @@ class Flow(ContinuousProcess):
     else:
       network_time = jax.random.uniform(key, (batch,))
     if self.time_distribution == "mode":
-      bent = jnp.cos(jnp.pi / 2 * network_time) ** 2 - 1 + network_time
-      network_time = 1 - network_time - MODE_SCALE * bent
+      network_time = mode_times(network_time)
     low, high = self.training_interval
     share = 1 - network_time if self.data_time == 1 else network_time
     return low + (high - low) * _shifted(share, self.time_shift)
@@ -305,6 +304,11 @@ class Flow(ContinuousProcess):
     """The factor of -x0 in the velocity: (sigma' / sigma) alpha - alpha'."""
     ratio = self.sigma_rate(t) / self._floored_sigma(t)
     return ratio * self.alpha(t) - self.alpha_rate(t)
+
+
+def mode_times(u: Array) -> Array:
+  """Turns uniform draws in [0, 1] into times of "mode" (arXiv 2403.03206, eq. 20)."""
+  return 1 - u - MODE_SCALE * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
 
 
 def _shifted(t: Any, shift: float) -> Any:

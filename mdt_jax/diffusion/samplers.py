@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import Guidance, ModelFn
 from mdt_jax.diffusion.process import Levels, Process
@@ -286,8 +287,10 @@ def step_noise(key: Array, step: Array, shape: tuple[int, ...]) -> Array:
 def _as_gaussian(process: Process, method: str) -> GaussianDiffusion:
   """Returns the process; raises SettingError if it is not a GaussianDiffusion."""
   if not isinstance(process, GaussianDiffusion):
+    is_continuous = isinstance(process, ContinuousProcess)
+    accepted = ", ".join((*SOLVERS, *(TIME_SOLVERS if is_continuous else ())))
     raise SettingError(
-      "method", method, f"needs a gaussian process; accepted are {', '.join(SOLVERS)}"
+      "method", method, f"needs the process gaussian; accepted are {accepted}"
     )
   return process
 

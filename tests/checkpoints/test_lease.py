@@ -135,6 +135,15 @@ def test_damaged_lock_is_taken_over_after_the_lease(workdir, monkeypatch):
     assert not lock.is_lost()
 
 
+@pytest.mark.parametrize(
+  ("written", "seconds"),
+  [(0.5, 0.5), (-1, 0.0), (float("inf"), lease.DAY), (float("nan"), lease.LEASE)],
+)
+def test_lease_of_a_damaged_lock_ends(written, seconds):
+  assert lease._lease_of({"lease": written}) == seconds
+  assert lease._lease_of({"lease": "a"}) == lease._lease_of({}) == lease.LEASE
+
+
 def test_bucket_that_is_not_there_is_refused(bucket):
   refused = pytest.raises(SettingError, match="no bucket 'missing'")
   with refused, locked(epath.Path("gs://missing/run")):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.diffusion import create_process
-from mdt_jax.diffusion.flow import PATHS
+from mdt_jax.diffusion.flow import PATHS, mode_times
 from mdt_jax.diffusion.likelihood import calc_flow_bpd
 from mdt_jax.diffusion.runge_kutta import RUNGE_KUTTA
 from mdt_jax.diffusion.samplers import sample
@@ -200,3 +200,39 @@ def test_likelihood_matches_reference():
   reference.assert_matches(
     "SiT likelihood", found["noise"], recorded(f"{start}/z"), 1e-4
   )
+
+
+def drawn(count=20_000, **settings):
+  return np.asarray(flow("linear", **settings).sample_t(jax.random.key(0), count))
+
+
+@pytest.mark.parametrize("data_time", [0, 1])
+def test_logit_normal_times_of_the_network(data_time):
+  """Their logits are normal, as in SD3 and JiT, whatever the direction of time."""
+  settings = {"time_distribution": "logit_normal", "time_mean": -0.8, "time_std": 0.6}
+  t = drawn(data_time=data_time, **settings)
+  network_time = np.asarray(flow("linear", data_time=data_time).network_time(t))
+  logits = np.log(network_time / (1 - network_time))
+  assert abs(logits.mean() + 0.8) < 0.02 and abs(logits.std() - 0.6) < 0.02
+
+
+def test_mode_times_match_reference():
+  times = mode_times(jnp.asarray(RECORDED["time/u"]))
+  np.testing.assert_allclose(times, RECORDED["time/sd3/mode_1p29"], atol=1e-6)
+  t = drawn(time_distribution="mode")
+  assert abs(t.mean() - 0.5) < 0.01
+  assert t.std() < drawn().std() - 0.01  # more times in the middle
+
+
+@pytest.mark.parametrize(
+  ("name", "shift", "is_of_data"),
+  [("sd3/grid_shift3", 3.0, False), ("lightningdit/grid_shift0p3", 1 / 0.3, True)],
+)
+def test_shifted_times_match_reference(name, shift, is_of_data):
+  """SD3 counts times from data to noise, LightningDiT from noise to data."""
+  grid, expected = RECORDED["time/grid"], RECORDED[f"time/{name}"]
+  if is_of_data:
+    grid, expected = 1 - grid, 1 - expected
+  process = flow("linear", sampling_shift=shift)
+  np.testing.assert_allclose(process.shifted(grid), expected, atol=1e-6)
+  assert drawn(time_shift=shift).mean() > drawn().mean() + 0.1

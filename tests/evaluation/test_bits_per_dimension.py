@@ -88,9 +88,13 @@ def test_process_without_a_variational_bound_is_refused():
     bits_per_dimension.make_bound(None, Other(), clip_denoised=True)
 
 
+def of_process(process):
+  return tiny_config(**{"diffusion.process": process, "sampling.method": "euler"})
+
+
 def test_density_of_a_flow():
   """An untrained flow does not move, so each pixel has the density of noise."""
-  experiment = build(tiny_config(**{"diffusion.process": "flow"}))
+  experiment = build(of_process("flow"))
   bound = bits_per_dimension.make_bound(
     experiment.model, experiment.process, 4, clip_denoised=True
   )
@@ -107,7 +111,7 @@ def test_density_of_a_flow():
 
 
 def test_steps_of_a_flow_are_positive():
-  experiment = build(tiny_config(**{"diffusion.process": "edm"}))
+  experiment = build(of_process("edm"))
   with pytest.raises(SettingError, match="num_steps = 0: must be at least 1"):
     bits_per_dimension.make_bound(
       experiment.model, experiment.process, 0, clip_denoised=True
