@@ -87,7 +87,7 @@ def of_network(
   diffusion, sampling = settings.diffusion, settings.sampling
   if process is not None and process != diffusion.process:
     diffusion = DiffusionSettings(process=process)
-    sampling = SamplingSettings() if process == "gaussian" else _FLOW_SAMPLING
+    sampling = _SAMPLING.get(process, _OTHER_SAMPLING)
   if diffusion.process != "gaussian":
     diffusion = dataclasses.replace(diffusion, arguments=dict(arguments or {}))
   elif not learn_sigma:
@@ -130,6 +130,17 @@ def _dit(size: str, input_size: int = 32) -> Settings:
 _FLOW_SAMPLING = SamplingSettings(
   method="sde", num_steps=250, cfg_scale=1.5, cfg_power=0.0, cfg_channels=3
 )
+# Euler's method samples every process.
+_OTHER_SAMPLING = dataclasses.replace(_FLOW_SAMPLING, method="euler")
+# Process -> sampling of a network that no paper trained by this process. "edm": 40
+# steps of Heun, guidance of all channels (MaskDiT, arXiv 2306.09305).
+_SAMPLING = {
+  "gaussian": SamplingSettings(),
+  "flow": _FLOW_SAMPLING,
+  "edm": dataclasses.replace(
+    _FLOW_SAMPLING, method="edm", num_steps=40, cfg_channels=0
+  ),
+}
 
 
 def _sit(size: str, input_size: int = 32) -> Settings:

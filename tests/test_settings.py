@@ -264,6 +264,15 @@ def test_setting_above_its_largest_value_is_refused(name):
   assert (error.value.setting, error.value.value) == (name, largest + 1)
 
 
+def test_fsdp_divides_the_bottleneck():
+  changes = {"mesh.data": 1, "mesh.fsdp": 2}
+  build_on(tiny_config(**changes, **{"model.patch_bottleneck": 6}), 2)
+  with pytest.raises(SettingError) as error:
+    build_on(tiny_config(**changes, **{"model.patch_bottleneck": 5}), 2)
+  assert (error.value.setting, error.value.value) == ("config.mesh.fsdp", 2)
+  assert "patch_bottleneck = 5" in error.value.accepted
+
+
 def test_guidance_without_label_dropout_is_refused():
   config = tiny_config(**{"model.label_dropout": 0.0})
   with pytest.raises(SettingError, match=r"config\.sampling\.cfg_scale = 3\.8"):

@@ -176,6 +176,13 @@ def test_flow_of_a_run_survives_a_round_trip(variant, process, tmp_path):
   assert again.sampling == settings.sampling
 
 
+@pytest.mark.parametrize("process", ["edm", "flow", "gaussian"])
+def test_settings_of_every_process_build(process):
+  sizes = dict(input_size=4, patch_size=2, hidden_size=8, num_heads=2, depth=2)
+  attributes = {**sizes, "variant": "DiT", "num_classes": 3, **NO_SIGMA}
+  Experiment(recipes.of_network(attributes, process)).check()
+
+
 @pytest.mark.parametrize(
   ("name", "network", "process", "accepted"),
   [

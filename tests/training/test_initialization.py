@@ -277,6 +277,7 @@ def flow_of_sit(**arguments):
       **{"model.hidden_size": 32, "model.depth": 4, "model.num_heads": 2},
       **{"model.num_classes": 10, "masking.ratio": 0.0, "masking.width": 0.0},
       **{"diffusion.process": "flow", "diffusion.arguments": arguments},
+      **{"sampling.method": "sde"},
       **{"init.path": str(reference.FIXTURES / "sit.pt"), "init.network": "SiT"},
     },
   )
