@@ -22,7 +22,7 @@ from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
-from mdt_jax.models.registry import Model, abstract_params, create_model
+from mdt_jax.models.registry import MODELS, Model, abstract_params, create_model
 from mdt_jax.objectives import Objective, create_objective, objective_of_class
 from mdt_jax.objectives.mdt import check_masking
 from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
@@ -36,8 +36,16 @@ from mdt_jax.settings import Settings
 
 def build_model(settings: Settings, *, learn_sigma: bool) -> Model:
   """Returns the network of `config.model`."""
+  attributes = dataclasses.asdict(settings.model)
+  if learn_sigma and MODELS.get(settings.model.name, {}).get("variant") == "SiT":
+    raise SettingError(
+      "config.diffusion.variance",
+      settings.diffusion.variance,
+      f"must be fixed_small or fixed_large, or config.diffusion.process flow or edm: "
+      f"{settings.model.name} learns no variance",
+    )
   with named_in_errors("config.model"):
-    return create_model(**dataclasses.asdict(settings.model), learn_sigma=learn_sigma)
+    return create_model(**attributes, learn_sigma=learn_sigma)
 
 
 def build_process(settings: Settings) -> Process:

@@ -74,3 +74,11 @@ def test_autoencoder_channels_must_match_the_network():
   vae = str(FIXTURES / "vae")
   with pytest.raises(SettingError, match=r"config\.model\.in_channels = 1: must be 4"):
     _ = build(tiny_config(**{"data.vae": vae})).autoencoder
+
+
+def test_sit_of_a_process_that_learns_the_variance_is_refused():
+  config = tiny_config(**{"model.name": "SiT-S/2"})
+  with pytest.raises(SettingError, match=r"^config\.diffusion\.variance = .*SiT-S/2"):
+    build(config)
+  config.diffusion.variance = "fixed_small"
+  assert build(config).model.variant == "SiT"

@@ -123,7 +123,7 @@ class SamplingJob:
       **{f"sampling.{name}": value for name, value in sampling.items()},
       "task": dataclasses.asdict(self.task),
     }
-    if self.draws_pixels and getattr(self.experiment.model, "variant", None) == "DiT":
+    if self.draws_pixels and pictures.rounds_to_nearest(self.experiment.model):
       # Earlier versions rounded as MDT does.
       described["pixels"] = "127.5 x + 128"
     if self.autoencoder is not None:

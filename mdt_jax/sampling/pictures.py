@@ -20,11 +20,16 @@ CAPTION_HEIGHT = 14  # pixels
 MARGIN = 2  # pixels
 
 
+def rounds_to_nearest(network: Any) -> bool:
+  """Whether the released code of a network rounds pixels to the nearest level."""
+  return getattr(network, "variant", None) in ("DiT", "SiT")
+
+
 def to_uint8(images: Any, network: Any = None) -> Any:
   """Maps [-1, 1] to 0 … 255, with the rounding of the released scripts; clips.
 
-  MDT truncates 127.5 (x + 1) (scripts/image_sample.py); DiT truncates 127.5 x + 128
-  (sample_ddp.py), which rounds to nearest. Half of the pixels differ by one.
+  MDT truncates 127.5 (x + 1) (scripts/image_sample.py); DiT and SiT truncate 127.5 x +
+  128 (sample_ddp.py), which rounds to nearest. Half of the pixels differ by one.
 
   Args:
     images: float array of NumPy or JAX, of any shape.
@@ -33,7 +38,7 @@ def to_uint8(images: Any, network: Any = None) -> Any:
   Returns:
     uint8 array of the same shape and library.
   """
-  if getattr(network, "variant", None) == "DiT":
+  if rounds_to_nearest(network):
     # Clipped before the sum, so that XLA cannot fuse product and sum into one rounding.
     pixels = (127.5 * images).clip(-128, 127) + 128
   else:

@@ -29,6 +29,8 @@ def test_to_uint8_rounds_like_dit():
   values = torch.tensor(VALUES)
   expected = torch.clamp(127.5 * values + 128.0, 0, 255).to(torch.uint8).numpy()
   actual = pictures.to_uint8(VALUES, NETWORKS["DiT"])
+  sit = create_model("SiT-S/2")
+  np.testing.assert_array_equal(pictures.to_uint8(VALUES, sit), actual)
   np.testing.assert_array_equal(actual, expected)
   assert 0.4 < (actual != pictures.to_uint8(VALUES)).mean() < 0.6
 
