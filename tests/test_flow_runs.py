@@ -92,6 +92,9 @@ BAD = [
   ("--config.diffusion.arguments={'sigma_data': 1.0}", "accepted are data_time"),
   ("--config.sampling.arguments={'churn': 1.0}", "is no setting of the method"),
   ("--config.sampling.method=ddpm", "gaussian"),
+  ("--config.sampling.arguments={'norm': 1.0}", "config.sampling.arguments.norm"),
+  ("--config.diffusion.arguments={1: 2}", "whose names are texts"),
+  ("--config.diffusion.process=gaussian", "continuous time"),
 ]
 
 
