@@ -146,12 +146,16 @@ def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
   """Renames settings in a SettingError, for example to the flags of a command.
 
   Args:
-    names: name of a setting -> its name in the error. Other settings keep their names.
+    names: name of a setting or a group -> its name in the error. Other settings keep
+      their names.
   """
   try:
     yield
   except SettingError as error:
     setting = names.get(error.setting, error.setting)
+    for group, name in names.items():
+      if error.setting.startswith(f"{group}."):
+        setting = name + error.setting[len(group) :]
     raise SettingError(setting, error.value, error.accepted) from None
 
 
