@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -40,6 +39,7 @@ class DataUnavailable(Exception):
 
 # Errors of a disk that is full, over its quota, failing or mounted read-only.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+LARGEST_NUMBER = 1e30  # of `check_number`; float32 ends at 3e38
 
 
 def one_line(error: Exception | str, limit: int = 300) -> str:
@@ -90,15 +90,18 @@ def check_range(setting: str, value: float | None, low: float, high: float) -> N
 
 
 def check_number(setting: str, value: Any, *, above: float | None = None) -> None:
-  """Raises SettingError unless `value` is a number, finite, and above a limit.
+  """Raises SettingError unless `value` is a number that float32 computes with.
 
   Args:
     setting, value: the setting.
     above: the exclusive limit; None for none.
   """
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not is_number or not math.isfinite(value):
+  if not is_number or value != value:  # NaN
     raise SettingError(setting, value, "must be a number")
+  if not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+    limit = f"{LARGEST_NUMBER:g}"
+    raise SettingError(setting, value, f"must lie in [-{limit}, {limit}]")
   if above is not None and not value > above:
     raise SettingError(setting, value, f"must be above {above:g}")
 
@@ -143,12 +146,16 @@ def renamed_in_errors(names: Mapping[str, str]) -> Iterator[None]:
   """Renames settings in a SettingError, for example to the flags of a command.
 
   Args:
-    names: name of a setting -> its name in the error. Other settings keep their names.
+    names: name of a setting or a group -> its name in the error. Other settings keep
+      their names.
   """
   try:
     yield
   except SettingError as error:
     setting = names.get(error.setting, error.setting)
+    for group, name in names.items():
+      if error.setting.startswith(f"{group}."):
+        setting = name + error.setting[len(group) :]
     raise SettingError(setting, error.value, error.accepted) from None
 
 

@@ -26,6 +26,7 @@ from mdt_jax.data.sources import SOURCES
 from mdt_jax.diffusion import Process
 from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.samplers import Sampler
+from mdt_jax.diffusion.time_solvers import TIME_SOLVERS
 from mdt_jax.errors import (
   SettingError,
   check_choice,
@@ -130,8 +131,10 @@ class Experiment:
         f"{self.settings.diffusion.variance!r}, returns {self.model.out_channels}; "
         "learn_sigma=True doubles the channels, for learned_range",
       )
-    if isinstance(self.process, ContinuousProcess):
-      _ = self.sampler  # the default, ddpm, belongs to the process gaussian
+    sampling = self.settings.sampling
+    is_continuous = isinstance(self.process, ContinuousProcess)
+    if is_continuous or sampling.method in TIME_SOLVERS or sampling.arguments:
+      _ = self.sampler  # process, method and arguments must fit each other
     scale = self.settings.sampling.cfg_scale
     if scale != 1 and self.model.conditioning.dropout == 0:
       raise SettingError(

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import mdt_jax.interrupts  # noqa: F401
 
+import ast
 import contextlib
-import json
 import os
 from typing import Any
 
@@ -237,9 +237,11 @@ def _sampling() -> dict[str, Any]:
 
 def _arguments() -> dict[str, Any] | None:
   text = ARGUMENTS.value
-  with contextlib.suppress(ValueError):
-    found = None if text is None else json.loads(text)
-    if found is None or isinstance(found, dict):
+  if text is None:
+    return None
+  with contextlib.suppress(ValueError, TypeError, SyntaxError):
+    found = ast.literal_eval(text)  # as --config.sampling.arguments is read
+    if isinstance(found, dict):
       return found
   raise SettingError(
     "arguments", text, "must be a dict in quotes, such as '{\"churn\": 40.0}'"

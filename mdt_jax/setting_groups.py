@@ -328,8 +328,8 @@ class SamplingSettings:
   # More arguments of sde, sde_heun ('{"diffusion": "sbdm", "last_step": "tweedie"}') or
   # edm ('{"churn": 40.0}').
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-  # Sampling steps, in [1, diffusion.num_timesteps]. euler, heun, dpm++ and dpm++sde
-  # need 10 to 30 steps; heun calls the network twice a step.
+  # Sampling steps, at least 1; at most diffusion.num_timesteps for gaussian. euler,
+  # heun, dpm++ and dpm++sde need 10 to 30 steps; heun calls the network twice a step.
   num_steps: int = 250
   # How the times of the steps are spaced: uniform, log_snr or karras. None: the
   # sampler's own spacing.

@@ -14,12 +14,13 @@ from flax import traverse_util
 from mdt_jax.errors import SettingError
 from mdt_jax.sizes import height_width
 
+MAX_STEPS = 100_000  # of a process, and of a sampler
 MAXIMA = {
   "config.batch_size": 1_048_576,
   "config.num_samples": 65_536,
   "config.data.num_threads": 1_024,
   "config.data.num_workers": 1_024,
-  "config.diffusion.num_timesteps": 100_000,
+  "config.diffusion.num_timesteps": MAX_STEPS,
   "config.eval.batch_size": 65_536,
   "config.eval.num_images": 100_000_000,
   "config.masking.num_lengths": 1_024,

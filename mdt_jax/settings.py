@@ -10,7 +10,6 @@ run and checks that the settings fit together. An error names the setting as
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import typing
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from mdt_jax.setting_groups import (
   SamplingSettings,
   at_least,
 )
-from mdt_jax.setting_limits import check_maxima
+from mdt_jax.setting_limits import MAX_STEPS, check_maxima
 from mdt_jax.typed_config import known_settings, parse, parse_value, to_config
 
 MAX_PROFILED = 100  # steps; no program opens the trace of more
@@ -230,13 +229,13 @@ class Settings:
     with named_in_errors("config.sampling"):
       sampling.check()
       is_gaussian = self.diffusion.process == "gaussian"
-      total = self.diffusion.num_timesteps if is_gaussian else math.inf
+      total = self.diffusion.num_timesteps if is_gaussian else MAX_STEPS
       if sampling.num_steps < 1 or sampling.num_steps > total >= 1:
-        accepted = f"must lie in [1, config.diffusion.num_timesteps = {total}]"
+        limit = f"config.diffusion.num_timesteps = {total}"
         raise SettingError(
           "num_steps",
           sampling.num_steps,
-          accepted if is_gaussian else "must be at least 1",
+          f"must lie in [1, {limit if is_gaussian else format(MAX_STEPS, ',')}]",
         )
       # A condition of your own may ignore label_dropout; the network's check sees it.
       is_label = self.model.condition == "label"

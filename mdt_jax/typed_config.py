@@ -69,8 +69,11 @@ def parse_value(value: Any, accepted: Any, setting: str) -> Any:
   kind, is_optional = kind_of(accepted)
   if value is None and is_optional:
     return None
-  if kind is dict and isinstance(value, ConfigDict):
-    return _with_tuples(value.to_dict())
+  if kind is dict and isinstance(value, ConfigDict | dict):
+    found = value.to_dict() if isinstance(value, ConfigDict) else value
+    if not all(isinstance(name, str) for name in found):
+      raise SettingError(setting, found, "must be a dict whose names are texts")
+    return _with_tuples(found)
   kinds = _kinds_of(accepted)
   if tuple in kinds and isinstance(value, list):
     return tuple(value)

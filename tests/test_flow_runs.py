@@ -51,6 +51,13 @@ def test_run_is_sampled_by_every_kind_of_method(trained, method):
   np.testing.assert_allclose(alone, images[0], atol=1)
 
 
+def test_error_names_the_argument_of_a_sampler(trained):
+  pipeline = Pipeline.from_checkpoint(trained)
+  with pytest.raises(SettingError) as error:
+    pipeline.job([3], method="edm", arguments={"churn": -1.0})
+  assert error.value.setting == "arguments.churn"
+
+
 def test_edit_keeps_what_little_noise_leaves(trained):
   pipeline = Pipeline.from_checkpoint(trained)
   image = np.full((8, 8, 1), 200, np.uint8)
@@ -69,7 +76,7 @@ def test_inpainting_keeps_the_visible_part(trained):
   job = pipeline.job([3], inpaint=image, mask=mask, method="dpm++", num_steps=3)
   (_, found) = next(iter(job.generate_blocks(range(1))))
   np.testing.assert_array_equal(np.asarray(found[0])[:, :4], image[:, :4])
-  with pytest.raises(SettingError, match="method = 'ode_heun': cannot inpaint"):
+  with pytest.raises(SettingError, match="cannot inpaint; accepted are euler, heun"):
     pipeline.job([3], inpaint=image, mask=mask, num_steps=3)
 
 
@@ -92,6 +99,10 @@ BAD = [
   ("--config.diffusion.arguments={'sigma_data': 1.0}", "accepted are data_time"),
   ("--config.sampling.arguments={'churn': 1.0}", "is no setting of the method"),
   ("--config.sampling.method=ddpm", "gaussian"),
+  ("--config.sampling.arguments={'norm': 1.0}", "config.sampling.arguments.norm"),
+  ("--config.sampling.num_steps=100001", "must lie in [1, 100,000]"),
+  ("--config.diffusion.arguments={1: 2}", "whose names are texts"),
+  ("--config.diffusion.process=gaussian", "continuous time"),
 ]
 
 

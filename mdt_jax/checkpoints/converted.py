@@ -207,20 +207,22 @@ def settings_of(
     process: see `from_torch_file`.
 
   Raises:
-    SettingError: setting "process": it does not fit the network, or it is None and the
-      file states an unknown one.
+    SettingError: setting "process": it does not fit the network or the notes of the
+      file, or it is None and the file states an unknown one.
   """
   noted = sizes.read_notes(metadata).get("diffusion")
   noted = noted if isinstance(noted, dict) else {}
   stated = noted.get("process", "gaussian" if noted else None)
   if process is None and stated is not None:
     check_choice("process", stated, PROCESSES)
+  if process is not None and stated in PROCESSES and process != stated:
+    raise SettingError("process", process, f"must be {stated}, as the file notes")
   chosen = process or stated or recipes.process_of(attributes)
   if chosen != "gaussian":
     known = _stated_arguments(chosen, noted if chosen == stated else {}, metadata)
     _check_process(chosen, known, attributes)
     return recipes.of_network(attributes, chosen, known)
-  if process == "gaussian" and attributes["variant"] == "SiT" and stated != "gaussian":
+  if process == "gaussian" and attributes["variant"] == "SiT" and stated is None:
     raise SettingError(
       "process", process, "must be flow for a SiT; network=DiT reads a DiT"
     )

@@ -78,10 +78,11 @@ PATHS = {
     time_at=lambda log_snr: 1 / (1 + np.exp(log_snr)),
   ),
   "gvp": Path(
-    alpha=lambda t: numpy_of(t).cos(t * (np.pi / 2)),
+    # Exactly 0 at t = 1, which cos(pi t / 2) is not.
+    alpha=lambda t: numpy_of(t).sin((1 - t) * (np.pi / 2)),
     sigma=lambda t: numpy_of(t).sin(t * (np.pi / 2)),
     alpha_rate=lambda t: -np.pi / 2 * numpy_of(t).sin(t * (np.pi / 2)),
-    sigma_rate=lambda t: np.pi / 2 * numpy_of(t).cos(t * (np.pi / 2)),
+    sigma_rate=lambda t: np.pi / 2 * numpy_of(t).sin((1 - t) * (np.pi / 2)),
     time_at=lambda log_snr: 2 / np.pi * np.arctan(np.exp(-log_snr)),
   ),
   "vp": Path(
@@ -153,8 +154,8 @@ class Flow(ContinuousProcess):
     if self.sampling_shift is not None:
       check_number("sampling_shift", self.sampling_shift, above=0)
     check_number("sigma_floor", self.sigma_floor)
-    if not 0 <= self.sigma_floor < 1:
-      raise SettingError("sigma_floor", self.sigma_floor, "must lie in [0, 1)")
+    if not 0 < self.sigma_floor < 1:
+      raise SettingError("sigma_floor", self.sigma_floor, "must lie in (0, 1)")
 
   @property
   def start_time(self) -> float:
@@ -171,12 +172,16 @@ class Flow(ContinuousProcess):
     """(low, high) times that training draws, as released."""
     if self.path == "vp":
       return 1e-5, 1.0
-    return (1e-3, 1 - 1e-3) if self._is_singular else (0.0, 1.0)
+    # The weight "likelihood" of "x0", which the released code lacks, is singular too.
+    is_singular = self._is_singular or self.loss_weight == "likelihood"
+    return (1e-3, 1 - 1e-3) if is_singular else (0.0, 1.0)
 
   @property
   def sampling_interval(self) -> tuple[float, float]:
     """(low, high) times of samplers, as released."""
-    return (1e-3, 1.0) if self.path == "vp" else self.training_interval
+    if self.path == "vp":
+      return 1e-3, 1.0
+    return (1e-3, 1 - 1e-3) if self._is_singular else (0.0, 1.0)
 
   @property
   def _is_singular(self) -> bool:

@@ -91,7 +91,8 @@ def power_cosine_scale(
     (B,) float32.
   """
   noise_share = (t.astype(jnp.float32) - clean_time) / (num_timesteps - clean_time)
-  fraction = (1 - noise_share) ** power
+  # Churn may raise the noise above T, where a power of the difference would be NaN.
+  fraction = jnp.maximum(1 - noise_share, 0) ** power
   return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * fraction)) / 2
 
 
@@ -106,8 +107,11 @@ def noise_above(
     num_timesteps, clean_time: see `Guidance`.
 
   Returns:
-    (B,) difference, above 0 where t has more noise than the time at `share`.
+    (B,) difference, above 0 where t has more noise than the time at `share`. All times
+    have more noise than that at the share 0, and less than that at the share 1.
   """
+  if share in (0, 1):  # also times beyond the ends, by churn or rounding
+    return jnp.full(t.shape, jnp.inf if share == 0 else -jnp.inf)
   limit = clean_time + share * (num_timesteps - clean_time)
   return t - limit if num_timesteps > clean_time else limit - t
 

@@ -259,7 +259,8 @@ def sample(
 def check_holds(method: str) -> None:
   """Raises SettingError if a method cannot keep a part of an image, for inpainting."""
   if method in TIME_SOLVERS:
-    accepted = ", ".join(known for known in METHODS if known not in TIME_SOLVERS)
+    # ddpm and ddim do not work with processes in continuous time, as these are.
+    accepted = ", ".join(SOLVERS)
     raise SettingError("method", method, f"cannot inpaint; accepted are {accepted}")
 
 

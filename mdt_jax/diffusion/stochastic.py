@@ -150,6 +150,10 @@ def sde_interval(
   if arguments.diffusion == "sbdm" and not np.isfinite(process.log_snr(np.array(high))):
     high -= EDGE
   if end != "none":
+    if not arguments.last_step_size < high:
+      raise SettingError(
+        "last_step_size", arguments.last_step_size, f"must be below {high:g}"
+      )
     return arguments.last_step_size, high
   return (max(low, EDGE) if method == "sde_heun" else low), high  # it calls at the end
 

@@ -26,7 +26,7 @@ from mdt_jax.diffusion.stochastic import (
   solve_edm,
   solve_sde,
 )
-from mdt_jax.errors import SettingError, check_arguments
+from mdt_jax.errors import SettingError, check_arguments, named_in_errors
 from mdt_jax.types import Array
 
 
@@ -56,8 +56,9 @@ def make_arguments(method: str, given: Mapping[str, Any]) -> Any:
   Raises:
     SettingError: an argument is unknown or out of range.
   """
-  check_arguments(ARGUMENTS[method], given, f"the method {method!r}")
-  return ARGUMENTS[method](**given)
+  with named_in_errors("arguments"):
+    check_arguments(ARGUMENTS[method], given, f"the method {method!r}")
+    return ARGUMENTS[method](**given)
 
 
 def make_grid(
@@ -92,7 +93,8 @@ def make_grid(
   if isinstance(arguments, SDE):
     end = arguments.end_of(process)
     steps -= end != "none"
-    low, high = sde_interval(process, method, arguments, end)
+    with named_in_errors("arguments"):
+      low, high = sde_interval(process, method, arguments, end)
   if steps < 1:
     raise SettingError(
       "num_steps", num_steps, f"must be at least {1 + num_steps - steps} for {method}"

@@ -20,9 +20,10 @@ from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn
 from mdt_jax.diffusion.likelihood import calc_bpd, calc_flow_bpd
 from mdt_jax.diffusion.process import Process
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, check_range
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.setting_limits import MAX_STEPS
 from mdt_jax.types import Array, Batch, Params
 
 NUM_IMAGES = 1000  # default number of images of `measure`
@@ -102,8 +103,7 @@ def _likelihood(
   """Returns the function (network, x0 (B, H, W, C), keys (B,)) -> terms."""
   if isinstance(process, ContinuousProcess):
     steps = FLOW_STEPS if num_steps is None else num_steps
-    if steps < 1:
-      raise SettingError("num_steps", steps, "must be at least 1")
+    check_range("num_steps", steps, 1, MAX_STEPS)
 
     def density(model_fn: ModelFn, x0: Array, keys: Array) -> dict[str, Array]:
       if is_pixels:

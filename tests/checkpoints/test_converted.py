@@ -220,6 +220,19 @@ def test_unknown_arguments_in_a_file_are_ignored(noted, tmp_path):
   assert (settings.diffusion.process, settings.diffusion.arguments) == ("flow", {})
 
 
+@pytest.mark.parametrize("process", ["gaussian", "edm"])
+def test_process_other_than_the_noted_one_writes_nothing(process, tmp_path):
+  attributes, _ = reference.load_model("dit")
+  attributes = {**attributes, "variant": "SiT", "learn_sigma": False}
+  settings = recipes.of_network(attributes)
+  params = reference.random_params(create_model(**attributes))
+  save_model(tmp_path / "old", settings, params)
+  to_torch_file(tmp_path / "old", tmp_path / "model.safetensors")
+  with pytest.raises(SettingError, match="must be flow, as the file notes"):
+    from_torch_file(tmp_path / "model.safetensors", tmp_path / "run", process=process)
+  assert not (tmp_path / "run").exists()
+
+
 def test_unknown_process_in_a_file_is_refused(tmp_path):
   attributes, params = reference.load_model("dit")
   path = tmp_path / "model.safetensors"

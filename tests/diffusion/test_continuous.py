@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -12,7 +13,7 @@ import pytest
 
 from mdt_jax.diffusion import create_process
 from mdt_jax.diffusion.continuous import TimeGrid
-from mdt_jax.diffusion.flow import PREDICTIONS
+from mdt_jax.diffusion.flow import LOSS_WEIGHTS, PREDICTIONS
 from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.diffusion.likelihood import calc_flow_bpd
 from mdt_jax.diffusion.process import like
@@ -251,12 +252,68 @@ def test_guidance_knows_the_end_of_the_process():
   np.testing.assert_allclose(outputs, [1.0, 2.0, 1.0], atol=1e-5)
 
 
+def test_churn_above_full_noise_is_guided():
+  """Churn raises the first level of noise above that of the end of the process."""
+  guidance = Guidance(scale=3.0, power=0.5, channels=None, interval=(0.2, 1.0))
+  network = guidance.apply(lambda x, t, y: x + like(y, x), jnp.ones(1), jnp.zeros(1))
+  x = jnp.zeros((1, 1, 1, 1))
+  above = float(network(x, jnp.array([1001.0])).squeeze())
+  assert above == float(network(x, jnp.array([1000.0])).squeeze()) == 1.0
+  constant = dataclasses.replace(guidance, power=0.0)
+  network = constant.apply(lambda x, t, y: x + like(y, x), jnp.ones(1), jnp.zeros(1))
+  assert float(network(x, jnp.array([1001.0])).squeeze()) == 3.0
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in FLOWS])
+@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+def test_weights_are_finite_at_all_times_of_training(settings, weight):
+  if settings["prediction"] == "velocity":
+    pytest.skip("has no weight")
+  process = create_process("flow", **settings, loss_weight=weight)
+  weights = process.weight(jnp.asarray(process.training_interval))
+  assert np.isfinite(weights).all() and (np.asarray(weights) > 0).all()
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_end_of_a_path_has_no_data(path):
+  process = create(path)
+  for end in (np.array(1.0), jnp.float32(1.0)):
+    assert process.alpha(end) == 0 and process.sigma(end) == 1
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize(
+  ("method", "spacing", "arguments"),
+  [("heun", "uniform", {}), ("sde", None, {"diffusion": "sbdm"})],
+)
+def test_samplers_start_where_a_path_has_no_data(path, method, spacing, arguments):
+  options = {"method": method, "num_steps": 30, "spacing": spacing}
+  sampler = Sampler.create(create(path), Guidance(), **options, arguments=arguments)
+  x_T = jax.random.normal(jax.random.key(1), (1024, 2, 2, 1))
+  drawn = jax.jit(
+    lambda x: sample(
+      exact_network(path),
+      sampler.process,
+      x,
+      jax.random.key(0),
+      method=method,
+      arguments=sampler.arguments,
+    )
+  )(x_T)
+  assert abs(float(drawn.mean()) - MEAN) < 0.05
+  assert abs(float(drawn.std()) - STD) < 0.05
+
+
 REFUSED = [
   ("flow", {"path": "cubic"}, "path", "linear, gvp, vp"),
   ("flow", {"prediction": "v"}, "prediction", "velocity, epsilon, score, x0"),
   ("flow", {"loss_weight": "min_snr"}, "loss_weight", "none, velocity, likelihood"),
   ("flow", {"loss_weight": "likelihood"}, "loss_weight", "velocity prediction"),
   ("flow", {"time_shift": 0.0}, "time_shift", "above 0"),
+  ("flow", {"time_shift": 1e300}, "time_shift", "must lie in"),
+  ("flow", {"time_shift": 10**400}, "time_shift", "must lie in"),
+  ("flow", {"time_mean": float("nan")}, "time_mean", "must be a number"),
+  ("flow", {"sigma_floor": 0.0}, "sigma_floor", "must lie in (0"),
   ("flow", {"data_time": 2}, "data_time", "0, 1"),
   ("edm", {"sigma_max": 0.001}, "sigma_max", "above sigma_min"),
   ("edm", {"p_std": 0.0}, "p_std", "above 0"),
@@ -275,13 +332,29 @@ def test_bad_settings_are_refused(name, settings, setting, accepted):
 REFUSED_SAMPLERS = [
   ("gaussian", "sde", {}, {}, "method", "continuous time"),
   ("linear", "ddpm", {}, {}, "method", "gaussian"),
-  ("linear", "sde", {"diffusion": "cubic"}, {}, "diffusion", "constant, sbdm"),
-  ("linear", "sde", {"churn": 1.0}, {}, "churn", "last_step"),
+  (
+    "linear",
+    "sde",
+    {"diffusion": "cubic"},
+    {},
+    "arguments.diffusion",
+    "constant, sbdm",
+  ),
+  ("linear", "sde", {"churn": 1.0}, {}, "arguments.churn", "last_step"),
   ("linear", "heun", {"churn": 1.0}, {}, "arguments", "must be empty"),
   ("linear", "sde", {}, {"num_steps": 1}, "num_steps", "at least 2"),
   ("linear", "sde", {}, {"clip_denoised": True}, "clip_denoised", "must be False"),
   ("linear", "edm", {}, {"spacing": "uniform"}, "spacing", "karras"),
-  ("edm", "sde", {"last_step": "mean"}, {}, "last_step", "tweedie"),
+  ("edm", "sde", {"last_step": "mean"}, {}, "arguments.last_step", "tweedie"),
+  (
+    "linear",
+    "sde",
+    {"diffusion": "sbdm", "last_step_size": 0.9995},
+    {},
+    "arguments.last_step_size",
+    "below 0.999",
+  ),
+  ("gvp", "edm", {}, {"spacing": "uniform"}, "spacing", "karras"),
 ]
 
 

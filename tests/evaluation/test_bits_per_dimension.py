@@ -112,7 +112,7 @@ def test_density_of_a_flow():
 
 def test_steps_of_a_flow_are_positive():
   experiment = build(of_process("edm"))
-  with pytest.raises(SettingError, match="num_steps = 0: must be at least 1"):
+  with pytest.raises(SettingError, match=r"num_steps = 0: must lie in \[1, 100,000\]"):
     bits_per_dimension.make_bound(
       experiment.model, experiment.process, 0, clip_denoised=True
     )
