@@ -80,16 +80,17 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_network_gets_its_name_and_released_settings(name):
-  is_sit = MODELS[name]["variant"] == "SiT"
-  attributes = dict(MODELS[name], input_size=32, learn_sigma=not is_sit)
+  variant = MODELS[name]["variant"]
+  process = {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
+  is_gaussian = process == "gaussian"
+  attributes = dict(MODELS[name], input_size=32, learn_sigma=is_gaussian)
   settings = recipes.of_network(attributes)
   assert settings.model.name == name
   assert Experiment(settings).model.depth == MODELS[name]["depth"]
-  assert settings.diffusion.process == ("flow" if is_sit else "gaussian")
-  optimizer = "adan" if attributes["variant"] == "MDTv2" else "adamw"
-  assert settings.optimizer.name == optimizer
-  if not is_sit:
-    weight = "min_snr" if attributes["variant"] == "MDTv2" else "none"
+  assert settings.diffusion.process == process
+  assert settings.optimizer.name == ("adan" if variant == "MDTv2" else "adamw")
+  if is_gaussian:
+    weight = "min_snr" if variant == "MDTv2" else "none"
     assert settings.diffusion.loss_weight == weight
 
 
