@@ -156,6 +156,34 @@ def test_velocities_of_the_training_of_sit_have_no_weight(weight, tmp_path):
   assert settings.diffusion.arguments == {}
 
 
+RECTIFIED = {"data_time": 0, "time_distribution": "logit_normal"}
+
+
+@pytest.mark.parametrize(
+  ("process", "expected", "method"),
+  [(None, ("edm", {}), "heun"), ("flow", ("flow", RECTIFIED), "ode_euler")],
+)
+def test_tread_is_converted_there_and_back(process, expected, method, tmp_path):
+  settings = from_torch_file(
+    fixture("tread"), tmp_path / "run", "TREAD", num_heads=2, process=process
+  )
+  assert settings.model.name == "TREAD-S/2"
+  assert settings.objective.name == "tread"
+  assert (settings.diffusion.process, settings.diffusion.arguments) == expected
+  assert settings.sampling.method == method
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert pipeline.experiment.model.variant == "TREAD"
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / "back.pt")
+  before, after = read_tensors(fixture("tread")), read_tensors(tmp_path / "back.pt")
+  assert before.keys() == after.keys()
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+  # The notes of the file say that it holds a TREAD, its process and its route.
+  again = from_torch_file(tmp_path / "back.pt", tmp_path / "again")
+  assert Experiment(again).model == pipeline.experiment.model
+  assert dataclasses.replace(again, model=settings.model) == settings
+
+
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})
 
 
@@ -356,7 +384,7 @@ def test_unknown_settings_in_a_file_are_ignored(noted, tmp_path):
   ("name", "texts"),
   [
     ("mdt_v2", ("read as MDTv2", "7x32x2", "10 classes and a null label")),
-    ("dit", ("read as DiT", "predicts noise", "SiT")),
+    ("dit", ("read as DiT", "predicts noise", "SiT", "--network=TREAD")),
   ],
 )
 def test_log_says_what_a_file_was_read_as(name, texts, tmp_path, caplog):

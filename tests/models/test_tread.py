@@ -27,8 +27,8 @@ TINY = dict(input_size=8, in_channels=4, num_classes=10, hidden_size=16, num_hea
 
 @functools.cache
 def load_model(**overrides):
-  attributes, params = from_torch(reference.FIXTURES / "tread.pt", num_heads=2)
-  route = dict(variant="TREAD", route_start=START, route_end=END)
+  attributes, params = from_torch(reference.FIXTURES / "tread.pt", "TREAD", num_heads=2)
+  route = dict(route_start=START, route_end=END)
   return create_model(**{**attributes, **route, **overrides}), params
 
 
