@@ -99,7 +99,7 @@ def _default_objective(settings: Settings, model: Model) -> str:
   """Returns the objective of a run whose settings name none."""
   masking = settings.masking
   if not model.takes_mask:
-    return "plain"
+    return "tread" if model.has_route else "plain"
   if masking.ratio == 0 < masking.width:
     raise SettingError(
       "config.masking.width",

@@ -2,13 +2,14 @@
 
 python -m mdt_jax.convert --input=mdt_xl2_v2_ckpt.pt --output=DIR
 python -m mdt_jax.convert --process=flow --input=SiT-XL-2-256x256.pt --output=DIR
+python -m mdt_jax.convert --network=TREAD --input=model.pt --output=DIR
 python -m mdt_jax.convert --to_torch --input=WORKDIR --output=model.safetensors
 python -m mdt_jax.convert --inception --input=FILE.pth --output=inception.safetensors
 python -m mdt_jax.convert --push=ORG/NAME --input=WORKDIR
 python -m mdt_jax.convert --to_hub --input=WORKDIR --output=FOLDER
 
 The first command writes a run's folder, from which mdt_jax.sample draws images. The
-second does so for a SiT, whose tensors look like those of a DiT.
+second and third do so for a SiT and a TREAD, whose tensors look like those of a DiT.
 --to_torch writes averaged parameters of a run under the released names and shapes.
 --inception converts the weights of FID's network (a file of pytorch-fid or
 torch-fidelity, or the frozen graph, .pb) for mdt_jax.evaluate.
@@ -76,15 +77,17 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds."
 NETWORK = flags.DEFINE_string(
   "network",
   None,
-  "Network in the PyTorch file: DiT, SiT, MDT or MDTv2. Default: found from the "
-  "tensors, and from --process for a SiT.",
+  "Network in the PyTorch file: DiT, SiT, TREAD, MDT or MDTv2. A TREAD needs the flag "
+  "unless the file names it. Default: found from the tensors, and from --process for a "
+  "SiT.",
 )
 PROCESS = flags.DEFINE_string(
   "process",
   None,
   "Process that trained the network in the PyTorch file: gaussian (DDPM), flow or edm. "
   "With flow, a DiT whose last layer has twice the channels is read as a SiT. Default: "
-  "what the file states, else flow for a SiT and gaussian for others.",
+  "what the file states, else flow for a SiT, edm for a TREAD and gaussian for others. "
+  "The flow of a TREAD is that of its released code: the network gets time 0 for data.",
 )
 DECODE_DEPTH = flags.DEFINE_integer(
   "decode_depth",
@@ -94,7 +97,8 @@ DECODE_DEPTH = flags.DEFINE_integer(
 NUM_HEADS = flags.DEFINE_integer(
   "num_heads",
   None,
-  "Number of attention heads of a DiT or SiT. Default: that of the published size.",
+  "Number of attention heads of a DiT, SiT or TREAD. Default: that of the published "
+  "size.",
 )
 NUM_CLASSES = flags.DEFINE_integer(
   "num_classes",

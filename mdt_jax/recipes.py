@@ -13,6 +13,7 @@ from mdt_jax.setting_groups import (
   DiffusionSettings,
   MaskingSettings,
   ModelSettings,
+  ObjectiveSettings,
   OptimizerSettings,
   SamplingSettings,
 )
@@ -45,6 +46,14 @@ def sit(size: str, input_size: int = 32) -> ConfigDict:
   return _sit(size, input_size).to_config()
 
 
+def tread(size: str, input_size: int = 32) -> ConfigDict:
+  """TREAD: DiT in which half of the tokens skip blocks, trained by EDM as released.
+
+  See arXiv 2501.04765. For arguments see `mdtv2`.
+  """
+  return _tread(size, input_size).to_config()
+
+
 def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
   """MDTv2's network, masking and optimizer, trained on velocities: no paper's run.
 
@@ -55,7 +64,14 @@ def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
 
 def process_of(attributes: Mapping[str, Any]) -> str:
   """Returns the process that a released network was trained with."""
-  return "flow" if attributes["variant"] == "SiT" else "gaussian"
+  return {"SiT": "flow", "TREAD": "edm"}.get(attributes["variant"], "gaussian")
+
+
+def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
+  """Returns the arguments of a process that a released network was trained with."""
+  if attributes["variant"] == "TREAD" and process == "flow":
+    return {"data_time": 0, "time_distribution": "logit_normal"}
+  return {}
 
 
 def of_network(
@@ -68,8 +84,11 @@ def of_network(
   Args:
     attributes: attributes of MDT, as `pretrained.torch_mdt.from_torch` returns them.
     process: name of the process; None for that of the paper's run.
-    arguments: arguments of a process other than "gaussian"; None for its defaults.
+    arguments: arguments of a process other than "gaussian"; None for those of the
+      released code.
   """
+  if arguments is None:
+    arguments = arguments_of(attributes, process or process_of(attributes))
   attributes = dict(attributes)
   variant, learn_sigma = attributes.pop("variant"), attributes.pop("learn_sigma")
   width = attributes["hidden_size"]
@@ -80,6 +99,7 @@ def of_network(
     "SiT": _sit,
     "MDT": _mdt,
     "MDTv2": _mdtv2,
+    "TREAD": _tread,
   }
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
@@ -88,8 +108,10 @@ def of_network(
   if process is not None and process != diffusion.process:
     diffusion = DiffusionSettings(process=process)
     sampling = _SAMPLING.get(process, _OTHER_SAMPLING)
+    if (variant, process) == ("TREAD", "flow"):
+      sampling = dataclasses.replace(settings.sampling, method="ode_euler")
   if diffusion.process != "gaussian":
-    diffusion = dataclasses.replace(diffusion, arguments=dict(arguments or {}))
+    diffusion = dataclasses.replace(diffusion, arguments=dict(arguments))
   elif not learn_sigma:
     diffusion = dataclasses.replace(diffusion, variance="fixed_large")
   model = dataclasses.replace(settings.model, **{**attributes, "name": name})
@@ -150,6 +172,19 @@ def _sit(size: str, input_size: int = 32) -> Settings:
     diffusion=DiffusionSettings(process="flow"),
     optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
     sampling=_FLOW_SAMPLING,
+  )
+
+
+def _tread(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"TREAD-{size}/2", input_size=input_size),
+    objective=ObjectiveSettings(name="tread", arguments={"ratio": 0.5}),
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="edm"),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
+    sampling=SamplingSettings(
+      method="heun", num_steps=40, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
+    ),
   )
 
 

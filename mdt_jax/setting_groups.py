@@ -25,7 +25,8 @@ LABELS_OF_SCORES = ("random", "balanced")
 class ModelSettings:
   """The network. A setting of None has the value of the preset that `name` chooses."""
 
-  # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, ….
+  # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, TREAD-B/2,
+  # ….
   name: str = "MDTv2-S/2"
   # Height and width of the network's input, in pixels or latents, each divisible by
   # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
@@ -46,8 +47,12 @@ class ModelSettings:
   depth: int | None = None
   # Number of attention heads.
   num_heads: int | None = None
-  # Number of blocks after the side-interpolater, in [1, depth]; DiT and SiT ignore it.
+  # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2.
   decode_depth: int | None = None
+  # First and last block that see only the kept tokens, for TREAD, counted from 0; 0 <=
+  # route_start <= route_end < depth. None: 2 and depth - 4, as released.
+  route_start: int | None = None
+  route_end: int | None = None
   # Hidden width of the MLPs, as a multiple of hidden_size; above 0.
   mlp_ratio: float = 4.0
   # What the network is conditioned on: label, or a condition of your own (a key of
@@ -79,10 +84,12 @@ class ObjectiveSettings:
 
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
   # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
-  # masking), or an objective of your own (a key of mdt_jax.objectives.OBJECTIVES).
-  # None: mdt if the network takes a mask and masking.ratio is above 0, otherwise plain.
+  # masking), tread (one pass; some blocks see only a part of the tokens), or an
+  # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: tread for a
+  # TREAD, mdt if the network is an MDT and masking.ratio is above 0, otherwise plain.
   name: str | None = None
-  # Arguments of an objective of your own: '{"margin": 0.5}'.
+  # Arguments of tread ('{"ratio": 0.5}', the share of the tokens that skip blocks), or
+  # of an objective of your own.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -221,7 +228,7 @@ class InitSettings:
   step: int | None = None
   # Decay of the averaged parameters in a workdir. None: the one that is sampled.
   ema_decay: float | None = None
-  # What a file holds: DiT, SiT, MDT or MDTv2. None: what its tensors show.
+  # What a file holds: DiT, SiT, TREAD, MDT or MDTv2. None: what its tensors show.
   network: str | None = None
   # Classes of the network in a file, without the null label. None: what its tensors
   # show; see --num_classes of mdt_jax.convert.

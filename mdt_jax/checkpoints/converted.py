@@ -72,8 +72,9 @@ def from_torch_file(
       labels.json, which belongs to the old checkpoints.
     decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
     process: process that trained the network, a key of `diffusion.PROCESSES`; None for
-      that which the file states, else "flow" for a SiT and "gaussian" for others. With
-      "flow", a DiT whose last layer has 2C channels is read as a SiT.
+      that which the file states, else "flow" for a SiT, "edm" for a TREAD and
+      "gaussian" for others. With "flow", a DiT whose last layer has 2C channels is read
+      as a SiT.
 
   Returns:
     Settings of a run with this network, as saved in the workdir.
@@ -219,7 +220,10 @@ def settings_of(
     raise SettingError("process", process, f"must be {stated}, as the file notes")
   chosen = process or stated or recipes.process_of(attributes)
   if chosen != "gaussian":
-    known = _stated_arguments(chosen, noted if chosen == stated else {}, metadata)
+    noted = noted if chosen == stated else {}
+    known = _stated_arguments(chosen, noted, metadata)
+    if not noted:
+      known = recipes.arguments_of(attributes, chosen) | known
     _check_process(chosen, known, attributes)
     return recipes.of_network(attributes, chosen, known)
   if process == "gaussian" and attributes["variant"] == "SiT" and stated is None:
@@ -295,8 +299,8 @@ def _log_network(
     also = ""
     if attributes["variant"] == "DiT":
       also = (
-        "; a SiT has tensors of the same names and shapes: --process=flow reads one; "
-        f"TREAD has them too, and {sizes.NOT_YET}"
+        "; SiT and TREAD have tensors of the same names and shapes: --process=flow "
+        "reads a SiT, --network=TREAD a TREAD"
       )
     logger.info(
       "the file does not show what the network predicts: assumed is a DDPM network "

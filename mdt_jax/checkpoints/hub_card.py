@@ -24,6 +24,7 @@ _PAPERS = {
   "SiT": "arxiv:2401.08740",
   "MDT": "arxiv:2303.14389",
   "MDTv2": "arxiv:2303.14389",
+  "TREAD": "arxiv:2501.04765",
 }
 
 
@@ -160,6 +161,8 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
   yield "patch size", str(model.patch_size)
   if model.takes_mask:
     yield "blocks after the side-interpolater", str(model.decode_depth)
+  if model.has_route:
+    yield "blocks of the route", f"{model.route.start} to {model.route.stop - 1}"
   yield "input", "x".join(map(str, model.input_shape))
   yield "classes", f"{model.num_classes:,}"
   yield "label dropout", str(model.label_dropout)

@@ -15,7 +15,8 @@ def forward_flops(model: Model, num_keep: int | None = None) -> int:
 
   Args:
     model: the network.
-    num_keep: number of tokens that the encoder sees; None for an unmasked pass.
+    num_keep: number of tokens that the encoder, or the route, sees; None for a pass
+      without a token mask.
 
   Raises:
     SettingError: the network has no entry in `models.registry.NETWORKS`.

@@ -9,7 +9,7 @@ tokens of an image; K tokens that the encoder sees; D width of the network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,8 +32,6 @@ from mdt_jax.models.network import Network
 from mdt_jax.models.partitioning import gather, look_up, parameter_axes, shard_batch
 from mdt_jax.sizes import Size, to_size
 from mdt_jax.types import Array, Dtype
-
-VARIANTS = ("DiT", "SiT", "MDT", "MDTv2")
 
 # The released bias tables have 3 extra rows, of BEiT's class token, that none reads.
 UNUSED_BIAS_ROWS = 3
@@ -248,6 +246,8 @@ class MDT(Network, kw_only=True):
   forward_mode: bool = False
   sow_attention: bool = False
 
+  variants: ClassVar[tuple[str, ...]] = ("DiT", "SiT", "MDT", "MDTv2")
+
   @property
   def grid_size(self) -> Size:
     """Tokens along each side of an image, or (tokens of a column, tokens of a row)."""
@@ -308,15 +308,7 @@ class MDT(Network, kw_only=True):
         f"{self.variant} has no side-interpolater: token_mask must be None"
       )
 
-    width, dtype = self.hidden_size, self.dtype
-    options = dict(dtype=dtype, forward_mode=self.forward_mode)
-    sizes = self.patch_size, width, self.patch_bottleneck
-    patch_embed = PatchEmbed(*sizes, **options, name="patch_embed")
-    embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
-
-    c = TimestepEmbed(width, **options, name="timestep_embed")(t)
-    c = c + self.conditioning.embedder(width, dtype)(y, train)  # (B, D)
-
+    embedded, c = self._embed(x, t, y, train)  # (B, L, D), (B, D)
     if not self.takes_mask:
       tokens, _ = self._blocks("blocks", self.depth)(embedded, c, None, None)
     else:
@@ -324,7 +316,21 @@ class MDT(Network, kw_only=True):
       tokens = self._encode(embedded, c, index, token_mask)  # (B, K, D)
       tokens = self._interpolate(tokens, c, index, token_mask)  # (B, L, D)
       tokens = self._decode(tokens, embedded, c, index)
+    return self._output(tokens, c)
 
+  def _embed(self, x: Array, t: Array, y: Array, train: bool) -> tuple[Array, Array]:
+    """Returns the tokens (B, L, D) of images, and the conditioning c (B, D)."""
+    width, dtype = self.hidden_size, self.dtype
+    options = dict(dtype=dtype, forward_mode=self.forward_mode)
+    sizes = self.patch_size, width, self.patch_bottleneck
+    patch_embed = PatchEmbed(*sizes, **options, name="patch_embed")
+    embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
+    c = TimestepEmbed(width, **options, name="timestep_embed")(t)
+    return embedded, c + self.conditioning.embedder(width, dtype)(y, train)
+
+  def _output(self, tokens: Array, c: Array) -> Array:
+    """Maps the last tokens (B, L, D) to the output (B, H, W, out_channels)."""
+    options = dict(dtype=self.dtype, forward_mode=self.forward_mode)
     sizes = self.patch_size, self.last_channels, self.grid_size
     final_layer = FinalLayer(*sizes, **options, name="final_layer")
     output = final_layer(tokens, c).astype(jnp.float32)  # (B, H, W, last_channels)
@@ -379,7 +385,7 @@ class MDT(Network, kw_only=True):
     return gather(param.astype(self.dtype), parameter_axes(name))
 
   def _blocks(
-    self, name: str, length: int, **options: bool
+    self, name: str, length: int, **options: Any
   ) -> Callable[..., tuple[Array, Array | None]]:
     """Builds a sequence of `length` blocks; see `layers.stack`."""
     return layers.stack(
@@ -406,7 +412,7 @@ class MDT(Network, kw_only=True):
 
   def check(self) -> None:
     """Raises SettingError if an attribute is invalid."""
-    check_choice("variant", self.variant, VARIANTS)
+    check_choice("variant", self.variant, self.variants)
     check_choice("remat", self.remat, layers.REMAT_POLICIES)
     super().check()
     self._require(

@@ -22,8 +22,8 @@ class Network(nn.Module, kw_only=True):
   """Base class of networks over images or latents; a flax linen module.
 
   A subclass must define `__call__` with the signature below. It may add fields, and may
-  override the properties `frozen`, `takes_mask` and `num_tokens`. `check_network`
-  checks a subclass.
+  override the properties `frozen`, `takes_mask`, `has_route` and `num_tokens`.
+  `check_network` checks a subclass.
 
     class MyNet(mdt_jax.models.Network):
       width: int = 64
@@ -78,7 +78,12 @@ class Network(nn.Module, kw_only=True):
 
   @property
   def takes_mask(self) -> bool:
-    """Whether the network accepts a `token_mask`."""
+    """Whether the network accepts a `token_mask`, and predicts the removed tokens."""
+    return False
+
+  @property
+  def has_route(self) -> bool:
+    """Whether the network accepts a `token_mask`, whose removed tokens skip blocks."""
     return False
 
   @property
@@ -109,8 +114,8 @@ class Network(nn.Module, kw_only=True):
       y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
         num_classes is the null label. Labels out of range do not raise an error; see
         `embeddings.LabelEmbed`.
-      token_mask: the tokens that the network sees; None for all. Always None if
-        `takes_mask` is False.
+      token_mask: the tokens that the network, or its route, sees; None for all. Always
+        None if `takes_mask` and `has_route` are False.
       train: whether to drop conditions. Labels then need the random stream
         "label_dropout".
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models import mdt_flops
+from mdt_jax.models import mdt_flops, tread
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
@@ -79,6 +79,7 @@ NETWORKS: dict[str, NetworkEntry] = {
   "MDTv2": NetworkEntry(
     MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
   ),
+  "TREAD": NetworkEntry(tread.TREAD, _presets("TREAD"), tread.forward_flops),
 }
 
 # Name -> attributes, for all presets of all networks.
@@ -116,7 +117,7 @@ def create_model(
   network = NETWORKS[given["variant"]]
   module, given = network.module, {**network.defaults, **given}
   known = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
-  for attribute, value in attributes.items():
+  for attribute, value in given.items():
     if attribute not in known:
       raise SettingError(
         attribute,

@@ -10,6 +10,7 @@ from mdt_jax.objectives.objective import (
   objective_of_class,
 )
 from mdt_jax.objectives.plain import PlainObjective
+from mdt_jax.objectives.tread import TREADObjective
 
 __all__ = [
   "OBJECTIVES",
@@ -18,6 +19,7 @@ __all__ = [
   "MDTUnmaskedObjective",
   "Objective",
   "PlainObjective",
+  "TREADObjective",
   "create_objective",
   "objective_of_class",
 ]

@@ -144,12 +144,12 @@ def _every(draws: Draws, first: int, step: int) -> Draws:
 
 
 def check_takes_mask(objective: str, model: Model) -> None:
-  """Raises SettingError if the network does not accept a token mask."""
+  """Raises SettingError if the network does not predict masked tokens."""
   if not model.takes_mask:
     name = getattr(model, "variant", type(model).__name__)
-    raise SettingError(
-      "objective", objective, f"{name} accepts no mask; accepted is plain"
-    )
+    others = "plain or tread" if model.has_route else "plain"
+    accepted = f"{name} predicts no masked tokens; accepted is {others}"
+    raise SettingError("objective", objective, accepted)
 
 
 def check_masking(

@@ -205,10 +205,10 @@ def create_objective(
   """Builds an objective by name.
 
   Args:
-    name: a key of OBJECTIVES: "plain", "mdt" or "mdt_unmasked".
+    name: a key of OBJECTIVES: "plain", "mdt", "mdt_unmasked" or "tread".
     model, process, timestep_sampler: see `Objective`.
     **settings: further arguments of the objective's class; for "mdt": ratio, width,
-      num_lengths, multiple and groups.
+      num_lengths, multiple and groups; for "tread": ratio.
 
   Raises:
     SettingError: a name or a setting is unknown, or a value is invalid.

@@ -30,7 +30,9 @@ PATCHES = ("resize", "fresh")
 # (old variant, new variant): pairs whose blocks compute the same, up to parameters that
 # start neutral, such as long skips.
 _COMPATIBLE = {
-  (old, new) for old in ("DiT", "SiT", "MDT") for new in ("DiT", "SiT", "MDT", "MDTv2")
+  (old, new)
+  for old in ("DiT", "SiT", "MDT", "TREAD")
+  for new in ("DiT", "SiT", "MDT", "MDTv2", "TREAD")
 }
 _MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
 
@@ -59,9 +61,9 @@ class Start:
 class Adaptation:
   """The start of each parameter of a network from those of another network.
 
-  Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT, MDT
-  and MDTv2 may differ in classes, input size, patch size, channels and learned
-  variance, and, where `_COMPATIBLE` says so, in the variant.
+  Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
+  TREAD, MDT and MDTv2 may differ in classes, input size, patch size, channels and
+  learned variance, and, where `_COMPATIBLE` says so, in the variant.
 
   Args:
     source: the old network.
@@ -195,7 +197,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of MDT, MDTv2, DiT or SiT."""
+    """Returns the start of a parameter of MDT, MDTv2, DiT, SiT or TREAD."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")

@@ -1,4 +1,6 @@
-"""Converts PyTorch checkpoints of MDT, MDTv2, DiT and SiT to and from flax parameters.
+"""Converts released PyTorch checkpoints to and from flax parameters.
+
+The networks are MDT, MDTv2, DiT, SiT and TREAD.
 
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
@@ -91,7 +93,7 @@ def from_torch(
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT or SiT.
+  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT or TREAD.
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
@@ -99,14 +101,16 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "SiT", "MDT" or "MDTv2"; None to infer the network
-      from the tensors. A SiT has tensors of the names and shapes of a DiT, and is read
-      as a DiT if neither `network` nor the file says otherwise.
+    network: expected network, "DiT", "SiT", "TREAD", "MDT" or "MDTv2"; None to infer
+      the network from the tensors. A SiT or TREAD has tensors of the names and shapes
+      of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
+      The route of a TREAD is the default one unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT or SiT, which the tensors do not determine; None
-      for that which the file states, else that of the published size of the same width.
+    num_heads: number of heads of a DiT, SiT or TREAD, which the tensors do not
+      determine; None for that which the file states, else that of the published size of
+      the same width.
     num_classes: number of classes, without the null label. If the label table has
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
@@ -118,10 +122,10 @@ def from_torch(
     parameters of that network, float32 NumPy arrays.
 
   Raises:
-    SettingError: the file is not such a checkpoint, holds a TREAD, or seems to hold a
-      SiT while `network` is None; tensors are missing, unexpected or of the wrong
-      shape; `network` is unknown or differs from the network of the tensors; an
-      argument is needed and None, or does not fit the tensors.
+    SettingError: the file is not such a checkpoint, or seems to hold a SiT while
+      `network` is None; tensors are missing, unexpected or of the wrong shape;
+      `network` is unknown or differs from the network of the tensors; an argument is
+      needed and None, or does not fit the tensors.
   """
   attributes, params, _ = read_checkpoint(
     path,
@@ -146,7 +150,8 @@ def open_checkpoint(
   path: str | os.PathLike[str], network: str | None = None, **known: Unpack[KnownSizes]
 ) -> OpenCheckpoint:
   """Same as `from_torch`, but reads parameters when they are asked for."""
-  _check_network(network)
+  if network is not None:
+    check_choice("network", network, NETWORKS)
   with (
     bucket_weights.local_weights(path) as local,
     renamed_in_errors({"tensors": "path"}),
@@ -176,7 +181,8 @@ def from_tensors(
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
     **known: decode_depth, num_heads, num_classes, input_size: see `from_torch`.
   """
-  _check_network(network)
+  if network is not None:
+    check_choice("network", network, NETWORKS)
   tensors = without_prefixes(tensors, "tensors", source)
   opened = _open_network(tensors, source, network, metadata or {}, **known)
   return opened.attributes, opened.params()
@@ -200,7 +206,7 @@ def _open_network(
     size = known.get("input_size") if input_size is None else input_size
     tensors = diffusers_dit.to_released(tensors, source, size)
   attributes = sizes.infer_attributes(tensors, source, known, num_classes)
-  attributes = sizes.tell_dit_from_sit(
+  attributes = sizes.tell_dits_apart(
     tensors, attributes, metadata, source, network, process
   )
   variant = attributes["variant"]
@@ -284,18 +290,6 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
       if index := layout.index_name(name):
         tensors[index] = layout.position_index(model)
   return tensors
-
-
-def _check_network(network: str | None) -> None:
-  """Raises SettingError for a network that cannot be expected."""
-  if network == "TREAD":
-    raise SettingError(
-      "network",
-      network,
-      f"{sizes.NOT_YET}; accepted are {', '.join(NETWORKS)}",
-    )
-  if network is not None:
-    check_choice("network", network, NETWORKS)
 
 
 def _misfits(

@@ -1,9 +1,9 @@
-"""Names, shapes and layouts of the released tensors of MDT, MDTv2, DiT and SiT.
+"""Names, shapes and layouts of the released tensors of MDT, MDTv2, DiT, SiT and TREAD.
 
-The sources are sail-sg/MDT (branches mdtv1 and main), facebookresearch/DiT and
-willisma/SiT, whose names and shapes are DiT's. In the released code each block has its
-own tensors. In this package the parameters of a stack of blocks have a leading axis of
-layers.
+The sources are sail-sg/MDT (branches mdtv1 and main), facebookresearch/DiT, and
+willisma/SiT and CompVis/tread, whose names and shapes are DiT's. In the released code
+each block has its own tensors. In this package the parameters of a stack of blocks have
+a leading axis of layers.
 
 In this module, `path` is the path of a parameter of this package, such as
 "decode_blocks/attention/qkv/kernel".

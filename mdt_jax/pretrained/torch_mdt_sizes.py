@@ -1,9 +1,9 @@
-"""Infers the sizes of MDT, MDTv2, DiT and SiT from the names and shapes of tensors.
+"""Infers the sizes of the released networks from the names and shapes of tensors.
 
-Some attributes are not in the shapes: whether a DiT is a SiT, the number of heads of
-both, the decoder blocks of an MDT v1, and whether the label table has a row for the
-null label. They come from the caller, from what the file says about itself, or from the
-released code.
+Some attributes are not in the shapes: whether a DiT is a SiT or a TREAD, the number of
+heads of these, the route of a TREAD, the decoder blocks of an MDT v1, and whether the
+label table has a row for the null label. They come from the caller, from what the file
+says about itself, or from the released code.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from mdt_jax.pretrained.torch_names import some_names
 # decode_depth of the released MDT v1, which cannot be inferred from the tensors.
 MDT_DECODE_DEPTH = 2
 # Attributes that `notes` stores in a file, because shapes do not always show them.
-NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth")
+ROUTE = ("route_start", "route_end")
+NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth", *ROUTE)
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
-# TREAD (arXiv 2501.04765) is trained by EDM. Its tensors have the names and shapes of a
-# DiT, and so have those of SiT (arXiv 2401.08740), a flow model.
-NOT_YET = "TREAD is not supported yet"
+# Networks whose tensors have the names and shapes of a DiT: SiT (arXiv 2401.08740), a
+# flow model, and TREAD (arXiv 2501.04765), trained by EDM.
+_LIKE_DIT = ("DiT", "SiT", "TREAD")
 _LOOKALIKE = r"(?i)\b(sit|tread)(?![a-z])"
 # Where training arguments and metadata name the network.
 _NETWORK_NAMES = ("model", "network", "net", "arch", "architecture", "name", "title")
@@ -44,7 +45,8 @@ def infer_attributes(
 ) -> dict[str, Any]:
   """Infers the attributes of a network from the names and shapes of its tensors.
 
-  A SiT is read as a DiT with learned variance; see `tell_dit_from_sit`.
+  A SiT is read as a DiT with learned variance, and a TREAD as a DiT; see
+  `tell_dits_apart`.
 
   Args:
     tensors: released name -> array.
@@ -168,7 +170,7 @@ def read_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def tell_dit_from_sit(
+def tell_dits_apart(
   tensors: Mapping[str, np.ndarray],
   attributes: Mapping[str, Any],
   metadata: Mapping[str, Any],
@@ -176,9 +178,9 @@ def tell_dit_from_sit(
   network: str | None,
   process: str | None = None,
 ) -> dict[str, Any]:
-  """Returns the attributes of a DiT, or of the SiT that its tensors belong to.
+  """Returns the attributes of a DiT, or of the SiT or TREAD that its tensors belong to.
 
-  Both have tensors of the same names and shapes. In order of weight: what the file says
+  All have tensors of the same names and shapes. In order of weight: what the file says
   about itself, the caller's `network` and `process`, and hints. A hint raises an error,
   because nothing decides: the name of the file; or rows of the last layer that are zero
   where a DiT has its variance, since SiT's loss ignores them.
@@ -193,23 +195,22 @@ def tell_dit_from_sit(
 
   Raises:
     SettingError: setting "network": it does not fit the tensors or the file. Setting
-      "tensors": the file holds a TREAD, or seems to hold a SiT and nothing decides.
+      "tensors": the file seems to hold a SiT and nothing decides.
   """
   variant = attributes["variant"]
   if variant != "DiT":
     if network not in (None, variant):
       raise SettingError("network", network, f"must be {variant}, as in {source}")
     return dict(attributes)
-  if network not in (None, "DiT", "SiT"):
-    raise SettingError("network", network, f"must be DiT or SiT, as in {source}")
+  if network not in (None, *_LIKE_DIT):
+    accepted = f"must be DiT, SiT or TREAD, as in {source}"
+    raise SettingError("network", network, accepted)
   has_both_halves = attributes["learn_sigma"]
   stated, text = _stated_network(metadata)
-  if stated == "TREAD":
-    raise SettingError("tensors", source, f"is no DiT, as its {text} says: {NOT_YET}")
-  if stated == "SiT":
-    if network == "DiT":
-      raise SettingError("network", network, f"must be SiT, as its {text} says")
-    network = "SiT"
+  if stated in ("SiT", "TREAD"):
+    if network not in (None, stated):
+      raise SettingError("network", network, f"must be {stated}, as its {text} says")
+    network = stated
   elif network is None and stated is None and process == "flow" and has_both_halves:
     network = "SiT"
   elif network is None and stated is None and process is None:
@@ -229,6 +230,10 @@ def tell_dit_from_sit(
         f"{hint}, whose tensors have the names and shapes of a DiT: network=SiT reads "
         "it as a SiT, network=DiT as a DiT",
       )
+  if network == "TREAD":
+    noted = read_notes(metadata)
+    route = {name: noted[name] for name in ROUTE if type(noted.get(name)) is int}
+    return {**attributes, **route, "variant": "TREAD"}
   if network != "SiT":
     return dict(attributes)
   if not has_both_halves:

@@ -80,16 +80,17 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_network_gets_its_name_and_released_settings(name):
-  is_sit = MODELS[name]["variant"] == "SiT"
-  attributes = dict(MODELS[name], input_size=32, learn_sigma=not is_sit)
+  variant = MODELS[name]["variant"]
+  process = {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
+  is_gaussian = process == "gaussian"
+  attributes = dict(MODELS[name], input_size=32, learn_sigma=is_gaussian)
   settings = recipes.of_network(attributes)
   assert settings.model.name == name
   assert Experiment(settings).model.depth == MODELS[name]["depth"]
-  assert settings.diffusion.process == ("flow" if is_sit else "gaussian")
-  optimizer = "adan" if attributes["variant"] == "MDTv2" else "adamw"
-  assert settings.optimizer.name == optimizer
-  if not is_sit:
-    weight = "min_snr" if attributes["variant"] == "MDTv2" else "none"
+  assert settings.diffusion.process == process
+  assert settings.optimizer.name == ("adan" if variant == "MDTv2" else "adamw")
+  if is_gaussian:
+    weight = "min_snr" if variant == "MDTv2" else "none"
     assert settings.diffusion.loss_weight == weight
 
 
@@ -153,6 +154,34 @@ def test_velocities_of_the_training_of_sit_have_no_weight(weight, tmp_path):
   write_sit_args(tmp_path / "sit.pt", model="SiT-XL/2", **args)
   settings = from_torch_file(tmp_path / "sit.pt", tmp_path / "run", num_heads=2)
   assert settings.diffusion.arguments == {}
+
+
+RECTIFIED = {"data_time": 0, "time_distribution": "logit_normal"}
+
+
+@pytest.mark.parametrize(
+  ("process", "expected", "method"),
+  [(None, ("edm", {}), "heun"), ("flow", ("flow", RECTIFIED), "ode_euler")],
+)
+def test_tread_is_converted_there_and_back(process, expected, method, tmp_path):
+  settings = from_torch_file(
+    fixture("tread"), tmp_path / "run", "TREAD", num_heads=2, process=process
+  )
+  assert settings.model.name == "TREAD-S/2"
+  assert settings.objective.name == "tread"
+  assert (settings.diffusion.process, settings.diffusion.arguments) == expected
+  assert settings.sampling.method == method
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert pipeline.experiment.model.variant == "TREAD"
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / "back.pt")
+  before, after = read_tensors(fixture("tread")), read_tensors(tmp_path / "back.pt")
+  assert before.keys() == after.keys()
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+  # The notes of the file say that it holds a TREAD, its process and its route.
+  again = from_torch_file(tmp_path / "back.pt", tmp_path / "again")
+  assert Experiment(again).model == pipeline.experiment.model
+  assert dataclasses.replace(again, model=settings.model) == settings
 
 
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})
@@ -375,7 +404,7 @@ def test_unknown_settings_in_a_file_are_ignored(noted, tmp_path):
   ("name", "texts"),
   [
     ("mdt_v2", ("read as MDTv2", "7x32x2", "10 classes and a null label")),
-    ("dit", ("read as DiT", "predicts noise", "SiT")),
+    ("dit", ("read as DiT", "predicts noise", "SiT", "--network=TREAD")),
   ],
 )
 def test_log_says_what_a_file_was_read_as(name, texts, tmp_path, caplog):

@@ -54,6 +54,10 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("MDTv2-S/4", dict(depth=6, decode_depth=2, learn_sigma=False), 3),
     ("MDTv2-S/2", dict(depth=6, decode_depth=2, input_size=(6, 10)), 8),
     ("DiT-S/2", dict(depth=3, input_size=(10, 4)), None),
+    ("TREAD-S/2", dict(depth=7), None),
+    ("TREAD-S/2", dict(depth=7), 6),
+    ("TREAD-S/2", dict(depth=4, route_start=0, route_end=1, learn_sigma=True), 1),
+    ("TREAD-S/2", dict(depth=4, route_start=3, route_end=3), 15),
   ],
 )
 def test_forward_flops_match_the_traced_program(name, sizes, num_keep):

@@ -47,7 +47,9 @@ def test_custom_field_needs_no_default():
   check_network(NoField(width=3, **SMALL))
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "SiT-S/2", "MDT-B/4", "MDTv2-S/8"])
+@pytest.mark.parametrize(
+  "name", ["DiT-S/2", "SiT-S/2", "MDT-B/4", "MDTv2-S/8", "TREAD-S/2"]
+)
 def test_networks_of_the_package_pass(name):
   model = create_model(name)
   check_network(model)
@@ -57,7 +59,7 @@ def test_networks_of_the_package_pass(name):
 def test_custom_network_inherits_the_attributes_of_network():
   model = Conv(**SMALL)
   assert (model.out_channels, model.num_tokens, model.unroll) == (6, 64, 1)
-  assert (model.frozen, model.takes_mask) == ((), False)
+  assert (model.frozen, model.takes_mask, model.has_route) == ((), False, False)
   assert model.conditioning == LabelCondition(10, 0.1)
   assert abstract_params(model)["label_embed"]["table"].shape == (11, 8)
   assert hash(model) == hash(model.clone())

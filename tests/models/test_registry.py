@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mdt_jax import MODELS, SettingError, create_model
-from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import NETWORKS, abstract_params, init_params, network_of
 
 SMALL = dict(
@@ -19,13 +18,13 @@ SMALL = dict(
 
 
 def small(variant):
-  depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2))
+  depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2), TREAD=(6, 2))
   depth, decode_depth = depths[variant]
   return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
 
 
-def test_there_are_64_presets():
-  assert len(MODELS) == 4 * 4 * 4
+def test_there_are_80_presets():
+  assert len(MODELS) == 5 * 4 * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -37,14 +36,16 @@ def test_preset_creates_its_network_and_attributes(name):
 
 @pytest.mark.parametrize("variant", NETWORKS)
 def test_create_model_accepts_attributes_without_a_name(variant):
-  attributes = dict(SMALL, variant=variant, depth=4, decode_depth=2, mlp_ratio=3.0)
-  defaults = NETWORKS[variant].defaults
-  assert create_model(**attributes) == MDT(**{**defaults, **attributes})
+  attributes = dict(SMALL, variant=variant, depth=6, decode_depth=2, mlp_ratio=3.0)
+  network = NETWORKS[variant]
+  expected = network.module(**{**network.defaults, **attributes})
+  assert create_model(**attributes) == expected
 
 
-@pytest.mark.parametrize("attributes", [dict(name="SiT-S/2"), dict(variant="SiT")])
-def test_sit_has_no_learned_variance(attributes):
-  model = create_model(**attributes)
+@pytest.mark.parametrize("key", ["name", "variant"])
+@pytest.mark.parametrize("variant", ["SiT", "TREAD"])
+def test_networks_of_continuous_processes_have_no_learned_variance(variant, key):
+  model = create_model(**{key: f"{variant}-S/2" if key == "name" else variant})
   assert (model.learn_sigma, model.out_channels) == (False, 4)
 
 
@@ -124,6 +125,9 @@ def stacked(name, length, block):
 TREES = {
   "DiT": SHARED | stacked("blocks", 2, BLOCK),
   "SiT": SHARED | stacked("blocks", 2, BLOCK),
+  "TREAD": SHARED
+  | stacked("blocks", 6, BLOCK)
+  | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
   "MDT": MASKED
   | stacked("blocks", 1, BIASED_BLOCK)
   | stacked("decode_blocks", 2, BIASED_BLOCK),

@@ -22,7 +22,9 @@ TINY = dict(
 
 
 def tiny(variant="MDT", **attributes):
-  return create_model(variant=variant, **{**TINY, "decode_depth": 2, **attributes})
+  route = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
+  options = {**TINY, "decode_depth": 2, **route, **attributes}
+  return create_model(variant=variant, **options)
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def forward(model, params, labels=(4, 4, 4)):
   return jax.jit(model.apply)({"params": unflatten(params)}, x, t, labels)
 
 
-@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2"])
+@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD"])
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
   found, adaptation = start(source, source)
@@ -67,6 +69,8 @@ def test_same_network_keeps_every_parameter(variant):
     ("DiT", "MDT", {}),
     ("DiT", "MDTv2", {}),
     ("MDT", "MDTv2", {}),
+    ("DiT", "TREAD", {"learn_sigma": True}),
+    ("TREAD", "MDTv2", {"learn_sigma": False}),
     ("DiT", "DiT", {"depth": 6}),
     ("MDTv2", "MDTv2", {"num_classes": 7}),
     ("DiT", "MDTv2", {"num_classes": 2, "decode_depth": 4}),

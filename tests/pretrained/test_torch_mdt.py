@@ -140,13 +140,16 @@ def test_parameters_are_float32_numpy_arrays(name):
   assert {(type(leaf), leaf.dtype.name) for leaf in leaves} == {(np.ndarray, "float32")}
 
 
-def test_sit_round_trip_keeps_every_bit_of_the_reference():
-  attributes, params = from_torch(reference.FIXTURES / "sit.pt", "SiT", num_heads=2)
+@pytest.mark.parametrize("network", ["SiT", "TREAD"])
+def test_round_trip_of_networks_like_dit_keeps_every_bit_of_the_reference(network):
+  name = network.lower()
+  path = reference.FIXTURES / f"{name}.pt"
+  attributes, params = from_torch(path, network, num_heads=2)
   back = to_torch(attributes, params)
-  assert attributes["variant"] == "SiT" and back.keys() == released("sit").keys()
-  for key, value in released("sit").items():
+  assert attributes["variant"] == network and back.keys() == released(name).keys()
+  for key, value in released(name).items():
     reference.assert_matches(
-      "SiT, checkpoint converted there and back",
+      f"{network}, checkpoint converted there and back",
       back[key].view(np.uint8),
       value.view(np.uint8),
       0,

@@ -16,6 +16,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import create_model
 from mdt_jax.pretrained.tensors import read_weight_file, write_tensors
 from mdt_jax.pretrained.torch_mdt import (
+  attributes_of,
   from_tensors,
   from_torch,
   read_checkpoint,
@@ -176,8 +177,8 @@ STATED = [
 ]
 
 
-def write_training_checkpoint(path, args):
-  held = {"ema": as_torch(released("dit")), "args": argparse.Namespace(**args)}
+def write_training_checkpoint(path, args, name="dit"):
+  held = {"ema": as_torch(released(name)), "args": argparse.Namespace(**args)}
   torch.save(held, path)
 
 
@@ -197,11 +198,19 @@ def test_file_whose_arguments_name_a_sit_is_no_dit(args, tmp_path):
   assert "must be SiT" in error.accepted
 
 
-@pytest.mark.parametrize("asked", [None, "DiT", "SiT"])
-def test_file_whose_arguments_name_a_tread_is_refused(asked, tmp_path):
-  write_training_checkpoint(tmp_path / "model.pt", dict(model="TREAD-XL/2"))
+@pytest.mark.parametrize("asked", [None, "TREAD"])
+def test_file_whose_arguments_name_a_tread_is_read_as_one(asked, tmp_path):
+  write_training_checkpoint(tmp_path / "model.pt", dict(model="TREAD-XL/2"), "tread")
+  attributes, _ = from_torch(tmp_path / "model.pt", asked, num_heads=2)
+  assert attributes["variant"] == "TREAD"
+
+
+@pytest.mark.parametrize("asked", ["DiT", "SiT"])
+def test_file_whose_arguments_name_a_tread_is_no_other_network(asked, tmp_path):
+  write_training_checkpoint(tmp_path / "model.pt", dict(model="TREAD-XL/2"), "tread")
   error = expect_error(from_torch, tmp_path / "model.pt", asked, num_heads=2)
-  assert error.setting == "path" and "TREAD" in error.accepted
+  assert (error.setting, error.value) == ("network", asked)
+  assert "must be TREAD" in error.accepted
 
 
 def test_metadata_of_safetensors_names_a_sit(tmp_path):
@@ -274,10 +283,38 @@ def test_other_names_are_not_taken_for_a_sit(name, tmp_path):
   assert from_torch(tmp_path / name, num_heads=2)[0]["variant"] == "DiT"
 
 
-def test_tread_is_not_an_accepted_network():
-  error = expect_error(from_tensors, released("dit"), network="TREAD", num_heads=2)
+def test_tread_is_read_as_a_dit_unless_it_is_asked_for():
+  """Both have the same tensors; only the caller or the file can tell them apart."""
+  path = reference.FIXTURES / "tread.pt"
+  dit, params = from_torch(path, num_heads=2)
+  tread, again = from_torch(path, "TREAD", num_heads=2)
+  assert (dit["variant"], dit["learn_sigma"]) == ("DiT", False)
+  assert tread == {**dit, "variant": "TREAD"}
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize("name", ["mdt_v1", "mdt_v2"])
+def test_mdt_is_no_tread(name):
+  error = expect_error(from_tensors, released(name), network="TREAD")
   assert (error.setting, error.value) == ("network", "TREAD")
-  assert "DiT, SiT, MDT, MDTv2" in error.accepted
+
+
+@pytest.mark.parametrize("route", [{}, {"route_start": 0, "route_end": 4}])
+def test_route_of_an_own_file_survives_a_round_trip(route, tmp_path):
+  attributes, params = from_torch(reference.FIXTURES / "tread.pt", "TREAD", num_heads=2)
+  model = create_model(**attributes, **route)
+  own = attributes_of(model)
+  path = tmp_path / "model.safetensors"
+  write_tensors(path, to_torch(own, params), notes(own))
+  assert create_model(**from_torch(path)[0]) == model
+
+
+@pytest.mark.parametrize("end", [1, 7, 10**9])
+def test_route_that_does_not_fit_the_blocks_is_refused(end):
+  attributes, params = from_torch(reference.FIXTURES / "tread.pt", "TREAD", num_heads=2)
+  metadata = notes({**attributes, "route_end": end})
+  error = expect_error(from_tensors, to_torch(attributes, params), metadata=metadata)
+  assert error.setting == "tensors" and f"route_end = {end}" in error.accepted
 
 
 # The description for the log.
