@@ -137,6 +137,18 @@ class DiffusionSettings:
   # Largest signal-to-noise ratio that min_snr counts (gamma in arXiv 2303.09556).
   min_snr_gamma: float = 5.0
 
+  @property
+  def without_effect(self) -> dict[str, Any]:
+    """Settings of gaussian with other values than the defaults, if it is not in use."""
+    if self.process == "gaussian":
+      return {}
+    default = DiffusionSettings(self.process, self.arguments)
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) != getattr(default, field.name)
+    }
+
   def process_arguments(self) -> dict[str, Any]:
     """Arguments of the process, for `create_process`."""
     if self.process != "gaussian":

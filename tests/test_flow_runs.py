@@ -88,6 +88,14 @@ def test_run_resumes_as_the_same_process_alone(trained):
     train(of_process(other, num_steps=6), trained)
 
 
+def test_settings_without_effect_are_named(tmp_path, caplog):
+  settings = {"diffusion.prediction": "x0", "num_steps": 1}
+  train(of_process("flow", tiny_dit_config, **settings), tmp_path / "run")
+  assert "no effect on the process flow: config.diffusion.prediction = 'x0'" in (
+    caplog.text
+  )
+
+
 def test_released_methods_need_the_gaussian_process():
   with pytest.raises(SettingError, match=r"config.sampling.method = 'ddpm'.*gaussian"):
     _ = build(tiny_dit_config(**{"diffusion.process": "flow"})).sampler

@@ -14,7 +14,7 @@ from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
 from mdt_jax.objectives import MDTUnmaskedObjective, PlainObjective
-from mdt_jax.setting_groups import split_commas
+from mdt_jax.setting_groups import DiffusionSettings, split_commas
 from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config, tiny_dit_config
 
@@ -389,3 +389,10 @@ def test_open_arguments_need_an_own_process_or_objective(group, message):
 )
 def test_commas_in_brackets_do_not_split(text, parts):
   assert split_commas(text) == parts
+
+
+def test_settings_of_another_process_are_known():
+  assert DiffusionSettings(prediction="v").without_effect == {}
+  assert DiffusionSettings(process="flow").without_effect == {}
+  found = DiffusionSettings(process="flow", prediction="v", schedule="cosine")
+  assert found.without_effect == {"schedule": "cosine", "prediction": "v"}

@@ -306,9 +306,8 @@ class Flow(ContinuousProcess):
     return jnp.maximum(self.sigma(t), self.sigma_floor)
 
   def _x0_rate(self, t: Array) -> Array:
-    """The factor of -x0 in the velocity: (sigma' / sigma) alpha - alpha'."""
-    ratio = self.sigma_rate(t) / self._floored_sigma(t)
-    return ratio * self.alpha(t) - self.alpha_rate(t)
+    """The factor of -x0 in the velocity: (sigma' alpha - sigma alpha') / sigma."""
+    return self._wronskian(t) / self._floored_sigma(t)
 
 
 def mode_times(u: Array) -> Array:

@@ -27,6 +27,7 @@ from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
 from mdt_jax.paths import absolute, output_folder
 from mdt_jax.pretrained.tensors import flatten
+from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
@@ -111,6 +112,7 @@ def train(
     start = int(state.step)
     logger.info("%s", _summary(experiment, held, state))
     _warn_of_absent_classes(experiment, held)
+    _warn_of_settings_without_effect(settings)
     missing = [hook for hook in periodic if hook.is_missing(start)]
     if start >= settings.num_steps and not missing:
       logger.info(
@@ -196,6 +198,17 @@ def _first_state(
       start_from.skip(saved.settings(int(state.step)))
       return state
   return start_from.first_state(program)
+
+
+def _warn_of_settings_without_effect(settings: Settings) -> None:
+  """Warns of settings of the process gaussian in a run of another process."""
+  if ignored := settings.diffusion.without_effect:
+    process = settings.diffusion.process
+    logger.warning(
+      "no effect on the process %s: %s; its settings are in config.diffusion.arguments",
+      process,
+      ", ".join(f"config.diffusion.{name} = {v!r}" for name, v in ignored.items()),
+    )
 
 
 def _summary(experiment: Experiment, held: DataLabels, state: TrainState) -> str:
