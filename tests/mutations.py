@@ -49,6 +49,18 @@ FAULTS = {
   "kept tokens return in the encoder's order": Fault(
     "models/masking.py", "jnp.argsort(order, axis=1)", "order", "models"
   ),
+  "removed tokens leave a route as zeros": Fault(
+    "models/tread.py",
+    "jnp.where(token_mask.removed[..., None], before, restored)",
+    "restored",
+    "models/test_tread.py",
+  ),
+  "the route ends one block early": Fault(
+    "models/tread.py",
+    "range(self.route_start, end + 1)",
+    "range(self.route_start, end)",
+    "models/test_tread.py",
+  ),
   "the variance of ddpm is that of the next step": Fault(
     "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
   ),

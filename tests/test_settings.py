@@ -39,7 +39,14 @@ SIZES = ("s", "b", "l", "xl")
 def test_each_published_run_and_digits_have_a_config():
   runs = {f"{v}_{s}2" for v in ("mdt", "mdtv2", "dit", "sit") for s in SIZES}
   flows = {f"mdtv2_{s}2_flow" for s in SIZES}
-  others = {"digits", "dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels"}
+  others = {
+    "tread_b2",
+    "tread_xl2",
+    "digits",
+    "dit_xl2_512",
+    "mdtv2_xl2_512",
+    "dit_b16_pixels",
+  }
   assert {path.stem for path in CONFIGS.glob("*.py")} == runs | flows | others
 
 
@@ -84,6 +91,19 @@ def test_v2_runs_are_as_released(size, rate, decode):
   lengths = experiment.objective.static_choices
   assert all(length % 8 == 0 for length in lengths)
   assert (lengths[0], lengths[-1]) == (128, 176)
+
+
+@pytest.mark.parametrize(("size", "end"), [("b", 8), ("xl", 24)])
+def test_tread_runs_are_as_released(size, end):
+  config = load(f"tread_{size}2").get_config()
+  experiment = build_on(config, 8)
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-4)
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0, 0)
+  assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
+  assert experiment.objective.static_choices == (128,)
+  assert experiment.model.route == range(2, end + 1)
+  assert experiment.model.label_dropout == 0.1
+  assert (config.diffusion.process, config.sampling.num_steps) == ("edm", 40)
 
 
 @pytest.mark.parametrize("size", SIZES)
