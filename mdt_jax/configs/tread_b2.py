@@ -11,7 +11,9 @@ the tokens skip; 40 steps of Heun.
 Paper (arXiv 2501.04765): FID after 400,000 steps of 256 images, 50,000 samples without
 guidance (--config.sampling.cfg_scale=1): 21.34 with DiT, where DiT has 43.47; 15.98
 with SiT, where SiT has 33.00. The paper's network for SiT predicts velocities; here
---config.diffusion.process=flow with --config.sampling.method=ode_euler does so.
+--config.diffusion.process=flow with --config.sampling.method=ode_euler does so. The
+released rectified flow counts times from the data and draws logit-normal times:
+--config.diffusion.arguments='{"data_time": 0, "time_distribution": "logit_normal"}'.
 Not reproduced with mdt_jax.
 """
 

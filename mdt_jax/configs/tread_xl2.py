@@ -11,7 +11,9 @@ to 24, which half of the tokens skip; 40 steps of Heun.
 Paper (arXiv 2501.04765): FID after 400,000 steps of 256 images, 50,000 samples without
 guidance (--config.sampling.cfg_scale=1): 7.38 with DiT, where DiT has 19.47; 4.89 with
 SiT, where SiT has 17.20. The paper's network for SiT predicts velocities; here
---config.diffusion.process=flow with --config.sampling.method=ode_euler does so.
+--config.diffusion.process=flow with --config.sampling.method=ode_euler does so. The
+released rectified flow counts times from the data and draws logit-normal times:
+--config.diffusion.arguments='{"data_time": 0, "time_distribution": "logit_normal"}'.
 Not reproduced with mdt_jax.
 """
 
