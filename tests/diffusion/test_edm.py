@@ -19,6 +19,9 @@ from tests import reference
 RECORDED = reference.load("edm")
 PROCESS = create_process("edm")
 CHURN = {"churn": 4.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}
+# Rows of docs/parity.md.
+LOOP_ROW = "MaskDiT, samplers edm, heun and euler"
+INPUT_ROW, LOSS_ROW = "MaskDiT, noise levels and inputs", "MaskDiT, loss of EDM"
 GUIDED = {"scale": 1.5, "power": 0.0, "channels": None}
 
 
@@ -71,7 +74,7 @@ def test_loops_match_reference(name, method, arguments, guidance):
     )
   )
   expected = recorded(f"loop/{name}")
-  reference.assert_matches("EDM's loops", loop(start), expected, 1e-4)
+  reference.assert_matches(LOOP_ROW, loop(start), expected, 1e-4)
 
 
 def test_levels_are_the_released_ones():
@@ -85,17 +88,17 @@ def test_losses_match_reference():
   unit_noise, denoised = recorded("loss/unit_noise"), recorded("loss/D")
   t = PROCESS.p_mean + PROCESS.p_std * jnp.asarray(normal)
   sigma = jnp.exp(t)
-  reference.assert_matches("EDM's sigma", sigma, RECORDED["loss/sigma"], 1e-5)
+  reference.assert_matches(INPUT_ROW, sigma, RECORDED["loss/sigma"], 1e-5)
   x_t = PROCESS.q_sample(x0, t, unit_noise)
   noisy = x_t / PROCESS.alpha(t)[:, None, None, None]
-  reference.assert_matches("EDM's input", noisy, recorded("loss/noisy"), 1e-5)
+  reference.assert_matches(INPUT_ROW, noisy, recorded("loss/noisy"), 1e-5)
   # The output that stands for the recorded D.
   scale = PROCESS.sigma_data * PROCESS.sigma(t)[:, None, None, None]
   skip = PROCESS.to_x0(jnp.zeros_like(x_t), x_t, t)
   output = (denoised - skip) / scale
   losses = PROCESS.training_losses(output, x0, x_t, t, unit_noise)
   expected = RECORDED["loss/weight"] * mean_flat((denoised - x0) ** 2)
-  reference.assert_matches("EDM's losses", losses["loss"], np.asarray(expected), 2e-5)
+  reference.assert_matches(LOSS_ROW, losses["loss"], np.asarray(expected), 2e-5)
 
 
 def test_training_draws_log_normal_levels():

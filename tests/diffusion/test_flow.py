@@ -21,6 +21,11 @@ RECORDED = reference.load("sit_transport")
 PATH_NAMES = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}
 PREDICTION_NAMES = {"velocity": "velocity", "epsilon": "noise", "score": "score"}
 TOLERANCE = 2e-5  # of losses, as of forward passes
+# Rows of docs/parity.md.
+PATH_ROW = "SiT, coefficients of the paths"
+CONVERSION_ROW = "SiT, conversions of predictions"
+ODE_ROW, SDE_ROW = "SiT, samplers ode_*", "SiT, samplers sde and sde_heun"
+LIKELIHOOD_ROW = "SiT, likelihood"
 STEPS = int(RECORDED["loop/num_steps"]) - 1  # the release counts times
 
 
@@ -73,21 +78,21 @@ def test_coefficients_match_reference(path):
     "drift_var": process.diffusion_rate(t),
   }
   for name, values in found.items():
-    reference.assert_matches(f"SiT {name}", values, expected[name], 1e-4)
+    reference.assert_matches(PATH_ROW, values, expected[name], 1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_velocity_gives_the_released_score_and_noise(path):
+def test_conversions_match_reference(path):
   t = 1 - jnp.asarray(RECORDED["coef/t"])
   x, v = recorded("coef/x"), recorded("coef/v")
   name, process = PATH_NAMES[path], flow(path)
   found = {"noise": process.to_noise(v, x, t), "score": process.to_score(v, x, t)}
   for kind, values in found.items():
     expected = recorded(f"coef/{name}/{kind}_from_velocity")
-    reference.assert_matches(f"SiT {kind} from a velocity", values, expected, 1e-4)
+    reference.assert_matches(CONVERSION_ROW, values, expected, 1e-4)
   score = flow(path, "score").to_velocity(v, x, t)
   expected = -recorded(f"coef/{name}/velocity_from_score")
-  reference.assert_matches("SiT velocity from a score", score, expected, 1e-4)
+  reference.assert_matches(CONVERSION_ROW, score, expected, 1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_NAMES)
@@ -106,7 +111,7 @@ def test_losses_match_reference(path, prediction):
       network(x_t, process.network_time(t)), x0, x_t, t, noise
     )
     expected = RECORDED[f"{start}/loss_{weight}"]
-    reference.assert_matches("SiT losses", losses["loss"], expected, TOLERANCE)
+    reference.assert_matches("SiT, losses", losses["loss"], expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_NAMES)
@@ -142,7 +147,7 @@ SDES = [
 def test_ode_matches_reference(name):
   path, prediction, _ = parsed(f"{name.rpartition('/')[0]}/sigma/Mean")
   found = run(flow(path, prediction), SOLVERS[name.split("/")[-1]])
-  reference.assert_matches("SiT ODE loops", found, recorded(f"ode/{name}"), 1e-4)
+  reference.assert_matches(ODE_ROW, found, recorded(f"ode/{name}"), 1e-4)
 
 
 def parsed(name):
@@ -169,7 +174,7 @@ def test_sde_matches_reference(name):
   steps = STEPS + (arguments["last_step"] != "none")
   noise = recorded("loop/noise")
   found = run(flow(path, prediction), "sde", steps, noise, **arguments)
-  reference.assert_matches("SiT SDE loops", found, recorded(f"sde/{name}"), 1e-4)
+  reference.assert_matches(SDE_ROW, found, recorded(f"sde/{name}"), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["Linear/velocity/sigma/Mean", "GVP/noise/sigma/None"])
@@ -178,7 +183,7 @@ def test_sde_heun_matches_reference(name):
   steps = STEPS + (arguments["last_step"] != "none")
   noise = recorded("loop/noise")
   found = run(flow(path, prediction), "sde_heun", steps, noise, **arguments)
-  reference.assert_matches("SiT SDE loops", found, recorded(f"sde_heun/{name}"), 1e-4)
+  reference.assert_matches(SDE_ROW, found, recorded(f"sde_heun/{name}"), 1e-4)
 
 
 def test_likelihood_matches_reference():
@@ -196,10 +201,8 @@ def test_likelihood_matches_reference():
   )(x)
   log_p = -found["total_bpd"] * np.log(2) * x[0].size
   start = "likelihood/Linear/velocity/euler"
-  reference.assert_matches("SiT likelihood", log_p, RECORDED[f"{start}/logp"], 1e-4)
-  reference.assert_matches(
-    "SiT likelihood", found["noise"], recorded(f"{start}/z"), 1e-4
-  )
+  reference.assert_matches(LIKELIHOOD_ROW, log_p, RECORDED[f"{start}/logp"], 1e-4)
+  reference.assert_matches(LIKELIHOOD_ROW, found["noise"], recorded(f"{start}/z"), 1e-4)
 
 
 def drawn(count=20_000, **settings):
