@@ -105,6 +105,14 @@ def exact_network(name):
   return network
 
 
+def drawn_by(name, sampler, x_T):
+  """Samples of the exact network."""
+  network, options = exact_network(name), {"method": sampler.method}
+  options["arguments"] = sampler.arguments
+  key = jax.random.key(0)
+  return jax.jit(lambda x: sample(network, sampler.process, x, key, **options))(x_T)
+
+
 def error(name, method, num_steps, **arguments):
   """Largest distance from the exact end of the probability flow."""
   process = create(name)
@@ -115,16 +123,7 @@ def error(name, method, num_steps, **arguments):
   x_T = sigma * np.random.default_rng(0).standard_normal((4, 2, 2, 1))
   # A flow moves each quantile of the data at the start to the same one at the end.
   quantile = (x_T - alpha * MEAN) / math.hypot(alpha * STD, sigma)
-  drawn = jax.jit(
-    lambda x: sample(
-      exact_network(name),
-      sampler.process,
-      x,
-      jax.random.key(0),
-      method=method,
-      arguments=sampler.arguments,
-    )
-  )(jnp.asarray(x_T, jnp.float32))
+  drawn = drawn_by(name, sampler, jnp.asarray(x_T, jnp.float32))
   return float(np.abs(drawn - (MEAN + STD * quantile)).max())
 
 
@@ -165,16 +164,7 @@ def test_random_samplers_draw_the_data(name, method):
   options = {"method": method, "num_steps": 100, "arguments": arguments}
   sampler = Sampler.create(process, Guidance(), **options)
   x_T = process.noise_scale * jax.random.normal(jax.random.key(1), (4096, 2, 2, 1))
-  drawn = jax.jit(
-    lambda x: sample(
-      exact_network(name),
-      sampler.process,
-      x,
-      jax.random.key(0),
-      method=method,
-      arguments=sampler.arguments,
-    )
-  )(x_T)
+  drawn = drawn_by(name, sampler, x_T)
   # Standard errors: 0.004 of the mean, 0.003 of the standard deviation.
   assert abs(float(drawn.mean()) - MEAN) < 0.03
   assert abs(float(drawn.std()) - STD) < 0.03
@@ -296,16 +286,7 @@ def test_samplers_start_where_a_path_has_no_data(path, method, spacing, argument
   options = {"method": method, "num_steps": 30, "spacing": spacing}
   sampler = Sampler.create(create(path), Guidance(), **options, arguments=arguments)
   x_T = jax.random.normal(jax.random.key(1), (1024, 2, 2, 1))
-  drawn = jax.jit(
-    lambda x: sample(
-      exact_network(path),
-      sampler.process,
-      x,
-      jax.random.key(0),
-      method=method,
-      arguments=sampler.arguments,
-    )
-  )(x_T)
+  drawn = drawn_by(path, sampler, x_T)
   assert abs(float(drawn.mean()) - MEAN) < 0.05
   assert abs(float(drawn.std()) - STD) < 0.05
 
