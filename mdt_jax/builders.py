@@ -23,7 +23,13 @@ from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
 from mdt_jax.models.registry import MODELS, Model, abstract_params, create_model
-from mdt_jax.objectives import Objective, create_objective, objective_of_class
+from mdt_jax.objectives import (
+  Objective,
+  PlainObjective,
+  UnmaskedPhase,
+  create_objective,
+  objective_of_class,
+)
 from mdt_jax.objectives.mdt import check_masking
 from mdt_jax.optimizers import Schedule, create_optimizer, learning_rate_schedule
 from mdt_jax.parameter_groups import frozen_paths, is_frozen, rates_of_paths
@@ -63,9 +69,30 @@ def build_objective(
   settings: Settings,
   model: Model,
   process: Process,
-  own: type[Objective] | None = None,
+  own: Objective | type[Objective] | None = None,
 ) -> Objective:
-  """Returns the objective of `config.objective`, or one of a user-defined class."""
+  """Returns the objective of `config.objective`, or a user-defined one."""
+  if isinstance(own, Objective):
+    objective = own
+  else:
+    objective = _build_masked(settings, model, process, own)
+  start, num_steps = settings.objective.unmasked_from, settings.num_steps
+  if start is None:
+    return objective
+  name, accepted = "config.objective.unmasked_from", None
+  if not 0 <= start < num_steps:
+    accepted = f"must lie in [0, config.num_steps = {num_steps})"
+  elif isinstance(objective, PlainObjective):
+    accepted = "must be None: the objective plain removes no tokens in any step"
+  if accepted:
+    raise SettingError(name, start, accepted)
+  return UnmaskedPhase(objective, start)
+
+
+def _build_masked(
+  settings: Settings, model: Model, process: Process, own: type[Objective] | None
+) -> Objective:
+  """Returns the objective without its unmasked phase; see `build_objective`."""
   with named_in_errors("config"):
     sampler = TimestepSampler(settings.timestep_sampler, process)
   if own is not None:
@@ -90,16 +117,21 @@ def build_objective(
     named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
     renamed_in_errors({"objective": "config.objective.name"}),
   ):
+    masked_until = chosen.unmasked_from or settings.num_steps
     return create_objective(
-      name, model=model, process=process, timestep_sampler=sampler, **arguments
+      name,
+      model=model,
+      process=process,
+      timestep_sampler=sampler,
+      **{"num_steps": masked_until, **arguments},
     )
 
 
 def _default_objective(settings: Settings, model: Model) -> str:
   """Returns the objective of a run whose settings name none."""
   masking = settings.masking
-  if not model.takes_mask:
-    return "tread" if model.has_route else "plain"
+  if model.default_objective != "mdt":
+    return model.default_objective
   if masking.ratio == 0 < masking.width:
     raise SettingError(
       "config.masking.width",

@@ -185,8 +185,6 @@ class Experiment:
   @functools.cached_property
   def objective(self) -> Objective:
     """The objective: random draws and loss of a training step."""
-    if isinstance(self._own.objective, Objective):
-      return self._own.objective
     return builders.build_objective(
       self.settings, self.model, self.process, self._own.objective
     )

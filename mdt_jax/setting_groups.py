@@ -85,12 +85,16 @@ class ObjectiveSettings:
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
   # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
   # masking), tread (one pass; some blocks see only a part of the tokens), or an
-  # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: tread for a
-  # TREAD, mdt if the network is an MDT and masking.ratio is above 0, otherwise plain.
+  # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: that of the
+  # network, such as tread for a TREAD; mdt for an MDT needs a masking.ratio above 0.
+  # See docs/methods.md.
   name: str | None = None
-  # Arguments of tread ('{"ratio": 0.5}', the share of the tokens that skip blocks), or
-  # of an objective of your own.
+  # Arguments of tread, or of an objective of your own: '{"ratio": 0.5}', the share of
+  # removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # First step of a last phase that trains on all tokens, in [0, num_steps). None: no
+  # such phase.
+  unmasked_from: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

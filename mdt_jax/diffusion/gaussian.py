@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -316,7 +317,13 @@ class GaussianDiffusion(Process):
     )
 
   def training_losses(
-    self, model_output: Array, x0: Array, x_t: Array, t: Array, noise: Array
+    self,
+    model_output: Array,
+    x0: Array,
+    x_t: Array,
+    t: Array,
+    noise: Array,
+    mean: Callable[[Array], Array] = mean_flat,
   ) -> dict[str, Array]:
     """Computes the losses of each sample.
 
@@ -326,6 +333,7 @@ class GaussianDiffusion(Process):
       x_t: (B, H, W, C), equal to `q_sample(x0, t, noise)`.
       t: (B,) steps.
       noise: (B, H, W, C) standard normal.
+      mean: see `Process.training_losses`.
 
     Returns:
       name -> (B,) loss:
@@ -340,13 +348,13 @@ class GaussianDiffusion(Process):
     self._check_output(model_output, x0)
     model_output = model_output.astype(jnp.float32)
     output = model_output[..., : x0.shape[-1]]
-    mse = self.weight(t) * mean_flat((self.target(x0, noise, t) - output) ** 2)
+    mse = self.weight(t) * mean((self.target(x0, noise, t) - output) ** 2)
     losses = {"mse": mse, "loss": mse}
     if self.learns_variance:
       frozen = jnp.concatenate(
         [jax.lax.stop_gradient(output), model_output[..., x0.shape[-1] :]], axis=-1
       )
-      losses["vb"], _ = self.variational_bound(frozen, x0, x_t, t)
+      losses["vb"], _ = self.variational_bound(frozen, x0, x_t, t, mean=mean)
       losses["loss"] = mse + losses["vb"]
     return losses
 
@@ -357,6 +365,7 @@ class GaussianDiffusion(Process):
     x_t: Array,
     t: Array,
     clip_denoised: bool = False,
+    mean: Callable[[Array], Array] = mean_flat,
   ) -> tuple[Array, Prediction]:
     """Computes the term of the variational bound at step t of each sample.
 
@@ -366,6 +375,7 @@ class GaussianDiffusion(Process):
     Args:
       model_output, x0, x_t, t: as in `training_losses`.
       clip_denoised: as in `p_mean_variance`.
+      mean: see `Process.training_losses`.
 
     Returns:
       (terms (B,) in bits per dimension, the prediction p).
@@ -378,7 +388,7 @@ class GaussianDiffusion(Process):
       p.log_variance,
     )
     decoder_nll = -discretized_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    nats = jnp.where(t == 0, mean_flat(decoder_nll), mean_flat(kl))
+    nats = jnp.where(t == 0, mean(decoder_nll), mean(kl))
     return nats / np.log(2), p
 
   @functools.cached_property

@@ -35,6 +35,16 @@ class Levels(NamedTuple):
   log_snr: np.ndarray
 
 
+def like(values: Array, x: Array) -> Array:
+  """Reshapes values (B,) to (B, 1, 1, 1), to broadcast against x (B, H, W, C)."""
+  return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+def mean_flat(x: Array) -> Float[Array, " B"]:
+  """Averages x over all axes but the first."""
+  return x.mean(axis=tuple(range(1, x.ndim)))
+
+
 class Process(abc.ABC):
   """Interface of the process x_t = alpha(t) x0 + sigma(t) noise, t in [0, end_time).
 
@@ -133,18 +143,21 @@ class Process(abc.ABC):
     x_t: Float[Array, "B H W C"],
     t: Array,
     noise: Float[Array, "B H W C"],
+    mean: Callable[[Array], Array] = mean_flat,
   ) -> dict[str, Float[Array, " B"]]:
     """Computes the losses of each sample.
 
     Args:
       model_output: output of the network.
       x0, x_t, t, noise: see the class; x_t = q_sample(x0, t, noise).
+      mean: averages the loss of each number (B, H, W, C) over a sample: (B,). Training
+        on a part of the tokens averages over these tokens only.
 
     Returns:
       name -> (B,) float32. "loss" is the loss to minimise.
     """
     output = model_output.astype(jnp.float32)
-    loss = self.weight(t) * mean_flat((self.target(x0, noise, t) - output) ** 2)
+    loss = self.weight(t) * mean((self.target(x0, noise, t) - output) ** 2)
     return {"loss": loss}
 
   def num_edit_steps(self, strength: float) -> int:
@@ -183,16 +196,6 @@ class Process(abc.ABC):
     raise SettingError(
       "config.diffusion.process", type(self).__name__, "has no steps; call respaced()"
     )
-
-
-def like(values: Array, x: Array) -> Array:
-  """Reshapes values (B,) to (B, 1, 1, 1), to broadcast against x (B, H, W, C)."""
-  return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
-
-
-def mean_flat(x: Array) -> Float[Array, " B"]:
-  """Averages x over all axes but the first."""
-  return x.mean(axis=tuple(range(1, x.ndim)))
 
 
 # Name -> function (**settings) -> process. Each process registers itself here.

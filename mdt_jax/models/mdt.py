@@ -38,23 +38,30 @@ UNUSED_BIAS_ROWS = 3
 
 
 class Modulation(nn.Module):
-  """Maps the conditioning c to `count` vectors (shift, scale or gate): adaLN-Zero."""
+  """Maps the conditioning c to `count` vectors (shift, scale or gate): adaLN-Zero.
+
+  Attributes:
+    count: number of vectors.
+    width: length of each vector, the width of the tokens.
+    dtype, forward_mode: see `MDT`.
+  """
 
   count: int
+  width: int
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
 
   @nn.compact
-  def __call__(self, c: Float[Array, "B D"]) -> list[Array]:
+  def __call__(self, c: Float[Array, "B E"]) -> list[Array]:
     out = linear(
-      self.count * c.shape[-1],
+      self.count * self.width,
       "linear",
       path="modulation/",
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
       forward_mode=self.forward_mode,
     )(nn.silu(c))
-    return jnp.split(out, self.count, axis=-1)  # count x (B, D)
+    return jnp.split(out, self.count, axis=-1)  # count x (B, width)
 
 
 class Attention(nn.Module):
@@ -130,7 +137,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B K D"],
-    c: Float[Array, "B D"],
+    c: Float[Array, "B E"],
     index: Int[Array, "#B K K"] | None,
     skip: Float[Array, "B K D"] | None = None,
   ) -> tuple[Array, Array | None]:
@@ -139,7 +146,7 @@ class Block(nn.Module):
     if skip is not None:
       joined = jnp.concatenate([x, skip], axis=-1)  # (B, K, 2D)
       x = linear(dim, "skip", **options)(joined)
-    modulation = Modulation(6, **options, name="modulation")
+    modulation = Modulation(6, dim, **options, name="modulation")
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)  # each (B, D)
 
     attend = Attention(
@@ -170,17 +177,17 @@ class FinalLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B L D"], c: Float[Array, "B D"]
+    self, x: Float[Array, "B L D"], c: Float[Array, "B E"]
   ) -> Float[Array, "B H W C"]:
-    modulation = Modulation(2, self.dtype, self.forward_mode, name="modulation")
+    options = dict(dtype=self.dtype, forward_mode=self.forward_mode)
+    modulation = Modulation(2, x.shape[-1], **options, name="modulation")
     shift, scale = modulation(c)
     x = linear(
       self.patch_size**2 * self.out_channels,
       "linear",
       path="final_layer/",
       kernel_init=nn.initializers.zeros,
-      dtype=self.dtype,
-      forward_mode=self.forward_mode,
+      **options,
     )(modulated_norm(x, shift, scale))  # (B, L, p p C)
     return unpatchify(x, self.grid_size, self.patch_size)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 
 from mdt_jax.errors import SettingError
 from mdt_jax.models.conditions import Condition, LabelCondition
-from mdt_jax.models.masking import TokenMask
+from mdt_jax.models.masking import TokenMask, num_kept, token_mask_from_noise
 from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array
 
@@ -22,7 +22,7 @@ class Network(nn.Module, kw_only=True):
   """Base class of networks over images or latents; a flax linen module.
 
   A subclass must define `__call__` with the signature below. It may add fields, and may
-  override the properties `frozen`, `takes_mask`, `has_route` and `num_tokens`.
+  override the properties and methods below, such as `frozen` and `takes_mask`.
   `check_network` checks a subclass.
 
     class MyNet(mdt_jax.models.Network):
@@ -87,6 +87,31 @@ class Network(nn.Module, kw_only=True):
     return False
 
   @property
+  def defers_mask(self) -> bool:
+    """Whether the network accepts a `token_mask`, and predicts only kept tokens."""
+    return False
+
+  @property
+  def drops_path(self) -> bool:
+    """Whether the network accepts `path_drop`; see `models.sprint`."""
+    return False
+
+  @property
+  def default_objective(self) -> str:
+    """The objective that the network was made for, a key of `objectives.OBJECTIVES`."""
+    if self.takes_mask:
+      return "mdt"
+    return "tread" if self.has_route else "plain"
+
+  def num_kept(self, ratio: float) -> int:
+    """Returns how many tokens a mask keeps that removes a share of the tokens."""
+    return num_kept(self.num_tokens, ratio)
+
+  def token_mask(self, noise: Float[Array, "B L"], num_keep: int) -> TokenMask:
+    """Returns the mask that keeps `num_keep` tokens, chosen by uniform noise."""
+    return token_mask_from_noise(noise, num_keep)
+
+  @property
   def frozen(self) -> tuple[str, ...]:
     """Names of top-level parameters that are not trained."""
     return ()
@@ -114,8 +139,8 @@ class Network(nn.Module, kw_only=True):
       y: (B, …) condition. By default integer labels (B,) in [0, num_classes);
         num_classes is the null label. Labels out of range do not raise an error; see
         `embeddings.LabelEmbed`.
-      token_mask: the tokens that the network, or its route, sees; None for all. Always
-        None if `takes_mask` and `has_route` are False.
+      token_mask: the tokens that the network, or a part of it, sees; None for all.
+        Always None if `takes_mask`, `has_route` and `defers_mask` are False.
       train: whether to drop conditions. Labels then need the random stream
         "label_dropout".
 

@@ -52,6 +52,10 @@ class TREAD(MDT, kw_only=True):
   def has_route(self) -> bool:
     return True
 
+  def num_kept(self, ratio: float) -> int:
+    """Returns L - int(L ratio), the number of tokens that the released code keeps."""
+    return self.num_tokens - int(self.num_tokens * ratio)
+
   @property
   def route(self) -> range:
     """Indices of the blocks that see only the kept tokens."""

@@ -10,7 +10,9 @@ from mdt_jax.objectives.objective import (
   objective_of_class,
 )
 from mdt_jax.objectives.plain import PlainObjective
+from mdt_jax.objectives.tokens import TokenObjective
 from mdt_jax.objectives.tread import TREADObjective
+from mdt_jax.objectives.unmasked_phase import UnmaskedPhase
 
 __all__ = [
   "OBJECTIVES",
@@ -20,6 +22,8 @@ __all__ = [
   "Objective",
   "PlainObjective",
   "TREADObjective",
+  "TokenObjective",
+  "UnmaskedPhase",
   "create_objective",
   "objective_of_class",
 ]

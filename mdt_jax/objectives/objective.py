@@ -151,8 +151,27 @@ class Objective(abc.ABC):
       all passes, updates the timestep sampler; the others are logged.
     """
 
+  def unmasked_loss(
+    self, apply: Apply, params: Params, draws: Draws
+  ) -> tuple[Float[Array, ""], Losses]:
+    """Computes the loss of a batch without removing tokens.
+
+    The last steps of a run with `config.objective.unmasked_from` use this loss. By
+    default it is that of one unmasked pass. For arguments and result see `loss`.
+    """
+    losses = self.pass_losses(apply, params, draws, 0)
+    total = losses["loss"]
+    return (total * draws.weights).mean(), {**losses, "total": total}
+
   def pass_losses(
-    self, apply: Apply, params: Params, draws: Draws, index: int, *masks: Any
+    self,
+    apply: Apply,
+    params: Params,
+    draws: Draws,
+    index: int,
+    *masks: Any,
+    mean: Callable[[Array], Array] | None = None,
+    **options: Any,
   ) -> Losses:
     """Computes the losses of one pass of the network.
 
@@ -160,6 +179,8 @@ class Objective(abc.ABC):
       apply, params, draws: see `loss`.
       index: index of the pass, which selects noise and conditions of `draws`.
       *masks: further arguments of the network, such as a `TokenMask`.
+      mean: see `Process.training_losses`; None for the mean over all numbers.
+      **options: further arguments of the network by name.
 
     Returns:
       name -> (B,) loss; see `Process.training_losses`.
@@ -172,8 +193,13 @@ class Objective(abc.ABC):
       self.process.network_time(draws.t),
       draws.y[:, index],
       *masks,
+      **options,
     )
-    return self.process.training_losses(output, draws.x0, x_t, draws.t, noise)
+    # A process of the user's own may not have the argument `mean`.
+    averaged = {} if mean is None else {"mean": mean}
+    return self.process.training_losses(
+      output, draws.x0, x_t, draws.t, noise, **averaged
+    )
 
 
 def draw_images(key: Array, batch: Batch) -> Float[Array, "B H W C"]:
@@ -200,21 +226,30 @@ def create_objective(
   model: Model,
   process: Process,
   timestep_sampler: TimestepSampler | None = None,
+  num_steps: int | None = None,
   **settings: Any,
 ) -> Objective:
   """Builds an objective by name.
 
   Args:
-    name: a key of OBJECTIVES: "plain", "mdt", "mdt_unmasked" or "tread".
+    name: a key of OBJECTIVES, such as "plain", "mdt" or "tread".
     model, process, timestep_sampler: see `Objective`.
+    num_steps: steps of the run, for objectives that change over a run.
     **settings: further arguments of the objective's class; for "mdt": ratio, width,
-      num_lengths, multiple and groups; for "tread": ratio.
+      num_lengths, multiple and groups; for "tread" and the other methods of one pass,
+      see `objectives.tokens.TokenObjective`.
 
   Raises:
     SettingError: a name or a setting is unknown, or a value is invalid.
   """
   check_choice("objective", name, OBJECTIVES)
-  given = {"model": model, "process": process, "timestep_sampler": timestep_sampler}
+  given: dict[str, Any] = {
+    "model": model,
+    "process": process,
+    "timestep_sampler": timestep_sampler,
+  }
+  if "num_steps" in inspect.signature(OBJECTIVES[name]).parameters:
+    given["num_steps"] = num_steps
   check_arguments(OBJECTIVES[name], given | settings, f"the objective {name!r}")
   return OBJECTIVES[name](**given, **settings)
 

@@ -19,7 +19,7 @@ from ml_dtypes import bfloat16
 
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.models.registry import NETWORKS, Model, abstract_params, create_model
-from mdt_jax.pretrained import bucket_weights, diffusers_dit
+from mdt_jax.pretrained import bucket_weights, diffusers_dit, torch_layouts
 from mdt_jax.pretrained import torch_mdt_layout as layout
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import (
@@ -205,11 +205,16 @@ def _open_network(
   if diffusers_dit.is_diffusers(tensors):
     size = known.get("input_size") if input_size is None else input_size
     tensors = diffusers_dit.to_released(tensors, source, size)
-  attributes = sizes.infer_attributes(tensors, source, known, num_classes)
-  attributes = sizes.tell_dits_apart(
-    tensors, attributes, metadata, source, network, process
-  )
+  found = torch_layouts.find_layout(tensors)
+  infer = found.infer_attributes or sizes.infer_attributes
+  attributes = infer(tensors, source, known, num_classes)
+  if found is torch_layouts.DIT_LAYOUT:
+    attributes = sizes.tell_dits_apart(
+      tensors, attributes, metadata, source, network, process
+    )
   variant = attributes["variant"]
+  if network not in (None, variant):
+    raise SettingError("network", network, f"must be {variant}, as in {source}")
   if input_size is not None and input_size != attributes["input_size"]:
     raise SettingError(
       "input_size", input_size, f"must be {attributes['input_size']}, as in {source}"
@@ -280,13 +285,13 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
     raise SettingError(
       "condition", model.condition, "must be None: released networks use labels"
     )
-  tensors = {}
+  tensors, released = {}, torch_layouts.layout_of(model)
   for path, param in flatten(params).items():
     value = np.asarray(param)
     layers = value if layout.is_stacked(path) else value[None]
-    names = layout.released_names(path, model)
+    names = released.released_names(path, model)
     for name, layer in zip(names, layers, strict=True):
-      tensors[name] = np.array(layout.to_released(layer, path, model), order="C")
+      tensors[name] = np.array(released.to_released(layer, path, model), order="C")
       if index := layout.index_name(name):
         tensors[index] = layout.position_index(model)
   return tensors
@@ -296,13 +301,13 @@ def _misfits(
   tensors: Mapping[str, np.ndarray], model: Model, params: Mapping[str, Array]
 ) -> list[str]:
   """Describes the tensors that do not fit the model; empty if all tensors fit."""
-  if problems := misfits(tensors, layout.released_shapes(model, params)):
+  if problems := misfits(tensors, torch_layouts.released_shapes(model, params)):
     return problems
-  # A DiT has no index, and its number of tokens may be large.
-  index = layout.position_index(model) if model.takes_mask else np.array(0)
+  index: np.ndarray | None = None
   problems = []
   for name, tensor in tensors.items():
     if name.endswith(layout.BIAS_INDEX):
+      index = layout.position_index(model) if index is None else index
       if not np.array_equal(tensor, index):
         problems.append(f"{name} must be the position index of the released code")
     elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != bfloat16:
@@ -314,9 +319,10 @@ def _read_param(
   tensors: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...], model: Model
 ) -> np.ndarray:
   """Builds the parameter at `path`, of `shape`, from its released tensors."""
-  stacked = layout.is_stacked(path)
+  stacked, released = layout.is_stacked(path), torch_layouts.layout_of(model)
+  shape = shape[1:] if stacked else shape
   layers = [
-    layout.from_released(tensors[name], path, shape[1:] if stacked else shape)
-    for name in layout.released_names(path, model)
+    released.from_released(tensors[name], path, shape, model)
+    for name in released.released_names(path, model)
   ]
   return np.stack(layers) if stacked else layers[0]

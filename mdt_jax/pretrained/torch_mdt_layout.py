@@ -11,18 +11,15 @@ In this module, `path` is the path of a parameter of this package, such as
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from mdt_jax.models.embeddings import relative_position_index
 from mdt_jax.models.registry import Model
-from mdt_jax.types import Array
 
 BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer, not a parameter
@@ -120,29 +117,6 @@ def position_index(model: Model) -> Int[np.ndarray, "L L"]:
   return relative_position_index(model.grid_size).astype(np.int64)
 
 
-def released_shapes(
-  model: Model, params: Mapping[str, Array]
-) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape for all released tensors of a network, including buffers.
-
-  Args:
-    model: the network.
-    params: path -> parameter, or its shape and dtype.
-  """
-  shapes = {}
-  for path, param in params.items():
-    shape = param.shape[1:] if is_stacked(path) else param.shape
-    released = jax.eval_shape(
-      functools.partial(to_released, path=path, model=model),
-      jax.ShapeDtypeStruct(shape, param.dtype),
-    )
-    for name in released_names(path, model):
-      shapes[name] = released.shape
-      if index := index_name(name):
-        shapes[index] = (model.num_tokens, model.num_tokens)
-  return shapes
-
-
 def to_released(array: Any, path: str, model: Model) -> Any:
   """Converts one layer of a parameter to the released layout.
 
@@ -167,14 +141,18 @@ def to_released(array: Any, path: str, model: Model) -> Any:
   return array[None, None] if path == "mask_token" else array
 
 
-def from_released(tensor: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def from_released(
+  tensor: np.ndarray, path: str, shape: tuple[int, ...], model: Model
+) -> np.ndarray:
   """Inverts `to_released`, in float32.
 
   Args:
     tensor: a released tensor.
     path: path of the parameter.
     shape: shape of one layer of the parameter.
+    model: the network.
   """
+  del model
   if path == "patch_embed/linear/kernel":
     tensor = tensor.transpose(2, 3, 1, 0)
   elif path.endswith("kernel"):

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int
 
 from mdt_jax.errors import SettingError
-from mdt_jax.models.registry import NETWORKS, Model, abstract_params
+from mdt_jax.models.registry import Model, abstract_params
+from mdt_jax.pretrained import torch_layouts
 from mdt_jax.pretrained import torch_mdt_layout as layout
 from mdt_jax.pretrained.tensors import flatten
 
@@ -36,20 +37,21 @@ def zero_shards(model: Model, num_shards: int) -> dict[str, Int[np.ndarray, "...
     SettingError: the network is not one of the released code, or has fewer tensors than
       there are shards.
   """
+  networks = torch_layouts.DIT_LAYOUT.variants
   if (
-    getattr(model, "variant", None) not in NETWORKS
+    getattr(model, "variant", None) not in networks
     or model.condition is not None
     or getattr(model, "patch_bottleneck", 0)
   ):
     raise SettingError(
       "clip_shards",
       num_shards,
-      f"needs {', '.join(NETWORKS)} with class labels and without patch_bottleneck",
+      f"needs {', '.join(networks)} with class labels and without patch_bottleneck",
     )
   params = flatten(abstract_params(model))
   sizes = {
     name: math.prod(shape)
-    for name, shape in layout.released_shapes(model, params).items()
+    for name, shape in torch_layouts.released_shapes(model, params).items()
     if not name.endswith(layout.BIAS_INDEX)
   }
   if num_shards > len(sizes):

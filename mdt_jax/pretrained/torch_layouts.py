@@ -1,0 +1,95 @@
+"""The layouts of released tensors: names, shapes and sizes of each network.
+
+`torch_mdt_layout` is the layout of MDT, MDTv2, DiT, SiT and TREAD. To add the released
+tensors of another network, write a module with the functions of `Layout` and add it to
+LAYOUTS.
+
+In this module, `path` is the path of a parameter of this package, such as
+"blocks/attention/qkv/kernel". The parameters of a stack of blocks have a leading axis
+of layers; in the released code each block has its own tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mdt_jax.models.registry import Model
+from mdt_jax.pretrained import torch_mdt_layout
+from mdt_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the released code stores the parameters of some networks.
+
+  Attributes:
+    variants: the networks, keys of `models.registry.NETWORKS`.
+    mark: name of a tensor that only these networks have; None for the layout of DiT,
+      which is the last choice.
+    infer_attributes: (tensors, source, known, num_classes) -> attributes of the
+      network, see `torch_mdt_sizes.infer_attributes`; None for the layout of DiT.
+    released_names: (path, model) -> names of the released tensors of a parameter, one
+      per layer.
+    to_released: (array, path, model) -> one layer of a parameter in the released shape;
+      the array may be traced.
+    from_released: (tensor, path, shape, model) -> one layer of a parameter, of `shape`,
+      a float32 copy.
+  """
+
+  variants: tuple[str, ...]
+  mark: str | None
+  infer_attributes: Callable[..., dict[str, Any]] | None
+  released_names: Callable[[str, Any], Iterable[str]]
+  to_released: Callable[[Any, str, Any], Any]
+  from_released: Callable[[np.ndarray, str, tuple[int, ...], Any], np.ndarray]
+
+
+DIT_LAYOUT = Layout(
+  variants=("DiT", "SiT", "MDT", "MDTv2", "TREAD"),
+  mark=None,
+  infer_attributes=None,
+  released_names=torch_mdt_layout.released_names,
+  to_released=torch_mdt_layout.to_released,
+  from_released=torch_mdt_layout.from_released,
+)
+LAYOUTS = (DIT_LAYOUT,)
+
+
+def layout_of(model: Model) -> Layout:
+  """Returns the layout of a network."""
+  variant = getattr(model, "variant", None)
+  return next(layout for layout in LAYOUTS if variant in layout.variants)
+
+
+def find_layout(tensors: Mapping[str, np.ndarray]) -> Layout:
+  """Returns the layout of tensors, which their names show."""
+  return next((layout for layout in LAYOUTS if layout.mark in tensors), DIT_LAYOUT)
+
+
+def released_shapes(
+  model: Model, params: Mapping[str, Array]
+) -> dict[str, tuple[int, ...]]:
+  """Returns name -> shape for all released tensors of a network, including buffers.
+
+  Args:
+    model: the network.
+    params: path -> parameter, or its shape and dtype.
+  """
+  shapes = {}
+  layout = layout_of(model)
+  for path, param in params.items():
+    shape = param.shape[1:] if torch_mdt_layout.is_stacked(path) else param.shape
+    released = jax.eval_shape(
+      lambda array, path=path: layout.to_released(array, path, model),
+      jax.ShapeDtypeStruct(shape, param.dtype),
+    )
+    for name in layout.released_names(path, model):
+      shapes[name] = released.shape
+      if index := torch_mdt_layout.index_name(name):
+        shapes[index] = (model.num_tokens, model.num_tokens)
+  return shapes
