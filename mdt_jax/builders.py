@@ -18,7 +18,7 @@ from mdt_jax.data.latents import LatentSource
 from mdt_jax.data.own_source import CheckedSource
 from mdt_jax.data.sources import create_source
 from mdt_jax.diffusion import Process, create_process
-from mdt_jax.diffusion.guidance import Guidance
+from mdt_jax.diffusion.guidance import Guidance, TokenShares
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
@@ -215,6 +215,12 @@ def build_sampler(settings: Settings, process: Process) -> Sampler:
         interval=chosen.cfg_interval,
         num_timesteps=process.end_network_time,
         clean_time=process.clean_network_time,
+        tokens=TokenShares(
+          strong=chosen.strong_ratio,
+          weak=chosen.weak_ratio,
+          schedule=chosen.ratio_schedule,
+          weak_condition=chosen.weak_condition,
+        ),
       ),
       method=chosen.method,
       num_steps=chosen.num_steps,

@@ -135,11 +135,10 @@ class Experiment:
     is_continuous = isinstance(self.process, ContinuousProcess)
     if is_continuous or sampling.method in TIME_SOLVERS or sampling.arguments:
       _ = self.sampler  # process, method and arguments must fit each other
-    scale = self.settings.sampling.cfg_scale
-    if scale != 1 and self.model.conditioning.dropout == 0:
+    if sampling.needs_null and self.model.conditioning.dropout == 0:
       raise SettingError(
         "config.sampling.cfg_scale",
-        scale,
+        sampling.cfg_scale,
         "must be 1 if the network is trained with label_dropout = 0",
       )
     mesh = self.settings.mesh

@@ -115,6 +115,36 @@ CFG_INTERVAL = flags.DEFINE_list(
   "LOW,HIGH: guide only where t / T lies in this interval, 0 <= LOW <= HIGH <= 1. "
   "Default: the run's.",
 )
+WEAK_CONDITION = flags.DEFINE_string(
+  "weak_condition",
+  None,
+  "Condition of the weak pass of guidance: null, or same for sparse guidance. Default: "
+  "the run's.",
+)
+STRONG_RATIO = flags.DEFINE_float(
+  "strong_ratio",
+  None,
+  "Share of the tokens that the strong pass leaves out, in [0, 1). Default: the run's.",
+)
+WEAK_RATIO = flags.DEFINE_float(
+  "weak_ratio",
+  None,
+  "Share of the tokens that the weak pass leaves out, in [strong_ratio, 1]; 1 drops "
+  "the path of a SPRINT. Default: the run's.",
+)
+RATIO_SCHEDULE = flags.DEFINE_string(
+  "ratio_schedule",
+  None,
+  "How these shares change: constant or cosine. Default: the run's.",
+)
+WEAK_CHECKPOINT = flags.DEFINE_string(
+  "weak_checkpoint",
+  None,
+  "Run whose network guidance takes for the weak pass. Default: the network itself.",
+)
+WEAK_STEP = flags.DEFINE_integer(
+  "weak_step", None, "Step of --weak_checkpoint. Default: the latest."
+)
 INPAINT = flags.DEFINE_string(
   "inpaint", None, "Image file to inpaint; needs --mask. Default: none."
 )
@@ -201,6 +231,8 @@ def main(argv: list[str]) -> None:
       repeats=REPEATS.value,
       edit=EDIT.value,
       strength=STRENGTH.value,
+      weak_checkpoint=WEAK_CHECKPOINT.value,
+      weak_step=WEAK_STEP.value,
       **_sampling(),
     )
   images = counted(len(labels), "image")
@@ -231,6 +263,10 @@ def _sampling() -> dict[str, Any]:
     "cfg_power": CFG_POWER.value,
     "cfg_channels": CFG_CHANNELS.value,
     "cfg_interval": _interval(),
+    "weak_condition": WEAK_CONDITION.value,
+    "strong_ratio": STRONG_RATIO.value,
+    "weak_ratio": WEAK_RATIO.value,
+    "ratio_schedule": RATIO_SCHEDULE.value,
   }
   return {name: value for name, value in flag_values.items() if value is not None}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mdt_jax.diffusion.guidance import WHOLE
+from mdt_jax.diffusion.guidance import RATIO_SCHEDULES, WEAK_CONDITIONS, WHOLE
 from mdt_jax.diffusion.samplers import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice
@@ -368,10 +368,27 @@ class SamplingSettings:
   cfg_channels: int = 3
   # (low, high): guide only where t / T lies in it; 0 <= low <= high <= 1.
   cfg_interval: tuple[float, float] = WHOLE
+  # Condition of the weak pass, away from which guidance leads: null (classifier-free
+  # guidance) or same, as the strong pass (sparse guidance: weak_ratio must be above
+  # strong_ratio). See docs/sampling.md.
+  weak_condition: str = "null"
+  # Shares of the tokens that the strong and the weak pass leave out, strong_ratio in
+  # [0, 1) and weak_ratio in [strong_ratio, 1]; 1 drops the path of SPRINT. Networks of
+  # MDT, MaskDiT, TREAD and SPRINT.
+  strong_ratio: float = 0.0
+  weak_ratio: float = 0.0
+  # How the shares change over sampling: constant; or cosine: that of the weak pass
+  # falls to 0, that of the strong pass rises from 0.
+  ratio_schedule: str = "constant"
   # Whether to clip the predicted x0 to [-1, 1] at each step; only for pixels.
   clip_denoised: bool = False
   # Decay of the averaged parameters to sample with, one of ema_decays. None: the first.
   ema_decay: float | None = None
+
+  @property
+  def needs_null(self) -> bool:
+    """Whether guidance needs a network that is trained without conditions."""
+    return self.cfg_scale != 1 and self.weak_condition == "null"
 
   def check(self) -> None:
     check_choice("method", self.method, METHODS)
@@ -382,6 +399,13 @@ class SamplingSettings:
     for name in ("cfg_scale", "cfg_power", "cfg_channels"):
       if not getattr(self, name) >= 0:
         raise SettingError(name, getattr(self, name), "must be 0 or more")
+    check_choice("weak_condition", self.weak_condition, WEAK_CONDITIONS)
+    check_choice("ratio_schedule", self.ratio_schedule, RATIO_SCHEDULES)
+    if not 0 <= self.strong_ratio < 1:
+      raise SettingError("strong_ratio", self.strong_ratio, "must lie in [0, 1)")
+    if self.cfg_scale != 1 and not self.strong_ratio <= self.weak_ratio <= 1:
+      accepted = f"must lie in [strong_ratio = {self.strong_ratio:g}, 1]"
+      raise SettingError("weak_ratio", self.weak_ratio, accepted)
     pair = self.cfg_interval
     is_pair = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
     if not (is_pair and 0 <= pair[0] <= pair[1] <= 1):

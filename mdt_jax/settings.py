@@ -239,7 +239,7 @@ class Settings:
         )
       # A condition of your own may ignore label_dropout; the network's check sees it.
       is_label = self.model.condition == "label"
-      if is_label and sampling.cfg_scale != 1 and self.model.label_dropout == 0:
+      if is_label and sampling.needs_null and self.model.label_dropout == 0:
         raise SettingError(
           "cfg_scale",
           sampling.cfg_scale,

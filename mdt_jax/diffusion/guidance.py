@@ -1,8 +1,14 @@
-"""Classifier-free guidance with a constant scale or MDT's power-cosine scale."""
+"""Guidance of a strong pass by a weak pass of the network.
+
+In classifier-free guidance, the weak pass has no condition. In sparse guidance
+(arXiv 2601.01608), the weak pass sees fewer tokens. The scale is constant, or MDT's
+power-cosine scale.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,9 +20,58 @@ WHOLE = (0.0, 1.0)  # the guidance interval of all timesteps, in units of T
 ModelFn = Callable[[Array, Array], Array]  # x_t (B, H, W, C), t (B,) -> output
 
 
+RATIO_SCHEDULES = ("constant", "cosine")
+WEAK_CONDITIONS = ("null", "same")
+NUM_RATIOS = 8  # of a schedule, each of which compiles its own pass of the network
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShares:
+  """Shares of the tokens that the passes of guidance leave out.
+
+  Attributes:
+    strong: share that the strong pass leaves out, in [0, 1).
+    weak: share that the weak pass leaves out, in [0, 1]. 1 is path-drop guidance
+      (SPRINT, arXiv 2510.21986): the middle blocks see no token.
+    schedule: "constant"; or "cosine": over sampling, the share of the weak pass falls
+      from `weak` to 0 by half a cosine, and that of the strong pass rises from 0 to
+      `strong`.
+    weak_condition: condition of the weak pass: "null", or "same" as the strong pass.
+  """
+
+  strong: float = 0.0
+  weak: float = 0.0
+  schedule: str = "constant"
+  weak_condition: str = "null"
+
+  @property
+  def are_all(self) -> bool:
+    """Whether both passes see all tokens."""
+    return self.strong == self.weak == 0
+
+  def ratios(self, is_weak: bool) -> tuple[float, ...]:
+    """The possible shares that a pass leaves out, increasing."""
+    ratio = self.weak if is_weak else self.strong
+    if self.schedule == "constant" or ratio == 0:
+      return (ratio,)
+    return tuple(ratio * i / (NUM_RATIOS - 1) for i in range(NUM_RATIOS))
+
+  def choose(self, noise_share: Array, is_weak: bool) -> Array:
+    """Returns which entry of `ratios` a pass uses.
+
+    Args:
+      noise_share: share of the process, in [0, 1] from no noise; any shape.
+      is_weak: whether the pass is the weak one.
+    """
+    count = len(self.ratios(is_weak))
+    height = (1 - jnp.cos(math.pi * jnp.clip(noise_share, 0, 1))) / 2
+    height = height if is_weak else 1 - height
+    return jnp.round((count - 1) * height).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """Settings of classifier-free guidance; `guided` documents the method.
+  """Settings of guidance; `guided` documents the method.
 
   Attributes:
     scale: guidance scale w; 1 for no guidance.
@@ -26,6 +81,8 @@ class Guidance:
     num_timesteps: T, the time that the network receives at full noise.
     clean_time: time that the network receives without noise. If it is not 0, t / T
       means (t - clean_time) / (T - clean_time).
+    tokens: shares of the tokens that the passes leave out, and the condition of the
+      weak pass. `apply` ignores them; see `combine`.
   """
 
   scale: float = 1.0
@@ -34,6 +91,43 @@ class Guidance:
   interval: tuple[float, float] = WHOLE
   num_timesteps: float = 1000
   clean_time: float = 0.0
+  tokens: TokenShares = TokenShares()
+
+  @property
+  def needs_null(self) -> bool:
+    """Whether the weak pass has the null condition."""
+    return self.scale != 1 and self.tokens.weak_condition == "null"
+
+  def combine(
+    self, strong: ModelFn, both: Callable[[Array, Array], tuple[Array, Array]]
+  ) -> ModelFn:
+    """Guides a strong pass by a weak pass.
+
+    Args:
+      strong: the strong pass alone, (x (B, H, W, C), t (B,)) -> output.
+      both: (x, t) -> (output of the strong pass, output of the weak pass).
+
+    Returns:
+      The guided function (x, t) -> output; see `guided`.
+    """
+    return combined(
+      strong,
+      both,
+      scale=self.scale,
+      power=self.power,
+      channels=self.channels,
+      interval=self.interval,
+      num_timesteps=self.num_timesteps,
+      clean_time=self.clean_time,
+    )
+
+  def is_guided(self, t: Array) -> Array:
+    """Whether times t (B,) lie in the interval: (B,) bool."""
+    return _in_interval(t, self.interval, self.num_timesteps, self.clean_time)
+
+  def noise_share(self, t: Array) -> Array:
+    """Returns (t - clean_time) / (T - clean_time), the share of the process."""
+    return _noise_share(t, self.num_timesteps, self.clean_time)
 
   def apply(
     self,
@@ -90,10 +184,15 @@ def power_cosine_scale(
   Returns:
     (B,) float32.
   """
-  noise_share = (t.astype(jnp.float32) - clean_time) / (num_timesteps - clean_time)
+  noise_share = _noise_share(t, num_timesteps, clean_time)
   # Churn may raise the noise above T, where a power of the difference would be NaN.
   fraction = jnp.maximum(1 - noise_share, 0) ** power
   return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * fraction)) / 2
+
+
+def _noise_share(t: Array, num_timesteps: float, clean_time: float) -> Array:
+  """Share of the process, from no noise, of times t (B,) that the network receives."""
+  return (t.astype(jnp.float32) - clean_time) / (num_timesteps - clean_time)
 
 
 def noise_above(
@@ -114,6 +213,14 @@ def noise_above(
     return jnp.full(t.shape, jnp.inf if share == 0 else -jnp.inf)
   limit = clean_time + share * (num_timesteps - clean_time)
   return t - limit if num_timesteps > clean_time else limit - t
+
+
+def _in_interval(
+  t: Array, interval: tuple[float, float], num_timesteps: float, clean_time: float
+) -> Array:
+  """Whether times t (B,) lie in an interval of shares of the process."""
+  low, high = (noise_above(t, share, num_timesteps, clean_time) for share in interval)
+  return (low >= 0) & (high <= 0)
 
 
 def guided(
@@ -171,22 +278,54 @@ def guided(
     conditional, unconditional = jnp.split(network(*twice), 2)
     return conditional, unconditional
 
+  return combined(
+    conditional_fn,
+    halves,
+    scale=scale,
+    power=power,
+    channels=channels,
+    interval=interval,
+    num_timesteps=num_timesteps,
+    clean_time=clean_time,
+  )
+
+
+def combined(
+  strong: ModelFn,
+  both: Callable[[Array, Array], tuple[Array, Array]],
+  *,
+  scale: float,
+  power: float,
+  channels: int | None,
+  interval: tuple[float, float],
+  num_timesteps: float,
+  clean_time: float,
+) -> ModelFn:
+  """Returns weak + w (strong - weak) as a function of (x, t).
+
+  Args:
+    strong, both: see `Guidance.combine`.
+    scale, power, channels, interval, num_timesteps, clean_time: see `guided`. Channels
+      that are not guided are those of the strong pass.
+  """
+  if scale == 1:
+    return strong
+
   def is_guided(t: Array) -> Array:
-    low, high = (noise_above(t, share, num_timesteps, clean_time) for share in interval)
-    return (low >= 0) & (high <= 0)
+    return _in_interval(t, interval, num_timesteps, clean_time)
 
   def guided_fn(x: Array, t: Array) -> Array:
-    conditional, unconditional = halves(x, t)
+    output, weak = both(x, t)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
     step_scale = power_cosine_scale(t, scale, power, num_timesteps, clean_time)
     if interval != WHOLE:
       step_scale = jnp.where(is_guided(t), step_scale, 1)
     step_scale = step_scale[:, None, None, None]
-    base = unconditional[..., :count]
-    epsilon = base + step_scale * (conditional[..., :count] - base)
-    return jnp.concatenate([epsilon, conditional[..., count:]], axis=-1)
+    base = weak[..., :count]
+    epsilon = base + step_scale * (output[..., :count] - base)
+    return jnp.concatenate([epsilon, output[..., count:]], axis=-1)
 
   if interval == WHOLE:
     return guided_fn
   # A sampler uses the same timestep for all samples, so only one branch runs.
-  return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, conditional_fn, x, t)
+  return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, strong, x, t)

@@ -106,12 +106,15 @@ class Sampler:
   @property
   def num_calls(self) -> int:
     """Number of network passes per image; guidance doubles the number."""
+    return self.calls_a_pass * (1 if self.guidance.scale == 1 else 2)
+
+  @property
+  def calls_a_pass(self) -> int:
+    """Number of network passes per image without guidance."""
     steps = self.process.levels().alpha.size
     if self.method in TIME_SOLVERS:
-      calls = num_calls(self.method, steps, self.arguments)
-    else:
-      calls = 2 * steps - 1 if self.method == "heun" else steps
-    return calls * (1 if self.guidance.scale == 1 else 2)
+      return num_calls(self.method, steps, self.arguments)
+    return 2 * steps - 1 if self.method == "heun" else steps
 
 
 # Called with (network calls so far, network calls in all).

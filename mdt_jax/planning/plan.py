@@ -18,11 +18,11 @@ from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import check_eval
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
-from mdt_jax.models import flops
 from mdt_jax.planning.collectives import BETWEEN_SLICES, Traffic, collectives
 from mdt_jax.planning.devices import compiler_options, open_devices
 from mdt_jax.planning.kernels import Moved, kernels
 from mdt_jax.sampling.generator import make_generator
+from mdt_jax.sampling.token_guidance import sampling_flops
 from mdt_jax.settings import Settings
 from mdt_jax.training.program import Program, make_program
 
@@ -322,8 +322,7 @@ def _count_flops(experiment: Experiment, what: str) -> float:
   """Model FLOPs of a training step or of sampling, over the whole batch."""
   batch_size = experiment.settings.batch_size
   if what == "sample":
-    calls = experiment.sampler.num_calls
-    return batch_size * calls * flops.forward_flops(experiment.model)
+    return batch_size * sampling_flops(experiment.model, experiment.sampler)
   objective = experiment.objective
   return batch_size * objective.flops(objective.largest_static)
 

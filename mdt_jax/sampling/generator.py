@@ -17,13 +17,22 @@ from mdt_jax.diffusion.samplers import (
   sample,
   step_noise,
 )
+from mdt_jax.errors import SettingError
 from mdt_jax.models.masking import TokenMask, token_mask_from_noise
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.sampling.token_guidance import (
+  Pair,
+  check_tokens,
+  draw_mask_noise,
+  make_model_fn,
+  needs_passes,
+)
 from mdt_jax.types import Array, Params
 
 Given: TypeAlias = dict[str, Array]  # arrays of an image to inpaint or edit
-# (params, labels (B, …), ids (B,), seed, [given]) -> latents (B, H, W, C) float32
+# (params, labels (B, …), ids (B,), seed, [given]) -> latents (B, H, W, C) float32;
+# params is a `Pair` if the weak pass of guidance has a network of its own
 Generator: TypeAlias = jax.stages.Wrapped
 
 HOLD_STREAM = 1  # folded into the key of an image, for the noise of the visible part
@@ -72,6 +81,7 @@ def make_generator(
   task: Task = DRAW,
   platform: str | None = None,
   on_step: OnStep | None = None,
+  weak_model: Model | None = None,
 ) -> Generator:
   """Builds the jitted function that samples latents for labels.
 
@@ -82,6 +92,7 @@ def make_generator(
     platform: "cpu", "gpu" or "tpu", where the program will run; None for the default
       backend of JAX.
     on_step: called on the host at each call of the network; see `samplers.sample`.
+    weak_model: network of the weak pass of guidance; None for `model`.
 
   Returns:
     (params, labels (B, …), ids (B,), seed (), [given]) -> latents (B, H, W, C)
@@ -92,7 +103,8 @@ def make_generator(
     "inpaint"; see `Request`.
 
   Raises:
-    SettingError: the process cannot edit, or the sampling method cannot inpaint.
+    SettingError: the process cannot edit, the sampling method cannot inpaint, or the
+      networks cannot run the passes of guidance.
   """
   platform = platform or jax.default_backend()
   process = sampler.process
@@ -100,6 +112,12 @@ def make_generator(
   edit_steps = process.num_edit_steps(task.strength) if task.kind == "edit" else None
   if task.kind == "inpaint":
     check_holds(sampler.method)
+  check_tokens(model, sampler.guidance, weak_model)
+  has_passes = needs_passes(sampler.guidance, weak_model)
+  if has_passes and task.interpolation:
+    accepted = "must be 0 if guidance leaves out tokens or has a weak network"
+    raise SettingError("interpolation", task.interpolation, accepted)
+  needs_null = sampler.guidance.needs_null
 
   def guided_fn(params: Params, labels: Array, mask: TokenMask | None) -> ModelFn:
     """The network with guidance; `mask` hides the same tokens of every sample."""
@@ -110,17 +128,16 @@ def make_generator(
         rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), a.shape[1])), mask)
       return cast("Array", model.apply({"params": params}, x, t, y, rows))
 
-    is_guided = sampler.guidance.scale != 1
     return sampler.guidance.apply(
       network,
       labels,
-      model.conditioning.null_like(labels) if is_guided else labels,
+      model.conditioning.null_like(labels) if needs_null else labels,
       one_batch=platform != "cpu" or model.unroll == 1,
     )
 
   @jax.jit
   def generate(
-    params: Params,
+    params: Params | Pair,
     labels: Shaped[Array, "B ..."],
     ids: UInt32[Array, "B"],
     seed: UInt32[Array, ""],
@@ -144,8 +161,16 @@ def make_generator(
       visible = process.q_sample(given["image"], t, drawn)
       return jnp.where(given["hidden"][..., None], x, visible)
 
-    model_fn = guided_fn(params, labels, None)
-    if task.interpolation:
+    if has_passes:
+      null = model.conditioning.null_like(labels) if needs_null else labels
+      noise_of = draw_mask_noise(keys, model.num_tokens)
+      model_fn = make_model_fn(
+        model, params, labels, null, sampler, noise_of, weak_model
+      )
+    else:
+      assert not isinstance(params, Pair)
+      model_fn = guided_fn(params, labels, None)
+    if task.interpolation and not isinstance(params, Pair):
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
       masked_fn = guided_fn(params, labels, mask)
       model_fn = _switch(masked_fn, model_fn, sampler.guidance, task.interpolation)

@@ -20,11 +20,22 @@ from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import BlockGenerator, Decode, Listener, Request
 from mdt_jax.sampling.generator import Task, make_generator, output_shape
+from mdt_jax.sampling.token_guidance import Pair, sampling_flops
+from mdt_jax.sampling.weak_networks import WeakNetwork
+from mdt_jax.setting_groups import SamplingSettings
 from mdt_jax.types import Array, Params
 
-# (text of the settings, task, number of devices, whether steps are reported) -> the
-# compiled generator
+# (text of the settings and of the weak network, task, number of devices, whether steps
+# are reported) -> the compiled generator
 BlockGenerators: TypeAlias = dict[tuple[str, Task, int, bool], BlockGenerator]
+# Settings of sampling that `describe` leaves out if they have their defaults.
+_LATER_SETTINGS = (
+  "arguments",
+  "weak_condition",
+  "strong_ratio",
+  "weak_ratio",
+  "ratio_schedule",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +52,7 @@ class SamplingJob:
     pixels: image to inpaint or edit, (H, W, C) or (N, H, W, C) uint8, or None.
     hidden: (H, W) bool, True where `pixels` are painted; None without inpainting.
     generators: compiled generators, shared by the jobs of a pipeline.
+    weak: network of the weak pass of guidance; None for the network itself.
   """
 
   experiment: Experiment
@@ -52,6 +64,7 @@ class SamplingJob:
   pixels: UInt8[np.ndarray, "*N H W C"] | None = None
   hidden: Bool[np.ndarray, "H W"] | None = None
   generators: BlockGenerators = dataclasses.field(default_factory=dict, repr=False)
+  weak: WeakNetwork | None = None
 
   def __repr__(self) -> str:
     sampling, count = self.experiment.settings.sampling, len(self.request.labels)
@@ -70,6 +83,12 @@ class SamplingJob:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of a generated image or latent."""
     return output_shape(self.experiment.model, self.autoencoder)
+
+  @property
+  def flops(self) -> float:
+    """Operations of the networks for an image; see `models.flops`."""
+    weak = None if self.weak is None else self.weak.model
+    return sampling_flops(self.experiment.model, self.experiment.sampler, weak)
 
   def generate_blocks(
     self, blocks: Sequence[int], on_step: OnStep | None = None
@@ -91,7 +110,7 @@ class SamplingJob:
     generator = self._generator(num_devices, reports=on_step is not None)
     generator.listener.on_step = on_step
     generated = generator(
-      self.params,
+      self.params if self.weak is None else Pair(self.params, self.weak.params),
       {} if self.autoencoder is None else self.autoencoder.params,
       self.request,
       blocks,
@@ -110,8 +129,10 @@ class SamplingJob:
     """
     settings = self.experiment.settings
     sampling = dataclasses.asdict(settings.sampling)
-    if not settings.sampling.arguments:  # earlier versions have none
-      del sampling["arguments"]
+    default = dataclasses.asdict(SamplingSettings())
+    for name in _LATER_SETTINGS:  # earlier versions have none
+      if sampling[name] == default[name]:
+        del sampling[name]
     described = {
       "step": self.step,
       "parameters": _digest(*jax.tree.leaves(self.params)),
@@ -126,6 +147,8 @@ class SamplingJob:
     if self.draws_pixels and pictures.rounds_to_nearest(self.experiment.model):
       # Earlier versions rounded as MDT does.
       described["pixels"] = "127.5 x + 128"
+    if self.weak is not None:
+      described["weak_parameters"] = _digest(*jax.tree.leaves(self.weak.params))
     if self.autoencoder is not None:
       scales = json.dumps(self.autoencoder.scales()).encode()
       leaves = jax.tree.leaves(self.autoencoder.params)
@@ -139,7 +162,8 @@ class SamplingJob:
   def _generator(self, num_devices: int, reports: bool) -> BlockGenerator:
     """The compiled generator, which jobs with equal settings share."""
     settings = repr(self.experiment.settings.sampling)
-    key = (settings, self.task, num_devices, reports)
+    weak_model = None if self.weak is None else self.weak.model
+    key = (f"{settings} {weak_model}", self.task, num_devices, reports)
     if key not in self.generators:
       listener = Listener()
       generator = make_generator(
@@ -147,6 +171,7 @@ class SamplingJob:
         self.experiment.sampler,
         self.task,
         on_step=listener if reports else None,
+        weak_model=weak_model,
       )
       devices = jax.local_devices()[:num_devices]
       self.generators[key] = BlockGenerator(

@@ -18,6 +18,7 @@ from mdt_jax.checkpoints.hub_folders import load_pretrained, load_run
 from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
+from mdt_jax.logs import logger
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
@@ -29,6 +30,8 @@ from mdt_jax.sampling.image_jobs import with_editing, with_inpainting
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
 from mdt_jax.sampling.labels import Labels, parse_labels
+from mdt_jax.sampling.token_guidance import check_tokens
+from mdt_jax.sampling.weak_networks import load_weak
 from mdt_jax.sampling.writer import ShardedImages
 from mdt_jax.setting_groups import SamplingSettings
 from mdt_jax.types import Params
@@ -310,6 +313,8 @@ class Pipeline:
       else self.experiment.data_labels.caption,
     )
     if not sharded.is_complete:
+      if jax.process_index() == 0:
+        logger.info("an image costs %.4g GFLOPs of the network", job.flops / 1e9)
       sharded.write(job.generate_blocks, progress=progress and jax.process_index() == 0)
     elif jax.process_index() == 0:
       sharded.remove_blocks()  # a stopped process may have left some in a bucket
@@ -329,6 +334,8 @@ class Pipeline:
     repeats: int | None = None,
     edit: ImageLike | None = None,
     strength: float | None = None,
+    weak_checkpoint: str | os.PathLike[str] | None = None,
+    weak_step: int | None = None,
     **sampling: Any,
   ) -> SamplingJob:
     """Checks the arguments of a call and returns a job, without computing images.
@@ -347,6 +354,10 @@ class Pipeline:
       edit: image to edit; see `edit`.
       strength: for editing: noise level of the start, as a share of the process in
         (0, 1]; larger values change the image more. Default: 0.6.
+      weak_checkpoint: run of the network of guidance's weak pass. None: the network
+        itself.
+      weak_step: training step of that network. None: the latest; must be given if
+        weak_checkpoint is this run.
       **sampling: settings of config.sampling for this call, such as num_steps=50,
         method="dpm++" or cfg_scale=1.0.
 
@@ -358,10 +369,12 @@ class Pipeline:
     """
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       experiment = self.experiment.with_sampling(sampling)
-      scale = experiment.sampler.guidance.scale
-    if scale != 1 and self.model.conditioning.dropout == 0:
+      guidance = experiment.sampler.guidance
+    if guidance.needs_null and self.model.conditioning.dropout == 0:
       raise SettingError(
-        "cfg_scale", scale, "must be 1: the network was trained without label dropout"
+        "cfg_scale",
+        guidance.scale,
+        "must be 1: the network was trained without label dropout",
       )
     label_array = parse_labels(
       "labels",
@@ -379,11 +392,17 @@ class Pipeline:
       ("interpolation", interpolation, "inpaint", inpaint),
       ("repeats", repeats, "inpaint", inpaint),
       ("strength", strength, "edit", edit),
+      ("weak_step", weak_step, "weak_checkpoint", weak_checkpoint),
     ):
       if value is not None and given is None:
         raise SettingError(name, value, f"is only valid together with {needed}")
     if inpaint is not None and edit is not None:
       raise SettingError("edit", edit, "cannot be combined with inpaint")
+    weak = None
+    if weak_checkpoint is not None:
+      weak = load_weak(weak_checkpoint, weak_step, experiment)
+    with renamed_in_errors(SAMPLING_ARGUMENTS):
+      check_tokens(self.model, guidance, weak.model if weak else None)
     job = SamplingJob(
       experiment,
       self.params,
@@ -392,6 +411,7 @@ class Pipeline:
       DRAW,
       Request(label_array, seed, min(batch_size, len(label_array))),
       generators=self._generators,
+      weak=weak,
     )
     if inpaint is not None:
       return with_inpainting(job, inpaint, mask, interpolation, repeats)
