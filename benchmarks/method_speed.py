@@ -88,7 +88,9 @@ def measure(side: int) -> list[str]:
   )
   ratios = np.median(times / times[:, :1], axis=0)
   rows = []
-  for method, seconds, ratio in zip(methods, np.median(times, axis=0), ratios):
+  for method, seconds, ratio in zip(
+    methods, np.median(times, axis=0), ratios, strict=True
+  ):
     tokens = f"{(side // 2) ** 2:,}"
     share = method.flops / methods[0].flops
     cells = [method.name, tokens, f"{method.flops / 1e9:.0f}", f"{share:.2f}"]
