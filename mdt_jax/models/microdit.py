@@ -88,9 +88,8 @@ class MicroDiT(MDT, kw_only=True):
   @property
   def mixer_width(self) -> int:
     """M, width of the tokens inside the mixer."""
-    return (
-      self.hidden_size if self.mixer_hidden_size is None else self.mixer_hidden_size
-    )
+    width = self.mixer_hidden_size
+    return self.hidden_size if width is None else width
 
   @property
   def mixer_heads(self) -> int:

@@ -104,9 +104,9 @@ def from_torch(
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
     network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2" or "MicroDiT"; None
-      to infer the network from the tensors. A SiT or TREAD has tensors of the names and shapes
-      of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
-      The route of a TREAD is the default one unless the file states another.
+      to infer the network from the tensors. A SiT or TREAD has tensors of the names and
+      shapes of a DiT, and is read as a DiT if neither `network` nor the file says
+      otherwise. The route of a TREAD is the default one unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
@@ -244,6 +244,7 @@ def _open_network(
     raise SettingError(
       "num_heads", None, f"must be given for a {variant} of unpublished width"
     )
+  _check_mixer(attributes)
   read_as = sizes.describe(attributes)
   try:
     model = create_model(**attributes)
@@ -256,6 +257,17 @@ def _open_network(
     return _read_param(tensors, path, params[path].shape, model)
 
   return OpenCheckpoint(attributes, metadata, tuple(params), read)
+
+
+def _check_mixer(attributes: Mapping[str, Any]) -> None:
+  """Raises SettingError if the heads of a mixer are not known, and have no default."""
+  if attributes.get("mixer_num_heads", 1) is not None:
+    return
+  size, rest = divmod(attributes["hidden_size"], attributes["num_heads"])
+  if rest == 0 and attributes["mixer_hidden_size"] % size:
+    accepted = "must be given: the tensors do not show it, and heads as large as those "
+    accepted += f"of the other blocks, {size}, do not divide the width of the mixer"
+    raise SettingError("mixer_num_heads", None, accepted)
 
 
 def attributes_of(model: Model) -> dict[str, Any]:
