@@ -18,6 +18,7 @@ from mdt_jax.setting_groups import (
   SamplingSettings,
 )
 from mdt_jax.settings import Settings
+from mdt_jax.sizes import Size, height_width
 
 
 def mdtv2(size: str, input_size: int = 32) -> ConfigDict:
@@ -54,6 +55,17 @@ def tread(size: str, input_size: int = 32) -> ConfigDict:
   return _tread(size, input_size).to_config()
 
 
+def microdit(size: str, input_size: int = 32) -> ConfigDict:
+  """MicroDiT: DiT behind a mixer, trained on a quarter of the tokens by EDM.
+
+  See arXiv 2407.15811. The paper's runs train another network on captions: this is its
+  method on DiT and class labels. The last 30,000 steps train on all tokens. For
+  arguments see `mdtv2`; an input size of 64 has the noise levels of the paper's images
+  of 512x512, and the other settings of 256x256.
+  """
+  return _microdit(size, input_size).to_config()
+
+
 def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
   """MDTv2's network, masking and optimizer, trained on velocities: no paper's run.
 
@@ -64,13 +76,18 @@ def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
 
 def process_of(attributes: Mapping[str, Any]) -> str:
   """Returns the process that a released network was trained with."""
-  return {"SiT": "flow", "TREAD": "edm"}.get(attributes["variant"], "gaussian")
+  variant = attributes["variant"]
+  if variant == "MicroDiT":  # the released networks learn no variance
+    return "gaussian" if attributes["learn_sigma"] else "edm"
+  return {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
 
 
 def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
   """Returns the arguments of a process that a released network was trained with."""
   if attributes["variant"] == "TREAD" and process == "flow":
     return {"data_time": 0, "time_distribution": "logit_normal"}
+  if attributes["variant"] == "MicroDiT" and process == "edm":
+    return _microdit_edm(attributes["input_size"])
   return {}
 
 
@@ -100,6 +117,7 @@ def of_network(
     "MDT": _mdt,
     "MDTv2": _mdtv2,
     "TREAD": _tread,
+    "MicroDiT": _microdit,
   }
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
@@ -184,6 +202,37 @@ def _tread(size: str, input_size: int = 32) -> Settings:
     optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
     sampling=SamplingSettings(
       method="heun", num_steps=40, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
+    ),
+  )
+
+
+def _microdit_edm(input_size: Size) -> dict[str, float]:
+  """The released arguments of EDM: those of 256x256, or of 512x512 and above."""
+  is_large = max(height_width(input_size, "input_size")) >= 64
+  p_mean, p_std = (0.0, 0.6) if is_large else (-0.6, 1.2)
+  return {"sigma_data": 0.9, "p_mean": p_mean, "p_std": p_std}
+
+
+def _microdit(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    batch_size=2048,
+    num_steps=280_000,
+    model=ModelSettings(name=f"MicroDiT-{size}/2", input_size=input_size),
+    objective=ObjectiveSettings(
+      name="microdit", arguments={"ratio": 0.75}, unmasked_from=250_000
+    ),
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="edm", arguments=_microdit_edm(input_size)),
+    optimizer=OptimizerSettings(
+      name="adamw",
+      learning_rate=2.4e-4,
+      warmup_steps=2_500,
+      weight_decay=0.1,
+      clip_norm=0.25,
+    ),
+    # The paper's scale of 5 is for captions; 1.5 is that of DiT for labels.
+    sampling=SamplingSettings(
+      method="edm", num_steps=30, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
     ),
   )
 

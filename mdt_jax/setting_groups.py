@@ -53,6 +53,11 @@ class ModelSettings:
   # route_start <= route_end < depth. None: 2 and depth - 4, as released.
   route_start: int | None = None
   route_end: int | None = None
+  # Blocks, width and heads of the mixer of a MicroDiT, which sees all tokens; at least
+  # 1. The width is divisible by the heads. None: those of the preset.
+  mixer_depth: int | None = None
+  mixer_hidden_size: int | None = None
+  mixer_num_heads: int | None = None
   # Hidden width of the MLPs, as a multiple of hidden_size; above 0.
   mlp_ratio: float = 4.0
   # What the network is conditioned on: label, or a condition of your own (a key of
@@ -84,13 +89,15 @@ class ObjectiveSettings:
 
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
   # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
-  # masking), tread (one pass; some blocks see only a part of the tokens), or an
+  # masking), tread (one pass; some blocks see only a part of the tokens), microdit (one
+  # pass; blocks and loss see only the tokens that a mixer's mask keeps), or an
   # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: that of the
   # network, such as tread for a TREAD; mdt for an MDT needs a masking.ratio above 0.
   # See docs/methods.md.
   name: str | None = None
-  # Arguments of tread, or of an objective of your own: '{"ratio": 0.5}', the share of
-  # removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'.
+  # Arguments of tread, microdit, or an objective of your own: '{"ratio": 0.5}', the
+  # share of removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio":
+  # 0.1}'.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # First step of a last phase that trains on all tokens, in [0, num_steps). None: no
   # such phase.
@@ -244,7 +251,8 @@ class InitSettings:
   step: int | None = None
   # Decay of the averaged parameters in a workdir. None: the one that is sampled.
   ema_decay: float | None = None
-  # What a file holds: DiT, SiT, TREAD, MDT or MDTv2. None: what its tensors show.
+  # What a file holds: DiT, SiT, TREAD, MDT, MDTv2 or MicroDiT. None: what its tensors
+  # show.
   network: str | None = None
   # Classes of the network in a file, without the null label. None: what its tensors
   # show; see --num_classes of mdt_jax.convert.

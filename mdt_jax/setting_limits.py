@@ -29,6 +29,8 @@ MAXIMA = {
   "config.model.hidden_size": 65_536,
   "config.model.in_channels": 4_096,
   "config.model.input_size": 16_384,
+  "config.model.mixer_depth": 1_000,
+  "config.model.mixer_hidden_size": 65_536,
   "config.model.mlp_ratio": 1_000,
   "config.model.num_classes": 10_000_000,
   "config.model.patch_bottleneck": 65_536,

@@ -61,6 +61,24 @@ FAULTS = {
     "range(self.route_start, end)",
     "models/test_tread.py",
   ),
+  "the mixer of a MicroDiT changes nothing": Fault(
+    "models/microdit.py",
+    "tokens, _ = mixer(tokens, c, None, None)",
+    "mixer(tokens, c, None, None)",
+    "models/test_microdit.py",
+  ),
+  "the output of removed tokens is that of others": Fault(
+    "models/mdt.py",
+    "x = restore_tokens(x, jnp.zeros(x.shape[-1]), token_mask)",
+    "x = x[:, token_mask.ids_restore[0] % x.shape[1]]",
+    "models/test_microdit.py",
+  ),
+  "removed tokens count in the loss of a MicroDiT": Fault(
+    "objectives/microdit.py",
+    "kept = jnp.where(mask.removed, 0, tokens)",
+    "kept = tokens",
+    "objectives/test_microdit.py",
+  ),
   "the variance of ddpm is that of the next step": Fault(
     "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
   ),

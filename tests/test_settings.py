@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mdt_jax import setting_limits
+from mdt_jax import recipes, setting_limits
 from mdt_jax.config import default_config
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
@@ -42,6 +42,8 @@ def test_each_published_run_and_digits_have_a_config():
   others = {
     "tread_b2",
     "tread_xl2",
+    "microdit_b2",
+    "microdit_xl2",
     "digits",
     "dit_xl2_512",
     "mdtv2_xl2_512",
@@ -104,6 +106,28 @@ def test_tread_runs_are_as_released(size, end):
   assert experiment.model.route == range(2, end + 1)
   assert experiment.model.label_dropout == 0.1
   assert (config.diffusion.process, config.sampling.num_steps) == ("edm", 40)
+
+
+@pytest.mark.parametrize(("size", "mixer"), [("b", (3, 768, 12)), ("xl", (6, 864, 12))])
+def test_microdit_runs_have_the_released_training(size, mixer):
+  config = load(f"microdit_{size}2").get_config()
+  experiment = build_on(config, 8)
+  model, process = experiment.model, experiment.process
+  assert (model.mixer_depth, model.mixer_width, model.mixer_heads) == mixer
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 2.4e-4)
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.1, 0.25)
+  assert (config.optimizer.warmup_steps, config.batch_size) == (2_500, 2048)
+  assert (process.sigma_data, process.p_mean, process.p_std) == (0.9, -0.6, 1.2)
+  steps = (0, 249_999, 250_000, config.num_steps - 1)
+  kept = [experiment.objective.choose_static(0, step) for step in steps]
+  assert kept == [64, 64, "unmasked", "unmasked"] and config.num_steps == 280_000
+  assert (config.sampling.method, config.sampling.num_steps) == ("edm", 30)
+
+
+@pytest.mark.parametrize(("size", "noise"), [(32, (-0.6, 1.2)), (64, (0.0, 0.6))])
+def test_noise_of_microdit_depends_on_the_size_of_images(size, noise):
+  arguments = recipes.microdit("S", size).diffusion.arguments
+  assert (arguments["p_mean"], arguments["p_std"]) == noise
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -25,6 +25,7 @@ _PAPERS = {
   "MDT": "arxiv:2303.14389",
   "MDTv2": "arxiv:2303.14389",
   "TREAD": "arxiv:2501.04765",
+  "MicroDiT": "arxiv:2407.15811",
 }
 
 
@@ -163,6 +164,9 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "blocks after the side-interpolater", str(model.decode_depth)
   if model.has_route:
     yield "blocks of the route", f"{model.route.start} to {model.route.stop - 1}"
+  if model.variant == "MicroDiT":
+    size = f"{model.mixer_depth} x {model.mixer_width}"
+    yield "depth x width of the mixer", f"{size}, {model.mixer_heads} heads"
   yield "input", "x".join(map(str, model.input_shape))
   yield "classes", f"{model.num_classes:,}"
   yield "label dropout", str(model.label_dropout)

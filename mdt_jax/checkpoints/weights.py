@@ -14,7 +14,6 @@ from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums, converted, hub_folders, loading
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, renamed_in_errors
-from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model, create_model
 from mdt_jax.paths import any_path
 from mdt_jax.pretrained import bucket_weights, diffusers_dit, hub, torch_mdt
@@ -130,7 +129,7 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
     )
   known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
   try:
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+    opened = _open_as(path, init.network, known, target)
   except SettingError as error:
     if error.setting == "input_size":  # no setting of `config.init`
       text = f"{CONFIG_FILE} beside it states sample_size = {error.value}, which "
@@ -139,10 +138,7 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
         text = f"needs a {CONFIG_FILE} beside it that states sample_size, because it "
         text += "holds no position embedding"
       raise SettingError("path", str(path), text) from None
-    if error.setting != "num_heads" or not isinstance(target, MDT):
-      raise
-    known["num_heads"] = target.num_heads
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+    raise
   file = diffusers_dit.find_file(path)
   model = create_model(**opened.attributes)
   return Weights(
@@ -153,3 +149,20 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
     checksums.checksum_of(file),
     hub_folders.read_labels(file, model.num_classes),
   )
+
+
+def _open_as(
+  path: Path, network: str | None, known: torch_mdt.KnownSizes, target: Model
+) -> torch_mdt.OpenCheckpoint:
+  """Opens a file; heads that it does not state are those of the network to train."""
+  while True:
+    try:
+      return torch_mdt.open_checkpoint(path, network, **known)
+    except SettingError as error:
+      name = error.setting
+      if name not in ("num_heads", "mixer_num_heads") or name in known:
+        raise
+      heads = getattr(target, name, None)
+      if heads is None:
+        raise
+      known[name] = heads

@@ -177,8 +177,12 @@ class FinalLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B L D"], c: Float[Array, "B E"]
+    self,
+    x: Float[Array, "B K D"],
+    c: Float[Array, "B E"],
+    token_mask: TokenMask | None = None,
   ) -> Float[Array, "B H W C"]:
+    """Maps all tokens, or the kept ones of a token mask; removed patches are zeros."""
     options = dict(dtype=self.dtype, forward_mode=self.forward_mode)
     modulation = Modulation(2, x.shape[-1], **options, name="modulation")
     shift, scale = modulation(c)
@@ -188,7 +192,9 @@ class FinalLayer(nn.Module):
       path="final_layer/",
       kernel_init=nn.initializers.zeros,
       **options,
-    )(modulated_norm(x, shift, scale))  # (B, L, p p C)
+    )(modulated_norm(x, shift, scale))  # (B, K, p p C)
+    if token_mask is not None:
+      x = restore_tokens(x, jnp.zeros(x.shape[-1]), token_mask)  # (B, L, p p C)
     return unpatchify(x, self.grid_size, self.patch_size)
 
 
@@ -335,12 +341,21 @@ class MDT(Network, kw_only=True):
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
     return embedded, c + self.conditioning.embedder(width, dtype)(y, train)
 
-  def _output(self, tokens: Array, c: Array) -> Array:
-    """Maps the last tokens (B, L, D) to the output (B, H, W, out_channels)."""
+  def _output(
+    self, tokens: Array, c: Array, token_mask: TokenMask | None = None
+  ) -> Array:
+    """Maps the last tokens to the output (B, H, W, out_channels).
+
+    Args:
+      tokens: (B, L, D); with a token mask, (B, K, D), the kept tokens.
+      c: (B, D).
+      token_mask: positions of the kept tokens; the output of the removed ones is 0.
+    """
     options = dict(dtype=self.dtype, forward_mode=self.forward_mode)
     sizes = self.patch_size, self.last_channels, self.grid_size
     final_layer = FinalLayer(*sizes, **options, name="final_layer")
-    output = final_layer(tokens, c).astype(jnp.float32)  # (B, H, W, last_channels)
+    output = final_layer(tokens, c, token_mask)  # (B, H, W, last_channels)
+    output = output.astype(jnp.float32)
     return output if self.variant != "SiT" else output[..., : self.out_channels]
 
   def _encode(
@@ -401,8 +416,7 @@ class MDT(Network, kw_only=True):
       name=name,
       remat=self.remat,
       unroll=self.unroll,
-      **options,
-      **self._block_attributes(),
+      **{**self._block_attributes(), **options},
     )
 
   def _block_attributes(self) -> dict[str, Any]:

@@ -37,13 +37,19 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
   return flops
 
 
-def block_flops(model: MDT, length: int) -> int:
-  """Counts the operations of a block on `length` tokens, without its long skip."""
-  width = model.hidden_size
+def block_flops(model: MDT, length: int, width: int | None = None) -> int:
+  """Counts the operations of a block on `length` tokens, without its long skip.
+
+  Args:
+    model: the network.
+    length: number of tokens.
+    width: width of the tokens; None for that of the network.
+  """
+  width = width or model.hidden_size
   hidden = int(width * model.mlp_ratio)
   linear = 2 * length * width * (3 * width + width + 2 * hidden)
   attention = 2 * 2 * length**2 * width
-  return linear + attention + 2 * width * 6 * width  # modulation
+  return linear + attention + 2 * model.hidden_size * 6 * width  # modulation
 
 
 def skip_flops(model: MDT, length: int) -> int:

@@ -38,6 +38,8 @@ PARAMETER_AXES: Mapping[str, Axes] = {
   "relative_position_bias": (None, "heads"),
   "skip/kernel": (None, "width"),
   "modulation/linear/kernel": (None, "width"),
+  "mixer_in/linear/kernel": (None, "width"),
+  "mixer_out/linear/kernel": (None, "width"),
   "fc1/kernel": ("width", "hidden"),
   "fc1/bias": ("hidden",),
   "fc2/kernel": ("hidden", "width"),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models import mdt_flops, tread
+from mdt_jax.models import mdt_flops, microdit, tread
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
@@ -30,6 +30,17 @@ SIZES = {
   "XL": dict(hidden_size=1152, depth=28, num_heads=16),
 }
 PATCH_SIZES = (2, 4, 8, 16)
+# Mixers of MicroDiT. The release has other sizes than DiT: Tiny, 16 blocks of width 512
+# with a mixer of 4 blocks of 512; XL, 28 blocks of 1024 with 6 blocks of 768. The sizes
+# for DiT are our choice in these proportions: as in Tiny, S and B have a mixer of a
+# quarter of the depth and of the same width; as in XL, L and XL have 6 blocks of three
+# quarters of the width. Heads have the size of the backbone's heads.
+MIXERS = {
+  "S": dict(mixer_depth=3),
+  "B": dict(mixer_depth=3),
+  "L": dict(mixer_depth=6, mixer_hidden_size=768),
+  "XL": dict(mixer_depth=6, mixer_hidden_size=864),
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -53,15 +64,25 @@ class NetworkEntry:
 
 
 def _presets(
-  variant: str, decode_depths: Mapping[str, int] | None = None
+  variant: str,
+  decode_depths: Mapping[str, int] | None = None,
+  more: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """Returns name -> attributes for every size and patch size of a variant."""
+  """Returns name -> attributes for every size and patch size of a variant.
+
+  Args:
+    variant: a key of NETWORKS.
+    decode_depths: size -> decode_depth; None for networks without a decoder.
+    more: size -> further attributes.
+  """
   presets = {}
   for size, settings in SIZES.items():
     for patch_size in PATCH_SIZES:
       preset = dict(variant=variant, patch_size=patch_size, **settings)
       if decode_depths is not None:
         preset["decode_depth"] = decode_depths[size]
+      if more is not None:
+        preset |= more[size]
       presets[f"{variant}-{size}/{patch_size}"] = preset
   return presets
 
@@ -80,6 +101,9 @@ NETWORKS: dict[str, NetworkEntry] = {
     MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
   ),
   "TREAD": NetworkEntry(tread.TREAD, _presets("TREAD"), tread.forward_flops),
+  "MicroDiT": NetworkEntry(
+    microdit.MicroDiT, _presets("MicroDiT", more=MIXERS), microdit.forward_flops
+  ),
 }
 
 # Name -> attributes, for all presets of all networks.

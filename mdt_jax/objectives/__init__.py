@@ -2,6 +2,7 @@
 
 from mdt_jax.objectives.mdt import MDTObjective
 from mdt_jax.objectives.mdt_unmasked import MDTUnmaskedObjective
+from mdt_jax.objectives.microdit import MicroDiTObjective
 from mdt_jax.objectives.objective import (
   OBJECTIVES,
   Draws,
@@ -19,6 +20,7 @@ __all__ = [
   "Draws",
   "MDTObjective",
   "MDTUnmaskedObjective",
+  "MicroDiTObjective",
   "Objective",
   "PlainObjective",
   "TREADObjective",

@@ -35,6 +35,7 @@ _COMPATIBLE = {
   for new in ("DiT", "SiT", "MDT", "MDTv2", "TREAD")
 }
 _MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
+_MIXER = ("mixer_depth", "mixer_width", "mixer_heads")  # must match for two MicroDiT
 
 # Path of a parameter of the old network -> its value.
 Read: TypeAlias = Callable[[str], np.ndarray]
@@ -62,8 +63,8 @@ class Adaptation:
   """The start of each parameter of a network from those of another network.
 
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
-  TREAD, MDT and MDTv2 may differ in classes, input size, patch size, channels and
-  learned variance, and, where `_COMPATIBLE` says so, in the variant.
+  TREAD, MDT, MDTv2 and MicroDiT may differ in classes, input size, patch size, channels
+  and learned variance, and, where `_COMPATIBLE` says so, in the variant.
 
   Args:
     source: the old network.
@@ -143,7 +144,8 @@ class Adaptation:
     """Raises SettingError if the blocks of the networks do not fit."""
     old: Any = self.source
     new: Any = self.target
-    for name in _MUST_MATCH:
+    both_mix = old.variant == new.variant == "MicroDiT"
+    for name in (*_MUST_MATCH, *_MIXER) if both_mix else _MUST_MATCH:
       if getattr(old, name) != getattr(new, name):
         raise self._misfit(
           f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
@@ -161,6 +163,11 @@ class Adaptation:
           "; --config.init.partial=true keeps the blocks that both have",
         )
     pair = (old.variant, new.variant)
+    if "MicroDiT" in pair and old.variant != new.variant:
+      raise self._misfit(
+        f"the network is {old.variant} there and {new.variant}",
+        "; --config.init.partial=true keeps what both have, all but the mixer",
+      )
     if old.variant != new.variant and pair not in _COMPATIBLE:
       raise self._misfit(
         f"{old.variant} has long skips there, and {new.variant} has none",
@@ -197,7 +204,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of MDT, MDTv2, DiT, SiT or TREAD."""
+    """Returns the start of a parameter of an `MDT` or of a subclass."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")
@@ -207,7 +214,9 @@ class Adaptation:
       if path.endswith("relative_position_bias"):  # that of the side-interpolater
         return self._bias_table(path)
       return self._same(path)
-    return _new("of the side-interpolater")
+    target: Any = self.target
+    is_mixer = target.variant == "MicroDiT"
+    return _new("of the mixer" if is_mixer else "of the side-interpolater")
 
   def _block(self, path: str, stack: str, inside: str) -> Start:
     """Starts a parameter of a stack of blocks, layer by layer."""

@@ -1,6 +1,6 @@
 """Converts released PyTorch checkpoints to and from flax parameters.
 
-The networks are MDT, MDTv2, DiT, SiT and TREAD.
+The networks are MDT, MDTv2, DiT, SiT, TREAD and MicroDiT.
 
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
@@ -79,6 +79,7 @@ class KnownSizes(TypedDict, total=False):
 
   decode_depth: int | None
   num_heads: int | None
+  mixer_num_heads: int | None
   num_classes: int | None
   input_size: int | None
   process: str | None
@@ -90,10 +91,11 @@ def from_torch(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  mixer_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT or TREAD.
+  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT, TREAD or MicroDiT.
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
@@ -101,16 +103,19 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "SiT", "TREAD", "MDT" or "MDTv2"; None to infer
-      the network from the tensors. A SiT or TREAD has tensors of the names and shapes
-      of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
-      The route of a TREAD is the default one unless the file states another.
+    network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2" or "MicroDiT"; None
+      to infer the network from the tensors. A SiT or TREAD has tensors of the names and
+      shapes of a DiT, and is read as a DiT if neither `network` nor the file says
+      otherwise. The route of a TREAD is the default one unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, SiT or TREAD, which the tensors do not
-      determine; None for that which the file states, else that of the published size of
-      the same width.
+    num_heads: number of heads of a DiT, SiT, TREAD or MicroDiT, which the tensors do
+      not determine; None for that which the file states, else that of the published
+      size of the same width.
+    mixer_num_heads: number of heads of the mixer of a MicroDiT; None for that which the
+      file states, else heads as large as those of the other blocks. Must be None for
+      other networks.
     num_classes: number of classes, without the null label. If the label table has
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
@@ -132,6 +137,7 @@ def from_torch(
     network,
     decode_depth=decode_depth,
     num_heads=num_heads,
+    mixer_num_heads=mixer_num_heads,
     num_classes=num_classes,
     input_size=input_size,
   )
@@ -179,7 +185,8 @@ def from_tensors(
     source: name of the tensors in errors.
     network: see `from_torch`.
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
-    **known: decode_depth, num_heads, num_classes, input_size: see `from_torch`.
+    **known: decode_depth, num_heads, mixer_num_heads, num_classes, input_size: see
+      `from_torch`.
   """
   if network is not None:
     check_choice("network", network, NETWORKS)
@@ -196,6 +203,7 @@ def _open_network(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  mixer_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
   process: str | None = None,
@@ -227,10 +235,16 @@ def _open_network(
     attributes["decode_depth"] = decode_depth
   if num_heads is not None:
     attributes["num_heads"] = num_heads
+  if mixer_num_heads is not None:
+    if "mixer_num_heads" not in attributes:
+      accepted = f"must be None: {source} holds {variant}, not MicroDiT"
+      raise SettingError("mixer_num_heads", mixer_num_heads, accepted)
+    attributes["mixer_num_heads"] = mixer_num_heads
   if attributes["num_heads"] is None:
     raise SettingError(
       "num_heads", None, f"must be given for a {variant} of unpublished width"
     )
+  _check_mixer(attributes)
   read_as = sizes.describe(attributes)
   try:
     model = create_model(**attributes)
@@ -243,6 +257,17 @@ def _open_network(
     return _read_param(tensors, path, params[path].shape, model)
 
   return OpenCheckpoint(attributes, metadata, tuple(params), read)
+
+
+def _check_mixer(attributes: Mapping[str, Any]) -> None:
+  """Raises SettingError if the heads of a mixer are not known, and have no default."""
+  if attributes.get("mixer_num_heads", 1) is not None:
+    return
+  size, rest = divmod(attributes["hidden_size"], attributes["num_heads"])
+  if rest == 0 and attributes["mixer_hidden_size"] % size:
+    accepted = "must be given: the tensors do not show it, and heads as large as those "
+    accepted += f"of the other blocks, {size}, do not divide the width of the mixer"
+    raise SettingError("mixer_num_heads", None, accepted)
 
 
 def attributes_of(model: Model) -> dict[str, Any]:

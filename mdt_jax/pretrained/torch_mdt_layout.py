@@ -129,11 +129,11 @@ def to_released(array: Any, path: str, model: Model) -> Any:
     p = model.patch_size
     return array.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
   if path.endswith("attention/qkv/kernel"):  # (D, 3, heads, D / heads)
-    return array.reshape(model.hidden_size, -1).T
+    return array.reshape(array.shape[0], -1).T
   if path.endswith("attention/qkv/bias"):  # (3, heads, D / heads)
     return array.reshape(-1)
   if path.endswith("attention/proj/kernel"):  # (heads, D / heads, D)
-    return array.reshape(-1, model.hidden_size).T
+    return array.reshape(-1, array.shape[-1]).T
   if path.endswith("kernel"):
     return array.T
   if path in ("pos_embed", "decode_pos_embed"):

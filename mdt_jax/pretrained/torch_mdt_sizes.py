@@ -25,7 +25,12 @@ from mdt_jax.pretrained.torch_names import some_names
 MDT_DECODE_DEPTH = 2
 # Attributes that `notes` stores in a file, because shapes do not always show them.
 ROUTE = ("route_start", "route_end")
-NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth", *ROUTE)
+NOTED = (
+  *("variant", "num_classes", "label_dropout", "num_heads", "decode_depth"),
+  *("mixer_num_heads", *ROUTE),
+)
+# Sizes that a file may state.
+STATED = ("num_classes", "num_heads", "decode_depth", "mixer_num_heads", "input_size")
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -142,7 +147,7 @@ def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
   stated = {**metadata, **read_notes(metadata)}
   return {
     name: stated[name]
-    for name in ("num_classes", "num_heads", "decode_depth", "input_size")
+    for name in STATED
     if type(stated.get(name)) is int and stated[name] > 0
   }
 
@@ -281,6 +286,11 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
   blocks = f"{attributes['num_heads']} heads"
   if attributes["variant"] in ("MDT", "MDTv2"):
     blocks += f", {attributes['decode_depth']} decode blocks"
+  if attributes["variant"] == "MicroDiT":
+    heads = attributes["mixer_num_heads"]
+    blocks += f", {attributes['mixer_depth']} mixer blocks of width "
+    blocks += f"{attributes['mixer_hidden_size']}"
+    blocks += f" and {heads} heads" if heads else " and heads of the same size"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "

@@ -24,7 +24,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.models.registry import MODELS, create_model
 from mdt_jax.pretrained.bucket_weights import local_weights
 from mdt_jax.pretrained.tensors import read_tensors, write_tensors
-from mdt_jax.pretrained.torch_mdt import from_torch, to_torch
+from mdt_jax.pretrained.torch_mdt import attributes_of, from_torch, to_torch
 from mdt_jax.pretrained.torch_mdt_sizes import notes
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.setting_groups import DiffusionSettings
@@ -81,7 +81,8 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 @pytest.mark.parametrize("name", MODELS)
 def test_published_network_gets_its_name_and_released_settings(name):
   variant = MODELS[name]["variant"]
-  process = {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
+  processes = {"SiT": "flow", "TREAD": "edm", "MicroDiT": "edm"}
+  process = processes.get(variant, "gaussian")
   is_gaussian = process == "gaussian"
   attributes = dict(MODELS[name], input_size=32, learn_sigma=is_gaussian)
   settings = recipes.of_network(attributes)
@@ -182,6 +183,44 @@ def test_tread_is_converted_there_and_back(process, expected, method, tmp_path):
   again = from_torch_file(tmp_path / "back.pt", tmp_path / "again")
   assert Experiment(again).model == pipeline.experiment.model
   assert dataclasses.replace(again, model=settings.model) == settings
+
+
+def test_microdit_is_converted_there_and_back(tmp_path):
+  """The recorded network has the channels of a variance, so it is one of DDPM."""
+  source = fixture("microdit_dit")
+  heads = dict(num_heads=2, mixer_num_heads=3)
+  settings = from_torch_file(source, tmp_path / "run", **heads)
+  assert settings.model.name == "MicroDiT-S/2"
+  assert (settings.objective.name, settings.diffusion.process) == (
+    "microdit",
+    "gaussian",
+  )
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / "back.pt")
+  before, after = read_tensors(source), read_tensors(tmp_path / "back.pt")
+  assert before.keys() == after.keys()
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+  # The notes of the file hold the heads, of the blocks and of the mixer.
+  again = from_torch_file(tmp_path / "back.pt", tmp_path / "again")
+  assert Experiment(again).model == pipeline.experiment.model
+
+
+def test_microdit_without_variance_is_one_of_edm(tmp_path):
+  name = "MicroDiT-S/8"
+  sizes = dict(hidden_size=32, depth=1, num_heads=2, mixer_depth=1, num_classes=3)
+  model = create_model(name, **sizes, input_size=8)
+  attributes = attributes_of(model)
+  tensors = to_torch(attributes, reference.random_params(model))
+  write_tensors(tmp_path / "model.safetensors", tensors)
+  settings = from_torch_file(
+    tmp_path / "model.safetensors", tmp_path / "run", num_heads=2
+  )
+  expected = {"sigma_data": 0.9, "p_mean": -0.6, "p_std": 1.2}
+  assert (settings.diffusion.process, settings.diffusion.arguments) == ("edm", expected)
+  assert settings.sampling.method == "edm"
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
 
 
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})

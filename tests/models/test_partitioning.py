@@ -17,11 +17,13 @@ RANK_OF_A_MATRIX = 2
 def ranks(variant):
   """Maps each parameter path of the smallest preset to its rank in one block.
 
-  The preset has a bottleneck before its tokens in addition.
+  The preset has a bottleneck before its tokens in addition, and a mixer of another
+  width than the blocks.
   """
   network = NETWORKS[variant]
   name = next(iter(network.presets))
-  params = abstract_params(create_model(name, patch_bottleneck=8))
+  more = {"mixer_hidden_size": 192} if variant == "MicroDiT" else {}
+  params = abstract_params(create_model(name, patch_bottleneck=8, **more))
   return {
     path: len(leaf.shape) - ("blocks/" in path)
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()

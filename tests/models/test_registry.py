@@ -19,12 +19,13 @@ SMALL = dict(
 
 def small(variant):
   depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2), TREAD=(6, 2))
+  depths |= dict(MicroDiT=(2, 2))
   depth, decode_depth = depths[variant]
   return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
 
 
-def test_there_are_80_presets():
-  assert len(MODELS) == 5 * 4 * 4
+def test_there_are_96_presets():
+  assert len(MODELS) == 6 * 4 * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -43,7 +44,7 @@ def test_create_model_accepts_attributes_without_a_name(variant):
 
 
 @pytest.mark.parametrize("key", ["name", "variant"])
-@pytest.mark.parametrize("variant", ["SiT", "TREAD"])
+@pytest.mark.parametrize("variant", ["SiT", "TREAD", "MicroDiT"])
 def test_networks_of_continuous_processes_have_no_learned_variance(variant, key):
   model = create_model(**{key: f"{variant}-S/2" if key == "name" else variant})
   assert (model.learn_sigma, model.out_channels) == (False, 4)
@@ -127,6 +128,10 @@ TREES = {
   "SiT": SHARED | stacked("blocks", 2, BLOCK),
   "TREAD": SHARED
   | stacked("blocks", 6, BLOCK)
+  | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
+  "MicroDiT": SHARED
+  | stacked("mixer_blocks", 3, BLOCK)
+  | stacked("blocks", 2, BLOCK)
   | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
   "MDT": MASKED
   | stacked("blocks", 1, BIASED_BLOCK)

@@ -54,7 +54,7 @@ def forward(model, params, labels=(4, 4, 4)):
   return jax.jit(model.apply)({"params": unflatten(params)}, x, t, labels)
 
 
-@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD"])
+@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MicroDiT"])
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
   found, adaptation = start(source, source)
@@ -290,6 +290,9 @@ class Other(Network):
     (tiny("MDTv2"), tiny("MDTv2", decode_depth=4), "decode_depth is 2 there and 4"),
     (tiny("MDTv2"), tiny("MDT"), "MDTv2 has long skips there, and MDT has none here"),
     (tiny("MDTv2"), tiny("DiT"), "MDTv2 has long skips there, and DiT has none here"),
+    (tiny(), tiny("MicroDiT"), "the network is MDT there and MicroDiT here"),
+    (tiny("MicroDiT"), tiny("DiT"), "the network is MicroDiT there and DiT here"),
+    (tiny("MicroDiT"), tiny("MicroDiT", mixer_depth=2), "mixer_depth is 3 there and 2"),
     (Other(), Other(width=5), r"scale is \(4,\) there and \(5,\) here"),
     (Other(), tiny(), "missing there and"),
     (tiny(), Other(), "scale is missing there and"),
@@ -298,6 +301,18 @@ class Other(Network):
 def test_networks_that_do_not_fit_are_refused(source, target, message):
   with pytest.raises(SettingError, match=f"^path = 'a.pt': does not fit: .*{message}"):
     Adaptation(source, target, name="a.pt")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"mixer_hidden_size": 8}])
+def test_partial_keeps_all_but_the_mixer(sizes):
+  source, target = tiny("DiT"), tiny("MicroDiT", learn_sigma=True, **sizes)
+  found, adaptation = start(source, target, partial=True)
+  new = {path for path, start in adaptation.starts.items() if start.how != "kept"}
+  assert new == {path for path in found if path.startswith("mixer_")}
+  if not sizes:  # gates of new blocks are zero
+    np.testing.assert_allclose(
+      forward(target, found), forward(source, params_of(source)), atol=1e-5
+    )
 
 
 def test_partial_accepts_other_depths_and_variants():

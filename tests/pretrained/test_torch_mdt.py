@@ -156,6 +156,24 @@ def test_round_trip_of_networks_like_dit_keeps_every_bit_of_the_reference(networ
     )
 
 
+@pytest.mark.parametrize("network", [None, "MicroDiT"])
+@pytest.mark.parametrize(
+  ("name", "heads"), [("microdit_dit", 3), ("microdit_dit_same", 2)]
+)
+def test_round_trip_of_microdit_keeps_every_bit_of_the_reference(name, heads, network):
+  path = reference.FIXTURES / f"{name}.pt"
+  attributes, params = from_torch(path, network, num_heads=2, mixer_num_heads=heads)
+  back = to_torch(attributes, params)
+  assert attributes["variant"] == "MicroDiT" and back.keys() == released(name).keys()
+  for key, value in released(name).items():
+    reference.assert_matches(
+      "MicroDiT, checkpoint converted there and back",
+      back[key].view(np.uint8),
+      value.view(np.uint8),
+      0,
+    )
+
+
 def test_sit_is_read_as_a_dit_unless_asked_for():
   attributes, _ = from_torch(reference.FIXTURES / "sit.pt", num_heads=2)
   assert (attributes["variant"], attributes["learn_sigma"]) == ("DiT", True)

@@ -317,6 +317,68 @@ def test_route_that_does_not_fit_the_blocks_is_refused(end):
   assert error.setting == "tensors" and f"route_end = {end}" in error.accepted
 
 
+# MicroDiT, whose mixer has heads of its own.
+
+
+MICRODIT = reference.FIXTURES / "microdit_dit.pt"
+
+
+def test_heads_of_a_mixer_are_asked_for():
+  """Heads of 32 / 2 numbers, as in the other blocks, do not divide 24."""
+  error = expect_error(from_torch, MICRODIT, num_heads=2)
+  assert (error.setting, error.value) == ("mixer_num_heads", None)
+  assert "must be given" in error.accepted and "16" in error.accepted
+
+
+def test_heads_of_a_mixer_are_as_large_as_the_others_by_default():
+  path = reference.FIXTURES / "microdit_dit_same.pt"
+  attributes, params = from_torch(path, num_heads=4)
+  assert create_model(**attributes).mixer_heads == 4
+  assert params["mixer_blocks"]["attention"]["qkv"]["kernel"].shape == (2, 32, 3, 4, 8)
+
+
+def test_heads_of_a_mixer_that_do_not_fit_are_refused():
+  error = expect_error(from_torch, MICRODIT, num_heads=2, mixer_num_heads=5)
+  assert error.setting == "path" and "mixer_num_heads = 5" in error.accepted
+
+
+def test_heads_of_a_mixer_are_refused_for_another_network():
+  error = expect_error(from_tensors, released("dit"), num_heads=2, mixer_num_heads=2)
+  assert (error.setting, error.value) == ("mixer_num_heads", 2)
+  assert "holds DiT, not MicroDiT" in error.accepted
+
+
+@pytest.mark.parametrize("network", ["DiT", "TREAD"])
+def test_microdit_is_no_other_network(network):
+  error = expect_error(from_torch, MICRODIT, network, num_heads=2, mixer_num_heads=3)
+  assert (error.setting, error.value) == ("network", network)
+  assert "must be MicroDiT" in error.accepted
+
+
+def test_dit_is_no_microdit():
+  error = expect_error(from_tensors, released("dit"), network="MicroDiT", num_heads=2)
+  assert (error.setting, error.value) == ("network", "MicroDiT")
+
+
+@pytest.mark.parametrize(
+  "name", ["patch_mixer.1.mlp.fc1.bias", "patch_mixer_map_xout.0.weight"]
+)
+def test_error_names_a_missing_tensor_of_a_mixer(name):
+  tensors = {key: v for key, v in released("microdit_dit").items() if key != name}
+  error = expect_error(from_tensors, tensors, num_heads=2, mixer_num_heads=3)
+  assert error.accepted.endswith(
+    f"read as MicroDiT (depth x width x patch = 4x32x2): {name} is missing"
+  )
+
+
+@pytest.mark.parametrize("shape", [(72,), (72, 0)])
+def test_mixer_of_another_shape_is_refused(shape):
+  name = "patch_mixer.0.attn.qkv.weight"
+  tensors = {**released("microdit_dit"), name: np.zeros(shape, np.float32)}
+  error = expect_error(from_tensors, tensors, num_heads=2)
+  assert f"{name} has shape {shape}" in error.accepted
+
+
 # The description for the log.
 
 
@@ -337,6 +399,14 @@ def test_description_of_a_network_without_null_label_and_learned_variance():
   attributes = {**reference.load_model("dit")[0], "label_dropout": 0.0}
   text = describe_fully({**attributes, "learn_sigma": False})
   assert re.search("classes without a null label; no learned variance", text)
+
+
+def test_description_of_a_mixer():
+  attributes, _ = from_torch(MICRODIT, num_heads=2, mixer_num_heads=3)
+  text = describe_fully(attributes)
+  assert "2 heads, 2 mixer blocks of width 24 and 3 heads" in text
+  text = describe_fully({**attributes, "mixer_num_heads": None})
+  assert "of width 24 and heads of the same size" in text
 
 
 def test_home_folder_is_expanded(tmp_path, monkeypatch):

@@ -1,0 +1,92 @@
+"""The objective of MicroDiT (arXiv 2407.15811): one pass, the loss of the kept tokens.
+
+The network drops random tokens after its mixer, and only the others are trained. The
+source is SonyResearch/micro_diffusion. Its runs train on captions by EDM; this
+objective accepts any condition and any process.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from mdt_jax.diffusion.process import Process
+from mdt_jax.diffusion.timestep_samplers import TimestepSampler
+from mdt_jax.models.masking import TokenMask
+from mdt_jax.models.registry import Model
+from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses
+from mdt_jax.objectives.tokens import TokenObjective
+from mdt_jax.types import Array, Params
+
+
+class MicroDiTObjective(TokenObjective):
+  """The loss of the kept tokens of one pass, of a network such as `models.MicroDiT`.
+
+  The loss of a token is the mean over its pixels and channels, that of a sample the
+  mean over its kept tokens. With a learned variance, the term "vb" is averaged in the
+  same way. `ratio` is the share of removed tokens; with a ratio of 0, the loss is that
+  of the objective "plain".
+
+  Any network that accepts a token mask is trained, but what an MDT predicts for the
+  removed tokens does not count. For arguments see `TokenObjective`.
+  """
+
+  name = "microdit"
+
+  def __init__(
+    self,
+    model: Model,
+    process: Process,
+    timestep_sampler: TimestepSampler | None = None,
+    *,
+    ratio: float = 0.75,
+    schedule: str = "constant",
+    min_ratio: float = 0.0,
+    num_lengths: int = 8,
+    num_steps: int | None = None,
+  ):
+    super().__init__(
+      model,
+      process,
+      timestep_sampler,
+      ratio=ratio,
+      schedule=schedule,
+      min_ratio=min_ratio,
+      num_lengths=num_lengths,
+      num_steps=num_steps,
+    )
+
+  def check_model(self) -> None:
+    """Raises SettingError if the network accepts no token mask."""
+    model = self.model
+    if not (model.defers_mask or model.takes_mask or model.has_route):
+      raise self.refuse_model("accepts no token mask; use a MicroDiT")
+
+  def token_losses(
+    self, apply: Apply, params: Params, draws: Draws, mask: TokenMask | None
+  ) -> Losses:
+    """Computes the losses of the kept tokens."""
+    if mask is None:
+      losses = self.pass_losses(apply, params, draws, 0)
+    else:
+      patch_size = self.model.patch_size
+      mean = functools.partial(mean_of_kept, mask=mask, patch_size=patch_size)
+      losses = self.pass_losses(apply, params, draws, 0, mask, mean=mean)
+    return {**losses, "total": losses["loss"]}
+
+
+def mean_of_kept(
+  x: Float[Array, "B H W C"], mask: TokenMask, patch_size: int
+) -> Float[Array, " B"]:
+  """Averages x over channels and pixels of each kept token, then over these tokens."""
+  p = patch_size
+  batch, height, width, channels = x.shape
+  patches = x.reshape(batch, height // p, p, width // p, p, channels)
+  tokens = patches.mean(axis=(2, 4, 5)).reshape(batch, -1)  # (B, L)
+  kept = jnp.where(mask.removed, 0, tokens)
+  return kept.sum(axis=1) / mask.ids_keep.shape[1]
+
+
+OBJECTIVES["microdit"] = MicroDiTObjective
