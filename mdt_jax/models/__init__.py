@@ -1,14 +1,16 @@
-"""The networks MDT, MDTv2, DiT, SiT and TREAD; `models.registry` lists all presets."""
+"""The networks MDT, MDTv2, DiT, SiT, TREAD and SPRINT; see `models.registry`."""
 
 from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network, check_network
 from mdt_jax.models.registry import MODELS, create_model
+from mdt_jax.models.sprint import SPRINT
 from mdt_jax.models.tread import TREAD
 
 __all__ = [
   "MDT",
   "MODELS",
+  "SPRINT",
   "TREAD",
   "Condition",
   "LabelCondition",

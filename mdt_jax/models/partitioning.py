@@ -37,6 +37,7 @@ PARAMETER_AXES: Mapping[str, Axes] = {
   "proj/kernel": ("heads", None, "width"),
   "relative_position_bias": (None, "heads"),
   "skip/kernel": (None, "width"),
+  "fuse/kernel": (None, "width"),
   "modulation/linear/kernel": (None, "width"),
   "fc1/kernel": ("width", "hidden"),
   "fc1/bias": ("hidden",),

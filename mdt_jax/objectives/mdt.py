@@ -147,7 +147,8 @@ def check_takes_mask(objective: str, model: Model) -> None:
   """Raises SettingError if the network does not predict masked tokens."""
   if not model.takes_mask:
     name = getattr(model, "variant", type(model).__name__)
-    others = "plain or tread" if model.has_route else "plain"
+    own = model.default_objective
+    others = "plain" if own == "plain" else f"plain or {own}"
     accepted = f"{name} predicts no masked tokens; accepted is {others}"
     raise SettingError("objective", objective, accepted)
 

@@ -25,7 +25,18 @@ from mdt_jax.pretrained.torch_names import some_names
 MDT_DECODE_DEPTH = 2
 # Attributes that `notes` stores in a file, because shapes do not always show them.
 ROUTE = ("route_start", "route_end")
-NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth", *ROUTE)
+NOTED = (
+  "variant",
+  "num_classes",
+  "label_dropout",
+  "num_heads",
+  "decode_depth",
+  "input_size",
+  "patch_size",
+  *ROUTE,
+)
+# Sizes that a file may state. The tensors of most networks show the last two.
+_STATED = ("num_classes", "num_heads", "decode_depth", "input_size", "patch_size")
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -104,7 +115,7 @@ def infer_attributes(
       f"must hold an MDT, MDTv2, DiT or SiT: pos_embed of {length} tokens does not fit "
       "the other tensors",
     )
-  num_classes, has_null = _count_classes(rows, num_classes, known, source)
+  num_classes, has_null = count_classes(rows, num_classes, known, source)
   attributes: dict[str, Any] = dict(
     variant=variant,
     input_size=round(length**0.5) * patch_size,
@@ -122,11 +133,11 @@ def infer_attributes(
     heads = known.get("num_heads", published.get(hidden_size))
   attributes["num_heads"] = heads
   if variant == "MDTv2":
-    attributes["decode_depth"] = _count(tensors, "de_blocks")
-    pairs = _count(tensors, "en_inblocks")
+    attributes["decode_depth"] = count_blocks(tensors, "de_blocks")
+    pairs = count_blocks(tensors, "en_inblocks")
     attributes["depth"] = 2 * pairs + attributes["decode_depth"]
   else:
-    attributes["depth"] = _count(tensors, "blocks")
+    attributes["depth"] = count_blocks(tensors, "blocks")
     if variant == "MDT":
       attributes["decode_depth"] = known.get("decode_depth", MDT_DECODE_DEPTH)
   return attributes
@@ -142,7 +153,7 @@ def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
   stated = {**metadata, **read_notes(metadata)}
   return {
     name: stated[name]
-    for name in ("num_classes", "num_heads", "decode_depth", "input_size")
+    for name in _STATED
     if type(stated.get(name)) is int and stated[name] > 0
   }
 
@@ -296,7 +307,7 @@ def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
   )
 
 
-def _count_classes(
+def count_classes(
   rows: int, asked: int | None, known: Mapping[str, Any], source: str
 ) -> tuple[int, bool]:
   """Returns the number of classes, and whether the label table has a null row.
@@ -332,6 +343,6 @@ def _leaves_variance_at_zero(
   return bool(rows[:, :channels].any() and not rows[:, channels:].any())
 
 
-def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
+def count_blocks(tensors: Mapping[str, np.ndarray], stack: str) -> int:
   """Returns the number of blocks in a stack, such as "de_blocks"."""
   return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
