@@ -54,6 +54,14 @@ def tread(size: str, input_size: int = 32) -> ConfigDict:
   return _tread(size, input_size).to_config()
 
 
+def sprint(size: str, input_size: int = 32) -> ConfigDict:
+  """SPRINT: three quarters of the tokens skip the middle blocks, then none does.
+
+  See arXiv 2510.21986. For arguments see `mdtv2`.
+  """
+  return _sprint(size, input_size).to_config()
+
+
 def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
   """MDTv2's network, masking and optimizer, trained on velocities: no paper's run.
 
@@ -64,13 +72,14 @@ def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
 
 def process_of(attributes: Mapping[str, Any]) -> str:
   """Returns the process that a released network was trained with."""
-  return {"SiT": "flow", "TREAD": "edm"}.get(attributes["variant"], "gaussian")
+  known = {"SiT": "flow", "TREAD": "edm", "SPRINT": "flow"}
+  return known.get(attributes["variant"], "gaussian")
 
 
 def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
   """Returns the arguments of a process that a released network was trained with."""
-  if attributes["variant"] == "TREAD" and process == "flow":
-    return {"data_time": 0, "time_distribution": "logit_normal"}
+  if attributes["variant"] in ("TREAD", "SPRINT") and process == "flow":
+    return dict(_RECTIFIED_FLOW)
   return {}
 
 
@@ -100,6 +109,7 @@ def of_network(
     "MDT": _mdt,
     "MDTv2": _mdtv2,
     "TREAD": _tread,
+    "SPRINT": _sprint,
   }
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
@@ -185,6 +195,26 @@ def _tread(size: str, input_size: int = 32) -> Settings:
     sampling=SamplingSettings(
       method="heun", num_steps=40, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
     ),
+  )
+
+
+# The flow of the released TREAD and SPRINT: the network gets time 0 for data.
+_RECTIFIED_FLOW = {"data_time": 0, "time_distribution": "logit_normal"}
+
+
+def _sprint(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"SPRINT-{size}/2", input_size=input_size),
+    objective=ObjectiveSettings(
+      name="sprint",
+      arguments={"ratio": 0.75, "path_drop": 0.1},
+      unmasked_from=2_000_000,
+    ),
+    num_steps=2_200_000,
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="flow", arguments=dict(_RECTIFIED_FLOW)),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4),
+    sampling=dataclasses.replace(_FLOW_SAMPLING, cfg_channels=0),
   )
 
 

@@ -72,9 +72,9 @@ def from_torch_file(
       labels.json, which belongs to the old checkpoints.
     decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
     process: process that trained the network, a key of `diffusion.PROCESSES`; None for
-      that which the file states, else "flow" for a SiT, "edm" for a TREAD and
-      "gaussian" for others. With "flow", a DiT whose last layer has 2C channels is read
-      as a SiT.
+      that which the file states, else "flow" for a SiT or SPRINT, "edm" for a TREAD
+      and "gaussian" for others. With "flow", a DiT whose last layer has 2C channels is
+      read as a SiT.
 
   Returns:
     Settings of a run with this network, as saved in the workdir.

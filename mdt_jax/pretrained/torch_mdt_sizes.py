@@ -292,6 +292,9 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
   blocks = f"{attributes['num_heads']} heads"
   if attributes["variant"] in ("MDT", "MDTv2"):
     blocks += f", {attributes['decode_depth']} decode blocks"
+  if attributes["variant"] == "SPRINT":
+    outer = (str(attributes[name]) for name in ("encoder_depth", "decode_depth"))
+    blocks += f", {' + '.join(outer)} blocks before and after the middle blocks"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
