@@ -77,7 +77,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds."
 NETWORK = flags.DEFINE_string(
   "network",
   None,
-  "Network in the PyTorch file: DiT, SiT, TREAD, MDT, MDTv2 or MicroDiT. A TREAD needs "
+  "Network in the PyTorch file, such as DiT, SiT, MDTv2 or TREAD. A TREAD needs "
   "the flag unless the file names it. Default: found from the tensors, and from "
   "--process for a SiT.",
 )
@@ -86,9 +86,9 @@ PROCESS = flags.DEFINE_string(
   None,
   "Process that trained the network in the PyTorch file: gaussian (DDPM), flow or edm. "
   "With flow, a DiT whose last layer has twice the channels is read as a SiT. Default: "
-  "what the file states, else flow for a SiT, edm for a TREAD and for a MicroDiT that "
-  "learns no variance, and gaussian for others. "
-  "The flow of a TREAD is that of its released code: the network gets time 0 for data.",
+  "what the file states, else that of the paper: flow for a SiT or SPRINT, edm for a "
+  "TREAD and a MicroDiT that learns no variance, gaussian for others. The flow of a "
+  "TREAD or SPRINT is that of its released code: the network gets time 0 for data.",
 )
 DECODE_DEPTH = flags.DEFINE_integer(
   "decode_depth",
@@ -118,8 +118,8 @@ NUM_CLASSES = flags.DEFINE_integer(
 INPUT_SIZE = flags.DEFINE_integer(
   "input_size",
   None,
-  "Height and width of the latents of a DiT in diffusers' format. Default: sample_size "
-  "of config.json beside the file.",
+  "Height and width of the latents of a DiT in diffusers' format, or of a SPRINT. "
+  "Default: sample_size of config.json beside the file, or what the file states.",
 )
 STEP = flags.DEFINE_integer(
   "step",

@@ -66,6 +66,14 @@ def microdit(size: str, input_size: int = 32) -> ConfigDict:
   return _microdit(size, input_size).to_config()
 
 
+def sprint(size: str, input_size: int = 32) -> ConfigDict:
+  """SPRINT: three quarters of the tokens skip the middle blocks, then none does.
+
+  See arXiv 2510.21986. For arguments see `mdtv2`.
+  """
+  return _sprint(size, input_size).to_config()
+
+
 def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
   """MDTv2's network, masking and optimizer, trained on velocities: no paper's run.
 
@@ -79,13 +87,14 @@ def process_of(attributes: Mapping[str, Any]) -> str:
   variant = attributes["variant"]
   if variant == "MicroDiT":  # the released networks learn no variance
     return "gaussian" if attributes["learn_sigma"] else "edm"
-  return {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
+  known = {"SiT": "flow", "TREAD": "edm", "SPRINT": "flow"}
+  return known.get(variant, "gaussian")
 
 
 def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
   """Returns the arguments of a process that a released network was trained with."""
-  if attributes["variant"] == "TREAD" and process == "flow":
-    return {"data_time": 0, "time_distribution": "logit_normal"}
+  if attributes["variant"] in ("TREAD", "SPRINT") and process == "flow":
+    return dict(_RECTIFIED_FLOW)
   if attributes["variant"] == "MicroDiT" and process == "edm":
     return _microdit_edm(attributes["input_size"])
   return {}
@@ -118,6 +127,7 @@ def of_network(
     "MDTv2": _mdtv2,
     "TREAD": _tread,
     "MicroDiT": _microdit,
+    "SPRINT": _sprint,
   }
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
@@ -234,6 +244,26 @@ def _microdit(size: str, input_size: int = 32) -> Settings:
     sampling=SamplingSettings(
       method="edm", num_steps=30, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
     ),
+  )
+
+
+# The flow of the released TREAD and SPRINT: the network gets time 0 for data.
+_RECTIFIED_FLOW = {"data_time": 0, "time_distribution": "logit_normal"}
+
+
+def _sprint(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"SPRINT-{size}/2", input_size=input_size),
+    objective=ObjectiveSettings(
+      name="sprint",
+      arguments={"ratio": 0.75, "path_drop": 0.1},
+      unmasked_from=2_000_000,
+    ),
+    num_steps=2_200_000,
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="flow", arguments=dict(_RECTIFIED_FLOW)),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4),
+    sampling=dataclasses.replace(_FLOW_SAMPLING, cfg_channels=0),
   )
 
 

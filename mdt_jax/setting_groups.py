@@ -26,7 +26,7 @@ class ModelSettings:
   """The network. A setting of None has the value of the preset that `name` chooses."""
 
   # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, TREAD-B/2,
-  # ….
+  # SPRINT-B/2, ….
   name: str = "MDTv2-S/2"
   # Height and width of the network's input, in pixels or latents, each divisible by
   # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
@@ -47,8 +47,15 @@ class ModelSettings:
   depth: int | None = None
   # Number of attention heads.
   num_heads: int | None = None
-  # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2.
+  # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2, or
+  # after the middle blocks, for SPRINT.
   decode_depth: int | None = None
+  # Number of blocks before the middle blocks, at least 1, for SPRINT. The middle blocks
+  # are the depth - encoder_depth - decode_depth blocks that see only the kept tokens.
+  encoder_depth: int | None = None
+  # How a mask chooses the kept tokens of SPRINT: structured (equally many of each group
+  # of 2x2 or 4x4 tokens) or random. None: structured, as released.
+  mask_type: str | None = None
   # First and last block that see only the kept tokens, for TREAD, counted from 0; 0 <=
   # route_start <= route_end < depth. None: 2 and depth - 4, as released.
   route_start: int | None = None
@@ -89,15 +96,15 @@ class ObjectiveSettings:
 
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
   # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
-  # masking), tread (one pass; some blocks see only a part of the tokens), microdit (one
-  # pass; blocks and loss see only the tokens that a mixer's mask keeps), or an
-  # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: that of the
-  # network, such as tread for a TREAD; mdt for an MDT needs a masking.ratio above 0.
-  # See docs/methods.md.
+  # masking); one pass, in which some blocks see only a part of the tokens: maskdit,
+  # microdit, tread or sprint; or an objective of your own (a key of
+  # mdt_jax.objectives.OBJECTIVES). None: that of the network, such as tread for a
+  # TREAD; mdt for an MDT needs a masking.ratio above 0. See docs/methods.md.
   name: str | None = None
-  # Arguments of tread, microdit, or an objective of your own: '{"ratio": 0.5}', the
-  # share of removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio":
-  # 0.1}'.
+  # Arguments of the objectives of one pass: '{"ratio": 0.5}', the share of removed
+  # tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'; of sprint also
+  # '{"path_drop": 0.1}', the share of samples without a deep path. Or those of an
+  # objective of your own.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # First step of a last phase that trains on all tokens, in [0, num_steps). None: no
   # such phase.
@@ -251,7 +258,7 @@ class InitSettings:
   step: int | None = None
   # Decay of the averaged parameters in a workdir. None: the one that is sampled.
   ema_decay: float | None = None
-  # What a file holds: DiT, SiT, TREAD, MDT, MDTv2 or MicroDiT. None: what its tensors
+  # What a file holds, such as DiT, SiT, MDTv2 or TREAD. None: what its tensors
   # show.
   network: str | None = None
   # Classes of the network in a file, without the null label. None: what its tensors

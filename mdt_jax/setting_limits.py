@@ -26,6 +26,7 @@ MAXIMA = {
   "config.masking.num_lengths": 1_024,
   "config.model.decode_depth": 1_000,
   "config.model.depth": 1_000,
+  "config.model.encoder_depth": 1_000,
   "config.model.hidden_size": 65_536,
   "config.model.in_channels": 4_096,
   "config.model.input_size": 16_384,

@@ -44,6 +44,8 @@ def test_each_published_run_and_digits_have_a_config():
     "tread_xl2",
     "microdit_b2",
     "microdit_xl2",
+    "sprint_b2",
+    "sprint_xl2",
     "digits",
     "dit_xl2_512",
     "mdtv2_xl2_512",
@@ -128,6 +130,27 @@ def test_microdit_runs_have_the_released_training(size, mixer):
 def test_noise_of_microdit_depends_on_the_size_of_images(size, noise):
   arguments = recipes.microdit("S", size).diffusion.arguments
   assert (arguments["p_mean"], arguments["p_std"]) == noise
+
+
+@pytest.mark.parametrize(("size", "middle"), [("b", 8), ("xl", 24)])
+def test_sprint_runs_are_as_released(size, middle):
+  config = load(f"sprint_{size}2").get_config()
+  experiment = build_on(config, 8)
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-4)
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0, 1)
+  assert (config.batch_size, tuple(config.ema_decays)) == (256, (0.9999,))
+  assert experiment.objective.static_choices == [64, "unmasked"]
+  steps = config.objective.unmasked_from, config.num_steps
+  assert steps == (2_000_000, 2_200_000)
+  model = experiment.model
+  assert (model.encoder_depth, model.middle_depth, model.decode_depth) == (2, middle, 2)
+  assert model.label_dropout == 0.1
+  assert config.diffusion.process == "flow"
+  assert config.diffusion.arguments.to_dict() == {
+    "data_time": 0,
+    "time_distribution": "logit_normal",
+  }
+  assert (config.sampling.method, config.sampling.num_steps) == ("sde", 250)
 
 
 @pytest.mark.parametrize("size", SIZES)

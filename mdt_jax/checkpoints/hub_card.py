@@ -26,6 +26,7 @@ _PAPERS = {
   "MDTv2": "arxiv:2303.14389",
   "TREAD": "arxiv:2501.04765",
   "MicroDiT": "arxiv:2407.15811",
+  "SPRINT": "arxiv:2510.21986",
 }
 
 
@@ -162,8 +163,11 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
   yield "patch size", str(model.patch_size)
   if model.takes_mask:
     yield "blocks after the side-interpolater", str(model.decode_depth)
-  if model.has_route:
-    yield "blocks of the route", f"{model.route.start} to {model.route.stop - 1}"
+  if (route := getattr(model, "route", None)) is not None:
+    yield "blocks of the route", f"{route.start} to {route.stop - 1}"
+  if model.drops_path:
+    yield "blocks before the middle blocks", str(model.encoder_depth)
+    yield "blocks after the middle blocks", str(model.decode_depth)
   if model.variant == "MicroDiT":
     size = f"{model.mixer_depth} x {model.mixer_width}"
     yield "depth x width of the mixer", f"{size}, {model.mixer_heads} heads"

@@ -5,11 +5,13 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.microdit import MicroDiT
 from mdt_jax.models.network import Network, check_network
 from mdt_jax.models.registry import MODELS, create_model
+from mdt_jax.models.sprint import SPRINT
 from mdt_jax.models.tread import TREAD
 
 __all__ = [
   "MDT",
   "MODELS",
+  "SPRINT",
   "TREAD",
   "Condition",
   "LabelCondition",

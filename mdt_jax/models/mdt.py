@@ -99,6 +99,7 @@ class Attention(nn.Module):
     heads = (3, self.num_heads, dim // self.num_heads)
     qkv = linear(heads, "qkv", **options)(x)  # (B, K, 3, heads, D / heads)
     query, key, value = jnp.unstack(qkv, axis=2)
+    query, key = self._with_positions(query, key, index)
     bias = None
     if self.bias_rows:
       assert index is not None
@@ -113,6 +114,13 @@ class Attention(nn.Module):
     attend = plain_attention if self.forward_mode else attention
     out = attend(query, key, value, bias)  # (B, K, heads, D / heads)
     return linear(dim, "proj", axis=(-2, -1), **options)(out)
+
+  def _with_positions(
+    self, query: Array, key: Array, index: Any
+  ) -> tuple[Array, Array]:
+    """Returns query and key (B, K, heads, D / heads); for subclasses."""
+    del index
+    return query, key
 
 
 class Block(nn.Module):
@@ -133,6 +141,8 @@ class Block(nn.Module):
   forward_mode: bool = False
   sow_attention: bool = False
 
+  attention_class: ClassVar[type[Attention]] = Attention
+
   @nn.compact
   def __call__(
     self,
@@ -149,7 +159,7 @@ class Block(nn.Module):
     modulation = Modulation(6, dim, **options, name="modulation")
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c)  # each (B, D)
 
-    attend = Attention(
+    attend = self.attention_class(
       self.num_heads,
       self.bias_rows,
       **options,
@@ -260,6 +270,8 @@ class MDT(Network, kw_only=True):
   sow_attention: bool = False
 
   variants: ClassVar[tuple[str, ...]] = ("DiT", "SiT", "MDT", "MDTv2")
+  block_class: ClassVar[type[Block]] = Block
+  has_pos_embed: ClassVar[bool] = True
 
   @property
   def grid_size(self) -> Size:
@@ -337,7 +349,9 @@ class MDT(Network, kw_only=True):
     options = dict(dtype=dtype, forward_mode=self.forward_mode)
     sizes = self.patch_size, width, self.patch_bottleneck
     patch_embed = PatchEmbed(*sizes, **options, name="patch_embed")
-    embedded = patch_embed(x.astype(dtype)) + self._positions("pos_embed")  # (B, L, D)
+    embedded = patch_embed(x.astype(dtype))  # (B, L, D)
+    if self.has_pos_embed:
+      embedded = embedded + self._positions("pos_embed")
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
     return embedded, c + self.conditioning.embedder(width, dtype)(y, train)
 
@@ -411,7 +425,7 @@ class MDT(Network, kw_only=True):
   ) -> Callable[..., tuple[Array, Array | None]]:
     """Builds a sequence of `length` blocks; see `layers.stack`."""
     return layers.stack(
-      Block,
+      self.block_class,
       length,
       name=name,
       remat=self.remat,

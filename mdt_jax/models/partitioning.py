@@ -37,6 +37,7 @@ PARAMETER_AXES: Mapping[str, Axes] = {
   "proj/kernel": ("heads", None, "width"),
   "relative_position_bias": (None, "heads"),
   "skip/kernel": (None, "width"),
+  "fuse/kernel": (None, "width"),
   "modulation/linear/kernel": (None, "width"),
   "mixer_in/linear/kernel": (None, "width"),
   "mixer_out/linear/kernel": (None, "width"),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models import mdt_flops, microdit, tread
+from mdt_jax.models import mdt_flops, microdit, sprint, tread
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
@@ -103,6 +103,11 @@ NETWORKS: dict[str, NetworkEntry] = {
   "TREAD": NetworkEntry(tread.TREAD, _presets("TREAD"), tread.forward_flops),
   "MicroDiT": NetworkEntry(
     microdit.MicroDiT, _presets("MicroDiT", more=MIXERS), microdit.forward_flops
+  ),
+  # 2 blocks before and after the middle blocks in all sizes: those of XL and B are
+  # published.
+  "SPRINT": NetworkEntry(
+    sprint.SPRINT, _presets("SPRINT", dict(S=2, B=2, L=2, XL=2)), sprint.forward_flops
   ),
 }
 

@@ -11,6 +11,7 @@ from mdt_jax.objectives.objective import (
   objective_of_class,
 )
 from mdt_jax.objectives.plain import PlainObjective
+from mdt_jax.objectives.sprint import SPRINTObjective
 from mdt_jax.objectives.tokens import TokenObjective
 from mdt_jax.objectives.tread import TREADObjective
 from mdt_jax.objectives.unmasked_phase import UnmaskedPhase
@@ -23,6 +24,7 @@ __all__ = [
   "MicroDiTObjective",
   "Objective",
   "PlainObjective",
+  "SPRINTObjective",
   "TREADObjective",
   "TokenObjective",
   "UnmaskedPhase",

@@ -147,8 +147,8 @@ def check_takes_mask(objective: str, model: Model) -> None:
   """Raises SettingError if the network does not predict masked tokens."""
   if not model.takes_mask:
     name = getattr(model, "variant", type(model).__name__)
-    other = model.default_objective
-    others = "plain" if other == "plain" else f"plain or {other}"
+    own = model.default_objective
+    others = "plain" if own == "plain" else f"plain or {own}"
     accepted = f"{name} predicts no masked tokens; accepted is {others}"
     raise SettingError("objective", objective, accepted)
 

@@ -40,6 +40,7 @@ class Draws(flax.struct.PyTreeNode):
     noise: (B, passes, H, W, C) standard normal.
     y: (B, passes, ...) conditions; some are replaced by the null condition.
     mask_noise: (B, L) uniform in [0, 1); tokens with the largest noise are masked.
+    path_drop: (B,) bool, samples without a deep path; None but for SPRINT.
   """
 
   x0: Array
@@ -48,6 +49,7 @@ class Draws(flax.struct.PyTreeNode):
   noise: Array
   y: Array
   mask_noise: Array
+  path_drop: Array | None = None
 
 
 class Objective(abc.ABC):

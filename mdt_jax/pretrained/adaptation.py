@@ -17,6 +17,7 @@ import numpy as np
 from mdt_jax.errors import SettingError
 from mdt_jax.models.mdt import MDT, UNUSED_BIAS_ROWS
 from mdt_jax.models.registry import Model, abstract_params
+from mdt_jax.models.sprint import SPRINT
 from mdt_jax.pretrained.resampling import (
   resize_bias_table,
   resize_last_layer,
@@ -63,8 +64,9 @@ class Adaptation:
   """The start of each parameter of a network from those of another network.
 
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
-  TREAD, MDT, MDTv2 and MicroDiT may differ in classes, input size, patch size, channels
-  and learned variance, and, where `_COMPATIBLE` says so, in the variant.
+  TREAD, MDT, MDTv2, MicroDiT and SPRINT may differ in classes, input size, patch size,
+  channels and learned variance, and, where `_COMPATIBLE` says so, in the variant. A
+  SPRINT fits no other network, and its depths must match.
 
   Args:
     source: the old network.
@@ -72,8 +74,8 @@ class Adaptation:
     classes: new label -> old label; None: the same labels if the numbers of classes are
       equal, and otherwise new rows for all labels but the null label.
     patches: "resize" or "fresh": patch embedding and last layer of another patch size.
-    partial: whether the depths may differ, and the variants be any. Blocks that the old
-      network lacks start with new values, which change nothing at first.
+    partial: whether the depths may differ, and the variants be any but SPRINT. Blocks
+      that the old network lacks start with new values, which change nothing at first.
     name: where the old network comes from, for errors.
 
   Attributes:
@@ -150,6 +152,13 @@ class Adaptation:
         raise self._misfit(
           f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
         )
+    if old.variant != new.variant and "SPRINT" in (old.variant, new.variant):
+      raise self._misfit(f"the network is {old.variant} there and {new.variant}")
+    if new.variant == "SPRINT":  # its blocks before, between and after differ in role
+      for name in ("depth", "encoder_depth", "decode_depth"):
+        there, here = getattr(old, name), getattr(new, name)
+        if there != here:
+          raise self._misfit(f"{name} is {there} there and {here}")
     if old.condition != new.condition:
       raise self._misfit(f"condition is {old.condition} there and {new.condition}")
     if partial:
@@ -204,7 +213,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of an `MDT` or of a subclass."""
+    """Returns the start of a parameter of an MDT or one of its subclasses."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")
@@ -401,7 +410,14 @@ class Adaptation:
     return Start(KEPT, compute, note, needs_new=True)
 
 
-_STACKS = ("blocks", "in_blocks", "out_blocks", "decode_blocks")
+_STACKS = (
+  "blocks",
+  "in_blocks",
+  "out_blocks",
+  "encoder_blocks",
+  "middle_blocks",
+  "decode_blocks",
+)
 _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
   "label_embed/table": Adaptation._labels,
   "pos_embed": Adaptation._positions,
@@ -416,6 +432,12 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
 
 def _layers(model: MDT) -> list[tuple[str, int]]:
   """(stack, index in the stack) of each block, in the order of the forward pass."""
+  if isinstance(model, SPRINT):
+    depths = (model.encoder_depth, model.middle_depth, model.decode_depth)
+    stacks = ("encoder_blocks", "middle_blocks", "decode_blocks")
+    return [
+      (s, i) for s, count in zip(stacks, depths, strict=True) for i in range(count)
+    ]
   if not model.takes_mask:
     return [("blocks", i) for i in range(model.depth)]
   encoder, decoder = model.depth - model.decode_depth, model.decode_depth

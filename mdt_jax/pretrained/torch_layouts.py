@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mdt_jax.models.registry import Model
-from mdt_jax.pretrained import torch_mdt_layout, torch_microdit
+from mdt_jax.pretrained import torch_mdt_layout, torch_microdit, torch_sprint
 from mdt_jax.types import Array
 
 
@@ -65,7 +65,15 @@ MICRODIT_LAYOUT = Layout(
   to_released=torch_mdt_layout.to_released,
   from_released=torch_mdt_layout.from_released,
 )
-LAYOUTS = (MICRODIT_LAYOUT, DIT_LAYOUT)
+SPRINT_LAYOUT = Layout(
+  variants=("SPRINT",),
+  mark=torch_sprint.MARK,
+  infer_attributes=torch_sprint.infer_attributes,
+  released_names=torch_sprint.released_names,
+  to_released=torch_sprint.to_released,
+  from_released=torch_sprint.from_released,
+)
+LAYOUTS = (MICRODIT_LAYOUT, SPRINT_LAYOUT, DIT_LAYOUT)
 
 
 def layout_of(model: Model) -> Layout:

@@ -1,7 +1,5 @@
 """Converts released PyTorch checkpoints to and from flax parameters.
 
-The networks are MDT, MDTv2, DiT, SiT, TREAD and MicroDiT.
-
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
 tensors in diffusers' format to them.
@@ -95,7 +93,7 @@ def from_torch(
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT, TREAD or MicroDiT.
+  """Reads a PyTorch checkpoint of a network of this package.
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
@@ -103,10 +101,10 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2" or "MicroDiT"; None
-      to infer the network from the tensors. A SiT or TREAD has tensors of the names and
-      shapes of a DiT, and is read as a DiT if neither `network` nor the file says
-      otherwise. The route of a TREAD is the default one unless the file states another.
+    network: expected network, a key of `registry.NETWORKS` such as "DiT"; None to infer
+      the network from the tensors. A SiT or TREAD has tensors of the names and shapes
+      of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
+      The route of a TREAD is the default one unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
@@ -120,7 +118,8 @@ def from_torch(
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
     input_size: height and width of the input of a DiT in diffusers' format, whose
-      tensors do not show the size; None for that of config.json beside the file.
+      tensors do not show the size; None for that of config.json beside the file. Also
+      that of a SPRINT; None for that which the file states.
 
   Returns:
     (attributes, params): attributes for `create_model(**attributes)`, and the
@@ -213,6 +212,8 @@ def _open_network(
   if diffusers_dit.is_diffusers(tensors):
     size = known.get("input_size") if input_size is None else input_size
     tensors = diffusers_dit.to_released(tensors, source, size)
+  elif input_size is not None:
+    known["input_size"] = input_size
   found = torch_layouts.find_layout(tensors)
   infer = found.infer_attributes or sizes.infer_attributes
   attributes = infer(tensors, source, known, num_classes)

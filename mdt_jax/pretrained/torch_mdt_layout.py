@@ -25,7 +25,7 @@ BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer, not a parameter
 
 # Path inside a block -> released name inside a block, in the order of PyTorch.
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
   "attention/qkv": "attn.qkv",
   "attention/proj": "attn.proj",
   "attention/relative_position_bias": BIAS_TABLE,
@@ -63,7 +63,7 @@ _MODULE_ORDER = (
   "final_layer.linear",
   "final_layer.adaLN_modulation.1",
 )
-_ORDER_IN_BLOCK = tuple(_BLOCK_NAMES.values())
+_ORDER_IN_BLOCK = tuple(BLOCK_NAMES.values())
 # (stack, layer)?, module, (weight or bias)?
 _PARAMETER = re.compile(r"(?:(\w*blocks)\.(\d+)\.)?(.+?)(?:\.(weight|bias))?")
 
@@ -76,10 +76,10 @@ def is_stacked(path: str) -> bool:
 def released_names(path: str, model: Model) -> Iterator[str]:
   """Yields the names of the released tensors of a parameter, one per layer."""
   if not is_stacked(path) and not path.startswith("side_block/"):
-    yield _leaf_name(path, _OTHER_NAMES)
+    yield leaf_name(path, _OTHER_NAMES)
     return
   stack, inside = path.split("/", 1)
-  name = _leaf_name(inside, _BLOCK_NAMES)
+  name = leaf_name(inside, BLOCK_NAMES)
   encoder_depth = model.depth - model.decode_depth if model.takes_mask else model.depth
   released, offset, count = {
     "side_block": ("sideblocks", 0, 1),
@@ -161,7 +161,7 @@ def from_released(
   return np.array(tensor, np.float32, order="C").reshape(shape)
 
 
-def _leaf_name(path: str, names: Mapping[str, str]) -> str:
+def leaf_name(path: str, names: Mapping[str, str]) -> str:
   """Looks up the released name of a path; "kernel" becomes "weight"."""
   if path in names:
     return names[path]

@@ -27,10 +27,13 @@ MDT_DECODE_DEPTH = 2
 ROUTE = ("route_start", "route_end")
 NOTED = (
   *("variant", "num_classes", "label_dropout", "num_heads", "decode_depth"),
-  *("mixer_num_heads", *ROUTE),
+  *("input_size", "patch_size", "mixer_num_heads", *ROUTE),
 )
-# Sizes that a file may state.
-STATED = ("num_classes", "num_heads", "decode_depth", "mixer_num_heads", "input_size")
+# Sizes that a file may state. The tensors of most networks show the last two.
+STATED = (
+  *("num_classes", "num_heads", "decode_depth", "mixer_num_heads"),
+  *("input_size", "patch_size"),
+)
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -109,7 +112,7 @@ def infer_attributes(
       f"must hold an MDT, MDTv2, DiT or SiT: pos_embed of {length} tokens does not fit "
       "the other tensors",
     )
-  num_classes, has_null = _count_classes(rows, num_classes, known, source)
+  num_classes, has_null = count_classes(rows, num_classes, known, source)
   attributes: dict[str, Any] = dict(
     variant=variant,
     input_size=round(length**0.5) * patch_size,
@@ -127,11 +130,11 @@ def infer_attributes(
     heads = known.get("num_heads", published.get(hidden_size))
   attributes["num_heads"] = heads
   if variant == "MDTv2":
-    attributes["decode_depth"] = _count(tensors, "de_blocks")
-    pairs = _count(tensors, "en_inblocks")
+    attributes["decode_depth"] = count_blocks(tensors, "de_blocks")
+    pairs = count_blocks(tensors, "en_inblocks")
     attributes["depth"] = 2 * pairs + attributes["decode_depth"]
   else:
-    attributes["depth"] = _count(tensors, "blocks")
+    attributes["depth"] = count_blocks(tensors, "blocks")
     if variant == "MDT":
       attributes["decode_depth"] = known.get("decode_depth", MDT_DECODE_DEPTH)
   return attributes
@@ -291,6 +294,9 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
     blocks += f", {attributes['mixer_depth']} mixer blocks of width "
     blocks += f"{attributes['mixer_hidden_size']}"
     blocks += f" and {heads} heads" if heads else " and heads of the same size"
+  if attributes["variant"] == "SPRINT":
+    outer = (str(attributes[name]) for name in ("encoder_depth", "decode_depth"))
+    blocks += f", {' + '.join(outer)} blocks before and after the middle blocks"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
@@ -306,7 +312,7 @@ def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
   )
 
 
-def _count_classes(
+def count_classes(
   rows: int, asked: int | None, known: Mapping[str, Any], source: str
 ) -> tuple[int, bool]:
   """Returns the number of classes, and whether the label table has a null row.
@@ -342,6 +348,6 @@ def _leaves_variance_at_zero(
   return bool(rows[:, :channels].any() and not rows[:, channels:].any())
 
 
-def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
+def count_blocks(tensors: Mapping[str, np.ndarray], stack: str) -> int:
   """Returns the number of blocks in a stack, such as "de_blocks"."""
   return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})

@@ -81,7 +81,7 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 @pytest.mark.parametrize("name", MODELS)
 def test_published_network_gets_its_name_and_released_settings(name):
   variant = MODELS[name]["variant"]
-  processes = {"SiT": "flow", "TREAD": "edm", "MicroDiT": "edm"}
+  processes = {"SiT": "flow", "TREAD": "edm", "MicroDiT": "edm", "SPRINT": "flow"}
   process = processes.get(variant, "gaussian")
   is_gaussian = process == "gaussian"
   attributes = dict(MODELS[name], input_size=32, learn_sigma=is_gaussian)
@@ -221,6 +221,34 @@ def test_microdit_without_variance_is_one_of_edm(tmp_path):
   assert settings.sampling.method == "edm"
   pipeline = Pipeline.from_checkpoint(tmp_path / "run")
   assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_sprint_is_converted_there_and_back(suffix, tmp_path):
+  """The notes of a file say its input size, so that it is read without arguments."""
+  settings = from_torch_file(fixture("sprint"), tmp_path / "run", input_size=12)
+  assert settings.model.name == "SPRINT-S/2"
+  assert settings.objective.name == "sprint"
+  diffusion, sampling = settings.diffusion, settings.sampling
+  assert (diffusion.process, diffusion.arguments) == ("flow", RECTIFIED)
+  assert (sampling.method, sampling.num_steps, sampling.arguments) == ("sde", 250, {})
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  model = pipeline.experiment.model
+  assert (model.variant, model.num_heads, model.middle_depth) == ("SPRINT", 2, 3)
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  back = tmp_path / f"back{suffix}"
+  to_torch_file(tmp_path / "run", back)
+  before, after = read_tensors(fixture("sprint")), read_tensors(back)
+  assert before.keys() == after.keys()
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+  assert from_torch_file(back, tmp_path / "again") == settings
+
+
+def test_log_says_what_a_sprint_was_read_as(tmp_path, caplog):
+  with caplog.at_level("INFO", logger="mdt_jax"):
+    from_torch_file(fixture("sprint"), tmp_path / "run", input_size=12)
+  for text in ("read as SPRINT (depth x width x patch = 7x32x2)", "2 + 2 blocks"):
+    assert text in caplog.text
 
 
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})

@@ -35,6 +35,7 @@ def test_packaged_configs_are_listed_by_file_name():
   flows = [f"mdtv2_{size}_flow" for size in sizes]
   others = ["dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels", "tread_b2", "tread_xl2"]
   others += ["microdit_b2", "microdit_xl2"]
+  others += ["sprint_b2", "sprint_xl2"]
   assert packaged_configs() == ["digits", *sorted(networks + flows + others)]
 
 

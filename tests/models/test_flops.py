@@ -62,6 +62,9 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("MicroDiT-S/2", dict(depth=3), 4),
     ("MicroDiT-S/2", dict(depth=3, mixer_hidden_size=48, mixer_depth=2), None),
     ("MicroDiT-S/2", dict(depth=3, mixer_hidden_size=48, learn_sigma=True), 5),
+    ("SPRINT-S/2", dict(depth=7), None),
+    ("SPRINT-S/2", dict(depth=7), 4),
+    ("SPRINT-S/2", dict(depth=7, encoder_depth=1, learn_sigma=True), 0),
   ],
 )
 def test_forward_flops_match_the_traced_program(name, sizes, num_keep):

@@ -20,12 +20,13 @@ SMALL = dict(
 def small(variant):
   depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2), TREAD=(6, 2))
   depths |= dict(MicroDiT=(2, 2))
+  depths["SPRINT"] = (5, 2)
   depth, decode_depth = depths[variant]
   return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
 
 
-def test_there_are_96_presets():
-  assert len(MODELS) == 6 * 4 * 4
+def test_there_are_presets_of_all_networks_and_sizes():
+  assert len(MODELS) == len(NETWORKS) * 4 * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,7 +45,7 @@ def test_create_model_accepts_attributes_without_a_name(variant):
 
 
 @pytest.mark.parametrize("key", ["name", "variant"])
-@pytest.mark.parametrize("variant", ["SiT", "TREAD", "MicroDiT"])
+@pytest.mark.parametrize("variant", ["SiT", "TREAD", "MicroDiT", "SPRINT"])
 def test_networks_of_continuous_processes_have_no_learned_variance(variant, key):
   model = create_model(**{key: f"{variant}-S/2" if key == "name" else variant})
   assert (model.learn_sigma, model.out_channels) == (False, 4)
@@ -96,6 +97,7 @@ BLOCK = {
   "modulation/linear/bias": (96,),
   "modulation/linear/kernel": (16, 96),
 }
+ROTARY_BLOCK = BLOCK | {"attention/q_norm": (8,), "attention/k_norm": (8,)}
 BIASED_BLOCK = BLOCK | {"attention/relative_position_bias": (52, 2)}
 SKIP_BLOCK = BIASED_BLOCK | {"skip/bias": (16,), "skip/kernel": (32, 16)}
 SHARED = {
@@ -132,6 +134,12 @@ TREES = {
   "MicroDiT": SHARED
   | stacked("mixer_blocks", 3, BLOCK)
   | stacked("blocks", 2, BLOCK)
+  | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
+  "SPRINT": {path: shape for path, shape in SHARED.items() if path != "pos_embed"}
+  | {"mask_token": (16,), "fuse/bias": (16,), "fuse/kernel": (32, 16)}
+  | stacked("encoder_blocks", 2, ROTARY_BLOCK)
+  | stacked("middle_blocks", 1, ROTARY_BLOCK)
+  | stacked("decode_blocks", 2, ROTARY_BLOCK)
   | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
   "MDT": MASKED
   | stacked("blocks", 1, BIASED_BLOCK)

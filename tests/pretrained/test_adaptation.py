@@ -24,6 +24,8 @@ TINY = dict(
 def tiny(variant="MDT", **attributes):
   route = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
   options = {**TINY, "decode_depth": 2, **route, **attributes}
+  if variant == "SPRINT":
+    options = {"encoder_depth": 1, **options, "decode_depth": 1}
   return create_model(variant=variant, **options)
 
 
@@ -54,7 +56,9 @@ def forward(model, params, labels=(4, 4, 4)):
   return jax.jit(model.apply)({"params": unflatten(params)}, x, t, labels)
 
 
-@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MicroDiT"])
+@pytest.mark.parametrize(
+  "variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MicroDiT", "SPRINT"]
+)
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
   found, adaptation = start(source, source)
@@ -73,6 +77,7 @@ def test_same_network_keeps_every_parameter(variant):
     ("TREAD", "MDTv2", {"learn_sigma": False}),
     ("DiT", "DiT", {"depth": 6}),
     ("MDTv2", "MDTv2", {"num_classes": 7}),
+    ("SPRINT", "SPRINT", {"num_classes": 7}),
     ("DiT", "MDTv2", {"num_classes": 2, "decode_depth": 4}),
   ],
 )
@@ -322,3 +327,39 @@ def test_partial_accepts_other_depths_and_variants():
     (tiny("MDT", depth=6), tiny("MDTv2", depth=8)),
   ):
     start(source, target, partial=True)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(
+  ("old", "new", "text"),
+  [
+    (("DiT", {}), ("SPRINT", {}), "the network is DiT there and SPRINT here"),
+    (("SPRINT", {}), ("MDT", {}), "the network is SPRINT there and MDT here"),
+    (("SPRINT", {}), ("SPRINT", {"depth": 5}), "depth is 4 there and 5 here"),
+    (
+      ("SPRINT", {}),
+      ("SPRINT", {"encoder_depth": 2}),
+      "encoder_depth is 1 there and 2 here",
+    ),
+  ],
+)
+def test_sprint_fits_no_other_network(old, new, text, partial):
+  networks = [tiny(variant, **attributes) for variant, attributes in (old, new)]
+  with pytest.raises(SettingError) as error:
+    Adaptation(*networks, partial=partial)
+  assert error.value.accepted == f"does not fit: {text}"
+
+
+def test_sprint_of_another_input_keeps_its_blocks():
+  """There are no positions to resize."""
+  source, target = tiny("SPRINT"), tiny("SPRINT", input_size=(8, 12), in_channels=1)
+  found, adaptation = start(source, target)
+  how = {path: start.how for path, start in adaptation.starts.items()}
+  new = {path for path, start in how.items() if start != "kept"}
+  assert {path.rpartition("/")[0] for path in new} == {
+    "patch_embed/linear",
+    "final_layer/linear",
+  }
+  old = params_of(source)
+  for path in found.keys() - new:
+    np.testing.assert_array_equal(found[path], old[path])
