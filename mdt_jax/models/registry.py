@@ -139,8 +139,13 @@ def create_model(
   """
   given = {key: value for key, value in attributes.items() if value is not None}
   if name is not None or "variant" not in given:
-    check_choice("name", name, MODELS)
-    assert name is not None
+    if name not in MODELS:
+      networks, patches = ", ".join(NETWORKS), ", ".join(map(str, PATCH_SIZES))
+      accepted = (
+        f"must be NETWORK-SIZE/PATCH, such as MDTv2-S/2; networks are {networks}, sizes "
+        f"{', '.join(SIZES)}, patches {patches}"
+      )
+      raise SettingError("name", name, accepted)
     given = {**MODELS[name], **given}
   check_choice("variant", given["variant"], NETWORKS)
   network = NETWORKS[given["variant"]]

@@ -23,7 +23,7 @@ from mdt_jax.sampling.token_guidance import (
 )
 from mdt_jax.training import loop
 from tests import reference
-from tests.models import test_tread
+from tests.models import test_sprint, test_tread
 from tests.models.test_flops import product_flops
 from tests.objectives.test_tread import FLOW
 from tests.training.tiny import tiny_config
@@ -100,6 +100,30 @@ def test_samples_match_reference():
   )
 
 
+def test_path_drop_guidance_matches_reference():
+  """The weak pass has the null label, and leaves out all tokens of middle blocks."""
+  recorded = test_sprint.RECORDED
+  model, params = test_sprint.load_model()
+  y, scale = jnp.asarray(recorded["y"]), float(recorded["cfg/scale"])
+  sampler = make_sampler(weak=1.0, scale=scale)
+
+  def noise_of(t, is_weak):
+    assert is_weak
+    return jnp.zeros((len(t), model.num_tokens))
+
+  null = jnp.full_like(y, model.num_classes)
+  model_fn = make_model_fn(model, params, y, null, sampler, noise_of)
+  reference.assert_matches(
+    "SPRINT, guided by path drop",
+    reference.to_nchw(jax.jit(model_fn)(test_sprint.images("x"), recorded["t"])),
+    recorded["pdg/out"],
+    reference.LOOP_TOLERANCE,
+  )
+  assert sampling_flops(model, sampler) == 3 * (
+    forward_flops(model) + forward_flops(model, 0)
+  )
+
+
 # Generators.
 
 SPARSE = {
@@ -126,7 +150,9 @@ def sparse(network="MDTv2-S/2", **settings):
   return make_images(network, **{k.replace(".", "__"): v for k, v in named.items()})
 
 
-@pytest.mark.parametrize("network", ["MDT-S/2", "MDTv2-S/2", "TREAD-S/2"])
+@pytest.mark.parametrize(
+  "network", ["MDT-S/2", "MDTv2-S/2", "MaskDiT-S/2", "TREAD-S/2", "SPRINT-S/2"]
+)
 def test_networks_sample_with_sparse_guidance(network):
   options = {"method": "heun"}
   images = sparse(network, **options)()
@@ -260,6 +286,7 @@ def test_schedule_uses_few_tokens_at_first():
     ("DiT-S/2", {"weak": 0.5}, 2.0, "weak_ratio"),
     ("DiT-S/2", {"strong": 0.5, "weak": 0.5}, 2.0, "strong_ratio"),
     ("TREAD-S/2", {"weak": 1.0}, 2.0, "weak_ratio"),
+    ("MicroDiT-S/2", {"weak": 0.5}, 2.0, "weak_ratio"),
     ("MDT-S/2", {"weak": 0.999}, 2.0, "weak_ratio"),
     ("MDT-S/2", {"weak": 0.5}, 1.0, "weak_ratio"),
     ("MDT-S/2", {"weak_condition": "same"}, 2.0, "weak_condition"),
