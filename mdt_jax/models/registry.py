@@ -142,8 +142,8 @@ def create_model(
     if name not in MODELS:
       networks, patches = ", ".join(NETWORKS), ", ".join(map(str, PATCH_SIZES))
       accepted = (
-        f"must be NETWORK-SIZE/PATCH, such as MDTv2-S/2; networks are {networks}, sizes "
-        f"{', '.join(SIZES)}, patches {patches}"
+        f"must be NETWORK-SIZE/PATCH, such as MDTv2-S/2; networks are {networks}, "
+        f"sizes {', '.join(SIZES)}, patches {patches}"
       )
       raise SettingError("name", name, accepted)
     given = {**MODELS[name], **given}
