@@ -17,7 +17,13 @@ from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model, create_model
 from mdt_jax.paths import any_path
-from mdt_jax.pretrained import bucket_weights, diffusers_dit, hub, torch_mdt
+from mdt_jax.pretrained import (
+  bucket_weights,
+  diffusers_dit,
+  hub,
+  torch_mdt,
+  torch_sprint,
+)
 from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
@@ -128,21 +134,25 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
     raise SettingError(
       "path", init.path, "must be a workdir with checkpoints, or a file of weights"
     )
-  known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
+  open_with = functools.partial(
+    torch_mdt.open_checkpoint, path, init.network, num_classes=init.num_classes
+  )
   try:
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+    opened = open_with()
   except SettingError as error:
-    if error.setting == "input_size":  # no setting of `config.init`
+    if error.accepted == torch_sprint.NEEDS_SIZE:  # the parameters fit any size
+      opened = open_with(input_size=max(target.input_shape[:2]))
+    elif error.setting == "input_size":  # no setting of `config.init`
       text = f"{CONFIG_FILE} beside it states sample_size = {error.value}, which "
       text += error.accepted
       if error.value is None:
         text = f"needs a {CONFIG_FILE} beside it that states sample_size, because it "
         text += "holds no position embedding"
       raise SettingError("path", str(path), text) from None
-    if error.setting != "num_heads" or not isinstance(target, MDT):
+    elif error.setting == "num_heads" and isinstance(target, MDT):
+      opened = open_with(num_heads=target.num_heads)
+    else:
       raise
-    known["num_heads"] = target.num_heads
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
   file = diffusers_dit.find_file(path)
   model = create_model(**opened.attributes)
   return Weights(
