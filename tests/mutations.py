@@ -79,6 +79,30 @@ FAULTS = {
     "kept = tokens",
     "objectives/test_microdit.py",
   ),
+  "positions of kept tokens are those of the first tokens": Fault(
+    "models/sprint.py",
+    "look_up(places[0], token_mask.ids_keep)",
+    "places[:, : kept.shape[1]]",
+    "models/test_sprint.py",
+  ),
+  "rows and columns of rotations swap": Fault(
+    "models/sprint.py",
+    "[by_row, by_column]",
+    "[by_column, by_row]",
+    "models/test_sprint.py",
+  ),
+  "a group keeps the smallest draws": Fault(
+    "models/sprint.py",
+    "jnp.argsort(-grouped(noise), axis=-1)",
+    "jnp.argsort(grouped(noise), axis=-1)",
+    "models/test_sprint.py",
+  ),
+  "no path is dropped": Fault(
+    "objectives/sprint.py",
+    "path_drop=draws.path_drop",
+    "path_drop=None",
+    "objectives/test_sprint.py",
+  ),
   "the variance of ddpm is that of the next step": Fault(
     "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
   ),

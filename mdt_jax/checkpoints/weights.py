@@ -16,7 +16,13 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.models.registry import Model, create_model
 from mdt_jax.paths import any_path
-from mdt_jax.pretrained import bucket_weights, diffusers_dit, hub, torch_mdt
+from mdt_jax.pretrained import (
+  bucket_weights,
+  diffusers_dit,
+  hub,
+  torch_mdt,
+  torch_sprint,
+)
 from mdt_jax.pretrained.diffusers_folders import CONFIG_FILE
 from mdt_jax.setting_groups import InitSettings
 from mdt_jax.settings import Settings
@@ -131,14 +137,18 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
   try:
     opened = _open_as(path, init.network, known, target)
   except SettingError as error:
-    if error.setting == "input_size":  # no setting of `config.init`
+    if error.accepted == torch_sprint.NEEDS_SIZE:  # the parameters fit any size
+      known["input_size"] = max(target.input_shape[:2])
+      opened = _open_as(path, init.network, known, target)
+    elif error.setting == "input_size":  # no setting of `config.init`
       text = f"{CONFIG_FILE} beside it states sample_size = {error.value}, which "
       text += error.accepted
       if error.value is None:
         text = f"needs a {CONFIG_FILE} beside it that states sample_size, because it "
         text += "holds no position embedding"
       raise SettingError("path", str(path), text) from None
-    raise
+    else:
+      raise
   file = diffusers_dit.find_file(path)
   model = create_model(**opened.attributes)
   return Weights(

@@ -10,9 +10,12 @@ As the released run (snap-research/Sprint): 2 blocks on all tokens, 24 on a quar
 the tokens, 2 on all; velocities of a flow, logit-normal times; 2,000,000 steps, then
 200,000 on all tokens. The released last phase has a batch of 1,024, a learning rate of
 2e-4 and a warm-up of 5,000 steps; here the last phase has those of the first. To
-reproduce it, train for 2,000,000 steps with --config.objective.unmasked_from=None, and
-start a second run from these weights with --config.init.path (docs/finetune.md),
---config.objective.arguments='{"ratio": 0, "path_drop": 0.1}' and those settings.
+reproduce it, end the first run with --config.num_steps=2000001 (one step on all tokens)
+and start a second run, with its own --workdir, from the averaged parameters:
+--config.init.path=runs/sprint_xl2 --config.num_steps=200000
+--config.objective.unmasked_from=0 --config.batch_size=1024
+--config.optimizer.learning_rate=2e-4 --config.optimizer.warmup_steps=5000.
+A shorter run sets --config.num_steps and --config.objective.unmasked_from.
 Samples: 250 steps of the SDE, as released. The released scale 3 is that of guidance by
 path drop; the scale 1.5 here is that of SiT, for classifier-free guidance.
 Release (README): FID 1.62 and FDD 58.4 with guidance by path drop, 1.96 and 75.4 with

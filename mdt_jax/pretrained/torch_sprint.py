@@ -21,6 +21,11 @@ from mdt_jax.pretrained.torch_names import some_names
 
 MARK = "renoise_linear.weight"  # a tensor that no other network has
 PATCH_SIZE = 2  # of the released networks
+# The error for tensors without an input size.
+NEEDS_SIZE = (
+  "must be given for a SPRINT, whose tensors do not show it: 32 for images of 256x256, "
+  "64 for 512x512"
+)
 
 # Path outside of blocks -> released name.
 _NAMES = {
@@ -60,7 +65,7 @@ def infer_attributes(
       patch size is PATCH_SIZE unless "patch_size" is another.
 
   Raises:
-    SettingError: see there. Setting "input_size": it is not known.
+    SettingError: see there. Setting "input_size": it is not known, or too large.
   """
   known = known or {}
 
@@ -87,12 +92,12 @@ def infer_attributes(
       "numbers",
     )
   if "input_size" not in known:
-    raise SettingError(
-      "input_size",
-      None,
-      "must be given for a SPRINT, whose tensors do not show it: 32 for images of "
-      "256x256, 64 for 512x512",
-    )
+    raise SettingError("input_size", None, NEEDS_SIZE)
+  # The rotations must not ask for arrays larger than the file.
+  total = sum(tensor.size for tensor in tensors.values())
+  if known["input_size"] * head_width > patch_size * total:
+    accepted = f"must be smaller for the {total:,} numbers of {source}"
+    raise SettingError("input_size", known["input_size"], accepted)
   count, has_null = sizes.count_classes(rows, num_classes, known, source)
   depths = {
     stack: sizes.count_blocks(tensors, released) for stack, released in _STACKS.items()

@@ -85,7 +85,7 @@ def test_input_size_is_asked_for():
   assert (error.setting, error.value) == ("input_size", None)
 
 
-@pytest.mark.parametrize("size", [0, -2, 11])
+@pytest.mark.parametrize("size", [0, -2, 11, 10**12])
 def test_input_size_that_does_not_fit_is_refused(size):
   error = expect_error(released("sprint"), input_size=size)
   assert f"input_size = {size}" in str(error)

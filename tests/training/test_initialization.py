@@ -294,3 +294,30 @@ def test_run_starts_from_a_sit(caplog):
 def test_other_path_of_a_flow_is_warned_of(caplog):
   first_state(flow_of_sit(path="gvp"))
   assert "arguments.path = 'linear', and this run has 'gvp'" in caplog.text
+
+
+def run_of_sprint(**settings):
+  """The config of a run that starts from the fixture of SPRINT, at another size."""
+  return tiny_config(
+    **{
+      **{"model.name": "SPRINT-S/2", "model.input_size": (8, 12)},
+      **{"model.in_channels": 4, "model.hidden_size": 32, "model.depth": 7},
+      **{"model.num_heads": 2, "model.num_classes": 10},
+      **{"masking.ratio": 0.0, "masking.width": 0.0, "diffusion.process": "flow"},
+      **{"diffusion.arguments": {"data_time": 0}, "sampling.method": "sde"},
+      **{"init.path": str(reference.FIXTURES / "sprint.pt"), **settings},
+    },
+  )
+
+
+def test_run_starts_from_a_sprint_of_any_input_size():
+  state, _ = first_state(run_of_sprint())
+  _, params = from_torch(reference.FIXTURES / "sprint.pt", input_size=12)
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
+
+
+def test_dit_does_not_start_from_a_sprint():
+  config = run_of_sprint(**{"model.name": "DiT-S/2"})
+  with pytest.raises(SettingError, match="SPRINT there and DiT here") as error:
+    first_state(config)
+  assert error.value.setting == "config.init.path"
