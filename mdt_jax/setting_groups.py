@@ -26,7 +26,7 @@ class ModelSettings:
   """The network. A setting of None has the value of the preset that `name` chooses."""
 
   # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, TREAD-B/2,
-  # ….
+  # MaskDiT-L/2, ….
   name: str = "MDTv2-S/2"
   # Height and width of the network's input, in pixels or latents, each divisible by
   # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
@@ -47,8 +47,13 @@ class ModelSettings:
   depth: int | None = None
   # Number of attention heads.
   num_heads: int | None = None
-  # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2.
+  # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2; of
+  # the decoder, which depth does not count, for MaskDiT.
   decode_depth: int | None = None
+  # Width and attention heads of the decoder, for MaskDiT; None: 512 and 16, as
+  # released. The width is divisible by the heads and by 4.
+  decoder_hidden_size: int | None = None
+  decoder_num_heads: int | None = None
   # First and last block that see only the kept tokens, for TREAD, counted from 0; 0 <=
   # route_start <= route_end < depth. None: 2 and depth - 4, as released.
   route_start: int | None = None
@@ -84,13 +89,15 @@ class ObjectiveSettings:
 
   # plain (one pass over all tokens), mdt (a second pass over the tokens that a mask
   # keeps), mdt_unmasked (two passes over all tokens: the control of experiments on
-  # masking), tread (one pass; some blocks see only a part of the tokens), or an
+  # masking), tread (one pass; some blocks see only a part of the tokens), maskdit (one
+  # masked pass: noise of the kept tokens, reconstruction of the others), or an
   # objective of your own (a key of mdt_jax.objectives.OBJECTIVES). None: that of the
   # network, such as tread for a TREAD; mdt for an MDT needs a masking.ratio above 0.
   # See docs/methods.md.
   name: str | None = None
   # Arguments of tread, or of an objective of your own: '{"ratio": 0.5}', the share of
-  # removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'.
+  # removed tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'. Those
+  # of maskdit too, and '{"mae_weight": 0.1}', the weight of the reconstruction.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # First step of a last phase that trains on all tokens, in [0, num_steps). None: no
   # such phase.

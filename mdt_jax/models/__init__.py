@@ -1,6 +1,7 @@
-"""The networks MDT, MDTv2, DiT, SiT and TREAD; `models.registry` lists all presets."""
+"""The networks, such as MDT, DiT and TREAD; `models.registry` lists all presets."""
 
 from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.models.maskdit import MaskDiT
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network, check_network
 from mdt_jax.models.registry import MODELS, create_model
@@ -12,6 +13,7 @@ __all__ = [
   "TREAD",
   "Condition",
   "LabelCondition",
+  "MaskDiT",
   "Network",
   "check_network",
   "create_model",

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mdt_jax.models.registry import Model
-from mdt_jax.pretrained import torch_mdt_layout
+from mdt_jax.pretrained import torch_maskdit, torch_mdt_layout
 from mdt_jax.types import Array
 
 
@@ -57,7 +57,15 @@ DIT_LAYOUT = Layout(
   to_released=torch_mdt_layout.to_released,
   from_released=torch_mdt_layout.from_released,
 )
-LAYOUTS = (DIT_LAYOUT,)
+MASKDIT_LAYOUT = Layout(
+  variants=("MaskDiT",),
+  mark=torch_maskdit.MARK,
+  infer_attributes=torch_maskdit.infer_attributes,
+  released_names=torch_maskdit.released_names,
+  to_released=torch_maskdit.to_released,
+  from_released=torch_maskdit.from_released,
+)
+LAYOUTS = (DIT_LAYOUT, MASKDIT_LAYOUT)
 
 
 def layout_of(model: Model) -> Layout:

@@ -1,6 +1,6 @@
 """Converts released PyTorch checkpoints to and from flax parameters.
 
-The networks are MDT, MDTv2, DiT, SiT and TREAD.
+The networks are MDT, MDTv2, DiT, SiT, TREAD and MaskDiT.
 
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
@@ -79,6 +79,7 @@ class KnownSizes(TypedDict, total=False):
 
   decode_depth: int | None
   num_heads: int | None
+  decoder_num_heads: int | None
   num_classes: int | None
   input_size: int | None
   process: str | None
@@ -90,10 +91,11 @@ def from_torch(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT or TREAD.
+  """Reads a PyTorch checkpoint of MDT, MDTv2, DiT, SiT, TREAD or MaskDiT.
 
   Args:
     path: a .pt, .pth or .bin file (opened with weights_only=True; needs torch), a
@@ -101,16 +103,18 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "SiT", "TREAD", "MDT" or "MDTv2"; None to infer
-      the network from the tensors. A SiT or TREAD has tensors of the names and shapes
-      of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
-      The route of a TREAD is the default one unless the file states another.
+    network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2" or "MaskDiT"; None
+      to infer the network from the tensors. A SiT or TREAD has tensors of the names and
+      shapes of a DiT, and is read as a DiT if neither `network` nor the file says
+      otherwise. The route of a TREAD is the default one unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, SiT or TREAD, which the tensors do not
+    num_heads: number of heads of a DiT, SiT, TREAD or MaskDiT, which the tensors do not
       determine; None for that which the file states, else that of the published size of
       the same width.
+    decoder_num_heads: number of heads of the decoder of a MaskDiT; None for that which
+      the file states, else 16 for the released width of 512.
     num_classes: number of classes, without the null label. If the label table has
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
@@ -132,6 +136,7 @@ def from_torch(
     network,
     decode_depth=decode_depth,
     num_heads=num_heads,
+    decoder_num_heads=decoder_num_heads,
     num_classes=num_classes,
     input_size=input_size,
   )
@@ -179,7 +184,8 @@ def from_tensors(
     source: name of the tensors in errors.
     network: see `from_torch`.
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
-    **known: decode_depth, num_heads, num_classes, input_size: see `from_torch`.
+    **known: decode_depth, num_heads, decoder_num_heads, num_classes, input_size: see
+      `from_torch`.
   """
   if network is not None:
     check_choice("network", network, NETWORKS)
@@ -196,6 +202,7 @@ def _open_network(
   *,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
   process: str | None = None,
@@ -225,12 +232,16 @@ def _open_network(
         "decode_depth", decode_depth, f"must be None: {source} holds {variant}, not MDT"
       )
     attributes["decode_depth"] = decode_depth
-  if num_heads is not None:
-    attributes["num_heads"] = num_heads
-  if attributes["num_heads"] is None:
-    raise SettingError(
-      "num_heads", None, f"must be given for a {variant} of unpublished width"
-    )
+  if decoder_num_heads is not None and "decoder_num_heads" not in attributes:
+    accepted = f"must be None: {source} holds {variant}, not MaskDiT"
+    raise SettingError("decoder_num_heads", decoder_num_heads, accepted)
+  heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+  for name, count in heads.items():
+    if count is not None:
+      attributes[name] = count
+    if attributes.get(name, 1) is None:
+      accepted = f"must be given for a {variant} of unpublished width"
+      raise SettingError(name, None, accepted)
   read_as = sizes.describe(attributes)
   try:
     model = create_model(**attributes)

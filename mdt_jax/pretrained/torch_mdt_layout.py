@@ -25,7 +25,7 @@ BIAS_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 BIAS_INDEX = "attn.rel_pos_bias.relative_position_index"  # a buffer, not a parameter
 
 # Path inside a block -> released name inside a block, in the order of PyTorch.
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
   "attention/qkv": "attn.qkv",
   "attention/proj": "attn.proj",
   "attention/relative_position_bias": BIAS_TABLE,
@@ -35,7 +35,7 @@ _BLOCK_NAMES = {
   "skip": "skip_linear",
 }
 # Path outside of blocks -> released name.
-_OTHER_NAMES = {
+OTHER_NAMES = {
   "patch_embed/linear": "x_embedder.proj",
   "timestep_embed/fc1": "t_embedder.mlp.0",
   "timestep_embed/fc2": "t_embedder.mlp.2",
@@ -63,7 +63,7 @@ _MODULE_ORDER = (
   "final_layer.linear",
   "final_layer.adaLN_modulation.1",
 )
-_ORDER_IN_BLOCK = tuple(_BLOCK_NAMES.values())
+_ORDER_IN_BLOCK = tuple(BLOCK_NAMES.values())
 # (stack, layer)?, module, (weight or bias)?
 _PARAMETER = re.compile(r"(?:(\w*blocks)\.(\d+)\.)?(.+?)(?:\.(weight|bias))?")
 
@@ -76,10 +76,10 @@ def is_stacked(path: str) -> bool:
 def released_names(path: str, model: Model) -> Iterator[str]:
   """Yields the names of the released tensors of a parameter, one per layer."""
   if not is_stacked(path) and not path.startswith("side_block/"):
-    yield _leaf_name(path, _OTHER_NAMES)
+    yield leaf_name(path, OTHER_NAMES)
     return
   stack, inside = path.split("/", 1)
-  name = _leaf_name(inside, _BLOCK_NAMES)
+  name = leaf_name(inside, BLOCK_NAMES)
   encoder_depth = model.depth - model.decode_depth if model.takes_mask else model.depth
   released, offset, count = {
     "side_block": ("sideblocks", 0, 1),
@@ -129,11 +129,11 @@ def to_released(array: Any, path: str, model: Model) -> Any:
     p = model.patch_size
     return array.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
   if path.endswith("attention/qkv/kernel"):  # (D, 3, heads, D / heads)
-    return array.reshape(model.hidden_size, -1).T
+    return array.reshape(len(array), -1).T
   if path.endswith("attention/qkv/bias"):  # (3, heads, D / heads)
     return array.reshape(-1)
   if path.endswith("attention/proj/kernel"):  # (heads, D / heads, D)
-    return array.reshape(-1, model.hidden_size).T
+    return array.reshape(-1, array.shape[-1]).T
   if path.endswith("kernel"):
     return array.T
   if path in ("pos_embed", "decode_pos_embed"):
@@ -161,8 +161,13 @@ def from_released(
   return np.array(tensor, np.float32, order="C").reshape(shape)
 
 
-def _leaf_name(path: str, names: Mapping[str, str]) -> str:
-  """Looks up the released name of a path; "kernel" becomes "weight"."""
+def leaf_name(path: str, names: Mapping[str, str]) -> str:
+  """Looks up the released name of a path; "kernel" becomes "weight".
+
+  Args:
+    path: path of a parameter, inside its block where it has one.
+    names: BLOCK_NAMES, OTHER_NAMES, or such names of another network.
+  """
   if path in names:
     return names[path]
   module, leaf = path.rsplit("/", 1)

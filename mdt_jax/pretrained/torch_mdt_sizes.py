@@ -25,10 +25,11 @@ from mdt_jax.pretrained.torch_names import some_names
 MDT_DECODE_DEPTH = 2
 # Attributes that `notes` stores in a file, because shapes do not always show them.
 ROUTE = ("route_start", "route_end")
-NOTED = ("variant", "num_classes", "label_dropout", "num_heads", "decode_depth", *ROUTE)
+_SIZES = ("num_classes", "num_heads", "decoder_num_heads")
+NOTED = ("variant", "label_dropout", "decode_depth", *_SIZES, *ROUTE)
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
-_LABEL_TABLE = "y_embedder.embedding_table.weight"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 # Networks whose tensors have the names and shapes of a DiT: SiT (arXiv 2401.08740), a
 # flow model, and TREAD (arXiv 2501.04765), trained by EDM.
 _LIKE_DIT = ("DiT", "SiT", "TREAD")
@@ -77,20 +78,11 @@ def infer_attributes(
     first = "blocks.0"
 
   def shape(name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor with this many axes, none of them of length 0."""
-    found = tensors[name].shape if name in tensors else None
-    if found is None or len(found) != axes or 0 in found:
-      problem = "is missing" if found is None else f"has shape {found}"
-      raise SettingError(
-        "tensors",
-        source,
-        f"must hold an MDT, MDTv2, DiT or SiT: {name} {problem}; {some_names(tensors)}",
-      )
-    return found
+    return shape_of(tensors, name, axes, source, "an MDT, MDTv2, DiT or SiT")
 
   hidden_size, in_channels, _, patch_size = shape("x_embedder.proj.weight", 4)
   length = shape("pos_embed", 3)[1]
-  rows = shape(_LABEL_TABLE, 2)[0]
+  rows = shape(LABEL_TABLE, 2)[0]
   out_rows = shape("final_layer.linear.weight", 2)[0]
   mlp_size = shape(f"{first}.mlp.fc1.weight", 2)[0]
   has_bias = variant != "DiT"
@@ -122,14 +114,37 @@ def infer_attributes(
     heads = known.get("num_heads", published.get(hidden_size))
   attributes["num_heads"] = heads
   if variant == "MDTv2":
-    attributes["decode_depth"] = _count(tensors, "de_blocks")
-    pairs = _count(tensors, "en_inblocks")
+    attributes["decode_depth"] = count_blocks(tensors, "de_blocks")
+    pairs = count_blocks(tensors, "en_inblocks")
     attributes["depth"] = 2 * pairs + attributes["decode_depth"]
   else:
-    attributes["depth"] = _count(tensors, "blocks")
+    attributes["depth"] = count_blocks(tensors, "blocks")
     if variant == "MDT":
       attributes["decode_depth"] = known.get("decode_depth", MDT_DECODE_DEPTH)
   return attributes
+
+
+def shape_of(
+  tensors: Mapping[str, np.ndarray], name: str, axes: int, source: str, what: str
+) -> tuple[int, ...]:
+  """Returns the shape of a tensor with `axes` axes, none of them of length 0.
+
+  Args:
+    tensors: released name -> array.
+    name: released name.
+    axes: number of axes.
+    source: name of the tensors in errors.
+    what: what the tensors should hold, for errors.
+
+  Raises:
+    SettingError: the tensor is missing or has another shape.
+  """
+  found = tensors[name].shape if name in tensors else None
+  if found is None or len(found) != axes or 0 in found:
+    problem = "is missing" if found is None else f"has shape {found}"
+    accepted = f"must hold {what}: {name} {problem}; {some_names(tensors)}"
+    raise SettingError("tensors", source, accepted)
+  return found
 
 
 def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -142,7 +157,7 @@ def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
   stated = {**metadata, **read_notes(metadata)}
   return {
     name: stated[name]
-    for name in ("num_classes", "num_heads", "decode_depth", "input_size")
+    for name in (*_SIZES, "decode_depth", "input_size")
     if type(stated.get(name)) is int and stated[name] > 0
   }
 
@@ -281,6 +296,10 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
   blocks = f"{attributes['num_heads']} heads"
   if attributes["variant"] in ("MDT", "MDTv2"):
     blocks += f", {attributes['decode_depth']} decode blocks"
+  if attributes["variant"] == "MaskDiT":
+    blocks += f", a decoder of {attributes['decode_depth']} blocks, width "
+    blocks += f"{attributes['decoder_hidden_size']} and "
+    blocks += f"{attributes['decoder_num_heads']} heads"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
@@ -332,6 +351,6 @@ def _leaves_variance_at_zero(
   return bool(rows[:, :channels].any() and not rows[:, channels:].any())
 
 
-def _count(tensors: Mapping[str, np.ndarray], stack: str) -> int:
+def count_blocks(tensors: Mapping[str, np.ndarray], stack: str) -> int:
   """Returns the number of blocks in a stack, such as "de_blocks"."""
   return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
