@@ -77,16 +77,17 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --output holds."
 NETWORK = flags.DEFINE_string(
   "network",
   None,
-  "Network in the PyTorch file: DiT, SiT, TREAD, MDT or MDTv2. A TREAD needs the flag "
-  "unless the file names it. Default: found from the tensors, and from --process for a "
-  "SiT.",
+  "Network in the PyTorch file: DiT, SiT, TREAD, MDT, MDTv2 or MaskDiT. A TREAD needs "
+  "the flag unless the file names it. Default: found from the tensors, and from "
+  "--process for a SiT.",
 )
 PROCESS = flags.DEFINE_string(
   "process",
   None,
   "Process that trained the network in the PyTorch file: gaussian (DDPM), flow or edm. "
   "With flow, a DiT whose last layer has twice the channels is read as a SiT. Default: "
-  "what the file states, else flow for a SiT, edm for a TREAD and gaussian for others. "
+  "what the file states, else flow for a SiT, edm for a TREAD or MaskDiT, and gaussian "
+  "for others. "
   "The flow of a TREAD is that of its released code: the network gets time 0 for data.",
 )
 DECODE_DEPTH = flags.DEFINE_integer(
@@ -97,8 +98,14 @@ DECODE_DEPTH = flags.DEFINE_integer(
 NUM_HEADS = flags.DEFINE_integer(
   "num_heads",
   None,
-  "Number of attention heads of a DiT, SiT or TREAD. Default: that of the published "
-  "size.",
+  "Number of attention heads of a DiT, SiT, TREAD or MaskDiT. Default: that of the "
+  "published size.",
+)
+DECODER_NUM_HEADS = flags.DEFINE_integer(
+  "decoder_num_heads",
+  None,
+  "Number of attention heads of the decoder of a MaskDiT. Default: 16 for the released "
+  "width of 512.",
 )
 NUM_CLASSES = flags.DEFINE_integer(
   "num_classes",
@@ -186,6 +193,7 @@ def main(argv: list[str]) -> None:
         overwrite=OVERWRITE.value,
         decode_depth=DECODE_DEPTH.value,
         num_heads=NUM_HEADS.value,
+        decoder_num_heads=DECODER_NUM_HEADS.value,
         num_classes=NUM_CLASSES.value,
         input_size=INPUT_SIZE.value,
         process=PROCESS.value,

@@ -251,7 +251,8 @@ class InitSettings:
   step: int | None = None
   # Decay of the averaged parameters in a workdir. None: the one that is sampled.
   ema_decay: float | None = None
-  # What a file holds: DiT, SiT, TREAD, MDT or MDTv2. None: what its tensors show.
+  # What a file holds: DiT, SiT, TREAD, MDT, MDTv2 or MaskDiT. None: what its tensors
+  # show.
   network: str | None = None
   # Classes of the network in a file, without the null label. None: what its tensors
   # show; see --num_classes of mdt_jax.convert.

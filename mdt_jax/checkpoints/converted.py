@@ -55,6 +55,7 @@ def from_torch_file(
   overwrite: bool = False,
   decode_depth: int | None = None,
   num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
   process: str | None = None,
@@ -70,11 +71,12 @@ def from_torch_file(
     network: name of the network; see `torch_mdt.from_torch`.
     overwrite: whether to replace the checkpoints in `workdir`. Other files stay, except
       labels.json, which belongs to the old checkpoints.
-    decode_depth, num_heads, num_classes, input_size: see `torch_mdt.from_torch`.
+    decode_depth, num_heads, decoder_num_heads, num_classes, input_size: see
+      `torch_mdt.from_torch`.
     process: process that trained the network, a key of `diffusion.PROCESSES`; None for
-      that which the file states, else "flow" for a SiT, "edm" for a TREAD and
-      "gaussian" for others. With "flow", a DiT whose last layer has 2C channels is read
-      as a SiT.
+      that which the file states, else "flow" for a SiT, "edm" for a TREAD or MaskDiT
+      and "gaussian" for others. With "flow", a DiT whose last layer has 2C channels is
+      read as a SiT.
 
   Returns:
     Settings of a run with this network, as saved in the workdir.
@@ -97,6 +99,7 @@ def from_torch_file(
     network,
     decode_depth=decode_depth,
     num_heads=num_heads,
+    decoder_num_heads=decoder_num_heads,
     num_classes=num_classes,
     input_size=input_size,
     process=process,

@@ -25,6 +25,7 @@ _PAPERS = {
   "MDT": "arxiv:2303.14389",
   "MDTv2": "arxiv:2303.14389",
   "TREAD": "arxiv:2501.04765",
+  "MaskDiT": "arxiv:2306.09305",
 }
 
 
@@ -159,7 +160,11 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
   yield "depth x width", f"{model.depth} x {model.hidden_size}"
   yield "heads", str(model.num_heads)
   yield "patch size", str(model.patch_size)
-  if model.takes_mask:
+  if model.variant == "MaskDiT":
+    width, heads = model.decoder_hidden_size, model.decoder_num_heads
+    yield "decoder, depth x width", f"{model.decode_depth} x {width}"
+    yield "decoder, heads", str(heads)
+  elif model.takes_mask:
     yield "blocks after the side-interpolater", str(model.decode_depth)
   if model.has_route:
     yield "blocks of the route", f"{model.route.start} to {model.route.stop - 1}"

@@ -50,8 +50,8 @@ def load_pretrained(
       diffusers' format; hf://ORG/NAME/FILE; or a folder or file, local or in a bucket
       (gs://…). A local folder counts before a repository of the same name.
     network: expected network; see `torch_mdt.from_torch`.
-    **known: num_classes, num_heads, decode_depth and input_size of a network whose
-      files do not state them; see `torch_mdt.from_torch`.
+    **known: num_classes, num_heads, decoder_num_heads, decode_depth and input_size of a
+      network whose files do not state them; see `torch_mdt.from_torch`.
 
   Returns:
     The parameters and the objects of the run. Without a config.json of mdt_jax, the

@@ -14,6 +14,7 @@ from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums, converted, hub_folders, loading
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, renamed_in_errors
+from mdt_jax.models.maskdit import MaskDiT
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model, create_model
 from mdt_jax.paths import any_path
@@ -109,6 +110,24 @@ def _open_run(path: AnyPath, init: InitSettings) -> Weights:
   )
 
 
+def _open_checkpoint(
+  path: Path, init: InitSettings, known: torch_mdt.KnownSizes, target: Model
+) -> torch_mdt.OpenCheckpoint:
+  """Opens a PyTorch file; numbers of heads that it does not show are the target's."""
+  try:
+    return torch_mdt.open_checkpoint(path, init.network, **known)
+  except SettingError as error:
+    if error.setting in known:
+      raise
+    if error.setting == "num_heads" and isinstance(target, MDT):
+      known = {**known, "num_heads": target.num_heads}
+    elif error.setting == "decoder_num_heads" and isinstance(target, MaskDiT):
+      known = {**known, "decoder_num_heads": target.decoder_num_heads}
+    else:
+      raise
+  return _open_checkpoint(path, init, known, target)
+
+
 def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
   """Opens a PyTorch file or a folder in diffusers' format; copies those of a bucket."""
   if path.name.isdigit() and path.parent.name == loading.FOLDER and path.is_dir():
@@ -130,7 +149,7 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
     )
   known: torch_mdt.KnownSizes = {"num_classes": init.num_classes}
   try:
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+    opened = _open_checkpoint(path, init, known, target)
   except SettingError as error:
     if error.setting == "input_size":  # no setting of `config.init`
       text = f"{CONFIG_FILE} beside it states sample_size = {error.value}, which "
@@ -139,10 +158,7 @@ def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
         text = f"needs a {CONFIG_FILE} beside it that states sample_size, because it "
         text += "holds no position embedding"
       raise SettingError("path", str(path), text) from None
-    if error.setting != "num_heads" or not isinstance(target, MDT):
-      raise
-    known["num_heads"] = target.num_heads
-    opened = torch_mdt.open_checkpoint(path, init.network, **known)
+    raise
   file = diffusers_dit.find_file(path)
   model = create_model(**opened.attributes)
   return Weights(

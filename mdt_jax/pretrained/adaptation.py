@@ -35,6 +35,8 @@ _COMPATIBLE = {
   for new in ("DiT", "SiT", "MDT", "MDTv2", "TREAD")
 }
 _MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
+# Sizes that must match in MaskDiT, which fits no other network.
+_OF_MASKDIT = ("depth", "decode_depth", "decoder_hidden_size", "decoder_num_heads")
 
 # Path of a parameter of the old network -> its value.
 Read: TypeAlias = Callable[[str], np.ndarray]
@@ -62,8 +64,8 @@ class Adaptation:
   """The start of each parameter of a network from those of another network.
 
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
-  TREAD, MDT and MDTv2 may differ in classes, input size, patch size, channels and
-  learned variance, and, where `_COMPATIBLE` says so, in the variant.
+  TREAD, MDT, MDTv2 and MaskDiT may differ in classes, input size, patch size, channels
+  and learned variance, and, where `_COMPATIBLE` says so, in the variant.
 
   Args:
     source: the old network.
@@ -71,8 +73,9 @@ class Adaptation:
     classes: new label -> old label; None: the same labels if the numbers of classes are
       equal, and otherwise new rows for all labels but the null label.
     patches: "resize" or "fresh": patch embedding and last layer of another patch size.
-    partial: whether the depths may differ, and the variants be any. Blocks that the old
-      network lacks start with new values, which change nothing at first.
+    partial: whether the depths may differ, and the variants be any; not for MaskDiT.
+      Blocks that the old network lacks start with new values, which change nothing at
+      first.
     name: where the old network comes from, for errors.
 
   Attributes:
@@ -143,7 +146,10 @@ class Adaptation:
     """Raises SettingError if the blocks of the networks do not fit."""
     old: Any = self.source
     new: Any = self.target
-    for name in _MUST_MATCH:
+    is_maskdit = [model.variant == "MaskDiT" for model in (old, new)]
+    if is_maskdit[0] != is_maskdit[1]:
+      raise self._misfit(f"the network is {old.variant} there and {new.variant}")
+    for name in _MUST_MATCH + (_OF_MASKDIT if is_maskdit[0] else ()):
       if getattr(old, name) != getattr(new, name):
         raise self._misfit(
           f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
@@ -197,7 +203,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of MDT, MDTv2, DiT, SiT or TREAD."""
+    """Returns the start of a parameter of `MDT` or of a subclass."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")
@@ -362,10 +368,10 @@ class Adaptation:
     return Start(KEPT if old == new else RESIZED, compute, "; ".join(notes))
 
   def _labels(self, path: str) -> Start:
-    """Starts the label table: (classes, D), and a last row if labels are dropped."""
+    """Starts the label table: (classes, D), and a last row for a learned null label."""
     source, target = self.source, self.target
     old, new = source.num_classes, target.num_classes
-    old_null, new_null = source.label_dropout > 0, target.label_dropout > 0
+    old_null, new_null = _has_null_row(source), _has_null_row(target)
     keeps_null = old_null and new_null
     rows = self._classes  # new label -> old label
     if rows is None:
@@ -405,10 +411,19 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
 }
 
 
+def _has_null_row(model: Model) -> bool:
+  """Whether the label table has a row for the null label."""
+  is_learned = getattr(model.conditioning, "null", "learned") == "learned"
+  return is_learned and model.label_dropout > 0
+
+
 def _layers(model: MDT) -> list[tuple[str, int]]:
   """(stack, index in the stack) of each block, in the order of the forward pass."""
   if not model.takes_mask:
     return [("blocks", i) for i in range(model.depth)]
+  if model.variant == "MaskDiT":
+    stacks = {"blocks": model.depth, "decode_blocks": model.decode_depth}
+    return [(name, i) for name, depth in stacks.items() for i in range(depth)]
   encoder, decoder = model.depth - model.decode_depth, model.decode_depth
   decode = [("decode_blocks", i) for i in range(decoder)]
   if model.variant == "MDT":

@@ -51,7 +51,8 @@ def infer_attributes(
 
   Returns:
     Attributes for `create_model`. `num_heads` and `decoder_num_heads` are None if they
-    are not known and the width is not a published one.
+    are not known and the width is not a published one. `label_dropout` is absent unless
+    the file notes that it is 0.
 
   Raises:
     SettingError: a tensor that determines an attribute is missing or has the wrong
@@ -76,7 +77,7 @@ def infer_attributes(
     accepted = f"must be {classes}: the label table of {source} has so many columns"
     raise SettingError("num_classes", num_classes, accepted)
   published = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-  return dict(
+  attributes: dict[str, Any] = dict(
     variant="MaskDiT",
     input_size=round(length**0.5) * patch_size,
     patch_size=patch_size,
@@ -91,6 +92,9 @@ def infer_attributes(
     mlp_ratio=mlp_ratio(hidden_size, mlp_size),
     learn_sigma=out_rows == 2 * in_channels * patch_size**2,
   )
+  if known.get("label_dropout") == 0:
+    attributes["label_dropout"] = 0.0
+  return attributes
 
 
 def released_names(path: str, model: MaskDiT) -> Iterator[str]:

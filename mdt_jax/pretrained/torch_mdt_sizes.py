@@ -154,12 +154,16 @@ def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
     metadata: metadata of the file, see `tensors.WeightFile`: the notes of this package,
       or training arguments.
   """
-  stated = {**metadata, **read_notes(metadata)}
-  return {
+  noted = read_notes(metadata)
+  stated = {**metadata, **noted}
+  known = {
     name: stated[name]
     for name in (*_SIZES, "decode_depth", "input_size")
     if type(stated.get(name)) is int and stated[name] > 0
   }
+  if noted.get("label_dropout") == 0:  # a MaskDiT's label table does not show it
+    known["label_dropout"] = 0
+  return known
 
 
 def notes(attributes: Mapping[str, Any], **more: Any) -> dict[str, str]:

@@ -34,6 +34,7 @@ def test_packaged_configs_are_listed_by_file_name():
   networks = [f"{name}_{size}" for name in variants for size in sizes]
   flows = [f"mdtv2_{size}_flow" for size in sizes]
   others = ["dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels", "tread_b2", "tread_xl2"]
+  others += ["maskdit_b2", "maskdit_xl2"]
   assert packaged_configs() == ["digits", *sorted(networks + flows + others)]
 
 

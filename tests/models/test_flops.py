@@ -58,6 +58,9 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("TREAD-S/2", dict(depth=7), 6),
     ("TREAD-S/2", dict(depth=4, route_start=0, route_end=1, learn_sigma=True), 1),
     ("TREAD-S/2", dict(depth=4, route_start=3, route_end=3), 15),
+    ("MaskDiT-S/2", dict(depth=3, decode_depth=2), None),
+    ("MaskDiT-S/2", dict(depth=3, decoder_hidden_size=64), 5),
+    ("MaskDiT-S/2", dict(depth=1, patch_bottleneck=5, learn_sigma=True), 16),
   ],
 )
 def test_forward_flops_match_the_traced_program(name, sizes, num_keep):

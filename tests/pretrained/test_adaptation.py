@@ -22,8 +22,10 @@ TINY = dict(
 
 
 def tiny(variant="MDT", **attributes):
-  route = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
-  options = {**TINY, "decode_depth": 2, **route, **attributes}
+  own = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
+  if variant == "MaskDiT":
+    own = {"decoder_hidden_size": 8, "decoder_num_heads": 1}
+  options = {**TINY, "decode_depth": 2, **own, **attributes}
   return create_model(variant=variant, **options)
 
 
@@ -54,7 +56,7 @@ def forward(model, params, labels=(4, 4, 4)):
   return jax.jit(model.apply)({"params": unflatten(params)}, x, t, labels)
 
 
-@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD"])
+@pytest.mark.parametrize("variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MaskDiT"])
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
   found, adaptation = start(source, source)
@@ -73,6 +75,8 @@ def test_same_network_keeps_every_parameter(variant):
     ("TREAD", "MDTv2", {"learn_sigma": False}),
     ("DiT", "DiT", {"depth": 6}),
     ("MDTv2", "MDTv2", {"num_classes": 7}),
+    ("MaskDiT", "MaskDiT", {"num_classes": 7}),
+    ("MaskDiT", "MaskDiT", {"num_classes": 2, "label_dropout": 0.0}),
     ("DiT", "MDTv2", {"num_classes": 2, "decode_depth": 4}),
   ],
 )
