@@ -4,8 +4,8 @@ python -m mdt_jax.main --config=configs/maskdit_xl2.py --workdir=runs/maskdit_xl
   --config.data.path=LATENTS
 
 LATENTS: folder that python -m mdt_jax.encode wrote from 256x256 images (docs/data.md).
-Hardware: a TPU v4-64 or v5p-32, or 8 GPUs of 80 GB, with
---config.model.dtype=bfloat16; --config.accumulation_steps=4 on the GPUs.
+Hardware: a TPU v5p-32, or 8 GPUs of 80 GB with --config.accumulation_steps=4; with
+--config.model.dtype=bfloat16.
 As the released run (Anima-Lab/MaskDiT): EDM, half of the tokens removed, 2,000,000
 steps of 1,024 images, Adam with a learning rate of 1e-4, no flips; 40 steps of Heun.
 The released run is in fp16.
