@@ -117,8 +117,8 @@ class MaskDiT(MDT, kw_only=True):
       token_mask: the tokens that the encoder sees; None for all.
 
     Returns:
-      (B, H, W, out_channels) float32. With a mask, the output at removed tokens does
-      not depend on these tokens of x.
+      (B, H, W, out_channels) float32. With a mask, the output does not depend on the
+      removed tokens of x.
 
     Raises:
       SettingError: an attribute is invalid.
