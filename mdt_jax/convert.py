@@ -87,8 +87,9 @@ PROCESS = flags.DEFINE_string(
   "Process that trained the network in the PyTorch file: gaussian (DDPM), flow or edm. "
   "With flow, a DiT whose last layer has twice the channels is read as a SiT. Default: "
   "what the file states, else that of the paper: flow for a SiT or SPRINT, edm for a "
-  "TREAD and a MicroDiT that learns no variance, gaussian for others. The flow of a "
-  "TREAD or SPRINT is that of its released code: the network gets time 0 for data.",
+  "TREAD, a MaskDiT and a MicroDiT that learns no variance, gaussian for others. The "
+  "flow of a TREAD or SPRINT is that of its released code: the network gets time 0 for "
+  "data.",
 )
 DECODE_DEPTH = flags.DEFINE_integer(
   "decode_depth",
@@ -98,14 +99,20 @@ DECODE_DEPTH = flags.DEFINE_integer(
 NUM_HEADS = flags.DEFINE_integer(
   "num_heads",
   None,
-  "Number of attention heads of a DiT, SiT, TREAD or MicroDiT. Default: that of the "
-  "published size.",
+  "Number of attention heads of a DiT, SiT, TREAD, MaskDiT or MicroDiT. Default: that "
+  "of the published size.",
 )
 MIXER_NUM_HEADS = flags.DEFINE_integer(
   "mixer_num_heads",
   None,
   "Number of attention heads of the mixer of a MicroDiT. Default: what the file "
   "states, else heads as large as those of the other blocks.",
+)
+DECODER_NUM_HEADS = flags.DEFINE_integer(
+  "decoder_num_heads",
+  None,
+  "Number of attention heads of the decoder of a MaskDiT. Default: 16 for the released "
+  "width of 512.",
 )
 NUM_CLASSES = flags.DEFINE_integer(
   "num_classes",
@@ -194,6 +201,7 @@ def main(argv: list[str]) -> None:
         decode_depth=DECODE_DEPTH.value,
         num_heads=NUM_HEADS.value,
         mixer_num_heads=MIXER_NUM_HEADS.value,
+        decoder_num_heads=DECODER_NUM_HEADS.value,
         num_classes=NUM_CLASSES.value,
         input_size=INPUT_SIZE.value,
         process=PROCESS.value,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.models.registry import MODELS, SIZES
 from mdt_jax.setting_groups import (
+  DataSettings,
   DiffusionSettings,
   MaskingSettings,
   ModelSettings,
@@ -55,6 +56,14 @@ def tread(size: str, input_size: int = 32) -> ConfigDict:
   return _tread(size, input_size).to_config()
 
 
+def maskdit(size: str, input_size: int = 32) -> ConfigDict:
+  """MaskDiT: DiT on half of the tokens with a light decoder, by EDM as released.
+
+  See arXiv 2306.09305. For arguments see `mdtv2`.
+  """
+  return _maskdit(size, input_size).to_config()
+
+
 def microdit(size: str, input_size: int = 32) -> ConfigDict:
   """MicroDiT: DiT behind a mixer, trained on a quarter of the tokens by EDM.
 
@@ -87,7 +96,7 @@ def process_of(attributes: Mapping[str, Any]) -> str:
   variant = attributes["variant"]
   if variant == "MicroDiT":  # the released networks learn no variance
     return "gaussian" if attributes["learn_sigma"] else "edm"
-  known = {"SiT": "flow", "TREAD": "edm", "SPRINT": "flow"}
+  known = {"SiT": "flow", "TREAD": "edm", "MaskDiT": "edm", "SPRINT": "flow"}
   return known.get(variant, "gaussian")
 
 
@@ -126,6 +135,7 @@ def of_network(
     "MDT": _mdt,
     "MDTv2": _mdtv2,
     "TREAD": _tread,
+    "MaskDiT": _maskdit,
     "MicroDiT": _microdit,
     "SPRINT": _sprint,
   }
@@ -142,11 +152,21 @@ def of_network(
     diffusion = dataclasses.replace(diffusion, arguments=dict(arguments))
   elif not learn_sigma:
     diffusion = dataclasses.replace(diffusion, variance="fixed_large")
+  objective, prediction = settings.objective, arguments.get("prediction")
+  if diffusion.process == "gaussian":
+    prediction = diffusion.prediction
+  if variant == "MaskDiT" and prediction in ("epsilon", "score"):
+    without = {**objective.arguments, "mae_weight": 0.0}  # accepted by the objective
+    objective = dataclasses.replace(objective, arguments=without)
   model = dataclasses.replace(settings.model, **{**attributes, "name": name})
   if model.label_dropout == 0:  # guidance needs a null label
     sampling = dataclasses.replace(sampling, cfg_scale=1.0)
   return dataclasses.replace(
-    settings, model=model, diffusion=diffusion, sampling=sampling
+    settings,
+    model=model,
+    objective=objective,
+    diffusion=diffusion,
+    sampling=sampling,
   )
 
 
@@ -213,6 +233,22 @@ def _tread(size: str, input_size: int = 32) -> Settings:
     sampling=SamplingSettings(
       method="heun", num_steps=40, cfg_scale=1.5, cfg_power=0.0, cfg_channels=0
     ),
+  )
+
+
+def _maskdit(size: str, input_size: int = 32) -> Settings:
+  return Settings(
+    model=ModelSettings(name=f"MaskDiT-{size}/2", input_size=input_size),
+    objective=ObjectiveSettings(
+      name="maskdit", arguments={"ratio": 0.5, "mae_weight": 0.1}
+    ),
+    masking=MaskingSettings(ratio=0.0, width=0.0),
+    diffusion=DiffusionSettings(process="edm"),
+    optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4, clip_norm=0.0),
+    data=DataSettings(flip=False),
+    sampling=_SAMPLING["edm"],
+    num_steps=2_000_000,
+    batch_size=1024,
   )
 
 

@@ -26,7 +26,7 @@ class ModelSettings:
   """The network. A setting of None has the value of the preset that `name` chooses."""
 
   # Preset, a key of mdt_jax.MODELS: DiT-S/2, SiT-L/2, MDT-B/4, MDTv2-XL/2, TREAD-B/2,
-  # SPRINT-B/2, ….
+  # MaskDiT-B/2, SPRINT-B/2, ….
   name: str = "MDTv2-S/2"
   # Height and width of the network's input, in pixels or latents, each divisible by
   # patch_size: one number for a square, such as 32 for the latents of 256x256 images,
@@ -48,8 +48,13 @@ class ModelSettings:
   # Number of attention heads.
   num_heads: int | None = None
   # Number of blocks after the side-interpolater, in [1, depth], for MDT and MDTv2, or
-  # after the middle blocks, for SPRINT.
+  # after the middle blocks, for SPRINT; or of the decoder, which depth does not count,
+  # for MaskDiT.
   decode_depth: int | None = None
+  # Width and attention heads of the decoder, for MaskDiT; None: 512 and 16, as
+  # released. The width is divisible by the heads and by 4.
+  decoder_hidden_size: int | None = None
+  decoder_num_heads: int | None = None
   # Number of blocks before the middle blocks, at least 1, for SPRINT. The middle blocks
   # are the depth - encoder_depth - decode_depth blocks that see only the kept tokens.
   encoder_depth: int | None = None
@@ -102,7 +107,8 @@ class ObjectiveSettings:
   # TREAD; mdt for an MDT needs a masking.ratio above 0. See docs/methods.md.
   name: str | None = None
   # Arguments of the objectives of one pass: '{"ratio": 0.5}', the share of removed
-  # tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'; of sprint also
+  # tokens, or '{"ratio": 0.6, "schedule": "cosine4", "min_ratio": 0.1}'; of maskdit
+  # also '{"mae_weight": 0.1}', the weight of the reconstruction; of sprint also
   # '{"path_drop": 0.1}', the share of samples without a deep path. Or those of an
   # objective of your own.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -25,6 +25,8 @@ MAXIMA = {
   "config.eval.num_images": 100_000_000,
   "config.masking.num_lengths": 1_024,
   "config.model.decode_depth": 1_000,
+  "config.model.decoder_hidden_size": 65_536,
+  "config.model.decoder_num_heads": 65_536,
   "config.model.depth": 1_000,
   "config.model.encoder_depth": 1_000,
   "config.model.hidden_size": 65_536,

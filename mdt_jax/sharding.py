@@ -188,19 +188,22 @@ def check_mesh(
   width = getattr(model, "hidden_size", fsdp)
   if width % fsdp:
     raise SettingError("config.mesh.fsdp", fsdp, f"must divide hidden_size = {width}")
-  bottleneck = getattr(model, "patch_bottleneck", 0)
-  if bottleneck % fsdp:
-    raise SettingError(
-      "config.mesh.fsdp", fsdp, f"must divide patch_bottleneck = {bottleneck}"
-    )
-  heads = getattr(model, "num_heads", tensor)
-  hidden = int(width * getattr(model, "mlp_ratio", tensor))
-  if heads % tensor or hidden % tensor:
-    raise SettingError(
-      "config.mesh.tensor",
-      tensor,
-      f"must divide the {heads} heads and the {hidden} hidden units of the MLP",
-    )
+  for name in ("patch_bottleneck", "decoder_hidden_size"):
+    other = getattr(model, name, 0)
+    if other % fsdp:
+      raise SettingError("config.mesh.fsdp", fsdp, f"must divide {name} = {other}")
+  ratio = getattr(model, "mlp_ratio", tensor)
+  inner = getattr(model, "decoder_hidden_size", tensor)
+  for heads, hidden, what in (
+    (getattr(model, "num_heads", tensor), int(width * ratio), "MLP"),
+    (getattr(model, "decoder_num_heads", tensor), int(inner * ratio), "decoder's MLP"),
+  ):
+    if heads % tensor or hidden % tensor:
+      raise SettingError(
+        "config.mesh.tensor",
+        tensor,
+        f"must divide the {heads} heads and the {hidden} hidden units of the {what}",
+      )
 
 
 @contextlib.contextmanager

@@ -103,6 +103,27 @@ FAULTS = {
     "path_drop=None",
     "objectives/test_sprint.py",
   ),
+  "MaskDiT trains the removed tokens to denoise": Fault(
+    "objectives/maskdit.py",
+    "_mean_over(~mask.removed",
+    "_mean_over(mask.removed",
+    "objectives/test_maskdit.py",
+  ),
+  "a patch of MaskDiT's target has its biased variance": Fault(
+    "objectives/maskdit.py", "ddof=1, ", "", "objectives/test_maskdit.py"
+  ),
+  "MaskDiT's decoder has the heads of the encoder": Fault(
+    "models/maskdit.py",
+    "num_heads=self.decoder_num_heads",
+    "num_heads=self.num_heads",
+    "models/test_maskdit.py",
+  ),
+  "the null label of MaskDiT is the last class": Fault(
+    "models/embeddings.py",
+    "jnp.zeros_like(table[:1])",
+    "table[-1:]",
+    "models/test_maskdit.py",
+  ),
   "the variance of ddpm is that of the next step": Fault(
     "diffusion/gaussian.py", "fraction * high", "fraction * low", "diffusion"
   ),

@@ -46,6 +46,8 @@ def test_each_published_run_and_digits_have_a_config():
     "microdit_xl2",
     "sprint_b2",
     "sprint_xl2",
+    "maskdit_b2",
+    "maskdit_xl2",
     "digits",
     "dit_xl2_512",
     "mdtv2_xl2_512",
@@ -151,6 +153,24 @@ def test_sprint_runs_are_as_released(size, middle):
     "time_distribution": "logit_normal",
   }
   assert (config.sampling.method, config.sampling.num_steps) == ("sde", 250)
+
+
+@pytest.mark.parametrize("size", ["b", "xl"])
+def test_maskdit_runs_are_as_released(size):
+  config = load(f"maskdit_{size}2").get_config()
+  experiment = build_on(config, 8)
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-4)
+  assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0, 0)
+  assert (config.batch_size, tuple(config.ema_decays)) == (1024, (0.9999,))
+  assert (config.num_steps, config.data.flip) == (2_000_000, False)
+  assert experiment.objective.static_choices == (128,)
+  assert experiment.objective.mae_weight == 0.1
+  model = experiment.model
+  decoder = model.decode_depth, model.decoder_hidden_size, model.decoder_num_heads
+  assert (decoder, model.label_dropout) == ((8, 512, 16), 0.1)
+  sampling = config.sampling
+  assert (config.diffusion.process, sampling.method) == ("edm", "edm")
+  assert (sampling.num_steps, sampling.cfg_scale, sampling.cfg_channels) == (40, 1.5, 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

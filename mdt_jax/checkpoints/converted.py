@@ -56,6 +56,7 @@ def from_torch_file(
   decode_depth: int | None = None,
   num_heads: int | None = None,
   mixer_num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
   process: str | None = None,
@@ -71,8 +72,8 @@ def from_torch_file(
     network: name of the network; see `torch_mdt.from_torch`.
     overwrite: whether to replace the checkpoints in `workdir`. Other files stay, except
       labels.json, which belongs to the old checkpoints.
-    decode_depth, num_heads, mixer_num_heads, num_classes, input_size: see
-      `torch_mdt.from_torch`.
+    decode_depth, num_heads, mixer_num_heads, decoder_num_heads, num_classes,
+      input_size: see `torch_mdt.from_torch`.
     process: process that trained the network, a key of `diffusion.PROCESSES`; None for
       that which the file states, else that of the paper, such as "flow" for a SiT; see
       `recipes.process_of`. With "flow", a DiT whose last layer has 2C channels is read
@@ -100,6 +101,7 @@ def from_torch_file(
     decode_depth=decode_depth,
     num_heads=num_heads,
     mixer_num_heads=mixer_num_heads,
+    decoder_num_heads=decoder_num_heads,
     num_classes=num_classes,
     input_size=input_size,
     process=process,

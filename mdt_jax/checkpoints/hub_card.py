@@ -27,6 +27,7 @@ _PAPERS = {
   "TREAD": "arxiv:2501.04765",
   "MicroDiT": "arxiv:2407.15811",
   "SPRINT": "arxiv:2510.21986",
+  "MaskDiT": "arxiv:2306.09305",
 }
 
 
@@ -161,7 +162,11 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
   yield "depth x width", f"{model.depth} x {model.hidden_size}"
   yield "heads", str(model.num_heads)
   yield "patch size", str(model.patch_size)
-  if model.takes_mask:
+  if model.variant == "MaskDiT":
+    width, heads = model.decoder_hidden_size, model.decoder_num_heads
+    yield "decoder, depth x width", f"{model.decode_depth} x {width}"
+    yield "decoder, heads", str(heads)
+  elif model.takes_mask:
     yield "blocks after the side-interpolater", str(model.decode_depth)
   if (route := getattr(model, "route", None)) is not None:
     yield "blocks of the route", f"{route.start} to {route.stop - 1}"

@@ -50,7 +50,7 @@ def load_pretrained(
       diffusers' format; hf://ORG/NAME/FILE; or a folder or file, local or in a bucket
       (gs://…). A local folder counts before a repository of the same name.
     network: expected network; see `torch_mdt.from_torch`.
-    **known: num_classes, num_heads, mixer_num_heads, decode_depth and input_size of a
+    **known: num_classes, num_heads, decode_depth, input_size and the like of a
       network whose files do not state them; see `torch_mdt.from_torch`.
 
   Returns:

@@ -114,6 +114,10 @@ def _open_run(path: AnyPath, init: InitSettings) -> Weights:
   )
 
 
+# Attributes that tensors may not show.
+_HEADS = ("num_heads", "mixer_num_heads", "decoder_num_heads")
+
+
 def _open_file(path: AnyPath, init: InitSettings, target: Model) -> Weights:
   """Opens a PyTorch file or a folder in diffusers' format; copies those of a bucket."""
   if path.name.isdigit() and path.parent.name == loading.FOLDER and path.is_dir():
@@ -170,7 +174,7 @@ def _open_as(
       return torch_mdt.open_checkpoint(path, network, **known)
     except SettingError as error:
       name = error.setting
-      if name not in ("num_heads", "mixer_num_heads") or name in known:
+      if name not in _HEADS or name in known:
         raise
       heads = getattr(target, name, None)
       if heads is None:

@@ -1,6 +1,7 @@
 """The networks, such as MDT, DiT and TREAD; `models.registry` lists all presets."""
 
 from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.models.maskdit import MaskDiT
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.microdit import MicroDiT
 from mdt_jax.models.network import Network, check_network
@@ -15,6 +16,7 @@ __all__ = [
   "TREAD",
   "Condition",
   "LabelCondition",
+  "MaskDiT",
   "MicroDiT",
   "Network",
   "check_network",

@@ -91,10 +91,12 @@ class LabelCondition(Condition):
   Attributes:
     num_classes: number of classes, without the null label.
     dropout: see `Condition`.
+    null: "learned" or "zero": how the null label is embedded; see `LabelEmbed`.
   """
 
   num_classes: int
   dropout: float
+  null: str = "learned"
 
   def of_batch(self, batch: Mapping[str, Array]) -> Int[Array, "B"]:
     """Returns batch["label"]; raises ValueError if the labels are not integers."""
@@ -103,7 +105,7 @@ class LabelCondition(Condition):
   def embedder(self, hidden_size: int, dtype: Dtype) -> LabelEmbed:
     """Returns a `LabelEmbed` module."""
     return LabelEmbed(
-      self.num_classes, hidden_size, self.dropout, dtype, name="label_embed"
+      self.num_classes, hidden_size, self.dropout, dtype, self.null, name="label_embed"
     )
 
   def drop(self, key: Array, y: Int[Array, "B"], count: int) -> Int[Array, "B count"]:
@@ -112,7 +114,10 @@ class LabelCondition(Condition):
     return drop_labels(key, copies, self.num_classes, self.dropout)
 
   def null_like(self, y: Int[Array, "B"]) -> Int[Array, "B"]:
-    """Returns null labels (B,); raises ValueError if `dropout` is 0."""
+    """Returns null labels (B,); raises ValueError if `dropout` is 0.
+
+    A zero vector exists then too, but the network has never been trained with it.
+    """
     if self.dropout == 0:
       raise ValueError("label_dropout = 0: must be above 0 to use the null label")
     return jnp.full_like(y, self.num_classes)

@@ -132,10 +132,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
-    b, h, w, c = images.shape
-    p = self.patch_size
-    patches = images.reshape(b, h // p, p, w // p, p, c)
-    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
+    patches = patchify(images, self.patch_size)
     options: dict[str, Any] = dict(
       path="patch_embed/", dtype=self.dtype, forward_mode=self.forward_mode
     )
@@ -143,6 +140,22 @@ class PatchEmbed(nn.Module):
       reduce = linear(self.bottleneck, "bottleneck", use_bias=False, **options)
       patches = reduce(patches)  # (B, L, R)
     return linear(self.hidden_size, "linear", **options)(patches)  # (B, L, D)
+
+
+def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B L P"]:
+  """Cuts images into patches of p x p pixels; inverts `unpatchify`.
+
+  Args:
+    images: (B, H, W, C).
+    patch_size: p, which divides H and W.
+
+  Returns:
+    (B, L, P): L = (H / p)(W / p) patches in row-major order, each of P = p p C numbers.
+  """
+  b, h, w, c = images.shape
+  p = patch_size
+  patches = images.reshape(b, h // p, p, w // p, p, c)
+  return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
 
 
 def unpatchify(
@@ -188,29 +201,41 @@ class TimestepEmbed(nn.Module):
 class LabelEmbed(nn.Module):
   """Embeds integer class labels by looking up rows of a table.
 
-  The table has num_classes rows and, if `dropout` is above 0 as in the released code,
-  one more row for the null label `num_classes`. With train=True, labels are dropped;
-  this needs the random stream "label_dropout".
+  The table has num_classes rows. The null label is `num_classes`; `null` says how it is
+  embedded. With train=True, labels are dropped; this needs the random stream
+  "label_dropout".
 
   Out-of-range labels do not raise an error. JAX's gather clamps them: a label past the
   last row reads the last row. A negative label counts from the end of the table, as in
-  NumPy, and reads row 0 if it is too small. So if `dropout` is above 0, both -1 and any
-  label above num_classes read the null label's row.
+  NumPy, and reads row 0 if it is too small. So if there is a null label, both -1 and
+  any label above num_classes read it.
+
+  Attributes:
+    num_classes: number of classes, without the null label.
+    hidden_size: D.
+    dropout: probability of dropping a label in training.
+    dtype: dtype of the embedding.
+    null: "learned": the table has one more row, for the null label, if `dropout` is
+      above 0 (DiT). "zero": the null label is the zero vector, for any `dropout`
+      (MaskDiT).
   """
 
   num_classes: int
   hidden_size: int
   dropout: float
   dtype: Dtype = jnp.float32
+  null: str = "learned"
 
   @nn.compact
   def __call__(
     self, labels: Int[Array, "B"], train: bool = False
   ) -> Float[Array, "B D"]:
-    rows = self.num_classes + (self.dropout > 0)
+    rows = self.num_classes + (self.dropout > 0 and self.null == "learned")
     table = self.param("table", normal_init, (rows, self.hidden_size), jnp.float32)
     if train and self.dropout > 0:
       key = self.make_rng("label_dropout")
       labels = drop_labels(key, labels, self.num_classes, self.dropout)
     table = gather(jnp.asarray(table, self.dtype), parameter_axes("label_embed/table"))
+    if self.null == "zero":
+      table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
     return table[labels]

@@ -414,9 +414,9 @@ class MDT(Network, kw_only=True):
     skip = embedded if self.variant == "MDTv2" else None
     return self._blocks("decode_blocks", self.decode_depth)(tokens, c, index, skip)[0]
 
-  def _positions(self, name: str) -> Float[Array, "L D"]:
+  def _positions(self, name: str, width: int | None = None) -> Float[Array, "L width"]:
     """Creates the position parameter `name`, initialised to sin-cos positions."""
-    start = sincos_positions(self.hidden_size, self.grid_size)
+    start = sincos_positions(width or self.hidden_size, self.grid_size)
     param = self.param(name, lambda key: jnp.asarray(start))
     return gather(param.astype(self.dtype), parameter_axes(name))
 
@@ -468,7 +468,7 @@ class MDT(Network, kw_only=True):
     self._require("patch_bottleneck", holds, "must be at least 0")
     holds = self.mlp_ratio * self.hidden_size >= 1
     self._require("mlp_ratio", holds, "must be above 0")
-    if self.takes_mask:
+    if self.variant in ("MDT", "MDTv2"):
       holds = 1 <= self.decode_depth <= depth
       self._require("decode_depth", holds, f"must lie in [1, depth = {depth}]")
     if self.variant == "MDTv2":

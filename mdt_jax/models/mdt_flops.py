@@ -16,13 +16,8 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
     model: the network.
     num_keep: number of tokens that the encoder sees; None for an unmasked pass.
   """
-  length, width = model.num_tokens, model.hidden_size
-  patch = model.patch_size**2 * model.in_channels
-  out = model.patch_size**2 * model.last_channels
-  rank = model.patch_bottleneck
-  flops = 2 * length * (patch * rank + rank * width if rank else patch * width)
-  flops += 2 * (NUM_FREQUENCIES * width + width**2)  # timestep
-  flops += 2 * width * 2 * width + 2 * length * width * out  # final layer
+  length = model.num_tokens
+  flops = embedding_flops(model) + final_layer_flops(model, model.hidden_size)
   if not model.takes_mask:
     return flops + model.depth * block_flops(model, length)
   kept = length if num_keep is None else num_keep
@@ -35,6 +30,20 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
     flops += encoder_depth // 2 * skip_flops(model, kept)
     flops += model.decode_depth * skip_flops(model, length)
   return flops
+
+
+def embedding_flops(model: MDT) -> int:
+  """Counts the operations of the embeddings of patches and of the timestep."""
+  length, width = model.num_tokens, model.hidden_size
+  patch, rank = model.patch_size**2 * model.in_channels, model.patch_bottleneck
+  patches = 2 * length * (patch * rank + rank * width if rank else patch * width)
+  return patches + 2 * (NUM_FREQUENCIES * width + width**2)
+
+
+def final_layer_flops(model: MDT, width: int) -> int:
+  """Counts the operations of the final layer on tokens of a width."""
+  out = model.patch_size**2 * model.last_channels
+  return 2 * model.hidden_size * 2 * width + 2 * model.num_tokens * width * out
 
 
 def block_flops(model: MDT, length: int, width: int | None = None) -> int:

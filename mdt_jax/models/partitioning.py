@@ -45,6 +45,7 @@ PARAMETER_AXES: Mapping[str, Axes] = {
   "fc1/bias": ("hidden",),
   "fc2/kernel": ("hidden", "width"),
   "final_layer/linear/kernel": ("width", None),
+  "decoder_layer/linear/kernel": ("width", None),
 }
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models import mdt_flops, microdit, sprint, tread
+from mdt_jax.models import maskdit, mdt_flops, microdit, sprint, tread
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
@@ -101,6 +101,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     MDT, _presets("MDTv2", dict(S=6, B=6, L=4, XL=4)), mdt_flops.forward_flops
   ),
   "TREAD": NetworkEntry(tread.TREAD, _presets("TREAD"), tread.forward_flops),
+  # The decoder of all sizes is the released one: the defaults of MaskDiT.
+  "MaskDiT": NetworkEntry(maskdit.MaskDiT, _presets("MaskDiT"), maskdit.forward_flops),
   "MicroDiT": NetworkEntry(
     microdit.MicroDiT, _presets("MicroDiT", more=MIXERS), microdit.forward_flops
   ),

@@ -1,5 +1,6 @@
 """Objectives: the random draws and the loss of a training step."""
 
+from mdt_jax.objectives.maskdit import MaskDiTObjective
 from mdt_jax.objectives.mdt import MDTObjective
 from mdt_jax.objectives.mdt_unmasked import MDTUnmaskedObjective
 from mdt_jax.objectives.microdit import MicroDiTObjective
@@ -21,6 +22,7 @@ __all__ = [
   "Draws",
   "MDTObjective",
   "MDTUnmaskedObjective",
+  "MaskDiTObjective",
   "MicroDiTObjective",
   "Objective",
   "PlainObjective",

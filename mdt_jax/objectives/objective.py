@@ -178,17 +178,36 @@ class Objective(abc.ABC):
     """Computes the losses of one pass of the network.
 
     Args:
-      apply, params, draws: see `loss`.
-      index: index of the pass, which selects noise and conditions of `draws`.
-      *masks: further arguments of the network, such as a `TokenMask`.
+      apply, params, draws, index, *masks, **options: see `run_pass`.
       mean: see `Process.training_losses`; None for the mean over all numbers.
-      **options: further arguments of the network by name.
 
     Returns:
       name -> (B,) loss; see `Process.training_losses`.
     """
-    noise = draws.noise[:, index]
-    x_t = self.process.q_sample(draws.x0, draws.t, noise)
+    x_t, output = self.run_pass(apply, params, draws, index, *masks, **options)
+    return self.losses_of_output(output, x_t, draws, index, mean)
+
+  def run_pass(
+    self,
+    apply: Apply,
+    params: Params,
+    draws: Draws,
+    index: int,
+    *masks: Any,
+    **options: Any,
+  ) -> tuple[Array, Array]:
+    """Runs one pass of the network.
+
+    Args:
+      apply, params, draws: see `loss`.
+      index: index of the pass, which selects noise and conditions of `draws`.
+      *masks: further arguments of the network, such as a `TokenMask`.
+      **options: further arguments of the network by name.
+
+    Returns:
+      (x_t (B, H, W, C), the output of the network).
+    """
+    x_t = self.process.q_sample(draws.x0, draws.t, draws.noise[:, index])
     output = apply(
       {"params": params},
       x_t,
@@ -197,10 +216,21 @@ class Objective(abc.ABC):
       *masks,
       **options,
     )
+    return x_t, output
+
+  def losses_of_output(
+    self,
+    output: Array,
+    x_t: Array,
+    draws: Draws,
+    index: int,
+    mean: Callable[[Array], Array] | None = None,
+  ) -> Losses:
+    """Computes the losses of an output that `run_pass` returned; see `pass_losses`."""
     # A process of the user's own may not have the argument `mean`.
     averaged = {} if mean is None else {"mean": mean}
     return self.process.training_losses(
-      output, draws.x0, x_t, draws.t, noise, **averaged
+      output, draws.x0, x_t, draws.t, draws.noise[:, index], **averaged
     )
 
 

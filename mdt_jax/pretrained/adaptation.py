@@ -37,6 +37,8 @@ _COMPATIBLE = {
 }
 _MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
 _MIXER = ("mixer_depth", "mixer_width", "mixer_heads")  # must match for two MicroDiT
+# Sizes that must match in MaskDiT, which fits no other network.
+_OF_MASKDIT = ("depth", "decode_depth", "decoder_hidden_size", "decoder_num_heads")
 
 # Path of a parameter of the old network -> its value.
 Read: TypeAlias = Callable[[str], np.ndarray]
@@ -64,9 +66,9 @@ class Adaptation:
   """The start of each parameter of a network from those of another network.
 
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
-  TREAD, MDT, MDTv2, MicroDiT and SPRINT may differ in classes, input size, patch size,
-  channels and learned variance, and, where `_COMPATIBLE` says so, in the variant. A
-  SPRINT fits no other network, and its depths must match.
+  TREAD, MDT, MDTv2, MaskDiT, MicroDiT and SPRINT may differ in classes, input size,
+  patch size, channels and learned variance, and, where `_COMPATIBLE` says so, in the
+  variant. A MaskDiT or SPRINT fits no other network, and its depths must match.
 
   Args:
     source: the old network.
@@ -74,8 +76,9 @@ class Adaptation:
     classes: new label -> old label; None: the same labels if the numbers of classes are
       equal, and otherwise new rows for all labels but the null label.
     patches: "resize" or "fresh": patch embedding and last layer of another patch size.
-    partial: whether the depths may differ, and the variants be any but SPRINT. Blocks
-      that the old network lacks start with new values, which change nothing at first.
+    partial: whether the depths may differ, and the variants be any but MaskDiT and
+      SPRINT. Blocks that the old network lacks start with new values, which change
+      nothing at first.
     name: where the old network comes from, for errors.
 
   Attributes:
@@ -146,8 +149,12 @@ class Adaptation:
     """Raises SettingError if the blocks of the networks do not fit."""
     old: Any = self.source
     new: Any = self.target
-    both_mix = old.variant == new.variant == "MicroDiT"
-    for name in (*_MUST_MATCH, *_MIXER) if both_mix else _MUST_MATCH:
+    is_maskdit = [model.variant == "MaskDiT" for model in (old, new)]
+    if is_maskdit[0] != is_maskdit[1]:
+      raise self._misfit(f"the network is {old.variant} there and {new.variant}")
+    own = {"MicroDiT": _MIXER, "MaskDiT": _OF_MASKDIT}
+    both = own.get(new.variant, ()) if old.variant == new.variant else ()
+    for name in (*_MUST_MATCH, *both):
       if getattr(old, name) != getattr(new, name):
         raise self._misfit(
           f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
@@ -213,7 +220,7 @@ class Adaptation:
     return Start(KEPT, lambda read, new: read(path))
 
   def _start_of(self, path: str) -> Start:
-    """Returns the start of a parameter of an MDT or one of its subclasses."""
+    """Returns the start of a parameter of `MDT` or of a subclass."""
     if path in _SPECIAL:
       return _SPECIAL[path](self, path)
     stack, _, inside = path.partition("/")
@@ -380,10 +387,10 @@ class Adaptation:
     return Start(KEPT if old == new else RESIZED, compute, "; ".join(notes))
 
   def _labels(self, path: str) -> Start:
-    """Starts the label table: (classes, D), and a last row if labels are dropped."""
+    """Starts the label table: (classes, D), and a last row for a learned null label."""
     source, target = self.source, self.target
     old, new = source.num_classes, target.num_classes
-    old_null, new_null = source.label_dropout > 0, target.label_dropout > 0
+    old_null, new_null = _has_null_row(source), _has_null_row(target)
     keeps_null = old_null and new_null
     rows = self._classes  # new label -> old label
     if rows is None:
@@ -430,6 +437,12 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
 }
 
 
+def _has_null_row(model: Model) -> bool:
+  """Whether the label table has a row for the null label."""
+  is_learned = getattr(model.conditioning, "null", "learned") == "learned"
+  return is_learned and model.label_dropout > 0
+
+
 def _layers(model: MDT) -> list[tuple[str, int]]:
   """(stack, index in the stack) of each block, in the order of the forward pass."""
   if isinstance(model, SPRINT):
@@ -440,6 +453,9 @@ def _layers(model: MDT) -> list[tuple[str, int]]:
     ]
   if not model.takes_mask:
     return [("blocks", i) for i in range(model.depth)]
+  if model.variant == "MaskDiT":
+    stacks = {"blocks": model.depth, "decode_blocks": model.decode_depth}
+    return [(name, i) for name, depth in stacks.items() for i in range(depth)]
   encoder, decoder = model.depth - model.decode_depth, model.decode_depth
   decode = [("decode_blocks", i) for i in range(decoder)]
   if model.variant == "MDT":

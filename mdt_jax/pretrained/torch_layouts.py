@@ -19,7 +19,12 @@ import jax
 import numpy as np
 
 from mdt_jax.models.registry import Model
-from mdt_jax.pretrained import torch_mdt_layout, torch_microdit, torch_sprint
+from mdt_jax.pretrained import (
+  torch_maskdit,
+  torch_mdt_layout,
+  torch_microdit,
+  torch_sprint,
+)
 from mdt_jax.types import Array
 
 
@@ -57,6 +62,14 @@ DIT_LAYOUT = Layout(
   to_released=torch_mdt_layout.to_released,
   from_released=torch_mdt_layout.from_released,
 )
+MASKDIT_LAYOUT = Layout(
+  variants=("MaskDiT",),
+  mark=torch_maskdit.MARK,
+  infer_attributes=torch_maskdit.infer_attributes,
+  released_names=torch_maskdit.released_names,
+  to_released=torch_maskdit.to_released,
+  from_released=torch_maskdit.from_released,
+)
 MICRODIT_LAYOUT = Layout(
   variants=("MicroDiT",),
   mark=torch_microdit.MARK,
@@ -73,7 +86,7 @@ SPRINT_LAYOUT = Layout(
   to_released=torch_sprint.to_released,
   from_released=torch_sprint.from_released,
 )
-LAYOUTS = (MICRODIT_LAYOUT, SPRINT_LAYOUT, DIT_LAYOUT)
+LAYOUTS = (MASKDIT_LAYOUT, MICRODIT_LAYOUT, SPRINT_LAYOUT, DIT_LAYOUT)
 
 
 def layout_of(model: Model) -> Layout:

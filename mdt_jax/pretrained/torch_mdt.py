@@ -78,6 +78,7 @@ class KnownSizes(TypedDict, total=False):
   decode_depth: int | None
   num_heads: int | None
   mixer_num_heads: int | None
+  decoder_num_heads: int | None
   num_classes: int | None
   input_size: int | None
   process: str | None
@@ -90,6 +91,7 @@ def from_torch(
   decode_depth: int | None = None,
   num_heads: int | None = None,
   mixer_num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
 ) -> tuple[dict[str, Any], Params]:
@@ -108,12 +110,15 @@ def from_torch(
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, SiT, TREAD or MicroDiT, which the tensors do
-      not determine; None for that which the file states, else that of the published
-      size of the same width.
+    num_heads: number of heads of a DiT, SiT, TREAD, MaskDiT or MicroDiT, which the
+      tensors do not determine; None for that which the file states, else that of the
+      published size of the same width.
     mixer_num_heads: number of heads of the mixer of a MicroDiT; None for that which the
       file states, else heads as large as those of the other blocks. Must be None for
       other networks.
+    decoder_num_heads: number of heads of the decoder of a MaskDiT; None for that which
+      the file states, else 16 for the released width of 512. Must be None for other
+      networks.
     num_classes: number of classes, without the null label. If the label table has
       num_classes rows, the network has no null label (label_dropout 0). None for that
       which the file states, else the last row is that of the null label.
@@ -137,6 +142,7 @@ def from_torch(
     decode_depth=decode_depth,
     num_heads=num_heads,
     mixer_num_heads=mixer_num_heads,
+    decoder_num_heads=decoder_num_heads,
     num_classes=num_classes,
     input_size=input_size,
   )
@@ -184,7 +190,7 @@ def from_tensors(
     source: name of the tensors in errors.
     network: see `from_torch`.
     metadata: what a file says about the tensors, see `tensors.WeightFile`.
-    **known: decode_depth, num_heads, mixer_num_heads, num_classes, input_size: see
+    **known: decode_depth, num_heads, num_classes, input_size and the like: see
       `from_torch`.
   """
   if network is not None:
@@ -203,6 +209,7 @@ def _open_network(
   decode_depth: int | None = None,
   num_heads: int | None = None,
   mixer_num_heads: int | None = None,
+  decoder_num_heads: int | None = None,
   num_classes: int | None = None,
   input_size: int | None = None,
   process: str | None = None,
@@ -234,17 +241,19 @@ def _open_network(
         "decode_depth", decode_depth, f"must be None: {source} holds {variant}, not MDT"
       )
     attributes["decode_depth"] = decode_depth
-  if num_heads is not None:
-    attributes["num_heads"] = num_heads
-  if mixer_num_heads is not None:
-    if "mixer_num_heads" not in attributes:
-      accepted = f"must be None: {source} holds {variant}, not MicroDiT"
-      raise SettingError("mixer_num_heads", mixer_num_heads, accepted)
-    attributes["mixer_num_heads"] = mixer_num_heads
-  if attributes["num_heads"] is None:
-    raise SettingError(
-      "num_heads", None, f"must be given for a {variant} of unpublished width"
-    )
+  own = {"MicroDiT": "mixer_num_heads", "MaskDiT": "decoder_num_heads"}
+  heads = {"mixer_num_heads": mixer_num_heads, "decoder_num_heads": decoder_num_heads}
+  for network, name in own.items():
+    if heads[name] is not None and name not in attributes:
+      accepted = f"must be None: {source} holds {variant}, not {network}"
+      raise SettingError(name, heads[name], accepted)
+  for name, count in {"num_heads": num_heads, **heads}.items():
+    if count is not None:
+      attributes[name] = count
+  for name in ("num_heads", "decoder_num_heads"):
+    if attributes.get(name, 1) is None:
+      accepted = f"must be given for a {variant} of unpublished width"
+      raise SettingError(name, None, accepted)
   _check_mixer(attributes)
   read_as = sizes.describe(attributes)
   try:

@@ -35,7 +35,7 @@ BLOCK_NAMES = {
   "skip": "skip_linear",
 }
 # Path outside of blocks -> released name.
-_OTHER_NAMES = {
+OTHER_NAMES = {
   "patch_embed/linear": "x_embedder.proj",
   "timestep_embed/fc1": "t_embedder.mlp.0",
   "timestep_embed/fc2": "t_embedder.mlp.2",
@@ -76,7 +76,7 @@ def is_stacked(path: str) -> bool:
 def released_names(path: str, model: Model) -> Iterator[str]:
   """Yields the names of the released tensors of a parameter, one per layer."""
   if not is_stacked(path) and not path.startswith("side_block/"):
-    yield leaf_name(path, _OTHER_NAMES)
+    yield leaf_name(path, OTHER_NAMES)
     return
   stack, inside = path.split("/", 1)
   name = leaf_name(inside, BLOCK_NAMES)
@@ -162,7 +162,12 @@ def from_released(
 
 
 def leaf_name(path: str, names: Mapping[str, str]) -> str:
-  """Looks up the released name of a path; "kernel" becomes "weight"."""
+  """Looks up the released name of a path; "kernel" becomes "weight".
+
+  Args:
+    path: path of a parameter, inside its block where it has one.
+    names: BLOCK_NAMES, OTHER_NAMES, or such names of another network.
+  """
   if path in names:
     return names[path]
   module, leaf = path.rsplit("/", 1)

@@ -27,16 +27,16 @@ MDT_DECODE_DEPTH = 2
 ROUTE = ("route_start", "route_end")
 NOTED = (
   *("variant", "num_classes", "label_dropout", "num_heads", "decode_depth"),
-  *("input_size", "patch_size", "mixer_num_heads", *ROUTE),
+  *("input_size", "patch_size", "mixer_num_heads", "decoder_num_heads", *ROUTE),
 )
 # Sizes that a file may state. The tensors of most networks show the last two.
 STATED = (
   *("num_classes", "num_heads", "decode_depth", "mixer_num_heads"),
-  *("input_size", "patch_size"),
+  *("decoder_num_heads", "input_size", "patch_size"),
 )
 NOTES_NAME = "mdt_jax"  # name of the notes in the metadata of a file
 IMAGENET_CLASSES = 1000
-_LABEL_TABLE = "y_embedder.embedding_table.weight"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 # Networks whose tensors have the names and shapes of a DiT: SiT (arXiv 2401.08740), a
 # flow model, and TREAD (arXiv 2501.04765), trained by EDM.
 _LIKE_DIT = ("DiT", "SiT", "TREAD")
@@ -85,20 +85,11 @@ def infer_attributes(
     first = "blocks.0"
 
   def shape(name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor with this many axes, none of them of length 0."""
-    found = tensors[name].shape if name in tensors else None
-    if found is None or len(found) != axes or 0 in found:
-      problem = "is missing" if found is None else f"has shape {found}"
-      raise SettingError(
-        "tensors",
-        source,
-        f"must hold an MDT, MDTv2, DiT or SiT: {name} {problem}; {some_names(tensors)}",
-      )
-    return found
+    return shape_of(tensors, name, axes, source, "an MDT, MDTv2, DiT or SiT")
 
   hidden_size, in_channels, _, patch_size = shape("x_embedder.proj.weight", 4)
   length = shape("pos_embed", 3)[1]
-  rows = shape(_LABEL_TABLE, 2)[0]
+  rows = shape(LABEL_TABLE, 2)[0]
   out_rows = shape("final_layer.linear.weight", 2)[0]
   mlp_size = shape(f"{first}.mlp.fc1.weight", 2)[0]
   has_bias = variant != "DiT"
@@ -140,6 +131,29 @@ def infer_attributes(
   return attributes
 
 
+def shape_of(
+  tensors: Mapping[str, np.ndarray], name: str, axes: int, source: str, what: str
+) -> tuple[int, ...]:
+  """Returns the shape of a tensor with `axes` axes, none of them of length 0.
+
+  Args:
+    tensors: released name -> array.
+    name: released name.
+    axes: number of axes.
+    source: name of the tensors in errors.
+    what: what the tensors should hold, for errors.
+
+  Raises:
+    SettingError: the tensor is missing or has another shape.
+  """
+  found = tensors[name].shape if name in tensors else None
+  if found is None or len(found) != axes or 0 in found:
+    problem = "is missing" if found is None else f"has shape {found}"
+    accepted = f"must hold {what}: {name} {problem}; {some_names(tensors)}"
+    raise SettingError("tensors", source, accepted)
+  return found
+
+
 def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
   """Returns the sizes that a file states about its network, by attribute.
 
@@ -147,12 +161,16 @@ def stated_sizes(metadata: Mapping[str, Any]) -> dict[str, int]:
     metadata: metadata of the file, see `tensors.WeightFile`: the notes of this package,
       or training arguments.
   """
-  stated = {**metadata, **read_notes(metadata)}
-  return {
+  noted = read_notes(metadata)
+  stated = {**metadata, **noted}
+  known = {
     name: stated[name]
     for name in STATED
     if type(stated.get(name)) is int and stated[name] > 0
   }
+  if noted.get("label_dropout") == 0:  # a MaskDiT's label table does not show it
+    known["label_dropout"] = 0
+  return known
 
 
 def notes(attributes: Mapping[str, Any], **more: Any) -> dict[str, str]:
@@ -297,6 +315,10 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
   if attributes["variant"] == "SPRINT":
     outer = (str(attributes[name]) for name in ("encoder_depth", "decode_depth"))
     blocks += f", {' + '.join(outer)} blocks before and after the middle blocks"
+  if attributes["variant"] == "MaskDiT":
+    blocks += f", a decoder of {attributes['decode_depth']} blocks, width "
+    blocks += f"{attributes['decoder_hidden_size']} and "
+    blocks += f"{attributes['decoder_num_heads']} heads"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
     f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "

@@ -82,6 +82,7 @@ def test_converted_workdir_holds_only_checkpoints_and_config(converted):
 def test_published_network_gets_its_name_and_released_settings(name):
   variant = MODELS[name]["variant"]
   processes = {"SiT": "flow", "TREAD": "edm", "MicroDiT": "edm", "SPRINT": "flow"}
+  processes["MaskDiT"] = "edm"
   process = processes.get(variant, "gaussian")
   is_gaussian = process == "gaussian"
   attributes = dict(MODELS[name], input_size=32, learn_sigma=is_gaussian)
@@ -249,6 +250,33 @@ def test_log_says_what_a_sprint_was_read_as(tmp_path, caplog):
     from_torch_file(fixture("sprint"), tmp_path / "run", input_size=12)
   for text in ("read as SPRINT (depth x width x patch = 7x32x2)", "2 + 2 blocks"):
     assert text in caplog.text
+
+
+@pytest.mark.parametrize("process", [None, "flow", "gaussian"])
+def test_maskdit_is_converted_there_and_back(process, tmp_path):
+  heads = dict(num_heads=2, decoder_num_heads=2)
+  settings = from_torch_file(
+    fixture("maskdit"), tmp_path / "run", **heads, process=process
+  )
+  assert settings.model.name == "MaskDiT-S/2"
+  assert settings.diffusion.process == (process or "edm")
+  weight = 0.0 if process == "gaussian" else 0.1  # the DDPM predicts noise
+  assert settings.objective.arguments == {"ratio": 0.5, "mae_weight": weight}
+  sampling = settings.sampling
+  if process is None:
+    assert (sampling.method, sampling.num_steps) == ("edm", 40)
+    assert (sampling.cfg_scale, sampling.cfg_power) == (1.5, 0.0)
+    assert sampling.cfg_channels == 0
+  pipeline = Pipeline.from_checkpoint(tmp_path / "run")
+  assert np.isfinite(pipeline.draw([1, 2], num_steps=2)).all()
+  to_torch_file(tmp_path / "run", tmp_path / "back.pt")
+  before, after = read_tensors(fixture("maskdit")), read_tensors(tmp_path / "back.pt")
+  prefix = "model."
+  assert {name.removeprefix(prefix) for name in before} == after.keys()
+  for name, tensor in before.items():
+    assert after[name.removeprefix(prefix)].tobytes() == tensor.tobytes()
+  # The notes of the file say how many heads there are.
+  assert from_torch_file(tmp_path / "back.pt", tmp_path / "again") == settings
 
 
 FLOW = DiffusionSettings(process="flow", arguments={"time_distribution": "mode"})

@@ -36,6 +36,7 @@ def test_packaged_configs_are_listed_by_file_name():
   others = ["dit_xl2_512", "mdtv2_xl2_512", "dit_b16_pixels", "tread_b2", "tread_xl2"]
   others += ["microdit_b2", "microdit_xl2"]
   others += ["sprint_b2", "sprint_xl2"]
+  others += ["maskdit_b2", "maskdit_xl2"]
   assert packaged_configs() == ["digits", *sorted(networks + flows + others)]
 
 

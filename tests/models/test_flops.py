@@ -65,6 +65,9 @@ SMALL = dict(input_size=8, hidden_size=32, num_heads=2, num_classes=5, in_channe
     ("SPRINT-S/2", dict(depth=7), None),
     ("SPRINT-S/2", dict(depth=7), 4),
     ("SPRINT-S/2", dict(depth=7, encoder_depth=1, learn_sigma=True), 0),
+    ("MaskDiT-S/2", dict(depth=3, decode_depth=2), None),
+    ("MaskDiT-S/2", dict(depth=3, decoder_hidden_size=64), 5),
+    ("MaskDiT-S/2", dict(depth=1, patch_bottleneck=5, learn_sigma=True), 16),
   ],
 )
 def test_forward_flops_match_the_traced_program(name, sizes, num_keep):

@@ -51,7 +51,7 @@ def test_custom_field_needs_no_default():
   "name",
   [
     *("DiT-S/2", "SiT-S/2", "MDT-B/4", "MDTv2-S/8", "TREAD-S/2"),
-    *("MicroDiT-L/2", "SPRINT-S/2"),
+    *("MaskDiT-S/4", "MicroDiT-L/2", "SPRINT-S/2"),
   ],
 )
 def test_networks_of_the_package_pass(name):

@@ -21,11 +21,19 @@ def small(variant):
   depths = dict(DiT=(2, 2), SiT=(2, 2), MDT=(3, 2), MDTv2=(4, 2), TREAD=(6, 2))
   depths |= dict(MicroDiT=(2, 2))
   depths["SPRINT"] = (5, 2)
+  depths["MaskDiT"] = (2, 1)
   depth, decode_depth = depths[variant]
-  return create_model(variant=variant, depth=depth, decode_depth=decode_depth, **SMALL)
+  decoder = dict(decoder_hidden_size=8, decoder_num_heads=1)
+  return create_model(
+    variant=variant,
+    depth=depth,
+    decode_depth=decode_depth,
+    **SMALL,
+    **(decoder if variant == "MaskDiT" else {}),
+  )
 
 
-def test_there_are_presets_of_all_networks_and_sizes():
+def test_each_network_has_16_presets():
   assert len(MODELS) == len(NETWORKS) * 4 * 4
 
 
@@ -45,7 +53,7 @@ def test_create_model_accepts_attributes_without_a_name(variant):
 
 
 @pytest.mark.parametrize("key", ["name", "variant"])
-@pytest.mark.parametrize("variant", ["SiT", "TREAD", "MicroDiT", "SPRINT"])
+@pytest.mark.parametrize("variant", ["SiT", "TREAD", "MaskDiT", "MicroDiT", "SPRINT"])
 def test_networks_of_continuous_processes_have_no_learned_variance(variant, key):
   model = create_model(**{key: f"{variant}-S/2" if key == "name" else variant})
   assert (model.learn_sigma, model.out_channels) == (False, 4)
@@ -141,6 +149,31 @@ TREES = {
   | stacked("middle_blocks", 1, ROTARY_BLOCK)
   | stacked("decode_blocks", 2, ROTARY_BLOCK)
   | {"final_layer/linear/bias": (16,), "final_layer/linear/kernel": (16, 16)},
+  "MaskDiT": SHARED
+  | stacked("blocks", 2, BLOCK)
+  | {
+    "decode_blocks/attention/proj/bias": (1, 8),
+    "decode_blocks/attention/proj/kernel": (1, 1, 8, 8),
+    "decode_blocks/attention/qkv/bias": (1, 3, 1, 8),
+    "decode_blocks/attention/qkv/kernel": (1, 8, 3, 1, 8),
+    "decode_blocks/fc1/bias": (1, 32),
+    "decode_blocks/fc1/kernel": (1, 8, 32),
+    "decode_blocks/fc2/bias": (1, 8),
+    "decode_blocks/fc2/kernel": (1, 32, 8),
+    "decode_blocks/modulation/linear/bias": (1, 48),
+    "decode_blocks/modulation/linear/kernel": (1, 16, 48),
+    "decode_pos_embed": (16, 8),
+    "decoder_layer/linear/bias": (8,),
+    "decoder_layer/linear/kernel": (16, 8),
+    "decoder_layer/modulation/linear/bias": (32,),
+    "decoder_layer/modulation/linear/kernel": (16, 32),
+    "final_layer/linear/bias": (16,),
+    "final_layer/linear/kernel": (8, 16),
+    "final_layer/modulation/linear/bias": (16,),
+    "final_layer/modulation/linear/kernel": (16, 16),
+    "label_embed/table": (10, 16),
+    "mask_token": (8,),
+  },
   "MDT": MASKED
   | stacked("blocks", 1, BIASED_BLOCK)
   | stacked("decode_blocks", 2, BIASED_BLOCK),

@@ -22,8 +22,10 @@ TINY = dict(
 
 
 def tiny(variant="MDT", **attributes):
-  route = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
-  options = {**TINY, "decode_depth": 2, **route, **attributes}
+  own = {"route_start": 1, "route_end": 2} if variant == "TREAD" else {}
+  if variant == "MaskDiT":
+    own = {"decoder_hidden_size": 8, "decoder_num_heads": 1}
+  options = {**TINY, "decode_depth": 2, **own, **attributes}
   if variant == "SPRINT":
     options = {"encoder_depth": 1, **options, "decode_depth": 1}
   return create_model(variant=variant, **options)
@@ -57,7 +59,7 @@ def forward(model, params, labels=(4, 4, 4)):
 
 
 @pytest.mark.parametrize(
-  "variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MicroDiT", "SPRINT"]
+  "variant", ["DiT", "SiT", "MDT", "MDTv2", "TREAD", "MaskDiT", "MicroDiT", "SPRINT"]
 )
 def test_same_network_keeps_every_parameter(variant):
   source = tiny(variant)
@@ -78,6 +80,8 @@ def test_same_network_keeps_every_parameter(variant):
     ("DiT", "DiT", {"depth": 6}),
     ("MDTv2", "MDTv2", {"num_classes": 7}),
     ("SPRINT", "SPRINT", {"num_classes": 7}),
+    ("MaskDiT", "MaskDiT", {"num_classes": 7}),
+    ("MaskDiT", "MaskDiT", {"num_classes": 2, "label_dropout": 0.0}),
     ("DiT", "MDTv2", {"num_classes": 2, "decode_depth": 4}),
   ],
 )
