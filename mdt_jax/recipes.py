@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import MODELS, SIZES
 from mdt_jax.setting_groups import (
   DiffusionSettings,
@@ -77,7 +78,7 @@ def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
 def process_of(attributes: Mapping[str, Any]) -> str:
   """Returns the process that a released network was trained with."""
   variant = attributes["variant"]
-  if variant == "MicroDiT":  # the released networks learn no variance
+  if variant.startswith("MicroDiT"):  # the released networks learn no variance
     return "gaussian" if attributes["learn_sigma"] else "edm"
   return {"SiT": "flow", "TREAD": "edm"}.get(variant, "gaussian")
 
@@ -86,7 +87,7 @@ def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
   """Returns the arguments of a process that a released network was trained with."""
   if attributes["variant"] == "TREAD" and process == "flow":
     return {"data_time": 0, "time_distribution": "logit_normal"}
-  if attributes["variant"] == "MicroDiT" and process == "edm":
+  if attributes["variant"].startswith("MicroDiT") and process == "edm":
     return _microdit_edm(attributes["input_size"])
   return {}
 
@@ -103,6 +104,9 @@ def of_network(
     process: name of the process; None for that of the paper's run.
     arguments: arguments of a process other than "gaussian"; None for those of the
       released code.
+
+  Raises:
+    SettingError: the network reads captions.
   """
   if arguments is None:
     arguments = arguments_of(attributes, process or process_of(attributes))
@@ -119,6 +123,9 @@ def of_network(
     "TREAD": _tread,
     "MicroDiT": _microdit,
   }
+  if variant not in recipes:
+    accepted = "reads captions, which no run has; mdt_jax.from_torch reads it in Python"
+    raise SettingError("network", variant, accepted)
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
   name = name if name in MODELS else f"{variant}-{size}/2"

@@ -1,8 +1,9 @@
 """The networks, such as MDT, DiT and TREAD; `models.registry` lists all presets."""
 
-from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.models.conditions import CaptionCondition, Condition, LabelCondition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.microdit import MicroDiT
+from mdt_jax.models.microdit_text import MicroDiTText
 from mdt_jax.models.network import Network, check_network
 from mdt_jax.models.registry import MODELS, create_model
 from mdt_jax.models.tread import TREAD
@@ -11,9 +12,11 @@ __all__ = [
   "MDT",
   "MODELS",
   "TREAD",
+  "CaptionCondition",
   "Condition",
   "LabelCondition",
   "MicroDiT",
+  "MicroDiTText",
   "Network",
   "check_network",
   "create_model",

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mdt_jax.models.registry import Model
-from mdt_jax.pretrained import torch_mdt_layout, torch_microdit
+from mdt_jax.pretrained import torch_mdt_layout, torch_microdit, torch_microdit_text
 from mdt_jax.types import Array
 
 
@@ -65,7 +65,16 @@ MICRODIT_LAYOUT = Layout(
   to_released=torch_mdt_layout.to_released,
   from_released=torch_mdt_layout.from_released,
 )
-LAYOUTS = (MICRODIT_LAYOUT, DIT_LAYOUT)
+MICRODIT_TEXT_LAYOUT = Layout(
+  variants=("MicroDiTText",),
+  mark=torch_microdit_text.MARK,
+  infer_attributes=torch_microdit_text.infer_attributes,
+  released_names=torch_microdit_text.released_names,
+  to_released=torch_microdit_text.to_released,
+  from_released=torch_mdt_layout.from_released,
+)
+# A MicroDiTText has the mark of a MicroDiT too.
+LAYOUTS = (MICRODIT_TEXT_LAYOUT, MICRODIT_LAYOUT, DIT_LAYOUT)
 
 
 def layout_of(model: Model) -> Layout:

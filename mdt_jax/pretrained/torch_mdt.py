@@ -1,6 +1,6 @@
 """Converts released PyTorch checkpoints to and from flax parameters.
 
-The networks are MDT, MDTv2, DiT, SiT, TREAD and MicroDiT.
+The networks are MDT, MDTv2, DiT, SiT, TREAD, MicroDiT and MicroDiTText.
 
 `torch_mdt_layout` defines the names and layouts of the released tensors,
 `torch_mdt_sizes` infers the sizes of a network from them, and `diffusers_dit` converts
@@ -103,15 +103,17 @@ def from_torch(
       in a bucket (gs://…). Training checkpoints are read as `tensors.read_tensors`
       says: averaged parameters ("ema") first. Prefixes of wrapped networks, such as
       "module.", are removed.
-    network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2" or "MicroDiT"; None
-      to infer the network from the tensors. A SiT or TREAD has tensors of the names and
-      shapes of a DiT, and is read as a DiT if neither `network` nor the file says
-      otherwise. The route of a TREAD is the default one unless the file states another.
+    network: expected network, "DiT", "SiT", "TREAD", "MDT", "MDTv2", "MicroDiT" or
+      "MicroDiTText"; None to infer the network from the tensors. "MicroDiT" accepts a
+      MicroDiTText too, the released network, which reads captions. A SiT or TREAD has
+      tensors of the names and shapes of a DiT, and is read as a DiT if neither
+      `network` nor the file says otherwise. The route of a TREAD is the default one
+      unless the file states another.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, SiT, TREAD or MicroDiT, which the tensors do
-      not determine; None for that which the file states, else that of the published
+    num_heads: number of heads of a DiT, SiT, TREAD or MicroDiT(Text), which the tensors
+      do not determine; None for that which the file states, else that of the published
       size of the same width.
     mixer_num_heads: number of heads of the mixer of a MicroDiT; None for that which the
       file states, else heads as large as those of the other blocks. Must be None for
@@ -221,7 +223,8 @@ def _open_network(
       tensors, attributes, metadata, source, network, process
     )
   variant = attributes["variant"]
-  if network not in (None, variant):
+  # "MicroDiT" also means the released network, which reads captions.
+  if network not in (None, variant, variant.removesuffix("Text")):
     raise SettingError("network", network, f"must be {variant}, as in {source}")
   if input_size is not None and input_size != attributes["input_size"]:
     raise SettingError(
