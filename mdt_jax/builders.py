@@ -50,6 +50,12 @@ def build_model(settings: Settings, *, learn_sigma: bool) -> Model:
       f"must be fixed_small or fixed_large, or config.diffusion.process flow or edm: "
       f"{settings.model.name} learns no variance",
     )
+  if MODELS.get(settings.model.name, {}).get("variant") == "MicroDiTText":
+    raise SettingError(
+      "config.model.name",
+      settings.model.name,
+      "reads captions, which no run has; mdt_jax.create_model builds it in Python",
+    )
   with named_in_errors("config.model"):
     return create_model(**attributes, learn_sigma=learn_sigma)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import MODELS, SIZES
 from mdt_jax.setting_groups import (
   DataSettings,
@@ -94,7 +95,7 @@ def mdtv2_flow(size: str, input_size: int = 32) -> ConfigDict:
 def process_of(attributes: Mapping[str, Any]) -> str:
   """Returns the process that a released network was trained with."""
   variant = attributes["variant"]
-  if variant == "MicroDiT":  # the released networks learn no variance
+  if variant.startswith("MicroDiT"):  # the released networks learn no variance
     return "gaussian" if attributes["learn_sigma"] else "edm"
   known = {"SiT": "flow", "TREAD": "edm", "MaskDiT": "edm", "SPRINT": "flow"}
   return known.get(variant, "gaussian")
@@ -104,7 +105,7 @@ def arguments_of(attributes: Mapping[str, Any], process: str) -> dict[str, Any]:
   """Returns the arguments of a process that a released network was trained with."""
   if attributes["variant"] in ("TREAD", "SPRINT") and process == "flow":
     return dict(_RECTIFIED_FLOW)
-  if attributes["variant"] == "MicroDiT" and process == "edm":
+  if attributes["variant"].startswith("MicroDiT") and process == "edm":
     return _microdit_edm(attributes["input_size"])
   return {}
 
@@ -121,6 +122,9 @@ def of_network(
     process: name of the process; None for that of the paper's run.
     arguments: arguments of a process other than "gaussian"; None for those of the
       released code.
+
+  Raises:
+    SettingError: the network reads captions.
   """
   if arguments is None:
     arguments = arguments_of(attributes, process or process_of(attributes))
@@ -139,6 +143,9 @@ def of_network(
     "MicroDiT": _microdit,
     "SPRINT": _sprint,
   }
+  if variant not in recipes:
+    accepted = "reads captions, which no run has; mdt_jax.from_torch reads it in Python"
+    raise SettingError("network", variant, accepted)
   settings = recipes[variant](size)
   name = f"{variant}-{size}/{attributes['patch_size']}"
   name = name if name in MODELS else f"{variant}-{size}/2"

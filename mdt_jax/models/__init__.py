@@ -1,9 +1,10 @@
 """The networks, such as MDT, DiT and TREAD; `models.registry` lists all presets."""
 
-from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.models.conditions import CaptionCondition, Condition, LabelCondition
 from mdt_jax.models.maskdit import MaskDiT
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.microdit import MicroDiT
+from mdt_jax.models.microdit_text import MicroDiTText
 from mdt_jax.models.network import Network, check_network
 from mdt_jax.models.registry import MODELS, create_model
 from mdt_jax.models.sprint import SPRINT
@@ -14,10 +15,12 @@ __all__ = [
   "MODELS",
   "SPRINT",
   "TREAD",
+  "CaptionCondition",
   "Condition",
   "LabelCondition",
   "MaskDiT",
   "MicroDiT",
+  "MicroDiTText",
   "Network",
   "check_network",
   "create_model",

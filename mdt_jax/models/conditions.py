@@ -14,10 +14,15 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mdt_jax.errors import check_choice
-from mdt_jax.models.embeddings import LabelEmbed, drop_labels
+from mdt_jax.models.embeddings import (
+  LabelEmbed,
+  PooledCaption,
+  drop_captions,
+  drop_labels,
+)
 from mdt_jax.types import Array, Dtype
 
 
@@ -136,6 +141,59 @@ def _check_integers(labels: Array) -> Array:
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(f"labels must be integers, got {labels.dtype}")
   return labels
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionCondition(Condition):
+  """Embeddings of captions, (S, V) float32; zeros are the null caption.
+
+  Attributes:
+    length: S, tokens of a caption.
+    channels: V, channels of the embedding of a token.
+    dropout: see `Condition`.
+  """
+
+  length: int
+  channels: int
+  dropout: float
+
+  def of_batch(self, batch: Mapping[str, Array]) -> Float[Array, "B S V"]:
+    """Returns batch["caption"]; raises ValueError if it has another form."""
+    return self._check(batch["caption"])
+
+  def embedder(self, hidden_size: int, dtype: Dtype) -> PooledCaption:
+    """Returns a `PooledCaption`; `MicroDiTText` has layers of its own instead."""
+    return PooledCaption(hidden_size, self.dropout, dtype, name="caption_embed")
+
+  def drop(
+    self, key: Array, y: Float[Array, "B S V"], count: int
+  ) -> Float[Array, "B count S V"]:
+    """Copies captions and replaces each by zeros with probability `dropout`."""
+    copies = jnp.stack([self._check(y)] * count, axis=1)
+    return drop_captions(key, copies, self.dropout)
+
+  def null_like(self, y: Float[Array, "B S V"]) -> Float[Array, "B S V"]:
+    """Returns zeros; raises ValueError if `dropout` is 0."""
+    if self.dropout == 0:
+      raise ValueError("label_dropout = 0: must be above 0 to use the null caption")
+    return jnp.zeros_like(y)
+
+  def dummy(self, batch: int) -> Float[Array, "B S V"]:
+    """Returns zeros (batch, S, V)."""
+    return jnp.zeros((batch, self.length, self.channels))
+
+  def choose(self, count: int) -> Float[np.ndarray, "count S V"]:
+    """Returns null captions: this condition has no captions of its own."""
+    return np.zeros((count, self.length, self.channels), np.float32)
+
+  def _check(self, captions: Array) -> Array:
+    """Raises ValueError if captions are not (B, any length, V) of a float dtype."""
+    is_float = jnp.issubdtype(captions.dtype, jnp.floating)
+    if not is_float or captions.ndim != 3 or captions.shape[-1] != self.channels:
+      expected = f"(B, S, {self.channels}) of floats"
+      found = f"{captions.shape} of {captions.dtype}"
+      raise ValueError(f"captions must be {expected}, got {found}")
+    return captions
 
 
 # Value of `config.model.condition` -> class.

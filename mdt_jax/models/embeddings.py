@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from mdt_jax.models.layers import linear, normal_init
+from mdt_jax.models.layers import gelu, linear, normal_init, scaled_norm
 from mdt_jax.models.partitioning import gather, parameter_axes
 from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array, Dtype
@@ -110,6 +110,14 @@ def drop_labels(
   """Replaces each label by the null label, `num_classes`, with probability `rate`."""
   dropped = jax.random.bernoulli(key, rate, labels.shape)
   return jnp.where(dropped, num_classes, labels)
+
+
+def drop_captions(
+  key: Array, captions: Float[Array, "*B S V"], rate: float
+) -> Float[Array, "*B S V"]:
+  """Replaces each caption by zeros, the null caption, with probability `rate`."""
+  dropped = jax.random.bernoulli(key, rate, captions.shape[:-2])
+  return jnp.where(dropped[..., None, None], 0, captions)
 
 
 class PatchEmbed(nn.Module):
@@ -239,3 +247,48 @@ class LabelEmbed(nn.Module):
     if self.null == "zero":
       table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
     return table[labels]
+
+
+class CaptionMlp(nn.Module):
+  """Maps embeddings of captions: linear, GELU, LayerNorm with weights, linear.
+
+  Attributes:
+    hidden_size: D, the width of the output.
+    dtype, forward_mode: see `layers.linear`.
+  """
+
+  hidden_size: int
+  dtype: Dtype = jnp.float32
+  forward_mode: bool = False
+
+  @nn.compact
+  def __call__(self, y: Float[Array, "*B V"]) -> Float[Array, "*B D"]:
+    options: dict[str, Any] = dict(dtype=self.dtype, forward_mode=self.forward_mode)
+    h = gelu(linear(self.hidden_size, "fc1", **options)(y))
+    h = scaled_norm("norm", self.dtype)(h)
+    return linear(self.hidden_size, "fc2", **options)(h)
+
+
+class PooledCaption(nn.Module):
+  """Embeds captions for networks without cross-attention: the mean of `CaptionMlp`.
+
+  With train=True, captions are dropped; this needs the random stream "label_dropout".
+
+  Attributes:
+    hidden_size: D.
+    dropout: probability of replacing a caption by zeros in training.
+    dtype: dtype of the products.
+  """
+
+  hidden_size: int
+  dropout: float
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, y: Float[Array, "B S V"], train: bool = False
+  ) -> Float[Array, "B D"]:
+    if train and self.dropout > 0:
+      y = drop_captions(self.make_rng("label_dropout"), y, self.dropout)
+    mlp = CaptionMlp(self.hidden_size, self.dtype, name="mlp")
+    return mlp(y.astype(self.dtype)).mean(axis=1)

@@ -142,6 +142,13 @@ def layer_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
   return normed.astype(x.dtype)
 
 
+def scaled_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
+  """Builds a LayerNorm with weights and without bias, computed in float32."""
+  return nn.LayerNorm(
+    epsilon=1e-6, use_bias=False, use_fast_variance=False, dtype=dtype, name=name
+  )
+
+
 # The backward pass recomputes `modulated_norm` and `gelu`. Saving their intermediate
 # values would take as much memory as all other activations together, and more time.
 

@@ -43,6 +43,7 @@ class Modulation(nn.Module):
   Attributes:
     count: number of vectors.
     width: length of each vector, the width of the tokens.
+    activation: function of c before the linear map.
     dtype, forward_mode: see `MDT`.
   """
 
@@ -50,6 +51,7 @@ class Modulation(nn.Module):
   width: int
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
+  activation: Callable[[Array], Array] = nn.silu
 
   @nn.compact
   def __call__(self, c: Float[Array, "B E"]) -> list[Array]:
@@ -60,7 +62,7 @@ class Modulation(nn.Module):
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
       forward_mode=self.forward_mode,
-    )(nn.silu(c))
+    )(self.activation(c))
     return jnp.split(out, self.count, axis=-1)  # count x (B, width)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models import mdt_flops
-from mdt_jax.models.layers import linear
+from mdt_jax.models.layers import linear, scaled_norm
 from mdt_jax.models.masking import TokenMask, keep_tokens
 from mdt_jax.models.mdt import MDT
 from mdt_jax.types import Array, Dtype
@@ -25,24 +25,21 @@ class WidthMap(nn.Module):
 
   Attributes:
     width: width of the output.
+    use_bias: whether the linear layer adds a bias.
     dtype, forward_mode: see `MDT`.
   """
 
   width: int
+  use_bias: bool = True
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "B K D"]) -> Float[Array, "B K width"]:
-    norm = nn.LayerNorm(
-      epsilon=1e-6,
-      use_bias=False,
-      use_fast_variance=False,
-      dtype=self.dtype,
-      name="norm",
-    )
     options: dict[str, Any] = dict(dtype=self.dtype, forward_mode=self.forward_mode)
-    return linear(self.width, "linear", path=f"{self.name}/", **options)(norm(x))
+    options |= dict(path=f"{self.name}/", use_bias=self.use_bias)
+    x = scaled_norm("norm", self.dtype)(x)
+    return linear(self.width, "linear", **options)(x)
 
 
 class MicroDiT(MDT, kw_only=True):

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.models import maskdit, mdt_flops, microdit, sprint, tread
+from mdt_jax.models import (
+  maskdit,
+  mdt_flops,
+  microdit,
+  microdit_text,
+  microdit_text_flops,
+  sprint,
+  tread,
+)
 from mdt_jax.models.conditions import Condition, create_condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
@@ -43,6 +51,29 @@ MIXERS = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+# The released MicroDiT.
+TEXT_PRESETS: dict[str, dict[str, Any]] = {
+  "MicroDiTText-Tiny/2": dict(
+    variant="MicroDiTText",
+    hidden_size=512,
+    num_heads=16,
+    mixer_hidden_size=512,
+    mixer_mlp_widths=(1536, 2048) * 2,
+    caption_mlp_width=1536,
+    **microdit_text.rising_widths(512, 16, head_size=32),
+  ),
+  "MicroDiTText-XL/2": dict(
+    variant="MicroDiTText",
+    hidden_size=1024,
+    num_heads=16,
+    mixer_hidden_size=768,
+    mixer_mlp_widths=(2048, 3072) * 3,
+    caption_mlp_width=2816,
+    **microdit_text.rising_widths(1024, 28),
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +136,9 @@ NETWORKS: dict[str, NetworkEntry] = {
   "MaskDiT": NetworkEntry(maskdit.MaskDiT, _presets("MaskDiT"), maskdit.forward_flops),
   "MicroDiT": NetworkEntry(
     microdit.MicroDiT, _presets("MicroDiT", more=MIXERS), microdit.forward_flops
+  ),
+  "MicroDiTText": NetworkEntry(
+    microdit_text.MicroDiTText, TEXT_PRESETS, microdit_text_flops.forward_flops
   ),
   # 2 blocks before and after the middle blocks in all sizes: those of XL and B are
   # published.

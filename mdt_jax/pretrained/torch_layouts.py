@@ -23,6 +23,7 @@ from mdt_jax.pretrained import (
   torch_maskdit,
   torch_mdt_layout,
   torch_microdit,
+  torch_microdit_text,
   torch_sprint,
 )
 from mdt_jax.types import Array
@@ -78,6 +79,14 @@ MICRODIT_LAYOUT = Layout(
   to_released=torch_mdt_layout.to_released,
   from_released=torch_mdt_layout.from_released,
 )
+MICRODIT_TEXT_LAYOUT = Layout(
+  variants=("MicroDiTText",),
+  mark=torch_microdit_text.MARK,
+  infer_attributes=torch_microdit_text.infer_attributes,
+  released_names=torch_microdit_text.released_names,
+  to_released=torch_microdit_text.to_released,
+  from_released=torch_mdt_layout.from_released,
+)
 SPRINT_LAYOUT = Layout(
   variants=("SPRINT",),
   mark=torch_sprint.MARK,
@@ -86,7 +95,11 @@ SPRINT_LAYOUT = Layout(
   to_released=torch_sprint.to_released,
   from_released=torch_sprint.from_released,
 )
-LAYOUTS = (MASKDIT_LAYOUT, MICRODIT_LAYOUT, SPRINT_LAYOUT, DIT_LAYOUT)
+# A MicroDiTText has the mark of a MicroDiT too.
+LAYOUTS = (
+  *(MASKDIT_LAYOUT, MICRODIT_TEXT_LAYOUT, MICRODIT_LAYOUT, SPRINT_LAYOUT),
+  DIT_LAYOUT,
+)
 
 
 def layout_of(model: Model) -> Layout:

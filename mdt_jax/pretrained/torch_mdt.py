@@ -107,12 +107,13 @@ def from_torch(
       the network from the tensors. A SiT or TREAD has tensors of the names and shapes
       of a DiT, and is read as a DiT if neither `network` nor the file says otherwise.
       The route of a TREAD is the default one unless the file states another.
+      "MicroDiT" accepts a MicroDiTText too, the released network, which reads captions.
     decode_depth: decode_depth of an MDT v1, which the tensors do not determine; None
       for that which the file states, else 2, as released. Must be None for other
       networks.
-    num_heads: number of heads of a DiT, SiT, TREAD, MaskDiT or MicroDiT, which the
-      tensors do not determine; None for that which the file states, else that of the
-      published size of the same width.
+    num_heads: number of heads of a DiT, SiT, TREAD, MaskDiT or MicroDiT(Text), which
+      the tensors do not determine; None for that which the file states, else that of
+      the published size of the same width.
     mixer_num_heads: number of heads of the mixer of a MicroDiT; None for that which the
       file states, else heads as large as those of the other blocks. Must be None for
       other networks.
@@ -229,7 +230,8 @@ def _open_network(
       tensors, attributes, metadata, source, network, process
     )
   variant = attributes["variant"]
-  if network not in (None, variant):
+  # "MicroDiT" also means the released network, which reads captions.
+  if network not in (None, variant, variant.removesuffix("Text")):
     raise SettingError("network", network, f"must be {variant}, as in {source}")
   if input_size is not None and input_size != attributes["input_size"]:
     raise SettingError(

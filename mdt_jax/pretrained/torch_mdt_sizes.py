@@ -295,7 +295,12 @@ def _stated_network(metadata: Mapping[str, Any]) -> tuple[str | None, str]:
 
 def describe(attributes: Mapping[str, Any]) -> str:
   """Describes which network the tensors were read as, for errors."""
-  sizes = (attributes[key] for key in ("depth", "hidden_size", "patch_size"))
+  widths = attributes.get("mlp_widths", ())  # one for each block of a MicroDiTText
+  sizes = (
+    attributes.get("depth", len(widths)),
+    attributes["hidden_size"],
+    attributes["patch_size"],
+  )
   size = "x".join(map(str, sizes))
   return f"read as {attributes['variant']} (depth x width x patch = {size})"
 

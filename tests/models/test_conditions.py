@@ -12,6 +12,7 @@ import pytest
 from mdt_jax import SettingError, create_model
 from mdt_jax.models.conditions import (
   CONDITIONS,
+  CaptionCondition,
   Condition,
   LabelCondition,
   create_condition,
@@ -73,6 +74,43 @@ def test_null_label_is_refused_without_dropout():
 
 def test_choose_cycles_through_the_classes():
   np.testing.assert_array_equal(LabelCondition(3, 0.1).choose(5), [0, 1, 2, 0, 1])
+
+
+# Captions.
+
+WORDS = CaptionCondition(length=3, channels=5, dropout=0.5)
+
+
+def test_captions_of_a_batch_are_dropped_independently_in_each_pass():
+  y = WORDS.of_batch({"caption": jnp.ones((64, 3, 5))})
+  dropped = WORDS.drop(jax.random.key(0), y, 2)
+  assert (dropped.shape, dropped.dtype) == ((64, 2, 3, 5), y.dtype)
+  is_dropped = np.asarray((dropped == 0).all((2, 3)))
+  np.testing.assert_array_equal(is_dropped, (dropped == 0).any((2, 3)))
+  assert 0.3 < is_dropped.mean() < 0.7
+  assert (is_dropped[:, 0] != is_dropped[:, 1]).any()
+
+
+def test_null_caption_is_zero_and_needs_dropout():
+  y = jnp.ones((2, 3, 5))
+  np.testing.assert_array_equal(WORDS.null_like(y), jnp.zeros_like(y))
+  with pytest.raises(ValueError, match="label_dropout"):
+    dataclasses.replace(WORDS, dropout=0.0).null_like(y)
+
+
+@pytest.mark.parametrize(
+  "captions", [jnp.ones((2, 3, 4)), jnp.ones((2, 5)), jnp.ones((2, 3, 5), jnp.int32)]
+)
+def test_captions_of_another_form_are_refused(captions):
+  with pytest.raises(ValueError, match="captions must be"):
+    WORDS.of_batch({"caption": captions})
+
+
+def test_other_networks_read_the_mean_of_a_caption():
+  model = create_model("DiT-S/2", **TINY, condition=WORDS)
+  params = abstract_params(model)
+  assert "label_embed" not in params
+  assert params["caption_embed"]["mlp"]["fc1"]["kernel"].shape == (5, 16)
 
 
 def test_unknown_condition_is_refused():

@@ -18,6 +18,7 @@ import pytest
 from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.masking import random_token_mask
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.microdit import MicroDiT
 from mdt_jax.models.registry import abstract_params, init_params
 
 WIDTH, PATCH, CHANNELS, GRID, HEADS, MLP = 64, 2, 4, 8, 4, 4
@@ -36,6 +37,7 @@ MODELS = {
   "SiT": MDT(variant="SiT", depth=3, learn_sigma=False, **SIZES),
   "MDT": MDT(variant="MDT", depth=5, decode_depth=2, **SIZES),
   "MDTv2": MDT(variant="MDTv2", depth=7, decode_depth=3, **SIZES),
+  "MicroDiT": MicroDiT(depth=3, mixer_depth=2, **SIZES),
 }
 
 # Xavier uniform: the end of a parameter's path -> (fan in, fan out).

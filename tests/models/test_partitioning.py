@@ -22,8 +22,10 @@ def ranks(variant):
   """
   network = NETWORKS[variant]
   name = next(iter(network.presets))
-  more = {"mixer_hidden_size": 192} if variant == "MicroDiT" else {}
-  params = abstract_params(create_model(name, patch_bottleneck=8, **more))
+  more = {} if variant == "MicroDiTText" else {"patch_bottleneck": 8}
+  if variant.startswith("MicroDiT"):
+    more["mixer_hidden_size"] = 192
+  params = abstract_params(create_model(name, **more))
   return {
     path: len(leaf.shape) - ("blocks/" in path)
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()

@@ -34,7 +34,8 @@ def small(variant):
 
 
 def test_each_network_has_16_presets():
-  assert len(MODELS) == len(NETWORKS) * 4 * 4
+  """But for the released network of MicroDiT, which has two."""
+  assert len(MODELS) == (len(NETWORKS) - 1) * 4 * 4 + 2
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,7 +45,7 @@ def test_preset_creates_its_network_and_attributes(name):
   assert {key: getattr(model, key) for key in MODELS[name]} == MODELS[name]
 
 
-@pytest.mark.parametrize("variant", NETWORKS)
+@pytest.mark.parametrize("variant", sorted({*NETWORKS} - {"MicroDiTText"}))
 def test_create_model_accepts_attributes_without_a_name(variant):
   attributes = dict(SMALL, variant=variant, depth=6, decode_depth=2, mlp_ratio=3.0)
   network = NETWORKS[variant]

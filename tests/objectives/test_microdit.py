@@ -283,6 +283,12 @@ def test_config_chooses_mixer_ratio_and_unmasked_phase():
   assert [objective.choose_static(0, step) for step in (2, 3)] == [8, "unmasked"]
 
 
+def test_run_cannot_have_a_network_that_reads_captions():
+  with pytest.raises(SettingError, match="reads captions") as error:
+    build(tiny_config(**{"model.name": "MicroDiTText-Tiny/2"}))
+  assert error.value.setting == "config.model.name"
+
+
 def save_gradients(path, mesh):
   """Saves the losses and gradients of a batch, on all devices of the process."""
   sizes = {"model.mixer_hidden_size": 24, "model.mixer_num_heads": 2, "batch_size": 16}

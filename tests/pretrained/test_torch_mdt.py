@@ -174,6 +174,19 @@ def test_round_trip_of_microdit_keeps_every_bit_of_the_reference(name, heads, ne
     )
 
 
+@pytest.mark.parametrize("network", [None, "MicroDiT", "MicroDiTText"])
+def test_round_trip_of_the_released_microdit_keeps_every_bit(network):
+  """It has a buffer, mask_token, that is zero in a release and not in the recording."""
+  path = reference.FIXTURES / "microdit.pt"
+  attributes, params = from_torch(path, network, num_heads=4)
+  back = to_torch(attributes, params)
+  assert attributes["variant"] == "MicroDiTText"
+  assert back.keys() == released("microdit").keys()
+  for key, value in released("microdit").items():
+    assert (back[key].shape, back[key].dtype) == (value.shape, value.dtype)
+    assert back[key].tobytes() == value.tobytes(), key
+
+
 def test_sit_is_read_as_a_dit_unless_asked_for():
   attributes, _ = from_torch(reference.FIXTURES / "sit.pt", num_heads=2)
   assert (attributes["variant"], attributes["learn_sigma"]) == ("DiT", True)

@@ -379,6 +379,28 @@ def test_mixer_of_another_shape_is_refused(shape):
   assert f"{name} has shape {shape}" in error.accepted
 
 
+# The released MicroDiT, which reads captions.
+
+
+def test_heads_of_the_released_microdit_are_asked_for():
+  error = expect_error(from_tensors, released("microdit"))
+  assert (error.setting, error.value) == ("num_heads", None)
+
+
+def test_network_with_captions_has_no_classes():
+  error = expect_error(from_tensors, released("microdit"), num_heads=4, num_classes=3)
+  assert (error.setting, error.value) == ("num_classes", 3)
+
+
+@pytest.mark.parametrize(
+  "name", ["blocks.3.mlp.w2", "y_embedder.y_proj.fc1.weight", "blocks.0.norm2.weight"]
+)
+def test_error_names_a_missing_tensor_of_the_released_microdit(name):
+  tensors = {key: v for key, v in released("microdit").items() if key != name}
+  error = expect_error(from_tensors, tensors, num_heads=4)
+  assert "MicroDiTText" in error.accepted and f"{name} is missing" in error.accepted
+
+
 # The description for the log.
 
 
