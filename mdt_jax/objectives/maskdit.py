@@ -100,16 +100,24 @@ class MaskDiTObjective(TokenObjective):
   def token_losses(
     self, apply: Apply, params: Params, draws: Draws, mask: TokenMask | None
   ) -> Losses:
-    """Computes the losses: "loss" of the process, and "reconstruction"."""
+    """Computes the losses: "loss" of the process, and "reconstruction".
+
+    The reconstruction is 0 without a mask, and absent if `mae_weight` is 0: training
+    logs the same names in each step of a run.
+    """
+    reconstruction = None
     if mask is None:
       losses = self.pass_losses(apply, params, draws, 0)
+      if self.mae_weight:
+        reconstruction = jnp.zeros_like(losses["loss"])
+    else:
+      x_t, output = self.run_pass(apply, params, draws, 0, mask)
+      kept = _mean_over(~mask.removed, self.model.patch_size)
+      losses = self.losses_of_output(output, x_t, draws, 0, kept)
+      if self.mae_weight:
+        reconstruction = self._reconstruction(output, x_t, draws.t, mask)
+    if reconstruction is None:
       return {**losses, "total": losses["loss"]}
-    x_t, output = self.run_pass(apply, params, draws, 0, mask)
-    kept = _mean_over(~mask.removed, self.model.patch_size)
-    losses = self.losses_of_output(output, x_t, draws, 0, kept)
-    if self.mae_weight == 0:
-      return {**losses, "total": losses["loss"]}
-    reconstruction = self._reconstruction(output, x_t, draws.t, mask)
     total = losses["loss"] + self.mae_weight * reconstruction
     return {**losses, "reconstruction": reconstruction, "total": total}
 

@@ -115,7 +115,6 @@ def test_every_parameter_has_a_recorded_gradient():
 @pytest.mark.parametrize("settings", [{"ratio": 0.0}, {"unmasked": True}])
 def test_unmasked_losses_match_reference(settings):
   (_, losses), _ = recorded_step(**settings)
-  assert "reconstruction" not in losses
   expected = RECORDED["loss_unmasked/total"]
   what = "MaskDiT, losses without a mask"
   reference.assert_matches(what, losses["total"], expected, 2e-5)
@@ -276,7 +275,19 @@ def test_ratio_zero_gives_the_plain_loss(settings):
     output = random_output(objective, draws)
     static = objective.largest_static
     found.append(objective.loss(lambda *_, o=output: o, {}, draws, static))
-  jax.tree.map(np.testing.assert_array_equal, *found)
+  (loss, losses), plain = found
+  np.testing.assert_array_equal(losses.pop("reconstruction"), 0)
+  jax.tree.map(np.testing.assert_array_equal, (loss, losses), plain)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_every_step_of_a_run_logs_the_same_losses(weight):
+  """With all tokens too: at the end of a schedule, and in the unmasked phase."""
+  objective = make_objective(mae_weight=weight)
+  draws, mask = draws_of(objective)
+  output = random_output(objective, draws)
+  names = [losses_at(objective, output, draws, m).keys() for m in (mask, None)]
+  assert names[0] == names[1]
 
 
 def test_each_term_is_the_mean_over_its_tokens():
