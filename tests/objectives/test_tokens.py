@@ -140,9 +140,10 @@ def test_choices_are_sorted_by_cost():
   assert "from step 2" in tread[0].summary
 
 
-def test_run_that_resumes_across_the_phase_is_bit_identical(tmp_path, caplog):
+@pytest.mark.parametrize("network", [TREAD, {"model.name": "MDT-S/2"}])
+def test_run_that_resumes_across_the_phase_is_bit_identical(tmp_path, caplog, network):
   """Steps 0 to 2 are masked, step 3 is not; the second run stops before the change."""
-  settings = {**TREAD, "objective.unmasked_from": 3, "log_every": 1}
+  settings = {**network, "objective.unmasked_from": 3, "log_every": 1}
   with caplog.at_level(logging.INFO, "mdt_jax"):
     whole = loop.train(tiny_config(**settings), tmp_path / "whole")
   assert [line for line in caplog.messages if "all tokens from step 3" in line]
@@ -156,6 +157,14 @@ def test_run_that_resumes_across_the_phase_is_bit_identical(tmp_path, caplog):
     for path in (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
   ]
   assert lines[0] == lines[1]
+
+
+def test_phases_with_other_losses_share_a_log_line(tmp_path):
+  """The line of step 4 has the masked loss of step 2, and the loss of both steps."""
+  settings = {"model.name": "MDT-S/2", "objective.unmasked_from": 3}
+  loop.train(tiny_config(**settings), tmp_path)
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert ["masked_loss" in json.loads(line) for line in lines] == [True, True]
 
 
 class StoppedError(Exception):
