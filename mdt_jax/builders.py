@@ -83,11 +83,11 @@ def build_objective(
   else:
     objective = _build_masked(settings, model, process, own)
   start, num_steps = settings.objective.unmasked_from, settings.num_steps
-  if start is None:
+  if start is None or start == num_steps:
     return objective
   name, accepted = "config.objective.unmasked_from", None
   if not 0 <= start < num_steps:
-    accepted = f"must lie in [0, config.num_steps = {num_steps})"
+    accepted = f"must lie in [0, config.num_steps = {num_steps}]"
   elif isinstance(objective, PlainObjective):
     accepted = "must be None: the objective plain removes no tokens in any step"
   if accepted:

@@ -306,7 +306,10 @@ def _sprint(size: str, input_size: int = 32) -> Settings:
     masking=MaskingSettings(ratio=0.0, width=0.0),
     diffusion=DiffusionSettings(process="flow", arguments=dict(_RECTIFIED_FLOW)),
     optimizer=OptimizerSettings(name="adamw", learning_rate=1e-4),
-    sampling=dataclasses.replace(_FLOW_SAMPLING, cfg_channels=0),
+    # Path-drop guidance: the weak pass has no label and no deep path.
+    sampling=dataclasses.replace(
+      _FLOW_SAMPLING, cfg_channels=0, cfg_scale=3.0, weak_ratio=1.0
+    ),
   )
 
 

@@ -112,8 +112,8 @@ class ObjectiveSettings:
   # '{"path_drop": 0.1}', the share of samples without a deep path. Or those of an
   # objective of your own.
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-  # First step of a last phase that trains on all tokens, in [0, num_steps). None: no
-  # such phase.
+  # First step of a last phase that trains on all tokens, in [0, num_steps]. None, or
+  # num_steps: no such phase.
   unmasked_from: int | None = None
 
 

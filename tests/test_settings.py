@@ -153,6 +153,7 @@ def test_sprint_runs_are_as_released(size, middle):
     "time_distribution": "logit_normal",
   }
   assert (config.sampling.method, config.sampling.num_steps) == ("sde", 250)
+  assert (config.sampling.cfg_scale, config.sampling.weak_ratio) == (3, 1)
 
 
 @pytest.mark.parametrize("size", ["b", "xl"])

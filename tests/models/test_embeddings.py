@@ -87,8 +87,13 @@ def test_timestep_frequencies_match_their_definition(t):
 
 
 def test_frequencies_have_the_bits_of_pytorch():
+  """Those of AVX2. With AVX-512, PyTorch rounds five values to the other neighbour."""
   exponents = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128
-  np.testing.assert_array_equal(FREQUENCIES, torch.exp(exponents).numpy())
+  expected = torch.exp(exponents).numpy()
+  steps = FREQUENCIES.view(np.int32) - expected.view(np.int32)
+  is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+  assert np.abs(steps).max() <= (0 if is_avx2 else 1)
+  assert np.count_nonzero(steps) <= (0 if is_avx2 else 5)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])

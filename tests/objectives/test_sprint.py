@@ -57,20 +57,27 @@ def make_draws(t):
 
 
 @functools.cache
-def recorded_pass(ratio=0.75, time="logit_normal"):
-  """((loss, losses), gradients with the names of the release)."""
-  model, params = test_sprint.load_model()
+def differentiated(ratio):
+  """Compiled (parameters, draws) -> ((loss, losses), gradients)."""
+  model, _ = test_sprint.load_model()
   settings = {"model": model, "process": FLOW, "ratio": ratio}
   objective = create_objective("sprint", **settings)
-  t = jax.nn.sigmoid(RECORDED["t_normal"])
-  draws = make_draws(t if time == "logit_normal" else RECORDED["uniform/t"])
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
-  def run(params):
+  def run(params, draws):
     return objective.loss(model.apply, params, draws, objective.largest_static)
 
-  found, gradients = run(params)
+  return run
+
+
+@functools.cache
+def recorded_pass(ratio=0.75, time="logit_normal"):
+  """((loss, losses), gradients with the names of the release)."""
+  model, params = test_sprint.load_model()
+  t = jax.nn.sigmoid(RECORDED["t_normal"])
+  draws = make_draws(t if time == "logit_normal" else RECORDED["uniform/t"])
+  found, gradients = differentiated(ratio)(params, draws)
   return found, to_torch(attributes_of(model), gradients)
 
 
@@ -190,8 +197,8 @@ def test_ratio_zero_gives_the_loss_of_the_unmasked_pass():
   jax.tree.map(np.testing.assert_array_equal, *losses)
 
 
-@pytest.mark.parametrize("process", ["gaussian", "flow", "edm"])
-def test_every_process_trains(process):
+@pytest.mark.parametrize("process", ["gaussian", "edm"])
+def test_other_processes_train(process):
   objective = make_objective(process=process)
   params = reference.random_params(objective.model)
   draws = draw(objective)

@@ -177,12 +177,17 @@ def stop_at_three(done, state):
     raise StoppedError
 
 
-@pytest.mark.parametrize("start", [-1, 4, 5])
+def test_phase_that_begins_with_the_end_is_none():
+  objective = build(tiny_config(**TREAD, **{"objective.unmasked_from": 4})).objective
+  assert not isinstance(objective, UnmaskedPhase)
+
+
+@pytest.mark.parametrize("start", [-1, 5])
 def test_phase_beyond_the_run_is_refused(start):
   with pytest.raises(SettingError) as error:
     build(tiny_config(**TREAD, **{"objective.unmasked_from": start}))
   assert error.value.setting == "config.objective.unmasked_from"
-  assert "must lie in [0, config.num_steps = 4)" in error.value.accepted
+  assert "must lie in [0, config.num_steps = 4]" in error.value.accepted
 
 
 def test_phase_without_masked_tokens_is_refused():
