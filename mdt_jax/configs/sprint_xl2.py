@@ -10,7 +10,8 @@ As the released run (snap-research/Sprint): 2 blocks on all tokens, 24 on a quar
 the tokens, 2 on all; velocities of a flow, logit-normal times; 2,000,000 steps, then
 200,000 on all tokens. The released last phase has a batch of 1,024, a learning rate of
 2e-4 and a warm-up of 5,000 steps; here the last phase has those of the first. To
-reproduce it, end the first run with --config.num_steps=2000000 and start a second run, with its own --workdir, from the averaged parameters:
+reproduce it, end the first run with --config.num_steps=2000000 and start a second run,
+with its own --workdir, from the averaged parameters:
 --config.init.path=runs/sprint_xl2 --config.num_steps=200000
 --config.objective.unmasked_from=0 --config.batch_size=1024
 --config.optimizer.learning_rate=2e-4 --config.optimizer.warmup_steps=5000.
