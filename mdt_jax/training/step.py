@@ -166,8 +166,12 @@ def make_train_step(
 
 
 def add_metrics(first: Metrics, second: Metrics) -> Metrics:
-  """Adds two metrics, which gives the metrics of the samples of both."""
-  return jax.tree.map(jnp.add, first, second)
+  """Adds two metrics, which gives the metrics of the samples of both.
+
+  A metric may be in one of them alone: the phases of a run may have different losses.
+  """
+  common = {name: first[name] + second[name] for name in first if name in second}
+  return {**first, **second, **common}
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:

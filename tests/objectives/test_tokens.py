@@ -11,6 +11,7 @@ import pytest
 
 from mdt_jax import SettingError, create_model, create_objective, create_process
 from mdt_jax.experiment import build
+from mdt_jax.models import TREAD as Routed
 from mdt_jax.models import flops
 from mdt_jax.objectives import UnmaskedPhase
 from mdt_jax.objectives.tokens import SCHEDULES, scheduled_ratio
@@ -166,6 +167,30 @@ def stop_at_three(done, state):
   del state
   if done == 3:
     raise StoppedError
+
+
+def test_phases_of_different_losses_are_logged_together(tmp_path):
+  """Of an MDT, only the first steps have a masked loss."""
+  settings = {"objective.unmasked_from": 1, "log_every": 2, "num_steps": 2}
+  loop.train(tiny_config(**settings), tmp_path)
+  (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert {"loss", "masked_loss"} <= json.loads(line).keys()
+
+
+def test_network_without_a_count_of_flops_gets_a_phase():
+  class Own(Routed):
+    variant: str = "Own"
+
+  model = Own(**TINY, depth=6)
+  objective = create_objective("tread", model=model, process=create_process("flow"))
+  assert UnmaskedPhase(objective, 2).static_choices == [8, UNMASKED]
+
+
+@pytest.mark.parametrize("name", ["model", "process", "num_steps"])
+def test_arguments_that_the_run_defines_are_refused(name):
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**TREAD, **{"objective.arguments": {name: 3}}))
+  assert error.value.setting == f"config.objective.arguments.{name}"
 
 
 @pytest.mark.parametrize("start", [-1, 4, 5])
