@@ -36,7 +36,7 @@ from mdt_jax.parameter_groups import frozen_paths, is_frozen, rates_of_paths
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.pretrained.tensors import flatten
 from mdt_jax.pretrained.zero_shards import zero_shards
-from mdt_jax.setting_groups import DataSettings, split_commas
+from mdt_jax.setting_groups import DataSettings, SamplingSettings, split_commas
 from mdt_jax.settings import Settings
 
 
@@ -119,6 +119,13 @@ def _build_masked(
       "must be empty for mdt; its settings are in config.masking",
     )
   arguments = dataclasses.asdict(masking) if is_mdt else chosen.arguments
+  for reserved in ("model", "process", "timestep_sampler", "num_steps"):
+    if reserved in arguments:
+      raise SettingError(
+        f"config.objective.arguments.{reserved}",
+        arguments[reserved],
+        "is no setting of an objective: the run defines it",
+      )
   with (
     named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
     renamed_in_errors({"objective": "config.objective.name"}),
@@ -129,7 +136,8 @@ def _build_masked(
       model=model,
       process=process,
       timestep_sampler=sampler,
-      **{"num_steps": masked_until, **arguments},
+      num_steps=masked_until,
+      **arguments,
     )
 
 
@@ -208,6 +216,16 @@ def find_frozen(settings: Settings, model: Model) -> frozenset[str]:
   return frozen_paths("config.optimizer.frozen", chosen, paths, model.frozen)
 
 
+def build_token_shares(sampling: SamplingSettings) -> TokenShares:
+  """Returns the shares of tokens that the passes of guidance leave out."""
+  return TokenShares(
+    strong=sampling.strong_ratio,
+    weak=sampling.weak_ratio,
+    schedule=sampling.ratio_schedule,
+    weak_condition=sampling.weak_condition,
+  )
+
+
 def build_sampler(settings: Settings, process: Process) -> Sampler:
   """Returns the sampler of `config.sampling`."""
   chosen = settings.sampling
@@ -221,12 +239,7 @@ def build_sampler(settings: Settings, process: Process) -> Sampler:
         interval=chosen.cfg_interval,
         num_timesteps=process.end_network_time,
         clean_time=process.clean_network_time,
-        tokens=TokenShares(
-          strong=chosen.strong_ratio,
-          weak=chosen.weak_ratio,
-          schedule=chosen.ratio_schedule,
-          weak_condition=chosen.weak_condition,
-        ),
+        tokens=build_token_shares(chosen),
       ),
       method=chosen.method,
       num_steps=chosen.num_steps,

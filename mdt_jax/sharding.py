@@ -188,15 +188,17 @@ def check_mesh(
   width = getattr(model, "hidden_size", fsdp)
   if width % fsdp:
     raise SettingError("config.mesh.fsdp", fsdp, f"must divide hidden_size = {width}")
-  for name in ("patch_bottleneck", "decoder_hidden_size"):
-    other = getattr(model, name, 0)
+  for name in ("patch_bottleneck", "decoder_hidden_size", "mixer_hidden_size"):
+    other = getattr(model, name, None) or 0
     if other % fsdp:
       raise SettingError("config.mesh.fsdp", fsdp, f"must divide {name} = {other}")
   ratio = getattr(model, "mlp_ratio", tensor)
   inner = getattr(model, "decoder_hidden_size", tensor)
+  mixer = getattr(model, "mixer_width", tensor)
   for heads, hidden, what in (
     (getattr(model, "num_heads", tensor), int(width * ratio), "MLP"),
     (getattr(model, "decoder_num_heads", tensor), int(inner * ratio), "decoder's MLP"),
+    (getattr(model, "mixer_heads", tensor), int(mixer * ratio), "mixer's MLP"),
   ):
     if heads % tensor or hidden % tensor:
       raise SettingError(

@@ -75,8 +75,8 @@ FAULTS = {
   ),
   "removed tokens count in the loss of a MicroDiT": Fault(
     "objectives/microdit.py",
-    "kept = jnp.where(mask.removed, 0, tokens)",
-    "kept = tokens",
+    "mean_over(~mask.removed",
+    "mean_over(mask.removed | True",
     "objectives/test_microdit.py",
   ),
   "positions of kept tokens are those of the first tokens": Fault(
@@ -105,8 +105,8 @@ FAULTS = {
   ),
   "MaskDiT trains the removed tokens to denoise": Fault(
     "objectives/maskdit.py",
-    "_mean_over(~mask.removed",
-    "_mean_over(mask.removed",
+    "mean_over(~mask.removed",
+    "mean_over(mask.removed",
     "objectives/test_maskdit.py",
   ),
   "a patch of MaskDiT's target has its biased variance": Fault(

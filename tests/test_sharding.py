@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mdt_jax import sharding
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import build
-from mdt_jax.models import partitioning
+from mdt_jax.models import create_model, partitioning
 from mdt_jax.training.program import make_program
 from tests import forked
 from tests.training.tiny import tiny_config
@@ -44,6 +44,23 @@ def test_axis_of_minus_one_gets_the_remaining_devices(sizes, shape):
 def test_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
   with pytest.raises(SettingError, match=message):
     sharding.mesh_shape(sizes, 8)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "attributes", "setting"),
+  [
+    ((1, 8, 1), {"mixer_hidden_size": 20, "mixer_num_heads": 1}, "config.mesh.fsdp"),
+    ((1, 1, 8), {"mixer_num_heads": 4}, "config.mesh.tensor"),
+  ],
+)
+def test_mesh_that_does_not_divide_the_mixer_is_refused(sizes, attributes, setting):
+  tiny = dict(input_size=8, hidden_size=32, num_heads=8)
+  model = create_model("MicroDiT-S/2", **tiny, **attributes)
+  with pytest.raises(SettingError) as error:
+    sharding.check_mesh(
+      sizes, jax.devices()[:1] * 8, 1, model, batch_size=8, accumulation_steps=1
+    )
+  assert error.value.setting == setting
 
 
 @pytest.mark.parametrize("name", ["MDTv2-S/2", "MDT-S/2"])

@@ -6,10 +6,8 @@ removed tokens. The source is Anima-Lab/MaskDiT (train_utils/loss.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from mdt_jax.diffusion.process import Process, like
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
@@ -18,7 +16,7 @@ from mdt_jax.models.embeddings import patchify
 from mdt_jax.models.masking import TokenMask
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses
-from mdt_jax.objectives.tokens import TokenObjective
+from mdt_jax.objectives.tokens import TokenObjective, masked_mean, mean_over
 from mdt_jax.types import Array, Params
 
 PATCH_EPS = 1e-6  # added to the variance of a patch
@@ -112,7 +110,7 @@ class MaskDiTObjective(TokenObjective):
         reconstruction = jnp.zeros_like(losses["loss"])
     else:
       x_t, output = self.run_pass(apply, params, draws, 0, mask)
-      kept = _mean_over(~mask.removed, self.model.patch_size)
+      kept = mean_over(~mask.removed, self.model.patch_size)
       losses = self.losses_of_output(output, x_t, draws, 0, kept)
       if self.mae_weight:
         reconstruction = self._reconstruction(output, x_t, draws.t, mask)
@@ -132,7 +130,7 @@ class MaskDiTObjective(TokenObjective):
     eps = PATCH_EPS * like(self.process.alpha(t) ** 2, x_t)
     target = _normalise(patchify(x_t, p), eps.reshape(-1, 1, 1))
     error = jnp.mean((patchify(denoised, p) - target) ** 2, axis=-1)  # (B, L)
-    return _masked_mean(error, mask.removed)
+    return masked_mean(error, mask.removed)
 
 
 def _normalise(
@@ -142,18 +140,6 @@ def _normalise(
   centred = patches - patches.mean(-1, keepdims=True)
   variance = jnp.var(patches, axis=-1, ddof=1, keepdims=True)
   return centred / jnp.sqrt(variance + eps)
-
-
-def _mean_over(tokens: Bool[Array, "B L"], patch_size: int) -> Callable[[Array], Array]:
-  """Returns a function that averages (B, H, W, C) over the pixels of some tokens."""
-  return lambda x: _masked_mean(patchify(x, patch_size).mean(-1), tokens)
-
-
-def _masked_mean(
-  values: Float[Array, "B L"], tokens: Bool[Array, "B L"]
-) -> Float[Array, " B"]:
-  """Averages the values of some tokens of each sample."""
-  return jnp.where(tokens, values, 0).sum(1) / tokens.sum(1)
 
 
 OBJECTIVES["maskdit"] = MaskDiTObjective

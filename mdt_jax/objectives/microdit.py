@@ -7,18 +7,13 @@ objective accepts any condition and any process.
 
 from __future__ import annotations
 
-import functools
-
-import jax.numpy as jnp
-from jaxtyping import Float
-
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.models.masking import TokenMask
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses
-from mdt_jax.objectives.tokens import TokenObjective
-from mdt_jax.types import Array, Params
+from mdt_jax.objectives.tokens import TokenObjective, mean_over
+from mdt_jax.types import Params
 
 
 class MicroDiTObjective(TokenObjective):
@@ -71,22 +66,9 @@ class MicroDiTObjective(TokenObjective):
     if mask is None:
       losses = self.pass_losses(apply, params, draws, 0)
     else:
-      patch_size = self.model.patch_size
-      mean = functools.partial(mean_of_kept, mask=mask, patch_size=patch_size)
-      losses = self.pass_losses(apply, params, draws, 0, mask, mean=mean)
+      kept = mean_over(~mask.removed, self.model.patch_size)
+      losses = self.pass_losses(apply, params, draws, 0, mask, mean=kept)
     return {**losses, "total": losses["loss"]}
-
-
-def mean_of_kept(
-  x: Float[Array, "B H W C"], mask: TokenMask, patch_size: int
-) -> Float[Array, " B"]:
-  """Averages x over channels and pixels of each kept token, then over these tokens."""
-  p = patch_size
-  batch, height, width, channels = x.shape
-  patches = x.reshape(batch, height // p, p, width // p, p, channels)
-  tokens = patches.mean(axis=(2, 4, 5)).reshape(batch, -1)  # (B, L)
-  kept = jnp.where(mask.removed, 0, tokens)
-  return kept.sum(axis=1) / mask.ids_keep.shape[1]
 
 
 OBJECTIVES["microdit"] = MicroDiTObjective

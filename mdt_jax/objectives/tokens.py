@@ -11,16 +11,21 @@ import abc
 import math
 from collections.abc import Callable, Hashable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from mdt_jax.diffusion.process import Process
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, check_choice, check_number
+from mdt_jax.models.embeddings import patchify
 from mdt_jax.models.flops import forward_flops
 from mdt_jax.models.masking import TokenMask
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives.objective import Apply, Draws, Losses, Objective
 from mdt_jax.types import Array, Params
+
+MAX_LENGTHS = 1_024  # as config.masking.num_lengths
 
 
 def _power_cosine(power: int) -> Callable[[float], float]:
@@ -64,8 +69,8 @@ class TokenObjective(Objective):
     ratio: share of removed tokens, in [0, 1); with a schedule, the largest share.
     schedule: a key of SCHEDULES; how the share changes over the run.
     min_ratio: the smallest share, in [0, ratio]; "constant" ignores it.
-    num_lengths: largest number of shares of a schedule, and so of compilations; at
-      least 2.
+    num_lengths: largest number of shares of a schedule, and so of compilations; in
+      [2, MAX_LENGTHS].
     num_steps: steps of the run, at whose end a schedule ends; needed unless the
       schedule is "constant".
 
@@ -100,8 +105,9 @@ class TokenObjective(Objective):
     if not 0 <= min_ratio <= ratio:
       raise SettingError("min_ratio", min_ratio, f"must lie in [0, ratio = {ratio:g}]")
     is_count = isinstance(num_lengths, int) and not isinstance(num_lengths, bool)
-    if not is_count or num_lengths < 2:
-      raise SettingError("num_lengths", num_lengths, "must be a number of at least 2")
+    if not is_count or not 2 <= num_lengths <= MAX_LENGTHS:
+      accepted = f"must be a whole number in [2, {MAX_LENGTHS}]"
+      raise SettingError("num_lengths", num_lengths, accepted)
     if schedule != "constant" and num_steps is None:
       raise SettingError("num_steps", None, f"must be given for {schedule}")
     self._schedule, self._num_steps = schedule, num_steps or 1
@@ -174,3 +180,17 @@ class TokenObjective(Objective):
   def _num_keep(self, static: int) -> int | None:
     """The number of kept tokens, or None if all are kept."""
     return static if static < self.model.num_tokens else None
+
+
+def mean_over(
+  tokens: Bool[Array, "B L"], patch_size: int
+) -> Callable[[Array], Float[Array, " B"]]:
+  """Returns a function that averages (B, H, W, C) over the pixels of some tokens."""
+  return lambda x: masked_mean(patchify(x, patch_size).mean(-1), tokens)
+
+
+def masked_mean(
+  values: Float[Array, "B L"], tokens: Bool[Array, "B L"]
+) -> Float[Array, " B"]:
+  """Averages the values (B, L) of some tokens of each sample."""
+  return jnp.where(tokens, values, 0).sum(1) / tokens.sum(1)

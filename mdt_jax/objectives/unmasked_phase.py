@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from mdt_jax.diffusion.timestep_samplers import LossHistory
+from mdt_jax.errors import SettingError
 from mdt_jax.models.flops import train_flops
 from mdt_jax.objectives.objective import Apply, Draws, Losses, Objective
 from mdt_jax.types import Array, Batch, Params
@@ -34,8 +35,12 @@ class UnmaskedPhase(Objective):
 
   @property
   def static_choices(self) -> Sequence[Hashable]:
-    """The values of both phases, by increasing FLOPs."""
-    return sorted([*self.objective.static_choices, UNMASKED], key=self.flops)
+    """The values of both phases, by increasing FLOPs if these are known."""
+    choices = [*self.objective.static_choices, UNMASKED]
+    try:
+      return sorted(choices, key=self.flops)
+    except SettingError:  # a network of the user's own, without a count
+      return choices
 
   def choose_static(self, seed: int, step: int) -> Hashable:
     """Returns UNMASKED from step `start` on."""

@@ -245,9 +245,9 @@ def _open_network(
     attributes["decode_depth"] = decode_depth
   own = {"MicroDiT": "mixer_num_heads", "MaskDiT": "decoder_num_heads"}
   heads = {"mixer_num_heads": mixer_num_heads, "decoder_num_heads": decoder_num_heads}
-  for network, name in own.items():
+  for owner, name in own.items():
     if heads[name] is not None and name not in attributes:
-      accepted = f"must be None: {source} holds {variant}, not {network}"
+      accepted = f"must be None: {source} holds {variant}, not {owner}"
       raise SettingError(name, heads[name], accepted)
   for name, count in {"num_heads": num_heads, **heads}.items():
     if count is not None:

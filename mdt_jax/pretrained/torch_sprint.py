@@ -17,7 +17,6 @@ from mdt_jax.errors import SettingError
 from mdt_jax.models.sprint import SPRINT
 from mdt_jax.pretrained import torch_mdt_layout as dit
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
-from mdt_jax.pretrained.torch_names import some_names
 
 MARK = "renoise_linear.weight"  # a tensor that no other network has
 PATCH_SIZE = 2  # of the released networks
@@ -70,13 +69,7 @@ def infer_attributes(
   known = known or {}
 
   def shape(name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor with this many axes, none of them of length 0."""
-    found = tensors[name].shape if name in tensors else None
-    if found is None or len(found) != axes or 0 in found:
-      problem = "is missing" if found is None else f"has shape {found}"
-      text = f"must hold a SPRINT: {name} {problem}; {some_names(tensors)}"
-      raise SettingError("tensors", source, text)
-    return found
+    return sizes.shape_of(tensors, name, axes, source, "a SPRINT")
 
   hidden_size, patch_numbers = shape("x_embedder.proj.weight", 2)
   rows = shape(_NAMES["label_embed/table"], 2)[0]

@@ -14,6 +14,7 @@ from mdt_jax.sampling import inpainting
 from mdt_jax.sampling.generator import Task
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import SamplingJob
+from mdt_jax.sampling.token_guidance import needs_passes
 
 DEFAULT_INTERPOLATION = 0.25  # share of the process, see `Task.interpolation`
 DEFAULT_STRENGTH = 0.6  # share of the process, see `Task.strength`
@@ -45,8 +46,11 @@ def with_inpainting(
     factor = job.autoencoder.model.downsampling
     hidden = inpainting.downsample_mask("mask", hidden_pixels, factor)
   tokens = inpainting.hidden_tokens(hidden, model.patch_size)
+  weak_model = None if job.weak is None else job.weak.model
+  has_passes = needs_passes(job.experiment.sampler.guidance, weak_model)
   if interpolation is None:
-    interpolation = DEFAULT_INTERPOLATION if model.takes_mask else 0.0
+    interpolates = model.takes_mask and not has_passes
+    interpolation = DEFAULT_INTERPOLATION if interpolates else 0.0
   repeats = 1 if repeats is None else repeats
   if repeats < 1 or (repeats > 1 and method not in ("ddpm", "ddim")):
     raise SettingError(
@@ -60,6 +64,9 @@ def with_inpainting(
       interpolation,
       "must be 0: this network has no side-interpolater",
     )
+  if interpolation and has_passes:
+    accepted = "must be 0 if guidance leaves out tokens or has a weak network"
+    raise SettingError("interpolation", interpolation, accepted)
   task = Task(
     "inpaint",
     # Without a hidden token there is nothing to interpolate.

@@ -314,7 +314,7 @@ class Pipeline:
     )
     if not sharded.is_complete:
       if jax.process_index() == 0:
-        logger.info("an image costs %.4g GFLOPs of the network", job.flops / 1e9)
+        _log_flops(job)
       sharded.write(job.generate_blocks, progress=progress and jax.process_index() == 0)
     elif jax.process_index() == 0:
       sharded.remove_blocks()  # a stopped process may have left some in a bucket
@@ -356,8 +356,8 @@ class Pipeline:
         (0, 1]; larger values change the image more. Default: 0.6.
       weak_checkpoint: run of the network of guidance's weak pass. None: the network
         itself.
-      weak_step: training step of that network. None: the latest; must be given if
-        weak_checkpoint is this run.
+      weak_step: training step of that network. None: the latest, which is this network
+        itself if weak_checkpoint is this run.
       **sampling: settings of config.sampling for this call, such as num_steps=50,
         method="dpm++" or cfg_scale=1.0.
 
@@ -400,7 +400,15 @@ class Pipeline:
       raise SettingError("edit", edit, "cannot be combined with inpaint")
     weak = None
     if weak_checkpoint is not None:
+      if guidance.scale == 1:
+        accepted = "must be None: a cfg_scale of 1 has no weak pass"
+        raise SettingError("weak_checkpoint", str(weak_checkpoint), accepted)
       weak = load_weak(weak_checkpoint, weak_step, experiment)
+      tokens = guidance.tokens
+      is_same = tokens.weak_condition == "same" and tokens.strong == tokens.weak
+      if is_same and weak.step == self.step and _are_equal(weak.params, self.params):
+        accepted = "must hold other parameters: both passes would be the same"
+        raise SettingError("weak_checkpoint", str(weak_checkpoint), accepted)
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       check_tokens(self.model, guidance, weak.model if weak else None)
     job = SamplingJob(
@@ -431,3 +439,18 @@ class Pipeline:
         "on float images, use draw()",
       )
     return [pictures.to_pil(pixels) for pixels in self.draw(labels, **arguments)]
+
+
+def _log_flops(job: SamplingJob) -> None:
+  """Logs the cost of an image, unless a network of the user's own does not count it."""
+  try:
+    gflops = job.flops / 1e9
+  except SettingError:
+    return
+  logger.info("an image costs %.4g GFLOPs of the network", gflops)
+
+
+def _are_equal(some: Params, others: Params) -> bool:
+  """Whether two networks have the same parameters."""
+  pairs = jax.tree.map(np.array_equal, some, others)
+  return jax.tree.all(pairs)

@@ -73,13 +73,16 @@ def check_tokens(model: Model, guidance: Guidance, weak_model: Model | None) -> 
       accepted = f"must keep at least 1 of the {network.num_tokens} tokens"
       raise SettingError(setting, ratio, accepted)
     if name == "weak_ratio" and not is_guided:
-      accepted = "needs a cfg_scale other than 1, which has no weak pass"
+      accepted = "must be 0: a cfg_scale of 1 has no weak pass"
       raise SettingError(setting, ratio, accepted)
-  if weak_model is not None and not is_guided:
-    accepted = "needs a cfg_scale other than 1, which has no weak pass"
-    raise SettingError("weak_checkpoint", weak_model, accepted)
+  if tokens.schedule != "constant" and tokens.are_all:
+    accepted = "needs a weak_ratio or a strong_ratio above 0"
+    raise SettingError("config.sampling.ratio_schedule", tokens.schedule, accepted)
   is_same = tokens.weak_condition == "same" and is_guided
-  if is_same and weak_model is None and tokens.strong == tokens.weak:
+  are_equal = tokens.are_all or (
+    tokens.schedule == "constant" and tokens.strong == tokens.weak
+  )
+  if is_same and weak_model is None and are_equal:
     raise SettingError(
       "config.sampling.weak_condition",
       "same",

@@ -11,7 +11,7 @@ import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from mdt_jax import sharding
+from mdt_jax import builders, sharding
 from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.lock import locked
 from mdt_jax.checkpoints.manager import Checkpoints, NothingSavedError
@@ -19,6 +19,7 @@ from mdt_jax.config import write_config
 from mdt_jax.data import class_labels
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source
+from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.evaluation.evaluator import check_eval, make_training_evaluator
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import counted, logger
@@ -27,6 +28,7 @@ from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
 from mdt_jax.paths import absolute, output_folder
 from mdt_jax.pretrained.tensors import flatten
+from mdt_jax.sampling.token_guidance import check_tokens
 from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
@@ -92,6 +94,7 @@ def train(
         config, model=model, objective=objective, optimizer=optimizer, source=source
       )
       check_eval(experiment.settings)
+      _check_guidance(experiment)
       if is_main and (project := experiment.settings.log.wandb_project) is not None:
         check_wandb(project)
       held = experiment.open()
@@ -198,6 +201,13 @@ def _first_state(
       start_from.skip(saved.settings(int(state.step)))
       return state
   return start_from.first_state(program)
+
+
+def _check_guidance(experiment: Experiment) -> None:
+  """Raises SettingError if the network cannot run the passes of config.sampling."""
+  sampling = experiment.settings.sampling
+  tokens = builders.build_token_shares(sampling)
+  check_tokens(experiment.model, Guidance(sampling.cfg_scale, tokens=tokens), None)
 
 
 def _warn_of_settings_without_effect(settings: Settings) -> None:

@@ -168,10 +168,10 @@ def make_train_step(
 def add_metrics(first: Metrics, second: Metrics) -> Metrics:
   """Adds two metrics, which gives the metrics of the samples of both.
 
-  Their names may differ: a last unmasked phase has no losses of a masked pass.
+  A metric may be in one of them alone: the phases of a run may have different losses.
   """
-  both = {name: first[name] + second[name] for name in first if name in second}
-  return {**first, **second, **both}
+  common = {name: first[name] + second[name] for name in first if name in second}
+  return {**first, **second, **common}
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:

@@ -20,8 +20,8 @@ from mdt_jax import (
 from mdt_jax.diffusion.process import Process
 from mdt_jax.experiment import build
 from mdt_jax.models import flops
-from mdt_jax.objectives.microdit import mean_of_kept
 from mdt_jax.objectives.objective import Draws
+from mdt_jax.objectives.tokens import mean_over
 from mdt_jax.pretrained.torch_mdt import attributes_of, to_torch
 from tests import forked, reference
 from tests.models import test_microdit
@@ -120,7 +120,8 @@ def test_mean_gives_each_kept_token_the_same_weight():
   pixels = tokens.repeat(2, 1).repeat(2, 2)[..., None] * jnp.array([0.0, 1.0, 2.0])
   noise = jnp.array([[5, 0, 4, 3, 1, 2], [0, 5, 4, 3, 2, 1]])
   mask = create_model("MicroDiT-S/2").token_mask(noise, 2)
-  np.testing.assert_allclose(mean_of_kept(pixels, mask, 2), [(1 + 4) / 2, (6 + 11) / 2])
+  mean = mean_over(~mask.removed, 2)
+  np.testing.assert_allclose(mean(pixels), [(1 + 4) / 2, (6 + 11) / 2])
 
 
 def make_objective(network="MicroDiT-S/2", process="gaussian", name="microdit", **rest):

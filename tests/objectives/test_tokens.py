@@ -11,6 +11,7 @@ import pytest
 
 from mdt_jax import SettingError, create_model, create_objective, create_process
 from mdt_jax.experiment import build
+from mdt_jax.models import TREAD as Routed
 from mdt_jax.models import flops
 from mdt_jax.objectives import UnmaskedPhase
 from mdt_jax.objectives.tokens import SCHEDULES, scheduled_ratio
@@ -180,6 +181,22 @@ def stop_at_three(done, state):
 def test_phase_that_begins_with_the_end_is_none():
   objective = build(tiny_config(**TREAD, **{"objective.unmasked_from": 4})).objective
   assert not isinstance(objective, UnmaskedPhase)
+
+
+def test_network_without_a_count_of_flops_gets_a_phase():
+  class Own(Routed):
+    variant: str = "Own"
+
+  model = Own(**TINY, depth=6)
+  objective = create_objective("tread", model=model, process=create_process("flow"))
+  assert UnmaskedPhase(objective, 2).static_choices == [8, UNMASKED]
+
+
+@pytest.mark.parametrize("name", ["model", "process", "num_steps"])
+def test_arguments_that_the_run_defines_are_refused(name):
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**TREAD, **{"objective.arguments": {name: 3}}))
+  assert error.value.setting == f"config.objective.arguments.{name}"
 
 
 @pytest.mark.parametrize("start", [-1, 5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +164,19 @@ def test_checkpoint_of_a_custom_network_is_sampled(own_checkpoint):
   experiment = build(tiny_config(), model=model)
   memory = mdt_jax.Pipeline(experiment, reference.random_params(model), 0)
   np.testing.assert_array_equal(pipeline.draw([7, 3]), memory.draw([7, 3]))
+
+
+def test_network_without_a_count_of_flops_writes_images(tmp_path):
+  class Own(mdt_jax.models.Network):
+    @nn.compact
+    def __call__(self, x, t, y, token_mask=None, train=False):
+      c = self.conditioning.embedder(4, jnp.float32)(y, train)
+      return nn.Conv(self.out_channels, (3, 3))(x + c[:, None, None, :1])
+
+  model = Own(input_size=8, in_channels=1, num_classes=10)
+  experiment = build(tiny_config(), model=model)
+  pipeline = mdt_jax.Pipeline(experiment, reference.random_params(model), 0)
+  assert pipeline.write(tmp_path, [7, 3]).exists()
 
 
 @pytest.mark.parametrize(

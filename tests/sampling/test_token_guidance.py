@@ -291,6 +291,7 @@ def test_schedule_uses_few_tokens_at_first():
     ("MDT-S/2", {"weak": 0.5}, 1.0, "weak_ratio"),
     ("MDT-S/2", {"weak_condition": "same"}, 2.0, "weak_condition"),
     ("MDT-S/2", {"strong": 0.5, "weak": 0.5, "weak_condition": "same"}, 2.0, None),
+    ("MDT-S/2", {"schedule": "cosine"}, 2.0, "ratio_schedule"),
   ],
 )
 def test_shares_that_a_network_cannot_leave_out_are_refused(
@@ -319,6 +320,21 @@ def test_settings_out_of_range_are_refused(settings, name):
   with pytest.raises(SettingError) as error:
     build(tiny_config(**{"sampling.cfg_scale": 2.0, **named}))
   assert error.value.setting == f"config.sampling.{name}"
+
+
+def test_equal_shares_of_a_schedule_are_accepted():
+  """They are equal at the middle of sampling alone."""
+  tokens = TokenShares(0.5, 0.5, schedule="cosine", weak_condition="same")
+  model = create_model("MDT-S/2", input_size=8)
+  check_tokens(model, Guidance(scale=2.0, tokens=tokens), None)
+
+
+def test_training_refuses_shares_that_the_network_cannot_leave_out(tmp_path):
+  config = tiny_config(**{"model.name": "DiT-S/2", "sampling.weak_ratio": 0.5})
+  with pytest.raises(SettingError) as error:
+    loop.train(config, tmp_path / "run")
+  assert error.value.setting == "config.sampling.weak_ratio"
+  assert not (tmp_path / "run").exists()
 
 
 # Pipelines.
@@ -358,6 +374,7 @@ def test_descriptions_of_older_folders_stay(run):
     ({"weak_checkpoint": "missing"}, "weak_checkpoint"),
     ({"weak_checkpoint": "RUN", "weak_step": 3}, "weak_step"),
     ({"weak_checkpoint": "RUN", "cfg_scale": 1.0}, "weak_checkpoint"),
+    ({"weak_checkpoint": "RUN", "weak_condition": "same"}, "weak_checkpoint"),
     ({"weak_ratio": 1.0}, "weak_ratio"),
     ({"weak_condition": "same"}, "weak_condition"),
     ({"strong_ratio": 0.5, "weak_ratio": 0.1}, "weak_ratio"),
@@ -368,3 +385,14 @@ def test_pipeline_names_its_arguments_in_errors(run, arguments, name):
   with pytest.raises(SettingError) as error:
     Pipeline.from_checkpoint(run).job([3], **arguments)
   assert error.value.setting == name
+  assert "\n" not in str(error.value)
+
+
+def test_inpainting_with_sparse_guidance_does_not_interpolate(run):
+  pipeline, mask = Pipeline.from_checkpoint(run), np.zeros((8, 8), np.uint8)
+  mask[:4] = 255
+  arguments = dict(inpaint=np.zeros((8, 8), np.uint8), mask=mask, weak_ratio=0.5)
+  assert pipeline.job([3], **arguments).task.interpolation == 0
+  with pytest.raises(SettingError) as error:
+    pipeline.job([3], **arguments, interpolation=0.5)
+  assert error.value.setting == "interpolation"

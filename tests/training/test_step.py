@@ -227,6 +227,15 @@ def test_added_metrics_give_the_mean_over_samples():
   assert step.mean_metrics(step.add_metrics(first, second)) == {"loss": 1.0}
 
 
+def test_metrics_of_different_losses_are_added():
+  """An MDT has no masked loss in its unmasked phase."""
+  first = {"loss": jnp.array([1.0, 1.0]), "masked_loss": jnp.array([4.0, 2.0])}
+  second = {"loss": jnp.array([3.0, 1.0])}
+  expected = {"loss": 2.0, "masked_loss": 2.0}
+  assert step.mean_metrics(step.add_metrics(first, second)) == expected
+  assert step.mean_metrics(step.add_metrics(second, first)) == expected
+
+
 def test_loss_second_moment_sampler_learns_from_the_step():
   config = tiny_config(timestep_sampler="loss-second-moment", **DIT)
   state = make_state(config)
