@@ -1,9 +1,10 @@
 """Seconds of a training step by method: python -m benchmarks.method_speed
 
 Networks of size S/2 in float32 with AdamW, batch 8, at 256 and 1,024 tokens (latents of
-32x32 and 64x64). Each method has its released share of removed tokens; MDTv2, which
-draws a share for each step, keeps its mean. The rounds go through all methods in turn,
-and the figure of a method is its median ratio to DiT in the same round.
+32x32 and 64x64), with rolled loops over blocks. Each method has its released share of
+removed tokens; MDTv2, which draws a share for each step, keeps its mean. The rounds go
+through all methods in turn, and the figure of a method is its median ratio to DiT in
+the same round.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ class Method:
     config = default_config()
     config.model.name = f"{network}-S/2"
     config.model.input_size = side
-    config.model.unroll = -1
     config.batch_size = BATCH
     config.diffusion.process = "flow"
     config.optimizer.name = "adamw"

@@ -395,7 +395,7 @@ class SamplingSettings:
   weak_condition: str = "null"
   # Shares of the tokens that the strong and the weak pass leave out, strong_ratio in
   # [0, 1) and weak_ratio in [strong_ratio, 1]; 1 drops the path of SPRINT. Networks of
-  # MDT, MaskDiT, TREAD and SPRINT.
+  # MDT, MaskDiT, TREAD and SPRINT. A cfg_scale of 1 has no weak pass.
   strong_ratio: float = 0.0
   weak_ratio: float = 0.0
   # How the shares change over sampling: constant; or cosine: that of the weak pass

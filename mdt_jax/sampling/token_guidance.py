@@ -59,7 +59,7 @@ def check_tokens(model: Model, guidance: Guidance, weak_model: Model | None) -> 
     ("strong_ratio", tokens.strong, model),
     ("weak_ratio", tokens.weak, weak_model or model),
   ):
-    if ratio == 0:
+    if ratio == 0 or (name == "weak_ratio" and not is_guided):
       continue
     kind = getattr(network, "variant", type(network).__name__)
     setting = f"config.sampling.{name}"
@@ -71,9 +71,6 @@ def check_tokens(model: Model, guidance: Guidance, weak_model: Model | None) -> 
       raise SettingError(setting, ratio, accepted)
     if ratio < 1 and network.num_kept(ratio) < 1:
       accepted = f"must keep at least 1 of the {network.num_tokens} tokens"
-      raise SettingError(setting, ratio, accepted)
-    if name == "weak_ratio" and not is_guided:
-      accepted = "must be 0: a cfg_scale of 1 has no weak pass"
       raise SettingError(setting, ratio, accepted)
   if tokens.schedule != "constant" and tokens.are_all:
     accepted = "needs a weak_ratio or a strong_ratio above 0"

@@ -288,7 +288,6 @@ def test_schedule_uses_few_tokens_at_first():
     ("TREAD-S/2", {"weak": 1.0}, 2.0, "weak_ratio"),
     ("MicroDiT-S/2", {"weak": 0.5}, 2.0, "weak_ratio"),
     ("MDT-S/2", {"weak": 0.999}, 2.0, "weak_ratio"),
-    ("MDT-S/2", {"weak": 0.5}, 1.0, "weak_ratio"),
     ("MDT-S/2", {"weak_condition": "same"}, 2.0, "weak_condition"),
     ("MDT-S/2", {"strong": 0.5, "weak": 0.5, "weak_condition": "same"}, 2.0, None),
     ("MDT-S/2", {"schedule": "cosine"}, 2.0, "ratio_schedule"),
