@@ -57,7 +57,10 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
   ("flag", "texts"),
   [
-    ("--config.model.name=MDT-M/2", ["config.model.name = 'MDT-M/2'", "DiT-S/2"]),
+    (
+      "--config.model.name=MDT-M/2",
+      ["config.model.name = 'MDT-M/2'", "NETWORK-SIZE/PATCH"],
+    ),
     ("--config.data.source=images", ["config.data.path = None: must be given"]),
     ("--config.data.path=photos", ["config.data.path = 'photos': must be left out"]),
   ],

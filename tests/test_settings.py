@@ -213,7 +213,7 @@ def test_dit_has_no_masked_pass():
 
 
 BAD = [
-  ("model.name", "MDT-M/2", "accepted are DiT-S/2"),
+  ("model.name", "MDT-M/2", "must be NETWORK-SIZE/PATCH, such as MDTv2-S/2"),
   ("model.input_size", 9, "must be divisible by patch_size = 2"),
   ("model.hidden_size", 17, "must be divisible by num_heads = 2"),
   ("model.num_heads", 3, "must be divisible by num_heads = 3"),

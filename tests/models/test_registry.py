@@ -69,7 +69,7 @@ def test_attribute_none_keeps_the_value_of_the_preset():
 
 
 def test_unknown_name_is_refused():
-  with pytest.raises(SettingError, match="name = 'MDT-M/2': accepted are DiT-S/2, DiT"):
+  with pytest.raises(SettingError, match="name = 'MDT-M/2': must be NETWORK-SIZE"):
     create_model("MDT-M/2")
 
 

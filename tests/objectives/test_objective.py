@@ -93,7 +93,7 @@ def test_kept_length_depends_only_on_seed_and_step():
 @pytest.mark.parametrize(
   ("name", "settings", "message"),
   [
-    ("mae", {}, r"^objective = 'mae': accepted are .*mdt, mdt_unmasked, plain, tr"),
+    ("mae", {}, r"^objective = 'mae': accepted are maskdit, mdt, .*plain, sprint, tr"),
     ("mdt", {"groups": 0}, r"^groups = 0: must be at least 1"),
     ("mdt", {"groups": 2, "width": 0.0}, r"^groups = 2: must be 1: width = 0 has one"),
     ("mdt", {"ratio": 0.0, "width": 0.0}, r"^ratio = 0.0: masks nothing: config"),
