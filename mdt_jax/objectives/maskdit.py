@@ -57,7 +57,7 @@ class MaskDiTObjective(TokenObjective):
     timestep_sampler: TimestepSampler | None = None,
     *,
     mae_weight: float = 0.1,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     schedule: str = "constant",
     min_ratio: float = 0.0,
     num_lengths: int = 8,

@@ -7,10 +7,7 @@ objective accepts any condition and any process.
 
 from __future__ import annotations
 
-from mdt_jax.diffusion.process import Process
-from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.models.masking import TokenMask
-from mdt_jax.models.registry import Model
 from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses
 from mdt_jax.objectives.tokens import TokenObjective, mean_over
 from mdt_jax.types import Params
@@ -29,29 +26,7 @@ class MicroDiTObjective(TokenObjective):
   """
 
   name = "microdit"
-
-  def __init__(
-    self,
-    model: Model,
-    process: Process,
-    timestep_sampler: TimestepSampler | None = None,
-    *,
-    ratio: float = 0.75,
-    schedule: str = "constant",
-    min_ratio: float = 0.0,
-    num_lengths: int = 8,
-    num_steps: int | None = None,
-  ):
-    super().__init__(
-      model,
-      process,
-      timestep_sampler,
-      ratio=ratio,
-      schedule=schedule,
-      min_ratio=min_ratio,
-      num_lengths=num_lengths,
-      num_steps=num_steps,
-    )
+  default_ratio = 0.75
 
   def check_model(self) -> None:
     """Raises SettingError if the network accepts no token mask."""

@@ -17,8 +17,8 @@ from mdt_jax.objectives.objective import OBJECTIVES, Apply, Draws, Losses
 from mdt_jax.objectives.tokens import TokenObjective
 from mdt_jax.types import Array, Batch, Params
 
-# Folded into the key of a step. `Objective.draw` splits the same key, which gives the
-# keys of small numbers.
+# Folded into the key of a step: a large number, because folding in a small one may give
+# a key that `Objective.draw` splits off.
 PATH_KEY = 251_021_986
 
 
@@ -37,6 +37,7 @@ class SPRINTObjective(TokenObjective):
   """
 
   name = "sprint"
+  default_ratio = 0.75
 
   def __init__(
     self,
@@ -44,7 +45,7 @@ class SPRINTObjective(TokenObjective):
     process: Process,
     timestep_sampler: TimestepSampler | None = None,
     *,
-    ratio: float = 0.75,
+    ratio: float | None = None,
     path_drop: float = 0.1,
     schedule: str = "constant",
     min_ratio: float = 0.0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +62,14 @@ def scheduled_ratio(
 class TokenObjective(Objective):
   """Base class: one pass of a network that receives a token mask.
 
-  A subclass defines `name` and `token_losses`, and may override `check_model`.
+  A subclass defines `name`, `default_ratio` and `token_losses`, and may override
+  `check_model`.
 
   Args:
     model: the network. Its `num_kept` and `token_mask` define the masks.
     process, timestep_sampler: see `Objective`.
-    ratio: share of removed tokens, in [0, 1); with a schedule, the largest share.
+    ratio: share of removed tokens, in [0, 1); with a schedule, the largest share. None:
+      that of the paper's runs, `default_ratio`.
     schedule: a key of SCHEDULES; how the share changes over the run.
     min_ratio: the smallest share, in [0, ratio]; "constant" ignores it.
     num_lengths: largest number of shares of a schedule, and so of compilations; in
@@ -79,7 +82,8 @@ class TokenObjective(Objective):
       not fit.
   """
 
-  name: str
+  name: ClassVar[str]
+  default_ratio: ClassVar[float] = 0.5
 
   def __init__(
     self,
@@ -87,7 +91,7 @@ class TokenObjective(Objective):
     process: Process,
     timestep_sampler: TimestepSampler | None = None,
     *,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     schedule: str = "constant",
     min_ratio: float = 0.0,
     num_lengths: int = 8,
@@ -95,6 +99,7 @@ class TokenObjective(Objective):
   ):
     super().__init__(model, process, timestep_sampler)
     self.check_model()
+    ratio = self.default_ratio if ratio is None else ratio
     check_choice("schedule", schedule, SCHEDULES)
     check_number("ratio", ratio)
     check_number("min_ratio", min_ratio)
