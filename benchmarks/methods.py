@@ -28,7 +28,8 @@ FLOPs?
 Every arm and seed is reported. Seeds 0, 1, 2. 16 tokens are few: the papers train on
 256.
 
-A run that is stopped goes on where it was: finished points are kept in RESULTS.
+A run that is stopped goes on where it was: finished points are kept in the file of
+--results, which is committed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from benchmarks.tables import machine, write_table
+from benchmarks.tables import DOCS, machine, write_table
 from mdt_jax import Pipeline, build
 from mdt_jax.configs import digits
 from mdt_jax.evaluation.metrics import frechet_distance
@@ -55,14 +56,16 @@ from mdt_jax.training import loop
 SEEDS = flags.DEFINE_list("seeds", [0, 1, 2], "Seeds.")
 STEPS = flags.DEFINE_integer("steps", 600, "Training steps of every arm.")
 ARM = flags.DEFINE_list("arms", None, "Arms to run; None for all.")
-FOLDER = flags.DEFINE_string("folder", "runs/methods", "Folder of runs and results.")
+FOLDER = flags.DEFINE_string("folder", "runs/methods", "Folder of the runs.")
+RESULTS = flags.DEFINE_string(
+  "results", str(DOCS / "methods_digits.jsonl"), "File of the finished points."
+)
 TABLE = flags.DEFINE_bool(
   "table", False, "Write the table of RESULTS to docs/; no run."
 )
 
 NUM_IMAGES = 500
 SCALE = 1.5
-RESULTS = "results.jsonl"  # in FOLDER
 POINTS = ("equal steps", "equal FLOPs", "unmasked end")
 CFG = {"cfg_scale": SCALE}
 SPARSE = {**CFG, "weak_condition": "same", "weak_ratio": 0.75}
@@ -139,7 +142,7 @@ def score(workdir: Path, seed: int, arm: str) -> dict[str, list[float]]:
 
 def run(arm: str, seed: int, results: Path, done: set[tuple[str, int, str]]) -> None:
   """Trains an arm to each of its points, and appends the scores to `results`."""
-  steps, folder = STEPS.value, results.parent / f"{arm}-{seed}"
+  steps, folder = STEPS.value, Path(FOLDER.value).absolute() / f"{arm}-{seed}"
   cost = step_flops(arm)
   equal = round(steps * step_flops("dit") / cost)
   config = make_config(arm, seed)
@@ -187,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
   lines = [
     f"{machine()} (`python -m benchmarks.methods`). {NUM_IMAGES} images; mean over the "
-    "seeds 0, 1, 2 and, in brackets, each seed.",
+    "finished seeds of 0, 1, 2 and, in brackets, each of them in this order.",
   ]
   for point in POINTS:
     same = "equal steps" if point == "equal FLOPs" else point
@@ -218,8 +221,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   del argv
-  results = Path(FOLDER.value).absolute() / RESULTS
-  results.parent.mkdir(parents=True, exist_ok=True)
+  results = Path(RESULTS.value)
   lines = results.read_text().splitlines() if results.exists() else []
   rows = [json.loads(line) for line in lines]
   if TABLE.value:

@@ -71,7 +71,7 @@ class TokenObjective(Objective):
     ratio: share of removed tokens, in [0, 1); with a schedule, the largest share. None:
       that of the paper's runs, `default_ratio`.
     schedule: a key of SCHEDULES; how the share changes over the run.
-    min_ratio: the smallest share, in [0, ratio]; "constant" ignores it.
+    min_ratio: the smallest share of a schedule, in [0, ratio]; 0 for "constant".
     num_lengths: largest number of shares of a schedule, and so of compilations; in
       [2, MAX_LENGTHS].
     num_steps: steps of the run, at whose end a schedule ends; needed unless the
@@ -109,6 +109,8 @@ class TokenObjective(Objective):
       raise SettingError("ratio", ratio, accepted)
     if not 0 <= min_ratio <= ratio:
       raise SettingError("min_ratio", min_ratio, f"must lie in [0, ratio = {ratio:g}]")
+    if min_ratio and schedule == "constant":
+      raise SettingError("min_ratio", min_ratio, "must be 0 for the schedule constant")
     is_count = isinstance(num_lengths, int) and not isinstance(num_lengths, bool)
     if not is_count or not 2 <= num_lengths <= MAX_LENGTHS:
       accepted = f"must be a whole number in [2, {MAX_LENGTHS}]"

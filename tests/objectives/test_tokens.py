@@ -80,7 +80,8 @@ def test_step_costs_three_forward_passes():
   [
     ({"schedule": "cosine"}, "schedule"),
     ({"schedule": "cosine2"}, "num_steps"),
-    ({"min_ratio": 0.6}, "min_ratio"),
+    ({"min_ratio": 0.6, "schedule": "linear", "num_steps": 9}, "min_ratio"),
+    ({"min_ratio": 0.1}, "min_ratio"),
     ({"min_ratio": -0.1}, "min_ratio"),
     ({"min_ratio": "0"}, "min_ratio"),
     ({"num_lengths": 1}, "num_lengths"),
