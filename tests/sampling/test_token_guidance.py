@@ -135,8 +135,10 @@ SPARSE = {
 
 @functools.cache
 def make_images(network="MDTv2-S/2", **settings):
-  """(function (ids, labels) -> latents, model, params) of a tiny random network."""
+  """Function (ids, labels) -> latents of a tiny random network."""
   named = {name.replace("__", "."): value for name, value in settings.items()}
+  if network.startswith("MaskDiT"):  # which is not trained to predict noise
+    named = {"diffusion.process": "flow", **named}
   config = tiny_config(**{"model.name": network, "model.depth": 6, **named})
   experiment = build(config)
   params = reference.random_params(experiment.model)

@@ -41,7 +41,8 @@ def replay() -> dict[str, np.ndarray]:
   for _ in range(3):
     state, metrics = program.step(state, batch, NUM_KEEP)
   draws, found = jax.jit(losses)(state, batch)
-  arrays = {f"draws/{name}": value for name, value in vars(draws).items()}
+  drawn = {name: value for name, value in vars(draws).items() if value is not None}
+  arrays = {f"draws/{name}": value for name, value in drawn.items()}
   arrays |= {f"losses/{name}": value for name, value in found.items()}
   arrays |= {f"metrics/{name}": value for name, value in metrics.items()}
   arrays |= {
