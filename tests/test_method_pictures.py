@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@functools.cache
 def load_script():
   spec = importlib.util.spec_from_file_location("pictures", DOCS / "method_pictures.py")
   assert spec is not None and spec.loader is not None
   script = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = script  # its dataclass looks the module up
   spec.loader.exec_module(script)
   return script
 
