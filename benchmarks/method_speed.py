@@ -5,6 +5,8 @@ Networks of size S/2 in float32 with AdamW, batch 8, at 256 and 1,024 tokens (la
 removed tokens; MDTv2, which draws a share for each step, keeps its mean. The rounds go
 through all methods in turn, and the figure of a method is its median ratio to DiT in
 the same round.
+
+--count writes the counted FLOPs of sizes B and XL instead, without running a step.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.tables import machine, write_table
-from mdt_jax import build, sharding
+from mdt_jax import build, create_model, create_objective, create_process, sharding
 from mdt_jax.config import default_config
+from mdt_jax.models.flops import forward_flops
 from mdt_jax.training.program import make_program
 
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds.")
 SIDES = flags.DEFINE_list("sides", [32, 64], "Heights of the latents.")
+COUNT = flags.DEFINE_bool("count", False, "Count FLOPs only.")
 WRITE = flags.DEFINE_bool("write", True, "Whether to write the table to docs/.")
 BATCH = 8
 NETWORKS = ("DiT", "MDTv2", "MaskDiT", "MicroDiT", "TREAD", "SPRINT")
@@ -100,8 +104,43 @@ def measure(side: int) -> list[str]:
   return rows
 
 
+def count() -> list[str]:
+  """Rows of counted FLOPs at 256 tokens, each as a share of DiT's too."""
+  rows = []
+  for size in ("B", "XL"):
+    plain: dict[str, float] = {}
+    for network in NETWORKS:
+      model = create_model(f"{network}-{size}/2", learn_sigma=False)
+      objective = create_objective(
+        model.default_objective, model=model, process=create_process("flow")
+      )
+      drawn = [objective.choose_static(0, step) for step in range(200)]
+      found = {
+        "step": float(np.mean([objective.flops(static) for static in drawn])),
+        "image": float(forward_flops(model)),
+      }
+      plain = plain or found
+      cells = [f"{network}-{size}/2"]
+      for name, flops in found.items():
+        cells += [f"{flops / 1e9:.0f}", f"{flops / plain[name]:.2f}"]
+      rows.append(f"| {' | '.join(cells)} |")
+  return rows
+
+
 def main(argv: list[str]) -> None:
   del argv
+  if COUNT.value:
+    lines = [
+      "256 tokens, one image, without guidance (`python -m benchmarks.method_speed "
+      "--count`). The share of removed tokens is the released one.",
+      "",
+      "| network | GFLOPs of a training step | of DiT's | GFLOPs of a pass in sampling "
+      "| of DiT's |",
+      "| --- | --- | --- | --- | --- |",
+      *count(),
+    ]
+    write_table("methods.md", "flops", lines)
+    return
   lines = [
     f"{machine()} (`python -m benchmarks.method_speed`). S/2, batch {BATCH}, float32, "
     f"flow, AdamW; median of {ROUNDS.value} rounds.",
