@@ -1,6 +1,6 @@
 """The ConfigDict of a run: made by a config file, changed by the command line.
 
-`settings.py` and `setting_groups.py` describe each setting and its default. The files
+`settings.py` and `setting_groups/` describe each setting and its default. The files
 in mdt_jax/configs/ change the settings of their run. --config.NAME=VALUE overrides
 both.
 """

@@ -31,7 +31,7 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
       "Config of the run: the name of a packaged config, such as digits or mdtv2_b2, "
       "or a Python file with a function get_config(). A text after a colon goes to the "
       "function: FILE:TEXT. --config.NAME=VALUE changes a setting; "
-      "mdt_jax/setting_groups.py describes all settings.",
+      "mdt_jax/setting_groups/ describes all settings.",
       lock_config=True,
     )
   except flags.Error as error:  # ml_collections reads the file of --flagfile here
