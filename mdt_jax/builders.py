@@ -276,6 +276,9 @@ def open_examples(
       _check_num_classes(model, len(card["classes"]))
       if autoencoder is not None:
         autoencoder.check_scale(data.vae, card)
+    if data.flip and data.source == "relations":
+      accepted = "must be False: mirrored images do not obey the relations"
+      raise SettingError("config.data.flip", data.flip, accepted)
     source = create_source(
       data.source,
       path=data.path,
@@ -285,6 +288,7 @@ def open_examples(
       max_unreadable=data.max_unreadable,
       image_bits=data.image_bits,
       cache=data.cache,
+      arguments=data.arguments,
     )
   latents = source if own is None else own
   if isinstance(latents, LatentSource) and autoencoder is not None:

@@ -33,7 +33,7 @@ from mdt_jax.atomic import write_json
 from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.errors import SettingError, check_choice, check_range, renamed_in_errors
-from mdt_jax.evaluation import bits_per_dimension, job
+from mdt_jax.evaluation import bits_per_dimension, job, relation_scores
 from mdt_jax.evaluation.image_files import has_labels
 from mdt_jax.logs import logger
 from mdt_jax.paths import any_path, output_file, output_folder
@@ -70,7 +70,8 @@ METRICS = flags.DEFINE_list(
   "metrics",
   None,
   "Scores: fid, sfid, is, precision, recall (these five need --inception), frechet, "
-  "accuracy, diversity, bpd (needs --checkpoint). Default: the first five with "
+  "accuracy, diversity, bpd (needs --checkpoint); for runs on the source relations: "
+  f"{', '.join(relation_scores.NAMES)}. Default: the first five with "
   "--inception; else frechet, accuracy and diversity with --samples or --reference; "
   "else bpd.",
 )

@@ -342,12 +342,17 @@ class Experiment:
     share, examples = self.settings.data.validation, self._examples
     if not 0 <= share <= 0.5:
       raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
+    if part == share == 0:
+      return examples
+    if getattr(examples, "is_endless", False):
+      accepted = "must be 0: the data is endless"
+      raise SettingError("config.data.validation", share, accepted)
     indices = split_indices(len(examples), share)[part]
     if not len(indices):
       raise SettingError(
         "config.data.validation", share, "must be larger: no example is held out"
       )
-    return Subset(examples, indices) if share else examples
+    return Subset(examples, indices)
 
   @functools.cached_property
   def _examples(self) -> Source:

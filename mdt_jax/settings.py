@@ -120,7 +120,7 @@ class Settings:
   def to_config(self) -> ConfigDict:
     """Returns a locked ConfigDict; only the groups `arguments` take new names."""
     config = to_config(self).lock()
-    for name in ("objective", "diffusion", "optimizer", "sampling"):
+    for name in ("objective", "diffusion", "optimizer", "data", "sampling"):
       group: Any = config[name]
       group.arguments.unlock()
     return config

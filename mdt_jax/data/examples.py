@@ -8,7 +8,7 @@ import errno
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -74,6 +74,7 @@ class SourceArguments:
     max_unreadable: largest accepted number of unreadable examples.
     image_bits: bits of the values in image files of more than 8 bits.
     cache: local folder that receives a copy of a latent set in a bucket.
+    arguments: more settings of the source, by name.
   """
 
   path: str
@@ -83,6 +84,7 @@ class SourceArguments:
   max_unreadable: int
   image_bits: int = 16
   cache: str | None = None
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_patiently(load: Callable[[int], Example], index: int, name: str) -> Example:
@@ -273,7 +275,7 @@ class Subset:
   """
 
   def __init__(self, source: Source, indices: Int[np.ndarray, " N"]):
-    self._source, self._indices = source, indices
+    self.original, self._indices = source, indices
     self.num_classes = source.num_classes
     self.image_shape = source.image_shape
     self.class_names = getattr(source, "class_names", None)
@@ -284,13 +286,20 @@ class Subset:
 
   def __getitem__(self, index: int) -> Example:
     first = int(self._indices[index])
-    source = self._source
+    source = self.original
     if not isinstance(source, SupportsReplacement):
       return source[first]
     others = (
       int(self._indices[(index + offset) % len(self)]) for offset in range(1, len(self))
     )
     return source.first_readable(itertools.chain([first], others))
+
+
+def original_source(source: Any) -> Any:
+  """Returns the source that a subset, or a check of a user's source, reads."""
+  while hasattr(source, "original"):
+    source = source.original
+  return source
 
 
 def count_labels(labels: Int[np.ndarray, " N"]) -> dict[int, int]:

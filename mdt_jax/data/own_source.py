@@ -34,7 +34,7 @@ class CheckedSource:
   num_classes: int
 
   def __init__(self, source: Any, image_shape: tuple[int, int, int]):
-    self._source, self._name = source, type(source).__name__
+    self.original, self._name = source, type(source).__name__
     for attribute in ("__len__", "__getitem__", "num_classes"):
       if not hasattr(source, attribute):
         raise SettingError("source", self._name, f"must have {attribute}")
@@ -48,16 +48,16 @@ class CheckedSource:
     self._is_pixels = _is_pixels(self[0])
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.original)
 
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} must lie in [0, {len(self)})")
-    return self._read(index, lambda: self._source[index])
+    return self._read(index, lambda: self.original[index])
 
   def first_readable(self, indices: Iterable[int]) -> Example:
     """Reads the first example of `indices`, or the first that the source can read."""
-    remaining, source = iter(indices), self._source
+    remaining, source = iter(indices), self.original
     index = next(remaining)
     if not isinstance(source, SupportsReplacement):
       return self[index]
@@ -66,7 +66,7 @@ class CheckedSource:
 
   def _names_of_classes(self) -> list[str] | None:
     """The source's names of classes as texts; None if it has none."""
-    found = getattr(self._source, "class_names", None)
+    found = getattr(self.original, "class_names", None)
     if found is None:
       return None
     names = [str(name) for name in found]

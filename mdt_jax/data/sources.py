@@ -7,8 +7,8 @@ opens it from `SourceArguments`, and add an entry to SOURCES.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from mdt_jax.buckets import is_bucket
 from mdt_jax.data.arrays import open_arrays
@@ -19,6 +19,7 @@ from mdt_jax.data.images import open_images
 from mdt_jax.data.latents import open_latents
 from mdt_jax.data.memory import MemorySource
 from mdt_jax.data.npz import open_npz
+from mdt_jax.data.relations import RelationsSource, open_relations
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.paths import local_path
 from mdt_jax.sizes import Size, to_size
@@ -27,6 +28,7 @@ __all__ = [
   "SOURCES",
   "DigitsSource",
   "MemorySource",
+  "RelationsSource",
   "Source",
   "SourceEntry",
   "Subset",
@@ -43,15 +45,19 @@ class SourceEntry(NamedTuple):
     pixels: whether the examples are pixels; False for latents.
     path: description of the required `config.data.path`, for messages; None for a
       source without a path.
+    takes_arguments: whether the source has settings of its own,
+      `config.data.arguments`.
   """
 
   open: Callable[[SourceArguments], Source]
   pixels: bool
   path: str | None
+  takes_arguments: bool = False
 
 
 SOURCES: dict[str, SourceEntry] = {
   "digits": SourceEntry(open_digits, True, None),
+  "relations": SourceEntry(open_relations, True, None, takes_arguments=True),
   "images": SourceEntry(
     open_images, True, "a folder of images, .tar files or tfds:NAME"
   ),
@@ -75,6 +81,7 @@ def create_source(
   max_unreadable: int,
   image_bits: int = 16,
   cache: str | None = None,
+  arguments: Mapping[str, Any] | None = None,
 ) -> Source:
   """Opens a source by name.
 
@@ -88,9 +95,11 @@ def create_source(
     image_bits: bits of the values in image files of more than 8 bits.
     cache: local folder that receives a copy of a latent set in a bucket; ignored if
       the set is in a local folder.
+    arguments: more settings of the source, by name; see `SourceEntry`.
 
   Raises:
-    SettingError: the name is unknown, a required path is missing, a path is given to a
+    SettingError: the name is unknown, a required path is missing, arguments are given
+      to a source without any, a path is given to a
       source without one, a path of a bucket to a source that reads none, the source
       does not have this size or number of channels, or the source cannot be opened.
     DataUnavailable: a bucket does not answer.
@@ -107,12 +116,15 @@ def create_source(
       f"must be left out: config.data.source = {name!r} reads no path; "
       f"the sources of a path are {others}",
     )
+  if arguments and not entry.takes_arguments:
+    accepted = f"must be empty for config.data.source = {name!r}"
+    raise SettingError("config.data.arguments", dict(arguments), accepted)
   path = os.fspath(path) if path else ""
   if is_bucket(path):
     _check_reads_buckets(name, path)
   elif entry.path is not None and not path.startswith(TFDS_PREFIX):
     local_path("config.data.path", path)
-  arguments = SourceArguments(
+  opened = SourceArguments(
     path=path,
     split=split,
     image_size=to_size(image_size, "image_size"),
@@ -120,8 +132,9 @@ def create_source(
     max_unreadable=max_unreadable,
     image_bits=image_bits,
     cache=cache,
+    arguments=arguments or {},
   )
-  return entry.open(arguments)
+  return entry.open(opened)
 
 
 def _check_reads_buckets(name: str, path: str) -> None:

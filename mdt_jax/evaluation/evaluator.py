@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jax.sharding import Mesh
 
 from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.examples import original_source
 from mdt_jax.data.sources import Source
-from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.evaluation import references, scores
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import (
@@ -18,7 +20,7 @@ from mdt_jax.evaluation.image_streams import (
   LabelledImages,
   SourceImages,
 )
-from mdt_jax.evaluation.registry import check_metrics, default_labels
+from mdt_jax.evaluation.registry import METRICS, check_metrics, default_labels
 from mdt_jax.evaluation.summary import Summary
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
@@ -87,7 +89,7 @@ class Evaluator:
       reference: file of real images or of their statistics, see
         `references.read_reference`; None for images of the run's data.
       open_data: opens the run's data; called only if a score needs real images and
-        `reference` is None.
+        `reference` is None, or if a score asks the data itself.
       inception: file of Inception's weights; required if a score needs Inception.
       batch_size: number of images in a batch, over all devices.
       mesh: devices to use; None for all devices.
@@ -117,6 +119,14 @@ class Evaluator:
       images = SourceImages(open_data(), MAX_REAL_IMAGES, setting)
       bar = "data" if progress else None
       real = scores.summarize(images, extract, names, progress=bar)
+    if of_data := [name for name in metrics if METRICS[name].check_data]:
+      if open_data is None:
+        accepted = "needs a run, whose data it asks: give a checkpoint"
+        raise SettingError(f"{prefix}metrics", of_data[0], accepted)
+      source = original_source(open_data())
+      with renamed_in_errors({"metrics": f"{prefix}metrics"}):
+        scores.check_data(of_data, source)
+      real = dataclasses.replace(real, source=source)
     return cls(metrics, extract, real, reference=reference, prefix=prefix)
 
   def check(self, images: GeneratedImages) -> None:

@@ -1,8 +1,8 @@
 """Features of images, computed in batches on all devices.
 
-A `FeatureFn` computes features. This module has two of them: `inception_features` for
-FID, sFID, Inception score, precision and recall; and `pixel_features`, which needs no
-weights.
+A `FeatureFn` computes features. This module has three of them: `inception_features` for
+FID, sFID, Inception score, precision and recall; and `pixel_features` and
+`whole_images`, which need no weights.
 """
 
 from __future__ import annotations
@@ -71,6 +71,22 @@ def pixel_features(
   pixels = images.astype(jnp.float32) / 255
   small = jax.image.resize(pixels, (batch, *sides, channels), "linear")
   return {"pixels": small.reshape(batch, -1)}
+
+
+def whole_images(
+  params: Params, images: Num[Array, "B H W C"]
+) -> dict[str, Float[Array, "B D"]]:
+  """All pixels; for scores that look at the images themselves.
+
+  Args:
+    params: unused.
+    images: in [0, 255], uint8 or float32.
+
+  Returns:
+    "image" (B, H * W * C) float32, in [0, 255].
+  """
+  del params
+  return {"image": images.astype(jnp.float32).reshape(len(images), -1)}
 
 
 def tf1_resize(

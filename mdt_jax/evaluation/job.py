@@ -120,6 +120,7 @@ def load_run(
     experiment = experiment.with_data(
       source=source,
       path=data_path or (data.path if has_path else None),
+      arguments=data.arguments if source == data.source else {},
       validation=0.0,  # the run did not train on any of this data
     )
   experiment = experiment.with_sampling(sampling or {})

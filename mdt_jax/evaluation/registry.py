@@ -13,12 +13,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
+from mdt_jax.data.examples import Source
+from mdt_jax.data.relations import RelationsSource
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.evaluation import classifier, metrics
+from mdt_jax.evaluation import classifier, metrics, relation_scores
 from mdt_jax.evaluation.features import (
   FeatureFn,
   inception_features,
   pixel_features,
+  whole_images,
 )
 from mdt_jax.evaluation.summary import Summary
 from mdt_jax.sampling.labels import BALANCED, RANDOM
@@ -44,6 +47,9 @@ class Metric:
     check_labels: (labels of real images, labels of images to be drawn) -> None. Raises
       SettingError for "reference" or "num_images" if the score does not exist for these
       labels. Called before the images are drawn.
+    check_data: data of the run -> None. Raises SettingError for "metrics" if the score
+      does not exist for the data. None: `compute` does not use the data itself, so that
+      the score needs no run.
   """
 
   compute: ScoreFn
@@ -54,6 +60,7 @@ class Metric:
   needs_labels: bool = False
   fewest: int = 2
   check_labels: Callable[[np.ndarray, np.ndarray], None] | None = None
+  check_data: Callable[[Source], None] | None = None
 
   @property
   def needs_inception(self) -> bool:
@@ -101,6 +108,33 @@ def labelled_metric(
 
   return Metric(
     compute, pixel_features, kept="pixels", needs_labels=True, check_labels=check_labels
+  )
+
+
+def relation_metric(name: str) -> Metric:
+  """Builds a metric of images of the source relations; see `relation_scores`."""
+
+  def compute(real: Summary, generated: Summary) -> float:
+    source = real.source
+    assert isinstance(source, RelationsSource)  # `check_data` has seen the data
+    pixels = generated.features["image"]
+    images = pixels.reshape(-1, *source.image_shape)
+    return relation_scores.relation_score(name, source, images, generated.labels)
+
+  def check_data(source: Source) -> None:
+    if not isinstance(source, RelationsSource):
+      accepted = "needs a run with config.data.source = 'relations'"
+      raise SettingError("metrics", name, accepted)
+    relation_scores.check_score(name, source)
+
+  return Metric(
+    compute,
+    whole_images,
+    kept="image",
+    needs_real=False,
+    needs_labels=True,
+    fewest=1,
+    check_data=check_data,
   )
 
 
@@ -160,6 +194,7 @@ METRICS: dict[str, Metric] = {
     "accuracy", classifier.conditional_accuracy, _two_classes
   ),
   "diversity": labelled_metric("diversity", classifier.diversity, _repeated_class),
+  **{name: relation_metric(name) for name in relation_scores.NAMES},
 }
 
 
@@ -169,8 +204,12 @@ def inception_metrics() -> list[str]:
 
 
 def other_metrics() -> list[str]:
-  """Names of the scores that need no weights."""
-  return [name for name, metric in METRICS.items() if not metric.needs_inception]
+  """Names of the scores that need neither weights nor a run."""
+  return [
+    name
+    for name, metric in METRICS.items()
+    if not (metric.needs_inception or metric.check_data)
+  ]
 
 
 def default_labels(names: Sequence[str]) -> str:

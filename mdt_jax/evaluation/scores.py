@@ -13,6 +13,7 @@ import tqdm
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import ImageStream
@@ -127,6 +128,14 @@ def score(names: Sequence[str], real: Summary, generated: Summary) -> dict[str, 
 def of_real_images(names: Sequence[str]) -> list[str]:
   """The scores that use real images."""
   return [name for name in names if METRICS[name].needs_real]
+
+
+def check_data(names: Sequence[str], source: Source) -> None:
+  """Raises SettingError for "metrics" if a score does not exist for the run's data."""
+  for name in names:
+    check = METRICS[name].check_data
+    if check is not None:
+      check(source)
 
 
 def check_number(count: int, names: Sequence[str], setting: str) -> None:

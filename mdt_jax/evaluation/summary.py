@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from mdt_jax.data.sources import Source
 from mdt_jax.evaluation.metrics import Statistics
 
 
@@ -19,8 +20,11 @@ class Summary:
     features: (N, D) float32 features of each image, by name of the features.
     labels: (N,) labels of the images; None if there are no labels or no score needs
       labels.
+    source: the data of the run; only in the summary of the real images, and only if a
+      score asks the data itself.
   """
 
   statistics: dict[str, Statistics]
   features: dict[str, Float[np.ndarray, "N D"]]
   labels: Int[np.ndarray, " N"] | None = None
+  source: Source | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from mdt_jax.errors import SettingError
 from mdt_jax.setting_groups.checks import at_least
@@ -13,12 +14,17 @@ class DataSettings:
   """The training data, and the autoencoder between images and latents."""
 
   # latents (written by mdt_jax.encode), images (decoded while training), npz (uint8
-  # images in one file), arrays (float arrays) or digits (8x8 pixels, bundled).
+  # images in one file), arrays (float arrays), digits (8x8 pixels, bundled) or
+  # relations (generated images whose parts obey exact relations).
   source: str = "latents"
   # Where the data is. latents: folder of the set; images: a folder of images or .tar
   # files, a .tar file or tfds:NAME; npz: an .npz or .npy file; arrays: a folder of .npy
-  # files, an .npz or .npy file; digits: None. Only latents may be in a bucket, gs://….
+  # files, an .npz or .npy file; digits and relations: None. Only latents may be in a
+  # bucket, gs://….
   path: str | None = None
+  # More settings of the source relations: '{"grid": 8, "near_pairs": 4}'. See
+  # docs/data.md.
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   # Folder on a local disk that receives a copy of latents in a bucket, before training:
   # each host needs room for the whole set (docs/data.md). Needed if `path` is gs://…;
   # without effect on a local path.
