@@ -1,0 +1,225 @@
+"""Tables and figures of the experiment on relations; see benchmarks/relations.py."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.relation_arms import CONDITIONS, Condition
+from benchmarks.tables import DOCS, machine, write_table
+from mdt_jax.evaluation.relation_scores import chance
+
+PAIRS = ("near_pairs", "far_pairs", "mirrored_rows")  # kinds that the summary counts
+GOALS = (0.5, 0.9)  # shares of the way from chance to 1
+NUM_RESAMPLES = 400
+FIGURES = {
+  "main": (
+    "dit",
+    "dit_depth_x2",
+    "mdtv2_unmasked",
+    "mdtv2_two_unmasked",
+    "mdtv2_masked_30_50",
+  ),
+  "methods": ("dit", "maskdit_end", "microdit_end", "tread_end", "sprint_end"),
+}
+
+Row = dict[str, Any]
+# (arm, seed) -> rows of its points, by step
+Runs = dict[tuple[str, int], list[Row]]
+
+
+def share(histogram: Sequence[int]) -> float:
+  """The share of relations that hold; entry j counts images in which j hold."""
+  most, images = len(histogram) - 1, sum(histogram)
+  return float(np.dot(np.arange(most + 1), histogram)) / (most * images)
+
+
+def way(row: Row, condition: Condition, kinds: Sequence[str]) -> float:
+  """How far some kinds of relations are from chance (0) to always (1), on average."""
+  relations, parts = condition.relations, []
+  for kind in kinds:
+    if kind in relations.kinds:
+      base = chance(kind, relations)
+      parts.append((share(row[kind]) - base) / (1 - base))
+  return float(np.mean(parts))
+
+
+def runs_of(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> Runs:
+  """The runs of a condition with the learning rate of their arm, by arm and seed."""
+  found: Runs = collections.defaultdict(list)
+  for row in rows:
+    arm, seed = row["arm"], row["seed"]
+    if row["condition"] == name and row["learning_rate"] == rates.get(arm):
+      found[arm, seed].append(row)
+  for points in found.values():
+    points.sort(key=lambda row: row["step"])
+  last = CONDITIONS[name].num_steps
+  return {key: points for key, points in found.items() if points[-1]["step"] == last}
+
+
+def first_above(steps: Sequence[float], values: Sequence[float], goal: float) -> float:
+  """The step at which a curve first reaches a goal, log-linear between its points.
+
+  Returns:
+    The step; NaN if the curve stays below the goal.
+  """
+  previous = None
+  for step, value in zip(steps, values, strict=True):
+    if value >= goal:
+      if previous is None:
+        return float(step)
+      low, below = previous
+      part = (goal - below) / (value - below)
+      return float(np.exp(np.log(low) + part * (np.log(step) - np.log(low))))
+    previous = step, value
+  return float("nan")
+
+
+def resampled(rows: Sequence[Row], rng: np.random.Generator) -> list[Row]:
+  """The points of a run with images drawn again from its own images."""
+  again = []
+  for row in rows:
+    copy = dict(row)
+    for kind, value in row.items():
+      if isinstance(value, list):
+        total = sum(value)
+        copy[kind] = rng.multinomial(total, np.asarray(value) / total).tolist()
+    again.append(copy)
+  return again
+
+
+def interval(
+  runs: Sequence[list[Row]], statistic: Callable[[Sequence[list[Row]]], float]
+) -> tuple[float, float]:
+  """95% interval of a statistic, by bootstrap over seeds and images."""
+  rng = np.random.default_rng(0)
+  found = []
+  for _ in range(NUM_RESAMPLES):
+    chosen = rng.integers(len(runs), size=len(runs))
+    found.append(statistic([resampled(runs[i], rng) for i in chosen]))
+  low, high = np.quantile(np.nan_to_num(found, nan=np.inf), (0.025, 0.975))
+  return float(low), float(high)
+
+
+def table(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> list[str]:
+  """Lines of the table of a condition."""
+  condition, runs = CONDITIONS[name], runs_of(rows, name, rates)
+  kinds = condition.relations.kinds
+  base = [points for (arm, _), points in runs.items() if arm == "dit"]
+  if not base:
+    return ["no finished run of dit"]
+
+  def mean_of(key: str, points: Sequence[list[Row]]) -> float:
+    return float(np.median([point[key] for run in points for point in run]))
+
+  lines = [
+    f"| arm | learning rate | FLOPs a step | seconds a step | {' | '.join(kinds)} | "
+    "steps to 50% | steps to 90% | FLOPs to 50% | seconds to 50% |",
+    f"| {' | '.join(['---'] * (8 + len(kinds)))} |",
+  ]
+  to_goal = {}
+  for arm in condition.arms:
+    mine = [points for (other, _), points in runs.items() if other == arm]
+    if not mine:
+      continue
+
+    def reached(points: Sequence[list[Row]], goal: float) -> float:
+      steps = [row["step"] for row in points[0]]
+      curve = np.mean(
+        [[way(row, condition, PAIRS) for row in run] for run in points], axis=0
+      )
+      return first_above(steps, curve.tolist(), goal)
+
+    flops, seconds = (
+      mean_of(key, mine) / mean_of(key, base)
+      for key in ("gflops_a_step", "cpu_seconds")
+    )
+    cells = [f"`{arm}`", f"{rates[arm]:g}", f"{flops:.2f}", f"{seconds:.2f}"]
+    for kind in kinds:
+      last = [share(run[-1][kind]) for run in mine]
+      cells.append(f"{np.mean(last):.2f} ({', '.join(f'{x:.2f}' for x in last)})")
+    for goal in GOALS:
+      found = reached(mine, goal)
+      low, high = interval(mine, lambda points, goal=goal: reached(points, goal))
+      cells.append(f"{_steps(found)} [{_steps(low)}, {_steps(high)}]")
+      to_goal[arm, goal] = found
+    for factor in (flops, seconds):
+      ratio = to_goal[arm, 0.5] * factor / to_goal["dit", 0.5]
+      cells.append("-" if np.isnan(ratio) else f"{ratio:.2f}")
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
+
+
+def _steps(value: float) -> str:
+  return f"{value:,.0f}" if np.isfinite(value) else "never"
+
+
+def figure(
+  rows: Sequence[Row],
+  name: str,
+  rates: dict[str, float | None],
+  group: str,
+) -> None:
+  """Draws docs/evidence/CONDITION_GROUP.svg: scores by steps, FLOPs and seconds."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  matplotlib.rcParams["svg.hashsalt"] = "relations"  # the same bytes at each run
+  from matplotlib import pyplot
+
+  condition, runs = CONDITIONS[name], runs_of(rows, name, rates)
+  arms = [arm for arm in FIGURES[group] if any(other == arm for other, _ in runs)]
+  kinds = condition.relations.kinds
+  axes_of = {
+    "steps": lambda row: row["step"],
+    "TFLOPs": lambda row: row["step"] * row["gflops_a_step"] / 1e3,
+    "seconds on one core": lambda row: row["step"] * row["cpu_seconds"],
+  }
+  panels, axes = pyplot.subplots(
+    len(kinds),
+    len(axes_of),
+    figsize=(11, 2.3 * len(kinds)),
+    sharey=True,
+    sharex="col",
+    squeeze=False,
+  )
+  for row_of_axes, kind in zip(axes, kinds, strict=True):
+    for axis, (label, place) in zip(row_of_axes, axes_of.items(), strict=True):
+      axis.axhline(chance(kind, condition.relations), color="0.6", linestyle=":")
+      for number, arm in enumerate(arms):
+        mine = [points for (other, _), points in runs.items() if other == arm]
+        curves = np.array([[share(row[kind]) for row in run] for run in mine])
+        places = np.mean([[place(row) for row in run] for run in mine], axis=0)
+        color = f"C{number}"
+        axis.plot(places, curves.mean(0), color=color, label=arm)
+        axis.fill_between(places, curves.min(0), curves.max(0), color=color, alpha=0.2)
+      axis.set_xscale("log")
+      axis.set_ylim(0, 1.02)
+      if kind == kinds[-1]:
+        axis.set_xlabel(label)
+    row_of_axes[0].set_ylabel(kind)
+  axes[0, 0].legend(fontsize=7)
+  panels.tight_layout()
+  folder = DOCS / "evidence"
+  folder.mkdir(exist_ok=True)
+  panels.savefig(folder / f"{name}_{group}.svg", metadata={"Date": None})
+  pyplot.close(panels)
+
+
+def report(rows: Sequence[Row], rates: dict[str, dict[str, float | None]]) -> None:
+  """Writes the tables and figures of all conditions with finished runs.
+
+  Args:
+    rows: all points of docs/evidence.jsonl.
+    rates: condition -> arm -> learning rate of its runs; None for an arm without.
+  """
+  for name, chosen in rates.items():
+    if not runs_of(rows, name, chosen):
+      continue
+    lines = [f"{machine()} (`python -m benchmarks.relations --report`).", ""]
+    write_table("evidence.md", f"table {name}", lines + table(rows, name, chosen))
+    for group in FIGURES:
+      figure(rows, name, chosen, group)
