@@ -41,7 +41,6 @@ from benchmarks.relation_arms import (
 from benchmarks.tables import DOCS
 from mdt_jax import sharding
 from mdt_jax.atomic import atomic_write
-from mdt_jax.data.loader import create_loader
 from mdt_jax.data.relations import RelationsSource
 from mdt_jax.evaluation.relation_scores import relation_score
 from mdt_jax.sampling.blocks import generate_batches
@@ -93,6 +92,9 @@ def histograms(source: RelationsSource, images: np.ndarray) -> dict[str, list[in
 class Run:
   """A training run of an arm, evaluated at some steps.
 
+  Attributes:
+    experiment: the objects of the run.
+
   Args:
     condition, arm: what to train.
     seed: seed of the run.
@@ -104,12 +106,11 @@ class Run:
     self, condition: Condition, arm: Arm, seed: int, learning_rate: float, file: Path
   ):
     self._condition, self._seed, self._file = condition, seed, file
-    self._experiment = build_run(condition, arm, seed, learning_rate)
-    self._mesh = self._experiment.mesh
-    self._program = make_program(self._experiment)
-    model, sampler = self._experiment.model, self._experiment.sampler
+    self.experiment = build_run(condition, arm, seed, learning_rate)
+    self._mesh = self.experiment.mesh
+    self._program = make_program(self.experiment)
+    model, sampler = self.experiment.model, self.experiment.sampler
     self._generator = make_generator(model, sampler)
-    self._seconds: list[float] = []
     with sharding.use_mesh(self._mesh):
       self._state = self._program.init(jax.random.key(seed))
       if file.exists():
@@ -125,21 +126,11 @@ class Run:
 
   def train(self, last: int) -> dict[str, float]:
     """Trains up to step `last`, and returns the mean losses and seconds a step."""
-    experiment, batch_size = self._experiment, self._experiment.settings.batch_size
-    batches = create_loader(
-      experiment.source,
-      seed=self._seed,
-      batch_size=batch_size,
-      flip=False,
-      start_step=self.done,
-      num_threads=0,
-    )
+    experiment, batch_size = self.experiment, self.experiment.settings.batch_size
     losses, seconds, compiled = [], [], set()
     for step in range(self.done, last):
-      batch, static = (
-        next(batches),
-        experiment.objective.choose_static(self._seed, step),
-      )
+      batch = self._batch(step, batch_size)
+      static = experiment.objective.choose_static(self._seed, step)
       start = time.process_time()
       with sharding.use_mesh(self._mesh):
         placed = sharding.put_batch(batch, self._mesh, batch_size)
@@ -151,9 +142,31 @@ class Run:
       losses.append(mean_metrics(metrics)["loss"])
     return {"loss": float(np.mean(losses)), "cpu_seconds": float(np.median(seconds))}
 
+  def _batch(self, step: int, size: int) -> dict[str, np.ndarray]:
+    """The images of a step; new ones in each step, or again in each epoch.
+
+    Grain's loader would give them one by one, slower than a GPU trains on them.
+    """
+    source = self.experiment.source
+    assert isinstance(source, RelationsSource)
+    if source.is_endless:
+      cells = source.relations.draw(self._rng(step), size)
+    else:
+      places = np.arange(step * size, (step + 1) * size)
+      epochs = {epoch: self._rng(epoch) for epoch in places // len(source)}
+      orders = {epoch: rng.permutation(len(source)) for epoch, rng in epochs.items()}
+      indices = [orders[i // len(source)][i % len(source)] for i in places]
+      cells = source.all_cells[indices].reshape(size, *[source.relations.grid] * 2)
+    images = source.relations.render(cells).astype(np.float32) / 127.5 - 1
+    return {"image": images, "label": np.zeros(size, np.int32)}
+
+  def _rng(self, number: int) -> np.random.Generator:
+    key = np.array([self._seed, number], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
   def evaluate(self) -> dict[str, Any]:
     """Draws images with the averaged parameters, and returns their scores."""
-    condition, experiment = self._condition, self._experiment
+    condition, experiment = self._condition, self.experiment
     (params,) = self._state.ema.values()
     labels = np.zeros(condition.num_samples, np.int32)
     with sharding.use_mesh(self._mesh):
@@ -185,8 +198,7 @@ def train_run(name: str, arm: str, seed: int, rate: float, results: Path) -> Non
   run = Run(condition, ARMS[arm], seed, rate, file)
   tuning = seed == TUNING_SEED
   points = tuning_points(condition) if tuning else points_of(condition.num_steps)
-  experiment = build_run(condition, ARMS[arm], seed, rate)
-  flops = step_flops(experiment, condition.num_steps)
+  flops = step_flops(run.experiment, condition.num_steps)
   row = {"condition": name, "arm": arm, "seed": seed, "learning_rate": rate}
   for point in points:
     if point <= run.done:
@@ -263,7 +275,7 @@ def run_all(jobs: list[tuple[str, str, int, float]]) -> None:
 
   threads = [
     threading.Thread(target=work, args=(cores[i % len(cores)],))
-    for i in range(WORKERS.value)
+    for i in range(WORKERS.value or 1)
   ]
   for thread in threads:
     thread.start()

@@ -186,30 +186,35 @@ class Relations:
     return functools.reduce(np.kron, factors)[: self.glyphs].reshape(-1, size, size)
 
   def draw(
-    self, rng: np.random.Generator, kinds: tuple[str, ...] | None = None
-  ) -> Int[np.ndarray, "G G"]:
-    """Draws the glyphs of an image.
+    self,
+    rng: np.random.Generator,
+    count: int,
+    kinds: tuple[str, ...] | None = None,
+  ) -> Int[np.ndarray, "N G G"]:
+    """Draws the glyphs of images.
 
     Args:
       rng: source of random numbers.
+      count: N, number of images.
       kinds: kinds of which all relations hold; None: all. The cells of others are
         uniform.
 
     Returns:
-      (G, G) numbers of glyphs in [0, K).
+      (N, G, G) numbers of glyphs in [0, K).
     """
-    drawn = rng.integers(self.glyphs, size=self.grid**2)
+    drawn = rng.integers(self.glyphs, size=(count, self.grid**2))
     for kind in self.kinds if kinds is None else kinds:
       tied = self.cells[kind]
       if kind == "sums":
-        drawn[tied[:, 2]] = drawn[tied[:, :2]].sum(axis=1) % self.glyphs
+        drawn[:, tied[:, 2]] = drawn[:, tied[:, :2]].sum(axis=2) % self.glyphs
       elif kind == "counts":
-        others = rng.integers(1, self.glyphs, size=tied.shape)
-        places = rng.permuted(np.broadcast_to(np.arange(self.grid), tied.shape), axis=1)
-        drawn[tied] = np.where(places < self.num_counted, COUNTED, others)
+        shape = (count, *tied.shape)
+        others = rng.integers(1, self.glyphs, size=shape)
+        places = rng.permuted(np.broadcast_to(np.arange(self.grid), shape), axis=2)
+        drawn[:, tied] = np.where(places < self.num_counted, COUNTED, others)
       else:
-        drawn[tied[:, 1]] = drawn[tied[:, 0]]
-    return drawn.reshape(self.grid, self.grid)
+        drawn[:, tied[:, 1]] = drawn[:, tied[:, 0]]
+    return drawn.reshape(count, self.grid, self.grid)
 
   def render(self, cells: Int[np.ndarray, "*N G G"]) -> UInt8[np.ndarray, "*N H W 1"]:
     """Returns the images of glyphs: -1 is black (0), 1 is white (255)."""
@@ -349,7 +354,7 @@ class RelationsSource:
     key = np.array([self._seed, index], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
     label = int(rng.integers(self.num_classes))
-    return self.relations.draw(rng, self.kinds_of(label)), label
+    return self.relations.draw(rng, 1, self.kinds_of(label))[0], label
 
 
 def open_relations(arguments: SourceArguments) -> RelationsSource:

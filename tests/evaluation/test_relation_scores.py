@@ -33,8 +33,7 @@ SOURCE = RelationsSource(RELATIONS)
 @pytest.fixture(scope="module")
 def cells():
   """Glyphs of real images, (COUNT, G, G)."""
-  rng = np.random.default_rng(0)
-  return np.stack([RELATIONS.draw(rng) for _ in range(COUNT)])
+  return RELATIONS.draw(np.random.default_rng(0), COUNT)
 
 
 @pytest.fixture(scope="module")
