@@ -209,10 +209,50 @@ CELLS_64 = Relations(
   sums=2,
   counts=1,
 )
+CELLS_256 = Relations(
+  grid=16,
+  glyph_size=2,
+  glyphs=4,
+  near_pairs=8,
+  far_pairs=8,
+  mirrored_rows=8,
+  sums=4,
+  counts=2,
+)
+# Largest first: a machine that is given back early has run the arms that cost most.
+GPU_ARMS = (
+  "mdtv2_masked_30_50",
+  "mdtv2_two_unmasked",
+  "dit_depth_x2",
+  "mdtv2_unmasked",
+  "dit",
+)
 CONDITIONS: dict[str, Condition] = {
   "16": Condition(CELLS_16),
   "64": Condition(CELLS_64, arms=MAIN_ARMS, num_steps=1500),
   "16_scarce": Condition(CELLS_16, 512, "16", arms=MAIN_ARMS),
+  # On a GPU: benchmarks/relations_gpu.sh
+  "256": Condition(
+    CELLS_256,
+    arms=GPU_ARMS,
+    num_steps=1500,
+    hidden_size=384,
+    depth=12,
+    num_heads=6,
+    batch_size=64,
+    dtype="bfloat16",
+  ),
+  # A tenth of it, to try the script on a CPU.
+  "256_tiny": Condition(
+    CELLS_256,
+    arms=GPU_ARMS,
+    num_steps=150,
+    hidden_size=36,
+    num_heads=3,
+    batch_size=6,
+    num_samples=26,
+    dtype="bfloat16",
+  ),
 }
 
 

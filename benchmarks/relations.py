@@ -51,7 +51,7 @@ from mdt_jax.training.step import mean_metrics
 
 CONDITION = flags.DEFINE_list("conditions", ["16"], "Conditions to run, in this order.")
 ARM = flags.DEFINE_list("arms", None, "Arms to run; None for those of the condition.")
-SEEDS = flags.DEFINE_list("seeds", [1, 2, 3], "Seeds of the runs.")
+SEEDS = flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of the runs.")
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Runs at the same time.")
 FOLDER = flags.DEFINE_string("folder", "runs/relations", "Folder of unfinished runs.")
 RESULTS = flags.DEFINE_string(
@@ -153,7 +153,7 @@ class Run:
       cells = source.relations.draw(self._rng(step), size)
     else:
       places = np.arange(step * size, (step + 1) * size)
-      epochs = {epoch: self._rng(epoch) for epoch in places // len(source)}
+      epochs = {epoch: self._rng(int(epoch)) for epoch in places // len(source)}
       orders = {epoch: rng.permutation(len(source)) for epoch, rng in epochs.items()}
       indices = [orders[i // len(source)][i % len(source)] for i in places]
       cells = source.all_cells[indices].reshape(size, *[source.relations.grid] * 2)
