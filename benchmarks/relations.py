@@ -14,6 +14,7 @@ the same command continues. Each of --workers runs has a processor core of its o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -21,12 +22,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app, flags
 
 from benchmarks import relation_report
@@ -39,15 +43,15 @@ from benchmarks.relation_arms import (
   step_flops,
 )
 from benchmarks.tables import DOCS
-from mdt_jax import sharding
 from mdt_jax.atomic import atomic_write
 from mdt_jax.data.relations import RelationsSource
 from mdt_jax.evaluation.relation_scores import relation_score
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.sampling.pictures import to_uint8
-from mdt_jax.training.program import make_program
-from mdt_jax.training.step import mean_metrics
+from mdt_jax.train_state import TrainState, init_state
+from mdt_jax.training.step import Metrics, make_train_step, mean_metrics
+from mdt_jax.types import Batch
 
 CONDITION = flags.DEFINE_list("conditions", ["16"], "Conditions to run, in this order.")
 ARM = flags.DEFINE_list("arms", None, "Arms to run; None for those of the condition.")
@@ -106,18 +110,40 @@ class Run:
     self, condition: Condition, arm: Arm, seed: int, learning_rate: float, file: Path
   ):
     self._condition, self._seed, self._file = condition, seed, file
-    self.experiment = build_run(condition, arm, seed, learning_rate)
-    self._mesh = self.experiment.mesh
-    self._program = make_program(self.experiment)
-    model, sampler = self.experiment.model, self.experiment.sampler
-    self._generator = make_generator(model, sampler)
-    with sharding.use_mesh(self._mesh):
-      self._state = self._program.init(jax.random.key(seed))
-      if file.exists():
-        state = jax.device_get(self._state)
-        state = flax.serialization.from_bytes(state, file.read_bytes())
-        placed = jax.tree.map(lambda x: x.sharding, self._state)
-        self._state = jax.device_put(state, placed)
+    self._rate = learning_rate
+    # A rate of 1, which `step` multiplies: AdamW is linear in the rate. With seed and
+    # rate as arguments, one compiled program serves all runs of an arm.
+    self.experiment = experiment = build_run(condition, arm, seed, learning_rate=1.0)
+    decays = experiment.settings.ema_decays
+
+    def optimizer(rate: jax.Array) -> optax.GradientTransformation:
+      return optax.chain(experiment.optimizer, optax.scale(rate))
+
+    @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
+    def step(
+      state: TrainState, batch: Batch, static: Hashable, seed: Any, rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+      train_step = make_train_step(
+        experiment.model,
+        experiment.objective,
+        optimizer(rate),
+        seed=seed,
+        ema_decays=decays,
+        frozen=experiment.frozen,
+      )
+      return train_step(state, batch, static)
+
+    @jax.jit
+    def init(key: jax.Array) -> TrainState:
+      sampler = experiment.objective.timestep_sampler
+      optimizer_of_one = optimizer(jnp.ones(()))
+      return init_state(key, experiment.model, optimizer_of_one, decays, sampler)
+
+    self._step = step
+    self._generator = make_generator(experiment.model, experiment.sampler)
+    self._state: TrainState = init(jax.random.key(seed))
+    if file.exists():
+      self._state = flax.serialization.from_bytes(self._state, file.read_bytes())
 
   @property
   def done(self) -> int:
@@ -132,10 +158,10 @@ class Run:
       batch = self._batch(step, batch_size)
       static = experiment.objective.choose_static(self._seed, step)
       start = time.process_time()
-      with sharding.use_mesh(self._mesh):
-        placed = sharding.put_batch(batch, self._mesh, batch_size)
-        self._state, metrics = self._program.step(self._state, placed, static)
-        jax.block_until_ready(self._state)
+      self._state, metrics = self._step(
+        self._state, batch, static, np.uint32(self._seed), np.float32(self._rate)
+      )
+      jax.block_until_ready(self._state)
       if static in compiled:
         seconds.append(time.process_time() - start)
       compiled.add(static)
@@ -169,11 +195,10 @@ class Run:
     condition, experiment = self._condition, self.experiment
     (params,) = self._state.ema.values()
     labels = np.zeros(condition.num_samples, np.int32)
-    with sharding.use_mesh(self._mesh):
-      drawn = generate_batches(
-        self._generator, params, labels, seed=self._seed, batch_size=len(labels)
-      )
-      images = np.concatenate([to_uint8(x, experiment.model) for x in drawn])
+    drawn = generate_batches(
+      self._generator, params, labels, seed=self._seed, batch_size=len(labels)
+    )
+    images = np.concatenate([to_uint8(x, experiment.model) for x in drawn])
     source = experiment.source
     assert isinstance(source, RelationsSource)
     names = ["valid_cells", "free_entropy"]
