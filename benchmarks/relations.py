@@ -143,7 +143,8 @@ class Run:
     self._generator = make_generator(experiment.model, experiment.sampler)
     self._state: TrainState = init(jax.random.key(seed))
     if file.exists():
-      self._state = flax.serialization.from_bytes(self._state, file.read_bytes())
+      found: Any = flax.serialization.from_bytes(self._state, file.read_bytes())
+      self._state = found
 
   @property
   def done(self) -> int:
