@@ -175,7 +175,7 @@ def draw(name: str) -> str:
         color = MASK_TOKEN if same and block == 0 else SEEN
         cells.append(_cell(x + block * CELL, TOP + token * ROW, color))
     middle = x + stack.length * CELL / 2
-    label = stack.name.removesuffix("s").removesuffix("_block")
+    label = stack.name.removesuffix("_block").removesuffix("_blocks")
     texts.append(_text(middle, TOP - 24, label, "middle"))
     texts.append(_text(middle, TOP - 9, f"{stack.length}", "middle"))
     x += stack.length * CELL + 16

@@ -128,7 +128,9 @@ def _build_masked(
       )
   with (
     named_in_errors("config.masking" if is_mdt else "config.objective.arguments"),
-    renamed_in_errors({"objective": "config.objective.name"}),
+    renamed_in_errors(
+      {"objective": "config.objective.name", "process": "config.diffusion.process"}
+    ),
   ):
     masked_until = chosen.unmasked_from or settings.num_steps
     return create_objective(

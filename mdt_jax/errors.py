@@ -107,24 +107,30 @@ def check_number(setting: str, value: Any, *, above: float | None = None) -> Non
 
 
 def check_arguments(
-  function: Callable[..., Any], given: Mapping[str, Any], what: str
+  function: Callable[..., Any],
+  given: Mapping[str, Any],
+  what: str,
+  *,
+  added: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises SettingError for a keyword argument that is unknown or missing.
 
   Args:
     function: the function to be called.
-    given: its keyword arguments.
+    given: its keyword arguments that the user sets.
     what: what the function makes, for the error.
+    added: further keyword arguments, which the user does not set.
   """
+  added = added or {}
   parameters = inspect.signature(function).parameters
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
     return
-  for name, value in given.items():
+  for name, value in {**added, **given}.items():
     if name not in parameters:
-      known = ", ".join(sorted(parameters)) or "none"
+      known = ", ".join(sorted(parameters.keys() - added.keys())) or "none"
       raise SettingError(name, value, f"is no setting of {what}; accepted are {known}")
   for name, parameter in parameters.items():
-    if parameter.default is parameter.empty and name not in given:
+    if parameter.default is parameter.empty and name not in {**added, **given}:
       raise SettingError(name, None, f"must be given: a setting of {what}")
 
 

@@ -53,6 +53,7 @@ if "XLA_FLAGS" not in os.environ:
 LONGEST = (
   "test_sharding.py",
   "training/test_meshes.py",
+  "objectives/test_meshes.py",
   "test_commands.py",
   "training/test_loop.py",
   "faults/test_kill.py",

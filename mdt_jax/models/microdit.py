@@ -143,15 +143,17 @@ class MicroDiT(MDT, kw_only=True):
     for name in ("mixer_depth", "mixer_hidden_size", "mixer_num_heads"):
       value = getattr(self, name)
       self._require(name, value is None or value >= 1, "must be at least 1")
-    width, heads = self.mixer_width, self.mixer_heads
-    if self.mixer_num_heads is None:
+    width, heads = self.mixer_width, self.mixer_num_heads
+    if heads is None:
       size = self.hidden_size // self.num_heads
-      holds = width % size == 0
-      accepted = f"must be given: heads of {size} numbers do not divide {width}"
-      self._require("mixer_num_heads", holds, accepted)
-    holds = width % heads == 0
-    accepted = f"must be divisible by mixer_num_heads = {heads}"
-    self._require("mixer_hidden_size", holds, accepted)
+      accepted = (
+        f"must be divisible by hidden_size / num_heads = {size}, the size of a head, "
+        "unless mixer_num_heads is given"
+      )
+      self._require("mixer_hidden_size", width % size == 0, accepted)
+    else:
+      accepted = f"must divide the width of the mixer, {width}"
+      self._require("mixer_num_heads", width % heads == 0, accepted)
 
 
 def forward_flops(model: MicroDiT, num_keep: int | None = None) -> int:

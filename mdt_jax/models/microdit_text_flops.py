@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mdt_jax.models.microdit_text import NUM_FREQUENCIES, MicroDiTText
+from mdt_jax.models.microdit_text import MicroDiTText
+from mdt_jax.models.microdit_text_blocks import NUM_FREQUENCIES
 
 
 def forward_flops(model: MicroDiTText, num_keep: int | None = None) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from mdt_jax.errors import check_choice
+from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.models import mdt_flops
 from mdt_jax.models.embeddings import MAX_PERIOD
 from mdt_jax.models.layers import linear, normal_init
@@ -215,12 +215,25 @@ class SPRINT(MDT, kw_only=True):
     )
     for name in ("encoder_depth", "decode_depth"):
       self._require(name, getattr(self, name) >= 1, "must be at least 1")
+    self._check_middle()
+
+  def _check_middle(self) -> None:
+    """Raises SettingError if there is no middle block.
+
+    The error names a depth that is not the default, because the user chose that depth.
+    """
+    if self.middle_depth >= 1:
+      return
+    pair = ("encoder_depth", "decode_depth")
+    for name, other in (pair, pair[::-1]):
+      value, most = getattr(self, name), self.depth - getattr(self, other) - 1
+      if value != getattr(SPRINT, name) and most >= 1:
+        accepted = f"must lie in [1, depth - {other} - 1 = {most}]"
+        raise SettingError(name, value, f"{accepted}, which leaves a middle block")
     outer = self.encoder_depth + self.decode_depth
-    self._require(
-      "depth",
-      self.middle_depth >= 1,
-      f"must be above encoder_depth + decode_depth = {outer}: the other blocks are the "
-      "middle blocks",
+    accepted = f"must be above encoder_depth + decode_depth = {outer}"
+    raise SettingError(
+      "depth", self.depth, f"{accepted}: the other blocks are the middle blocks"
     )
 
 

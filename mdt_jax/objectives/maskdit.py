@@ -49,6 +49,7 @@ class MaskDiTObjective(TokenObjective):
   """
 
   name = "maskdit"
+  averages_kept = True
 
   def __init__(
     self,

@@ -26,6 +26,7 @@ class MicroDiTObjective(TokenObjective):
   """
 
   name = "microdit"
+  averages_kept = True
   default_ratio = 0.75
 
   def check_model(self) -> None:

@@ -97,6 +97,11 @@ class Objective(abc.ABC):
     """The value of `static_choices` that uses the most memory."""
     return self.static_choices[-1]
 
+  def is_unmasked(self, static: Hashable) -> bool:
+    """Whether `loss` with this value of `static` equals `unmasked_loss`."""
+    del static
+    return False
+
   def flops(self, static: Hashable) -> float:
     """Counts the operations of a training step on one image; see `models.flops`."""
     del static
@@ -275,15 +280,16 @@ def create_objective(
     SettingError: a name or a setting is unknown, or a value is invalid.
   """
   check_choice("objective", name, OBJECTIVES)
-  given: dict[str, Any] = {
+  of_run: dict[str, Any] = {
     "model": model,
     "process": process,
     "timestep_sampler": timestep_sampler,
   }
   if "num_steps" in inspect.signature(OBJECTIVES[name]).parameters:
-    given["num_steps"] = num_steps
-  check_arguments(OBJECTIVES[name], given | settings, f"the objective {name!r}")
-  return OBJECTIVES[name](**given, **settings)
+    of_run["num_steps"] = num_steps
+  what = f"the objective {name!r}"
+  check_arguments(OBJECTIVES[name], settings, what, added=of_run)
+  return OBJECTIVES[name](**of_run, **settings)
 
 
 def objective_of_class(

@@ -8,6 +8,7 @@ kept tokens compiles its own program.
 from __future__ import annotations
 
 import abc
+import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar
@@ -63,7 +64,7 @@ class TokenObjective(Objective):
   """Base class: one pass of a network that receives a token mask.
 
   A subclass defines `name`, `default_ratio` and `token_losses`, and may override
-  `check_model`.
+  `averages_kept` and `check_model`.
 
   Args:
     model: the network. Its `num_kept` and `token_mask` define the masks.
@@ -78,12 +79,14 @@ class TokenObjective(Objective):
       schedule is "constant".
 
   Raises:
-    SettingError: a value is out of range, no token would be kept, or the network does
-      not fit.
+    SettingError: a value is out of range, no token would be kept, or the network or the
+      process does not fit.
   """
 
   name: ClassVar[str]
   default_ratio: ClassVar[float] = 0.5
+  # Whether the loss of the process is averaged over the kept tokens only.
+  averages_kept: ClassVar[bool] = False
 
   def __init__(
     self,
@@ -99,6 +102,8 @@ class TokenObjective(Objective):
   ):
     super().__init__(model, process, timestep_sampler)
     self.check_model()
+    if self.averages_kept:
+      check_takes_mean(self.name, process)
     ratio = self.default_ratio if ratio is None else ratio
     check_choice("schedule", schedule, SCHEDULES)
     check_number("ratio", ratio)
@@ -134,6 +139,10 @@ class TokenObjective(Objective):
     ratio = scheduled_ratio(self._schedule, progress, self._largest, self._smallest)
     nearest = self._ratios[np.abs(self._ratios - ratio).argmin()]
     return self.model.num_kept(float(nearest))
+
+  def is_unmasked(self, static: Hashable) -> bool:
+    """Whether all tokens are kept."""
+    return static == self.model.num_tokens
 
   def flops(self, static: Hashable) -> float:
     """Counts the operations of a step: three times those of the forward pass."""
@@ -187,6 +196,23 @@ class TokenObjective(Objective):
   def _num_keep(self, static: int) -> int | None:
     """The number of kept tokens, or None if all are kept."""
     return static if static < self.model.num_tokens else None
+
+
+def check_takes_mean(objective: str, process: Process) -> None:
+  """Raises SettingError if the losses of a process have no argument `mean`.
+
+  Args:
+    objective: name of the objective, for the error.
+    process: the process, which may be the user's own.
+  """
+  parameters = inspect.signature(process.training_losses).parameters.values()
+  if any(p.name == "mean" or p.kind is p.VAR_KEYWORD for p in parameters):
+    return
+  accepted = (
+    f"its training_losses must accept the argument mean: {objective} averages the loss "
+    "over the kept tokens; see mdt_jax.diffusion.Process.training_losses"
+  )
+  raise SettingError("process", type(process).__name__, accepted)
 
 
 def mean_over(

@@ -35,16 +35,24 @@ class UnmaskedPhase(Objective):
 
   @property
   def static_choices(self) -> Sequence[Hashable]:
-    """The values of both phases, by increasing FLOPs if these are known."""
-    choices = [*self.objective.static_choices, UNMASKED]
+    """The values of both phases, by increasing FLOPs if these are known.
+
+    UNMASKED stands for each value of the first phase that removes no tokens, so that
+    XLA compiles the step on all tokens once.
+    """
+    masked = self.objective.static_choices
+    choices = [s for s in masked if not self.objective.is_unmasked(s)] + [UNMASKED]
     try:
       return sorted(choices, key=self.flops)
     except SettingError:  # a network of the user's own, without a count
       return choices
 
   def choose_static(self, seed: int, step: int) -> Hashable:
-    """Returns UNMASKED from step `start` on."""
-    return UNMASKED if step >= self.start else self.objective.choose_static(seed, step)
+    """Returns UNMASKED from step `start` on, and for a step that keeps all tokens."""
+    if step >= self.start:
+      return UNMASKED
+    static = self.objective.choose_static(seed, step)
+    return UNMASKED if self.objective.is_unmasked(static) else static
 
   def flops(self, static: Hashable) -> float:
     """Counts the operations of a training step on one image."""

@@ -8,16 +8,29 @@ did. It refuses what cannot be fitted. Nothing is read until `Adaptation.start`.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from mdt_jax.errors import SettingError
 from mdt_jax.models.mdt import MDT, UNUSED_BIAS_ROWS
 from mdt_jax.models.registry import Model, abstract_params
-from mdt_jax.models.sprint import SPRINT
+from mdt_jax.pretrained.adaptation_rules import (
+  blocks_in_order,
+  family_of,
+  find_misfit,
+)
+from mdt_jax.pretrained.parameter_starts import (
+  KEPT,
+  NEUTRAL,
+  NEW,
+  RESIZED,
+  Read,
+  Start,
+  neutral_layer,
+  start_anew,
+)
 from mdt_jax.pretrained.resampling import (
   resize_bias_table,
   resize_last_layer,
@@ -26,40 +39,7 @@ from mdt_jax.pretrained.resampling import (
 )
 from mdt_jax.pretrained.tensors import MAX_NAMES, flatten
 
-KEPT, RESIZED, NEW, NEUTRAL = "kept", "resized", "new values", "neutral"
 PATCHES = ("resize", "fresh")
-# (old variant, new variant): pairs whose blocks compute the same, up to parameters that
-# start neutral, such as long skips.
-_COMPATIBLE = {
-  (old, new)
-  for old in ("DiT", "SiT", "MDT", "TREAD")
-  for new in ("DiT", "SiT", "MDT", "MDTv2", "TREAD")
-}
-_MUST_MATCH = ("hidden_size", "num_heads", "mlp_ratio")
-_MIXER = ("mixer_depth", "mixer_width", "mixer_heads")  # must match for two MicroDiT
-# Sizes that must match in MaskDiT, which fits no other network.
-_OF_MASKDIT = ("depth", "decode_depth", "decoder_hidden_size", "decoder_num_heads")
-
-# Path of a parameter of the old network -> its value.
-Read: TypeAlias = Callable[[str], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-  """How a parameter of the new network starts.
-
-  Attributes:
-    how: KEPT, RESIZED, NEW or NEUTRAL.
-    compute: (reader of old parameters, new values) -> the parameter, float32. The new
-      values are those of a fresh network; None if `needs_new` is False.
-    note: what happens, in words; empty if `how` says it.
-    needs_new: whether `compute` needs new values.
-  """
-
-  how: str
-  compute: Callable[[Read, np.ndarray | None], np.ndarray]
-  note: str = ""
-  needs_new: bool = False
 
 
 class Adaptation:
@@ -67,8 +47,8 @@ class Adaptation:
 
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
   TREAD, MDT, MDTv2, MaskDiT, MicroDiT and SPRINT may differ in classes, input size,
-  patch size, channels and learned variance, and, where `_COMPATIBLE` says so, in the
-  variant. A MaskDiT or SPRINT fits no other network, and its depths must match.
+  patch size, channels and learned variance, and, where `adaptation_rules` says so, in
+  the variant.
 
   Args:
     source: the old network.
@@ -76,9 +56,9 @@ class Adaptation:
     classes: new label -> old label; None: the same labels if the numbers of classes are
       equal, and otherwise new rows for all labels but the null label.
     patches: "resize" or "fresh": patch embedding and last layer of another patch size.
-    partial: whether the depths may differ, and the variants be any but MaskDiT and
-      SPRINT. Blocks that the old network lacks start with new values, which change
-      nothing at first.
+    partial: whether to keep a part of the old network: the depths may differ, and the
+      variants be any but MaskDiT and SPRINT. Blocks that the old network lacks start
+      with new values, which change nothing at first.
     name: where the old network comes from, for errors.
 
   Attributes:
@@ -109,8 +89,10 @@ class Adaptation:
     # Stack of the old network -> number of its last blocks that the new one lacks.
     self._dropped_layers = collections.Counter[str]()
     if isinstance(source, MDT) and isinstance(target, MDT):
-      self._check_sizes(partial)
-      old, new = self._layers = _layers(source), _layers(target)
+      misfit = find_misfit(source, target, partial)
+      if misfit is not None:
+        raise self._misfit(*misfit)
+      old, new = self._layers = blocks_in_order(source), blocks_in_order(target)
       self._dropped_layers.update(stack for stack, _ in old[len(new) :])
       make = self._start_of
     else:
@@ -144,52 +126,6 @@ class Adaptation:
     return rows
 
   # Checks.
-
-  def _check_sizes(self, partial: bool) -> None:
-    """Raises SettingError if the blocks of the networks do not fit."""
-    old: Any = self.source
-    new: Any = self.target
-    is_maskdit = [model.variant == "MaskDiT" for model in (old, new)]
-    if is_maskdit[0] != is_maskdit[1]:
-      raise self._misfit(f"the network is {old.variant} there and {new.variant}")
-    own = {"MicroDiT": _MIXER, "MaskDiT": _OF_MASKDIT}
-    both = own.get(new.variant, ()) if old.variant == new.variant else ()
-    for name in (*_MUST_MATCH, *both):
-      if getattr(old, name) != getattr(new, name):
-        raise self._misfit(
-          f"{name} is {getattr(old, name)} there and {getattr(new, name)}"
-        )
-    if old.variant != new.variant and "SPRINT" in (old.variant, new.variant):
-      raise self._misfit(f"the network is {old.variant} there and {new.variant}")
-    if new.variant == "SPRINT":  # its blocks before, between and after differ in role
-      for name in ("depth", "encoder_depth", "decode_depth"):
-        there, here = getattr(old, name), getattr(new, name)
-        if there != here:
-          raise self._misfit(f"{name} is {there} there and {here}")
-    if old.condition != new.condition:
-      raise self._misfit(f"condition is {old.condition} there and {new.condition}")
-    if partial:
-      return
-    for name in ("depth", "decode_depth"):
-      there, here = getattr(old, name), getattr(new, name)
-      both = old.variant == new.variant and new.takes_mask
-      if there != here and (name == "depth" or both):
-        raise self._misfit(
-          f"{name} is {there} there and {here}",
-          "; --config.init.partial=true keeps the blocks that both have",
-        )
-    pair = (old.variant, new.variant)
-    if "MicroDiT" in pair and old.variant != new.variant:
-      raise self._misfit(
-        f"the network is {old.variant} there and {new.variant}",
-        "; --config.init.partial=true keeps what both have, all but the mixer",
-      )
-    if old.variant != new.variant and pair not in _COMPATIBLE:
-      raise self._misfit(
-        f"{old.variant} has long skips there, and {new.variant} has none",
-        "; --config.init.partial=true drops them, and what the network has learned "
-        "suffers",
-      )
 
   def _misfit(self, what: str, more: str = "") -> SettingError:
     """Returns the error for networks that do not fit."""
@@ -230,9 +166,8 @@ class Adaptation:
       if path.endswith("relative_position_bias"):  # that of the side-interpolater
         return self._bias_table(path)
       return self._same(path)
-    target: Any = self.target
-    is_mixer = target.variant == "MicroDiT"
-    return _new("of the mixer" if is_mixer else "of the side-interpolater")
+    assert isinstance(self.target, MDT)
+    return start_anew(f"of {family_of(self.target).own_part}")
 
   def _block(self, path: str, stack: str, inside: str) -> Start:
     """Starts a parameter of a stack of blocks, layer by layer."""
@@ -246,7 +181,7 @@ class Adaptation:
       whole = inside == "attention/relative_position_bias"
       return self._bias_table(path) if whole else self._same(path)
     shape = self._new[path]
-    neutral = _neutral_layer(inside, shape[1:])
+    neutral = neutral_layer(inside, shape[1:])
     needs_new = neutral is None and None in places
     resize = self._bias_resizer if inside.endswith("relative_position_bias") else None
 
@@ -273,7 +208,7 @@ class Adaptation:
     count = sum(place is None for place in places)
     if not names:
       if neutral is None:
-        return _new("no such block there")
+        return start_anew("no such block there")
       return Start(NEUTRAL, compute, "neutral: not there")
     note = f"kept, from {' and '.join(names)}" if names != [path] else "kept"
     if count:
@@ -333,13 +268,13 @@ class Adaptation:
     old, new, channels = source.patch_size, target.patch_size, target.in_channels
     there, here = source.patch_bottleneck, target.patch_bottleneck
     if there != here:
-      return _new(f"patch_bottleneck is {there} there, {here} here")
+      return start_anew(f"patch_bottleneck is {there} there, {here} here")
     if (old, source.in_channels) == (new, channels):
       return self._same(path)
     if source.in_channels != channels:
-      return _new(f"{source.in_channels} channels there, {channels} here")
+      return start_anew(f"{source.in_channels} channels there, {channels} here")
     if self._patches == "fresh":
-      return _new(f"patches of {old} pixels there, {new} here")
+      return start_anew(f"patches of {old} pixels there, {new} here")
     if not path.endswith("bottleneck/kernel" if here else "linear/kernel"):
       return self._same(path)
     self._used.add(path)
@@ -362,9 +297,9 @@ class Adaptation:
     if (old, source.in_channels) == (new, channels) and same_outputs and same_layer:
       return self._same(path)
     if source.in_channels != channels:
-      return _new(f"{source.in_channels} channels there, {channels} here")
+      return start_anew(f"{source.in_channels} channels there, {channels} here")
     if old != new and self._patches == "fresh":
-      return _new(f"patches of {old} pixels there, {new} here")
+      return start_anew(f"patches of {old} pixels there, {new} here")
     self._used.add(path)
 
     def compute(read: Read, _: np.ndarray | None) -> np.ndarray:
@@ -441,47 +376,3 @@ def _has_null_row(model: Model) -> bool:
   """Whether the label table has a row for the null label."""
   is_learned = getattr(model.conditioning, "null", "learned") == "learned"
   return is_learned and model.label_dropout > 0
-
-
-def _layers(model: MDT) -> list[tuple[str, int]]:
-  """(stack, index in the stack) of each block, in the order of the forward pass."""
-  if isinstance(model, SPRINT):
-    depths = (model.encoder_depth, model.middle_depth, model.decode_depth)
-    stacks = ("encoder_blocks", "middle_blocks", "decode_blocks")
-    return [
-      (s, i) for s, count in zip(stacks, depths, strict=True) for i in range(count)
-    ]
-  if not model.takes_mask:
-    return [("blocks", i) for i in range(model.depth)]
-  if model.variant == "MaskDiT":
-    stacks = {"blocks": model.depth, "decode_blocks": model.decode_depth}
-    return [(name, i) for name, depth in stacks.items() for i in range(depth)]
-  encoder, decoder = model.depth - model.decode_depth, model.decode_depth
-  decode = [("decode_blocks", i) for i in range(decoder)]
-  if model.variant == "MDT":
-    return [("blocks", i) for i in range(encoder)] + decode
-  stacks = ("in_blocks", "out_blocks")
-  return [(name, i) for name in stacks for i in range(encoder // 2)] + decode
-
-
-def _neutral_layer(inside: str, shape: tuple[int, ...]) -> np.ndarray | None:
-  """The parameter of a block that leaves its function as it was; None if none does.
-
-  A long skip joins (x, skip) by a linear map of 2D to D: the identity of x is neutral.
-  """
-  if inside == "skip/kernel":
-    return np.eye(*shape, dtype=np.float32)
-  if inside in ("skip/bias", "attention/relative_position_bias"):
-    return np.zeros(shape, np.float32)
-  return None
-
-
-def _new(why: str) -> Start:
-  """A parameter that starts as in a fresh network."""
-
-  def compute(read: Read, new: np.ndarray | None) -> np.ndarray:
-    del read
-    assert new is not None
-    return np.array(new, np.float32)
-
-  return Start(NEW, compute, f"{NEW}: {why}", needs_new=True)

@@ -1,7 +1,7 @@
 """Names and sizes of the tensors of the released MicroDiT, which reads captions.
 
-The source is SonyResearch/micro_diffusion. `path` is the path of a parameter of this
-package; see `torch_layouts`.
+The source is SonyResearch/micro_diffusion. `path` is the path of a parameter of
+`models.microdit_text`; see `torch_layouts`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from mdt_jax.pretrained import torch_mdt_layout
 from mdt_jax.pretrained.torch_names import some_names
 
 MARK = "y_emb_preprocess.norm1.weight"
-# Width -> heads of the released networks, which the tensors do not show.
+# Width of a released network -> its number of heads, which the tensors do not show.
 _HEADS = {512: 16, 1024: 16}
 _STACKS = {"mixer_block": "patch_mixer", "block": "blocks"}
-# Path of a module -> name of a module, in the order in which they are tried.
+# Path of a module in this package -> name of the released module. `released_names`
+# replaces them in this order, so a longer path precedes its end.
 _MODULES = {
   "patch_embed/linear": "x_embedder.proj",
   "timestep_embed/fc1": "t_embedder.mlp.0",
@@ -84,9 +85,9 @@ def infer_attributes(
     num_classes: must be None: the network reads captions.
 
   Returns:
-    Attributes for `create_model`. `num_heads` is None if the file does not state it and
-    no released network has this width. `expert_capacity` is absent, for that of the
-    released networks.
+    Attributes for `create_model`. `num_heads` is None if the file does not state the
+    number and no released network has this width. `expert_capacity` is absent: the
+    default is that of the released networks.
 
   Raises:
     SettingError: a tensor that determines an attribute is missing or has the wrong
@@ -107,8 +108,8 @@ def infer_attributes(
 
   def count(stack: str) -> int:
     """Returns the number of blocks of a stack."""
-    names = (re.match(rf"{stack}\.(\d+)\.", name) for name in tensors)
-    return len({name[1] for name in names if name})
+    matches = (re.match(rf"{stack}\.(\d+)\.", name) for name in tensors)
+    return len({match[1] for match in matches if match})
 
   def mlp_width(block: str) -> int:
     """Returns the hidden width of the feed-forward layer of a block."""

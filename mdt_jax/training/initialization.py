@@ -19,7 +19,8 @@ from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import counted, logger
 from mdt_jax.models.registry import Model, init_params
-from mdt_jax.pretrained.adaptation import KEPT, Adaptation
+from mdt_jax.pretrained.adaptation import Adaptation
+from mdt_jax.pretrained.parameter_starts import KEPT
 from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.sampling.labels import parse_labels
 from mdt_jax.setting_groups import InitSettings, split_commas

@@ -235,12 +235,24 @@ def test_mixers_of_the_presets(size, mixer, parameters):
     ({"mixer_depth": 0}, "mixer_depth", 0, "must be at least 1"),
     ({"mixer_hidden_size": -4}, "mixer_hidden_size", -4, "must be at least 1"),
     ({"mixer_num_heads": 0}, "mixer_num_heads", 0, "must be at least 1"),
-    ({"mixer_hidden_size": 100}, "mixer_num_heads", None, "must be given: heads of 64"),
     (
-      {"mixer_hidden_size": 100, "mixer_num_heads": 3},
+      {"mixer_hidden_size": 100},
       "mixer_hidden_size",
       100,
-      "must be divisible by mixer_num_heads = 3",
+      "must be divisible by hidden_size / num_heads = 64, the size of a head, unless "
+      "mixer_num_heads is given",
+    ),
+    (
+      {"mixer_hidden_size": 100, "mixer_num_heads": 3},
+      "mixer_num_heads",
+      3,
+      "must divide the width of the mixer, 100",
+    ),
+    (
+      {"mixer_num_heads": 5},
+      "mixer_num_heads",
+      5,
+      "must divide the width of the mixer",
     ),
   ],
 )

@@ -14,8 +14,8 @@ from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.diffusion.samplers import Sampler, sample
 from mdt_jax.models import flops
 from mdt_jax.models.conditions import CaptionCondition
+from mdt_jax.models.experts import Experts
 from mdt_jax.models.masking import random_token_mask, token_mask_from_noise
-from mdt_jax.models.microdit_text import Experts
 from mdt_jax.models.registry import abstract_params
 from mdt_jax.objectives.objective import Draws
 from mdt_jax.pretrained.torch_mdt import attributes_of, from_torch, to_torch

@@ -8,23 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
-from mdt_jax import (
-  SettingError,
-  create_model,
-  create_objective,
-  create_process,
-  sharding,
-)
+from mdt_jax import SettingError, create_model, create_objective, create_process
 from mdt_jax.diffusion.process import Process
 from mdt_jax.experiment import build
 from mdt_jax.models import flops
 from mdt_jax.objectives.objective import Draws
 from mdt_jax.objectives.tokens import mean_over
 from mdt_jax.pretrained.torch_mdt import attributes_of, to_torch
-from tests import forked, reference
+from tests import reference
 from tests.models import test_microdit
+from tests.objectives import several_devices
 from tests.training.test_step import make_batch
 from tests.training.tiny import tiny_config
 
@@ -290,35 +284,6 @@ def test_run_cannot_have_a_network_that_reads_captions():
   assert error.value.setting == "config.model.name"
 
 
-def save_gradients(path, mesh):
-  """Saves the losses and gradients of a batch, on all devices of the process."""
-  sizes = {"model.mixer_hidden_size": 24, "model.mixer_num_heads": 2, "batch_size": 16}
-  config = tiny_run(**sizes, **{f"mesh.{axis}": size for axis, size in mesh.items()})
-  experiment = build(config)
-  objective = experiment.objective
-  params = reference.random_params(experiment.model)
-  with sharding.use_mesh(experiment.mesh):
-    batch = sharding.put_batch(make_batch(config), experiment.mesh, config.batch_size)
-    placed = jax.device_put(params, sharding.of_state(experiment.mesh, params))
-
-    @jax.jit
-    def gradients(params, batch):
-      draws = objective.draw(jax.random.key(0), batch)
-      loss = functools.partial(objective.loss, experiment.model.apply)
-      return jax.grad(lambda p: loss(p, draws, 4), has_aux=True)(params)
-
-    found, losses = jax.device_get(gradients(placed, batch))
-  leaves = {"/".join(path): leaf for path, leaf in flatten_dict(found).items()}
-  np.savez(path, **leaves, **losses)
-
-
 def test_gradients_do_not_depend_on_the_number_of_devices(tmp_path):
-  runs = []
-  for count, mesh in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2})):
-    path = tmp_path / f"{count}.npz"
-    process = forked.Forked(save_gradients, path, mesh, num_devices=count)
-    assert process.end() == 0, process.err
-    runs.append(dict(np.load(path)))
-  one, eight = runs
-  for name, value in one.items():
-    assert reference.relative_error(eight[name], value) < 1e-5, name
+  sizes = {"model.mixer_hidden_size": 24, "model.mixer_num_heads": 2, "batch_size": 16}
+  several_devices.assert_gradients_agree(tmp_path, tiny_run(**sizes), 4)

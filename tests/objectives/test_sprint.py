@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
-from mdt_jax import (
-  SettingError,
-  create_model,
-  create_objective,
-  create_process,
-  sharding,
-)
+from mdt_jax import SettingError, create_model, create_objective, create_process
 from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.diffusion.samplers import Sampler, sample
 from mdt_jax.experiment import build
@@ -25,8 +18,9 @@ from mdt_jax.objectives import UnmaskedPhase
 from mdt_jax.objectives.objective import Draws
 from mdt_jax.objectives.unmasked_phase import UNMASKED
 from mdt_jax.pretrained.torch_mdt import attributes_of, to_torch
-from tests import forked, reference
+from tests import reference
 from tests.models import test_sprint
+from tests.objectives import several_devices
 from tests.training.test_step import make_batch
 from tests.training.tiny import tiny_config
 
@@ -290,39 +284,5 @@ def test_config_chooses_the_objective_and_its_settings(name):
   assert model.mask_type == "random"
 
 
-def save_gradients(path, mesh):
-  """Saves the losses and gradients of a batch, on all devices of the process."""
-  sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-  config = tiny_sprint(**{"batch_size": 16}, **sizes)
-  experiment = build(config)
-  objective = experiment.objective
-  params = reference.random_params(experiment.model)
-  with sharding.use_mesh(experiment.mesh):
-    batch = sharding.put_batch(make_batch(config), experiment.mesh, config.batch_size)
-    placed = jax.device_put(params, sharding.of_state(experiment.mesh, params))
-
-    @jax.jit
-    def gradients(params, batch):
-      draws = objective.draw(jax.random.key(0), batch)
-
-      def of_part(params, draws):
-        loss = functools.partial(objective.loss, experiment.model.apply)
-        return jax.grad(lambda p: loss(p, draws, 4), has_aux=True)(params)
-
-      return sharding.mean_over_data(of_part, experiment.mesh)(params, draws)
-
-    found, losses = jax.device_get(gradients(placed, batch))
-  leaves = {"/".join(path): leaf for path, leaf in flatten_dict(found).items()}
-  np.savez(path, **leaves, **losses)
-
-
 def test_gradients_do_not_depend_on_the_number_of_devices(tmp_path):
-  runs = []
-  for count, mesh in ((1, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2})):
-    path = tmp_path / f"{count}.npz"
-    process = forked.Forked(save_gradients, path, mesh, num_devices=count)
-    assert process.end() == 0, process.err
-    runs.append(dict(np.load(path)))
-  one, eight = runs
-  for name, value in one.items():
-    assert reference.relative_error(eight[name], value) < 1e-5, name
+  several_devices.assert_gradients_agree(tmp_path, tiny_sprint(batch_size=16), 4)

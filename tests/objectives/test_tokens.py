@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import SettingError, create_model, create_objective, create_process
+from mdt_jax.diffusion import PROCESSES, Flow
 from mdt_jax.experiment import build
 from mdt_jax.models import TREAD as Routed
 from mdt_jax.models import flops
@@ -142,6 +143,19 @@ def test_choices_are_sorted_by_cost():
   assert "from step 2" in tread[0].summary
 
 
+@pytest.mark.parametrize(
+  ("settings", "choices"),
+  [
+    ({"ratio": 0.0}, [UNMASKED]),
+    ({"ratio": 0.5, "schedule": "cosine2", "num_lengths": 2}, [8, UNMASKED]),
+  ],
+)
+def test_steps_on_all_tokens_share_a_program(settings, choices):
+  phased, _ = phase_of("tread", "TREAD-S/2", start=5, num_steps=5, **settings)
+  assert phased.static_choices == choices
+  assert {phased.choose_static(0, step) for step in range(8)} == set(choices)
+
+
 @pytest.mark.parametrize("network", [TREAD, {"model.name": "MDT-S/2"}])
 def test_run_that_resumes_across_the_phase_is_bit_identical(tmp_path, caplog, network):
   """Steps 0 to 2 are masked, step 3 is not; the second run stops before the change."""
@@ -198,6 +212,31 @@ def test_arguments_that_the_run_defines_are_refused(name):
   with pytest.raises(SettingError) as error:
     build(tiny_config(**TREAD, **{"objective.arguments": {name: 3}}))
   assert error.value.setting == f"config.objective.arguments.{name}"
+
+
+def test_error_lists_the_arguments_that_a_config_can_set():
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**TREAD, **{"objective.arguments": {"share": 0.5}}))
+  assert error.value.setting == "config.objective.arguments.share"
+  listed = error.value.accepted.partition("accepted are ")[2].split(", ")
+  assert listed == ["min_ratio", "num_lengths", "ratio", "schedule"]
+
+
+class WholeLosses(Flow):
+  """A process of the user's own, whose losses are means over all tokens."""
+
+  def training_losses(self, model_output, x0, x_t, t, noise):
+    return {"loss": ((model_output - noise) ** 2).mean((1, 2, 3))}
+
+
+@pytest.mark.parametrize("network", ["MaskDiT", "MicroDiT"])
+def test_process_whose_losses_take_no_mean_is_refused(monkeypatch, network):
+  monkeypatch.setitem(PROCESSES, "whole", WholeLosses)
+  settings = {"model.name": f"{network}-S/2", "diffusion.process": "whole"}
+  with pytest.raises(SettingError, match="must accept the argument mean") as error:
+    build(tiny_config(**settings, **{"sampling.method": "heun"}))
+  found = error.value.setting, error.value.value
+  assert found == ("config.diffusion.process", "WholeLosses")
 
 
 @pytest.mark.parametrize("start", [-1, 5])
