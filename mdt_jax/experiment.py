@@ -157,13 +157,23 @@ class Experiment:
     )
 
   def _check_kernel(self) -> None:
-    """Raises SettingError if the devices cannot run the kernel of attention."""
-    kernel = self.settings.model.attention_kernel
+    """Raises SettingError if the devices, or cuDNN, cannot run the passes of a step."""
+    name, kernel = "config.model.attention_kernel", self.settings.model.attention_kernel
+    if kernel != "cudnn":
+      return
     devices = jax.devices() if self._devices is None else self._devices
     platform = devices[0].platform
-    if kernel == "cudnn" and platform not in GPU_PLATFORMS:
+    if platform not in GPU_PLATFORMS:
       accepted = f"needs NVIDIA GPUs, the devices are {platform}: use plain"
-      raise SettingError("config.model.attention_kernel", kernel, accepted)
+      raise SettingError(name, kernel, accepted)
+    lengths = [self.model.num_tokens]
+    for static in self.objective.static_choices:
+      lengths += [static] if isinstance(static, int) else []
+      lengths += static if isinstance(static, tuple) else []
+    odd = [length for length in lengths if length % 2]
+    if odd and self.model.default_objective == "mdt":  # its attention has a bias
+      accepted = f"needs even numbers of tokens beside a bias; a pass has {odd[0]}"
+      raise SettingError(name, kernel, f"{accepted}: set config.masking.multiple")
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.
