@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import jax
@@ -144,26 +145,10 @@ def make_generator(
     given: Given | None = None,
   ) -> Float[Array, "B H W C"]:
     given = given or {}
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
-    hold_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, HOLD_STREAM)
-    start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
-
-    start = noise if process.noise_scale == 1 else process.noise_scale * noise
-    if edit_steps is not None:
-      t = jnp.full((len(noise),), edit_steps - 1)
-      start = process.q_sample(given["image"], t, noise)
-
-    def hold_visible(x: Array, step: Array) -> Array:
-      t = jnp.full((len(x),), step)
-      # A deterministic sampler keeps one noise; a random sampler draws noise each step.
-      drawn = step_noise(hold_keys, step, x.shape) if sampler.is_random else noise
-      visible = process.q_sample(given["image"], t, drawn)
-      return jnp.where(given["hidden"][..., None], x, visible)
-
+    start = draw_start(sampler, task, shape, ids, seed, given)
     if has_passes:
       null = model.conditioning.null_like(labels) if needs_null else labels
-      noise_of = draw_mask_noise(keys, model.num_tokens)
+      noise_of = draw_mask_noise(start.keys, model.num_tokens)
       model_fn = make_model_fn(
         model, params, labels, null, sampler, noise_of, weak_model
       )
@@ -178,22 +163,84 @@ def make_generator(
     x_0 = sample(
       model_fn,
       process,
-      start,
-      step_keys,
+      start.latent,
+      start.step_keys,
       method=sampler.method,
       eta=sampler.eta,
       clip_denoised=sampler.clip_denoised,
       num_steps=edit_steps,
-      hold=hold_visible if task.kind == "inpaint" else None,
+      hold=start.hold,
       repeats=task.repeats,
       on_step=on_step,
       arguments=sampler.arguments,
     )
-    if task.kind == "inpaint":
-      return jnp.where(given["hidden"][..., None], x_0, given["image"])
-    return x_0
+    return keep_visible(task, x_0, given)
 
   return generate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+  """What sampling starts from.
+
+  Attributes:
+    keys: (B,) random keys of the images.
+    step_keys: (B,) random keys of the noise added at the steps.
+    latent: (B, H, W, C) noisy latents.
+    hold: overwrites the visible part before each call of the network; None without
+      inpainting. See `samplers.sample`.
+  """
+
+  keys: Array
+  step_keys: Array
+  latent: Array
+  hold: Callable[[Array, Array], Array] | None
+
+
+def draw_start(
+  sampler: Sampler,
+  task: Task,
+  shape: tuple[int, int, int],
+  ids: Array,
+  seed: Array,
+  given: Given,
+) -> Start:
+  """Draws the noise that sampling starts from, and adds it to an image to edit.
+
+  Args:
+    sampler, task: see `make_generator`.
+    shape: (H, W, C) of a latent.
+    ids: (B,) numbers of the images.
+    seed: () seed.
+    given: see `make_generator`.
+  """
+  process = sampler.process
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
+  hold_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, HOLD_STREAM)
+  start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
+
+  latent = noise if process.noise_scale == 1 else process.noise_scale * noise
+  if task.kind == "edit":
+    t = jnp.full((len(noise),), process.num_edit_steps(task.strength) - 1)
+    latent = process.q_sample(given["image"], t, noise)
+
+  def hold_visible(x: Array, step: Array) -> Array:
+    t = jnp.full((len(x),), step)
+    # A deterministic sampler keeps one noise; a random sampler draws noise each step.
+    drawn = step_noise(hold_keys, step, x.shape) if sampler.is_random else noise
+    visible = process.q_sample(given["image"], t, drawn)
+    return jnp.where(given["hidden"][..., None], x, visible)
+
+  hold = hold_visible if task.kind == "inpaint" else None
+  return Start(keys, step_keys, latent, hold)
+
+
+def keep_visible(task: Task, x_0: Array, given: Given) -> Array:
+  """Overwrites the visible part of inpainted latents (B, H, W, C) by the image."""
+  if task.kind != "inpaint":
+    return x_0
+  return jnp.where(given["hidden"][..., None], x_0, given["image"])
 
 
 def _switch(first: ModelFn, then: ModelFn, guidance: Guidance, share: float) -> ModelFn:
