@@ -11,7 +11,6 @@ import numpy as np
 
 from mdt_jax.pretrained.hub import is_hub_url
 
-
 Labels: TypeAlias = Sequence[int | None]  # None is no class
 
 

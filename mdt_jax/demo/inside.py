@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +20,8 @@ from mdt_jax.data.transforms import to_float
 from mdt_jax.demo.engine import Engine
 from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.errors import check_range
-from mdt_jax.models.embeddings import relative_position_index
 from mdt_jax.models.masking import TokenMask
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.mdt import MDT, FinalLayer
 from mdt_jax.models.registry import Model
 from mdt_jax.sampling.stepwise import Recent
 from mdt_jax.types import Array, Params
@@ -114,25 +112,16 @@ class View:
   note: str
 
 
-class SideOutput(MDT, kw_only=True):
-  """An MDT without its decode blocks: the output layer reads the side-interpolater."""
+class SideSowing(MDT, kw_only=True):
+  """An MDT that sows what the side-interpolater returns, and the conditioning."""
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Array,
-    t: Array,
-    y: Array,
-    token_mask: TokenMask | None = None,
-    train: bool = False,
+  def _interpolate(
+    self, tokens: Array, c: Array, index: Array, token_mask: TokenMask | None
   ) -> Array:
-    """Returns the output; sows "side_tokens" (B, L, D)."""
-    embedded, c = self._embed(x, t, y, train)
-    index = jnp.asarray(relative_position_index(self.grid_size))[None]
-    tokens = self._encode(embedded, c, index, token_mask)
-    tokens = self._interpolate(tokens, c, index, token_mask)
-    self.sow("intermediates", "side_tokens", tokens)
-    return self._output(tokens, c)
+    tokens = super()._interpolate(tokens, c, index, token_mask)
+    self.sow("intermediates", "side_tokens", tokens)  # (B, L, D)
+    self.sow("intermediates", "conditioning", c)  # (B, D)
+    return tokens
 
 
 class Viewer:
@@ -202,14 +191,14 @@ class Viewer:
     params = engine.stepper.place(pipeline.params)
     run = self._program(model)
     arguments = params, x_t, t, jnp.asarray([label], jnp.int32)
-    whole, sown = run(*arguments, None)
+    whole, sown, encoded = run(*arguments, None)
     ids = np.arange(model.num_tokens)
     attention = list(_attention(sown, ids, ids))
     masked = side = tokens = seen = None
     removed = np.zeros(self.grid, bool)
     missing = []
     if mask is not None:
-      masked, sown = run(*arguments, mask)
+      masked, sown, after = run(*arguments, mask)
       kept = np.asarray(mask.ids_keep[0])
       found = list(_attention(sown, ids, kept))
       if found:
@@ -218,9 +207,9 @@ class Viewer:
         missing.append("The attention is that of the pass over all tokens.")
       removed = np.asarray(mask.removed[0]).reshape(self.grid)
       if _has_side(model):
-        side, after = self._side_program(model)(*arguments, mask)
-        _, encoded = self._side_program(model)(*arguments, None)
-        tokens, seen = _in_colours(np.stack([after[0], encoded[0]]), self.grid)
+        side = after["x0"]
+        both = np.stack([after["tokens"][0], encoded["tokens"][0]])
+        tokens, seen = _in_colours(both, self.grid)
     missing += self._missing(model, attention)
     return View(
       noisy=self._show(x_t),
@@ -261,7 +250,13 @@ class Viewer:
     return self._engine.show(latents)[0]
 
   def _program(self, model: Model) -> Callable[..., Any]:
-    """Compiles the network with its attention: (x0, what the blocks sow)."""
+    """Compiles the network.
+
+    Returns:
+      (params, x_t, t, y, mask) -> (x0, attention of each stack of blocks, {"tokens":
+      the tokens after the side-interpolater, "x0": what the output layer reads from
+      them}, empty without a side-interpolater).
+    """
     process = self._engine.pipeline.experiment.process
     sowing = cast(Model, _sowing(model))
 
@@ -269,42 +264,29 @@ class Viewer:
     def run(
       params: Params, x_t: Array, t: Array, y: Array, mask: TokenMask | None
     ) -> Any:
+      variables, time = {"params": params}, process.network_time(t)
       output, state = cast(
-        Any,
-        sowing.apply(
-          {"params": params},
-          x_t,
-          process.network_time(t),
-          y,
-          mask,
-          mutable=["intermediates"],
-        ),
+        Any, sowing.apply(variables, x_t, time, y, mask, mutable=["intermediates"])
       )
-      sown = _attention_of_tree(state.get("intermediates", {}))
-      return process.to_x0(output.astype(jnp.float32), x_t, t), sown
+      sown = state.get("intermediates", {})
+      side = {}
+      if _has_side(model):
+        tokens, c = sown["side_tokens"][0], sown["conditioning"][0]
+        read = _read_output(cast(MDT, model), params, tokens, c)
+        side = {"tokens": tokens, "x0": process.to_x0(read, x_t, t)}
+      x0 = process.to_x0(output.astype(jnp.float32), x_t, t)
+      return x0, _attention_of_tree(sown), side
 
     return self._programs.get("run", lambda: run)
 
-  def _side_program(self, model: Model) -> Callable[..., Any]:
-    """Compiles (x0 that the output layer reads, tokens) of the side-interpolater."""
-    process = self._engine.pipeline.experiment.process
-    fields = [f.name for f in dataclasses.fields(cast(Any, model)) if f.init]
-    shared = {f: getattr(model, f) for f in fields if f not in ("parent", "name")}
-    reading = SideOutput(**shared)
 
-    @jax.jit
-    def run(
-      params: Params, x_t: Array, t: Array, y: Array, mask: TokenMask | None
-    ) -> Any:
-      time = process.network_time(t)
-      variables = {"params": params}
-      output, state = cast(
-        Any, reading.apply(variables, x_t, time, y, mask, mutable=["intermediates"])
-      )
-      x0 = process.to_x0(output.astype(jnp.float32), x_t, t)
-      return x0, state["intermediates"]["side_tokens"][0]
-
-    return self._programs.get("side", lambda: run)
+def _read_output(model: MDT, params: Params, tokens: Array, c: Array) -> Array:
+  """What the output layer reads from tokens (B, L, D): (B, H, W, channels)."""
+  layer = FinalLayer(
+    model.patch_size, model.last_channels, model.grid_size, dtype=model.dtype
+  )
+  output = layer.apply({"params": params["final_layer"]}, tokens, c)
+  return cast(Array, output).astype(jnp.float32)
 
 
 def _in_colours(
@@ -338,6 +320,10 @@ def _why(model: Model) -> str:
 def _sowing(model: Model) -> Any:
   """The network, with stored attention weights if it can store them."""
   fields = {field.name for field in dataclasses.fields(cast(Any, model))}
+  if _has_side(model):
+    own = fields - {"parent", "name", "sow_attention"}
+    shared = {name: getattr(model, name) for name in own}
+    return SideSowing(**shared, sow_attention=True)
   return model.clone(sow_attention=True) if "sow_attention" in fields else model
 
 

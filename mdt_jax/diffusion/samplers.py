@@ -134,7 +134,8 @@ class Loop:
 
   Attributes:
     state: tree of arrays before the first call.
-    rows: tree of arrays whose first axis numbers the E calls.
+    rows: tuple of trees of arrays whose first axis numbers the E calls. The last tree
+      is the noise of each call (E, B, H, W, C); None to draw the noise from the key.
     steps: (E,) int32, step of the process at which each call is made.
     prepare: (state, row) -> (latent (B, H, W, C), steps of the process (B,)).
     update: (state, row, latent, steps, output (B, H, W, C or 2C) float32) -> (next
@@ -143,7 +144,7 @@ class Loop:
   """
 
   state: Any
-  rows: Any
+  rows: tuple[Any, ...]
   steps: np.ndarray
   prepare: Callable[[Any, Any], tuple[Array, Array]]
   update: Callable[[Any, Any, Array, Array, Array], tuple[Any, Array]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jaxtyping import Float, Shaped, UInt32
 
 from mdt_jax.diffusion.guidance import Guidance, ModelFn, noise_above
 from mdt_jax.diffusion.samplers import (
+  Hold,
   OnStep,
   Sampler,
   check_holds,
@@ -145,10 +145,11 @@ def make_generator(
     given: Given | None = None,
   ) -> Float[Array, "B H W C"]:
     given = given or {}
-    start = draw_start(sampler, task, shape, ids, seed, given)
+    drawn = draw_noise(shape, ids, seed)
+    start, hold = make_start(sampler, task, drawn, given)
     if has_passes:
       null = model.conditioning.null_like(labels) if needs_null else labels
-      noise_of = draw_mask_noise(start.keys, model.num_tokens)
+      noise_of = draw_mask_noise(drawn.keys, model.num_tokens)
       model_fn = make_model_fn(
         model, params, labels, null, sampler, noise_of, weak_model
       )
@@ -163,13 +164,13 @@ def make_generator(
     x_0 = sample(
       model_fn,
       process,
-      start.latent,
-      start.step_keys,
+      start,
+      drawn.step_keys,
       method=sampler.method,
       eta=sampler.eta,
       clip_denoised=sampler.clip_denoised,
       num_steps=edit_steps,
-      hold=start.hold,
+      hold=hold,
       repeats=task.repeats,
       on_step=on_step,
       arguments=sampler.arguments,
@@ -179,61 +180,73 @@ def make_generator(
   return generate
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Start:
-  """What sampling starts from.
+class Drawn(NamedTuple):
+  """The random keys and the first noise of images.
 
   Attributes:
     keys: (B,) random keys of the images.
-    step_keys: (B,) random keys of the noise added at the steps.
-    latent: (B, H, W, C) noisy latents.
-    hold: overwrites the visible part before each call of the network; None without
-      inpainting. See `samplers.sample`.
+    hold_keys: (B,) keys of the noise of the visible part, for inpainting.
+    step_keys: (B,) keys of the noise added at the steps.
+    noise: (B, H, W, C) standard normal noise.
   """
 
   keys: Array
+  hold_keys: Array
   step_keys: Array
-  latent: Array
-  hold: Callable[[Array, Array], Array] | None
+  noise: Array
 
 
-def draw_start(
-  sampler: Sampler,
-  task: Task,
-  shape: tuple[int, int, int],
-  ids: Array,
-  seed: Array,
-  given: Given,
-) -> Start:
-  """Draws the noise that sampling starts from, and adds it to an image to edit.
+def draw_noise(shape: tuple[int, int, int], ids: Array, seed: Array) -> Drawn:
+  """Draws the noise that sampling starts from.
 
   Args:
-    sampler, task: see `make_generator`.
     shape: (H, W, C) of a latent.
     ids: (B,) numbers of the images.
     seed: () seed.
-    given: see `make_generator`.
   """
-  process = sampler.process
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
   hold_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, HOLD_STREAM)
   start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
+  return Drawn(keys, hold_keys, step_keys, noise)
 
-  latent = noise if process.noise_scale == 1 else process.noise_scale * noise
+
+def make_start(
+  sampler: Sampler,
+  task: Task,
+  drawn: Drawn,
+  given: Given,
+  hold_noise: Array | None = None,
+) -> tuple[Array, Hold | None]:
+  """Returns the latents that sampling starts from, and what holds the visible part.
+
+  Args:
+    sampler, task, given: see `make_generator`.
+    drawn: from `draw_noise`.
+    hold_noise: (B, H, W, C) noise of the visible part at a step of a random sampler;
+      None to draw the noise of each step.
+
+  Returns:
+    The latents (B, H, W, C), and `hold` of `samplers.sample`; None without inpainting.
+  """
+  process, noise = sampler.process, drawn.noise
+  start = noise if process.noise_scale == 1 else process.noise_scale * noise
   if task.kind == "edit":
     t = jnp.full((len(noise),), process.num_edit_steps(task.strength) - 1)
-    latent = process.q_sample(given["image"], t, noise)
+    start = process.q_sample(given["image"], t, noise)
 
   def hold_visible(x: Array, step: Array) -> Array:
     t = jnp.full((len(x),), step)
     # A deterministic sampler keeps one noise; a random sampler draws noise each step.
-    drawn = step_noise(hold_keys, step, x.shape) if sampler.is_random else noise
-    visible = process.q_sample(given["image"], t, drawn)
+    added = noise
+    if sampler.is_random:
+      added = hold_noise
+      if added is None:
+        added = step_noise(drawn.hold_keys, step, x.shape)
+    visible = process.q_sample(given["image"], t, added)
     return jnp.where(given["hidden"][..., None], x, visible)
 
-  hold = hold_visible if task.kind == "inpaint" else None
-  return Start(keys, step_keys, latent, hold)
+  return start, hold_visible if task.kind == "inpaint" else None
 
 
 def keep_visible(task: Task, x_0: Array, given: Given) -> Array:

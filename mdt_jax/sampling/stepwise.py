@@ -20,15 +20,16 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mdt_jax.diffusion.guidance import Guidance, guide, noise_above
-from mdt_jax.diffusion.samplers import Loop, Sampler, make_loop
+from mdt_jax.diffusion.samplers import Hold, Loop, Sampler, make_loop, step_noise
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.models.registry import Model
 from mdt_jax.sampling.generator import (
+  Drawn,
   Given,
-  Start,
   Task,
-  draw_start,
+  draw_noise,
   keep_visible,
+  make_start,
   output_shape,
 )
 from mdt_jax.sampling.job import SamplingJob
@@ -71,10 +72,10 @@ class Stepper:
 
   def __init__(self, device: Any = None):
     self._device = device or jax.local_devices()[0]
-    self._loops: _Recent[_LoopPrograms] = _Recent()
-    self._networks: _Recent[Callable[..., Array]] = _Recent()
-    self._decodes: _Recent[Callable[..., Array]] = _Recent()
-    self._params: _Recent[Any] = _Recent(3)
+    self._loops: Recent[_LoopPrograms] = Recent()
+    self._networks: Recent[Callable[..., Array]] = Recent()
+    self._decodes: Recent[Callable[..., Array]] = Recent()
+    self._params: Recent[Any] = Recent(3)
 
   def run(self, job: SamplingJob, block: int = 0) -> Iterator[Step]:
     """Yields each step of a block of a job; returns its latents (B, H, W, C).
@@ -88,20 +89,25 @@ class Stepper:
     Raises:
       SettingError: the sampler has no separate steps.
     """
-    sampler = job.experiment.sampler
+    sampler, shape = job.experiment.sampler, output_shape(job.experiment.model)
     labels, ids, given = job.request.inputs([block])
-    inputs = self._put((ids, np.uint32(job.request.seed), given))
+    ids, seed, given = self._put((ids, np.uint32(job.request.seed), given))
     labels = self._put(labels)
-    programs = self._loops.get(
-      _loop_key(job, len(ids)), lambda: _LoopPrograms(job, sampler)
+    programs = self._loops.get(_loop_key(job, len(ids)), lambda: _LoopPrograms(job))
+    drawn = _draw_noise(shape, ids, seed)
+    call_network = self._network_calls(
+      job, sampler, programs.times, labels, drawn.keys, given
     )
-    call_network = self._network_calls(job, sampler, programs.times, labels, inputs)
-    state, at = programs.begin(*inputs)
-    for i in range(len(programs.times)):
+    steps, last = programs.steps, len(programs.steps) - 1
+    state, at = programs.begin(drawn, programs.hold_noise(drawn, steps[0]), given)
+    for i in range(len(steps)):
       output = call_network(i, at)
-      state, x0, at = programs.advance(state, at, output, np.int32(i), *inputs)
-      yield Step(i + 1, len(programs.times), x0)
-    return programs.finish(state, inputs[2])
+      noise = programs.noise(drawn, steps[i])
+      held = programs.hold_noise(drawn, steps[min(i + 1, last)])
+      inputs = np.int32(i), noise, drawn, held, given
+      state, x0, at = programs.advance(state, at, output, *inputs)
+      yield Step(i + 1, len(steps), x0)
+    return programs.finish(state, given)
 
   def decode(
     self, job: SamplingJob, latents: Float[Array, "B H W C"]
@@ -109,7 +115,7 @@ class Stepper:
     """Turns latents into uint8 images, or returns the latents of a latent network."""
     has_decoder = job.autoencoder is not None
     decode = self._decodes.get(has_decoder, lambda: jax.jit(job.make_decode()))
-    params = self._params_of(job.autoencoder.params) if job.autoencoder else {}
+    params = self.place(job.autoencoder.params) if job.autoencoder else {}
     return np.asarray(decode(params, latents))
 
   def _network_calls(
@@ -118,21 +124,21 @@ class Stepper:
     sampler: Sampler,
     times: np.ndarray,
     labels: Array,
-    inputs: tuple[Array, Array, Given],
+    keys: Array,
+    given: Given,
   ) -> Callable[[int, tuple[Array, Array, Array]], Array]:
     """Returns (number of a call, (x, steps, times)) -> guided output of the network."""
     model, guidance, task = job.experiment.model, sampler.guidance, job.task
-    ids, seed, given = inputs
     null = model.conditioning.null_like(labels) if guidance.needs_null else labels
     if needs_passes(guidance, job.weak.model if job.weak else None):
       # These passes have static numbers of tokens, so each setting has its program.
       weak = job.weak
       key = (repr(guidance), repr(weak.model) if weak else None, labels.shape)
       passes = self._networks.get(key, lambda: _passes_program(job, sampler))
-      params = self._params_of(job.params)
-      both = Pair(params, self._params_of(weak.params)) if weak else params
-      return lambda i, at: passes(both, at[0], at[2], labels, null, ids, seed)
-    params = self._params_of(job.params)
+      params = self.place(job.params)
+      both = Pair(params, self.place(weak.params)) if weak else params
+      return lambda i, at: passes(both, at[0], at[2], labels, null, keys)
+    params = self.place(job.params)
     scales = np.asarray(guidance.scale_at(jnp.asarray(times)), np.float32)
     in_interval = np.asarray(guidance.is_guided(jnp.asarray(times)))
     interpolates = _interpolates(guidance, task, times)
@@ -149,8 +155,8 @@ class Stepper:
 
     return call
 
-  def _params_of(self, params: Params) -> Params:
-    """The parameters on the device."""
+  def place(self, params: Params) -> Params:
+    """Returns parameters on the device; the last few stay there."""
     placed = self._params.get(id(params), lambda: (params, self._put(params)))
     return placed[1]
 
@@ -158,32 +164,44 @@ class Stepper:
     return jax.device_put(tree, self._device)
 
 
+_draw_noise = jax.jit(draw_noise, static_argnums=0)
+_step_noise = jax.jit(step_noise, static_argnums=2)
+
+
 class _LoopPrograms:
   """The compiled arithmetic of a sampler around the network's calls.
 
+  The noise is an input: programs with random numbers take long to compile.
+
   Attributes:
+    steps: (E,) step of the process at each call.
     times: (E,) times that the network receives at each call.
-    begin: (ids, seed, given) -> (state, (x, steps, times) of the first call).
-    advance: (state, (x, steps, times), output, number of the call, ids, seed, given)
-      -> (state, x0, (x, steps, times) of the next call).
+    begin: (drawn, noise of the held part, given) -> (state, (x, steps, times) of the
+      first call).
+    advance: (state, (x, steps, times), output, number of the call, noise, drawn, noise
+      of the held part at the next call, given) -> (state, x0, (x, steps, times) of the
+      next call).
     finish: (state, given) -> latents.
   """
 
-  def __init__(self, job: SamplingJob, sampler: Sampler):
-    process, task = sampler.process, job.task
-    shape = output_shape(job.experiment.model)
+  def __init__(self, job: SamplingJob):
+    sampler, task = job.experiment.sampler, job.task
+    process, shape = sampler.process, output_shape(job.experiment.model)
+    self._is_random = sampler.is_random
+    self._repeats = task.repeats > 1
+    self._holds = task.kind == "inpaint"
 
-    def loop_of(ids: Array, seed: Array, given: Given) -> Loop:
-      start = draw_start(sampler, task, shape, ids, seed, given)
-      return _make_loop(sampler, task, start)
+    def loop_of(drawn: Drawn, held: Array | None, given: Given) -> Loop:
+      start, hold = make_start(sampler, task, drawn, given, held)
+      return _make_loop(sampler, task, start, drawn.step_keys, hold)
 
     def prepare(loop: Loop, state: Any, i: Array) -> tuple[Array, Array, Array]:
-      x, t = loop.prepare(state, _row(loop, i))
+      x, t = loop.prepare(state, _row(loop, i, None))
       return x, t, process.network_time(t)
 
     @jax.jit
-    def begin(ids: Array, seed: Array, given: Given) -> Any:
-      loop = loop_of(ids, seed, given)
+    def begin(drawn: Drawn, held: Array | None, given: Given) -> Any:
+      loop = loop_of(drawn, held, given)
       return loop.state, prepare(loop, loop.state, jnp.int32(0))
 
     @jax.jit
@@ -192,13 +210,14 @@ class _LoopPrograms:
       at: tuple[Array, Array, Array],
       output: Array,
       i: Array,
-      ids: Array,
-      seed: Array,
+      noise: Array | None,
+      drawn: Drawn,
+      held: Array | None,
       given: Given,
     ) -> Any:
-      loop = loop_of(ids, seed, given)
+      loop = loop_of(drawn, held, given)
       output = output.astype(jnp.float32)
-      state, x0 = loop.update(state, _row(loop, i), at[0], at[1], output)
+      state, x0 = loop.update(state, _row(loop, i, noise), at[0], at[1], output)
       following = jnp.minimum(i + 1, len(loop.steps) - 1)
       return state, x0, prepare(loop, state, following)
 
@@ -207,30 +226,47 @@ class _LoopPrograms:
     self.finish = jax.jit(
       lambda state, given: keep_visible(task, jax.tree.leaves(state)[0], given)
     )
-    nothing = Start(jnp.zeros(0), jnp.zeros(0), jnp.zeros((1, *shape)), None)
-    steps = _make_loop(sampler, task, nothing).steps
-    self.times = np.asarray(process.network_time(jnp.asarray(steps)))
+    nothing = jnp.zeros((1, *shape))
+    self.steps = _make_loop(sampler, task, nothing, jnp.zeros(0), None).steps
+    self.times = np.asarray(process.network_time(jnp.asarray(self.steps)))
+
+  def noise(self, drawn: Drawn, step: np.ndarray) -> Array | None:
+    """The noise that a call adds; None for repeated steps, which draw their own."""
+    if self._repeats:
+      return None
+    if not self._is_random:
+      return drawn.noise  # has the weight 0
+    return _step_noise(drawn.step_keys, step, drawn.noise.shape)
+
+  def hold_noise(self, drawn: Drawn, step: np.ndarray) -> Array | None:
+    """The noise of the held part at a step of a random sampler."""
+    if not (self._holds and self._is_random):
+      return None
+    return _step_noise(drawn.hold_keys, step, drawn.noise.shape)
 
 
-def _make_loop(sampler: Sampler, task: Task, start: Start) -> Loop:
+def _make_loop(
+  sampler: Sampler, task: Task, start: Array, keys: Array, hold: Hold | None
+) -> Loop:
   """Returns the loop of a sampler for a task."""
   edits = task.kind == "edit"
   return make_loop(
     sampler.process,
-    start.latent,
-    start.step_keys,
+    start,
+    keys,
     method=sampler.method,
     eta=sampler.eta,
     clip_denoised=sampler.clip_denoised,
     num_steps=sampler.process.num_edit_steps(task.strength) if edits else None,
-    hold=start.hold,
+    hold=hold,
     repeats=task.repeats,
   )
 
 
-def _row(loop: Loop, i: Array) -> Any:
-  """Returns row i of the loop."""
-  return jax.tree.map(lambda rows: jnp.asarray(rows)[i], loop.rows)
+def _row(loop: Loop, i: Array, noise: Array | None) -> tuple[Any, ...]:
+  """Returns row i of the loop, with the given noise."""
+  rows = jax.tree.map(lambda rows: jnp.asarray(rows)[i], loop.rows[:-1])
+  return (*rows, noise)
 
 
 def _interpolates(guidance: Guidance, task: Task, times: np.ndarray) -> np.ndarray:
@@ -301,10 +337,8 @@ def _passes_program(job: SamplingJob, sampler: Sampler) -> Callable[..., Array]:
     t: Array,
     labels: Array,
     null: Array,
-    ids: Array,
-    seed: Array,
+    keys: Array,
   ) -> Array:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
     noise_of = draw_mask_noise(keys, model.num_tokens)
     weak_model = weak.model if weak else None
     return make_model_fn(model, params, labels, null, sampler, noise_of, weak_model)(
@@ -322,13 +356,16 @@ def _loop_key(job: SamplingJob, batch: int) -> Hashable:
   return (method, task, batch)
 
 
-class _Recent(Generic[T]):
+class Recent(Generic[T]):
   """A cache of the values that were used last."""
 
   def __init__(self, size: int = MAX_PROGRAMS):
     self._size = size
     self._values: collections.OrderedDict[Hashable, T] = collections.OrderedDict()
     self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self._values)
 
   def get(self, key: Hashable, make: Callable[[], T]) -> T:
     """Returns the value of a key, which `make` makes if it is missing."""
