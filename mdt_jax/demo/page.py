@@ -29,6 +29,7 @@ from mdt_jax.sampling.pictures import to_pil
 
 COUNTS = (1, 4, 9, MAX_IMAGES)
 PAINT, CHANGE = "Paint the brushed part", "Change the whole picture"
+KEPT_SECONDS = 600  # that files of the page are kept for downloads
 STATUS_EVERY = 0.25  # seconds between two updates of the progress
 # Options of handlers that answer at once, and of those that wait for the device.
 AT_ONCE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -76,7 +77,7 @@ class Page:
     with gr.Blocks(
       title="mdt_jax",
       analytics_enabled=False,
-      delete_cache=(60, 600),
+      delete_cache=(60, KEPT_SECONDS),
     ) as blocks:
       gr.HTML(
         f"<h1>mdt_jax</h1><p>{html.escape(self._engine.describe())}</p>",
@@ -570,6 +571,9 @@ class Page:
 
   def _files(self, picture: np.ndarray, hidden: np.ndarray | None) -> str:
     """A .zip file of the fitted picture and mask, for the command line."""
+    for old in self._folder.glob("pictures_*.zip"):
+      if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+        old.unlink(missing_ok=True)
     found = {"image.png": to_pil(picture)}
     if hidden is not None:
       found["mask.png"] = Image.fromarray(hidden.astype(np.uint8) * 255)

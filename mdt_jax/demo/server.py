@@ -98,7 +98,8 @@ def serve(engine: Engine, bound: socket.socket, host: str, max_queue: int) -> in
   import uvicorn  # pyright: ignore[reportMissingImports]
 
   with temporary_folder() as folder:
-    app = make_app(engine, folder, max_queue, only_local=is_loopback(host))
+    only_local = is_loopback(host) and ":" not in host  # starlette splits at ":"
+    app = make_app(engine, folder, max_queue, only_local=only_local)
     config = uvicorn.Config(
       app,
       log_level="error",
