@@ -17,9 +17,10 @@ import sys
 from absl import flags
 
 from mdt_jax import cli
+from mdt_jax.cli.arguments import UsageError
 from mdt_jax.demo.commands import Source
 from mdt_jax.demo.engine import Engine
-from mdt_jax.demo.server import check_gradio, open_socket, serve
+from mdt_jax.demo.server import has_gradio, open_socket, serve
 from mdt_jax.errors import check_range, renamed_in_errors
 from mdt_jax.exit_codes import EXIT_TRY_AGAIN
 from mdt_jax.pretrained.hub import is_hub_url
@@ -61,7 +62,8 @@ cli.require(checkpoint="runs/digits")
 
 def main(argv: list[str]) -> None:
   del argv
-  check_gradio()
+  if not has_gradio():
+    raise UsageError("the demo needs gradio: pip install -e '.[demo]'")
   check_range("max_queue", MAX_QUEUE.value, 1, 10_000)
   if not is_hub_url(CHECKPOINT.value):
     cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)

@@ -101,7 +101,7 @@ class Engine:
       raise SettingError("checkpoint", source.checkpoint, accepted)
     self.pipeline = pipeline
     self.source = source
-    self.stepper = Stepper()
+    self.stepper = Stepper(unroll=1)  # compiles fast
     self.example: dict[str, Any] | None = None
     self._turn = threading.Lock()
 

@@ -322,9 +322,10 @@ def _sowing(model: Model) -> Any:
   fields = {field.name for field in dataclasses.fields(cast(Any, model))}
   if _has_side(model):
     own = fields - {"parent", "name", "sow_attention"}
-    shared = {name: getattr(model, name) for name in own}
-    return SideSowing(**shared, sow_attention=True)
-  return model.clone(sow_attention=True) if "sow_attention" in fields else model
+    shared = {name: getattr(model, name) for name in own - {"unroll"}}
+    return SideSowing(**shared, unroll=1, sow_attention=True)  # compiles fast
+  sows = {"sow_attention": True} if "sow_attention" in fields else {}
+  return model.clone(unroll=1, **cast(Any, sows))
 
 
 def _time_at(process: Any, share: float) -> Array:

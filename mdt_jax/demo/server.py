@@ -23,10 +23,9 @@ CLOSE_SECONDS = 2  # that the server waits for open connections at its end
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
-def check_gradio() -> None:
-  """Raises SettingError, setting "demo", if gradio is not installed."""
-  if importlib.util.find_spec("gradio") is None:
-    raise SettingError("demo", "gradio", "is not installed: pip install -e '.[demo]'")
+def has_gradio() -> bool:
+  """Whether gradio is installed."""
+  return importlib.util.find_spec("gradio") is not None
 
 
 def is_loopback(host: str) -> bool:

@@ -68,9 +68,12 @@ class Stepper:
 
   Args:
     device: device that draws; None for the first one.
+    unroll: replaces the `unroll` of the network; 1 compiles fastest. None: that of the
+      network.
   """
 
-  def __init__(self, device: Any = None):
+  def __init__(self, device: Any = None, unroll: int | None = None):
+    self._unroll = unroll
     self._device = device or jax.local_devices()[0]
     self._loops: Recent[_LoopPrograms] = Recent()
     self._networks: Recent[Callable[..., Array]] = Recent()
@@ -129,12 +132,14 @@ class Stepper:
   ) -> Callable[[int, tuple[Array, Array, Array]], Array]:
     """Returns (number of a call, (x, steps, times)) -> guided output of the network."""
     model, guidance, task = job.experiment.model, sampler.guidance, job.task
+    if self._unroll is not None:
+      model = model.clone(unroll=self._unroll)
     null = model.conditioning.null_like(labels) if guidance.needs_null else labels
     if needs_passes(guidance, job.weak.model if job.weak else None):
       # These passes have static numbers of tokens, so each setting has its program.
       weak = job.weak
       key = (repr(guidance), repr(weak.model) if weak else None, labels.shape)
-      passes = self._networks.get(key, lambda: _passes_program(job, sampler))
+      passes = self._networks.get(key, lambda: _passes_program(job, model))
       params = self.place(job.params)
       both = Pair(params, self.place(weak.params)) if weak else params
       return lambda i, at: passes(both, at[0], at[2], labels, null, keys)
@@ -326,9 +331,9 @@ def _network_program(
   return call
 
 
-def _passes_program(job: SamplingJob, sampler: Sampler) -> Callable[..., Array]:
+def _passes_program(job: SamplingJob, model: Model) -> Callable[..., Array]:
   """Compiles a call of guidance by fewer tokens or by a weak network."""
-  model, weak = job.experiment.model, job.weak
+  sampler, weak = job.experiment.sampler, job.weak
 
   @jax.jit
   def call(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import socket
 
 import pytest
 
-from mdt_jax import SettingError
 from mdt_jax.demo import server
 from tests.cli.commands import assert_refused, run
 
@@ -40,12 +38,9 @@ def test_a_taken_port_is_refused(tmp_path):
   assert_refused(result, f"--port = {port}", "taken")
 
 
-def test_missing_gradio_is_named(monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(SettingError) as caught:
-    server.check_gradio()
-  assert (caught.value.setting, caught.value.value) == ("demo", "gradio")
-  assert "pip install" in str(caught.value)
+def test_missing_gradio_is_named(tmp_path):
+  result = run("tests.demo.without_gradio", "--gone", f"--checkpoint={tmp_path}")
+  assert_refused(result, "needs gradio", "pip install")
 
 
 @pytest.mark.parametrize(
