@@ -133,11 +133,13 @@ def make_app(engine: Engine, folder: Path, max_queue: int, *, only_local: bool) 
     TrustedHostMiddleware,
   )
 
+  from mdt_jax.demo.handlers import Handlers
   from mdt_jax.demo.inside import Viewer
   from mdt_jax.demo.page import STYLE, Page, theme
   from mdt_jax.demo.uploads import MAX_BYTES
 
-  page = Page(engine, Viewer(engine), folder, max_queue)
+  viewer = Viewer(engine)
+  page = Page(engine, viewer, Handlers(engine, viewer, folder), max_queue)
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   app = gr.mount_gradio_app(
     app,
