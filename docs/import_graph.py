@@ -13,7 +13,7 @@ import grimp
 
 PAGE = Path(__file__).with_name("architecture.md")
 BEGIN, END = "<!-- graph: python docs/import_graph.py -->\n", "<!-- end of graph -->\n"
-COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan"}
+COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan", "demo"}
 # Everything may import these; `conversion` is an old address of `pretrained`.
 LEFT_OUT = {"errors", "logs", "types", "atomic", "typed_config", "sizes", "conversion"}
 

@@ -294,7 +294,7 @@ def _literal(text: str) -> str:
 def _name_of(main: Callable[..., Any]) -> str:
   """The name of a command, as python -m takes it."""
   spec = main.__globals__.get("__spec__")
-  return spec.name if spec else main.__module__
+  return (spec.name if spec else main.__module__).removesuffix(".__main__")
 
 
 def _refuse(message: str) -> NoReturn:

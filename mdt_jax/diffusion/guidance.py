@@ -121,6 +121,12 @@ class Guidance:
       clean_time=self.clean_time,
     )
 
+  def scale_at(self, t: Array) -> Array:
+    """Returns the guidance scale at times t (B,): (B,) float32; 1 is no guidance."""
+    return _scale_at(
+      t, self.scale, self.power, self.interval, self.num_timesteps, self.clean_time
+    )
+
   def is_guided(self, t: Array) -> Array:
     """Whether times t (B,) lie in the interval: (B,) bool."""
     return _in_interval(t, self.interval, self.num_timesteps, self.clean_time)
@@ -188,6 +194,36 @@ def power_cosine_scale(
   # Churn may raise the noise above T, where a power of the difference would be NaN.
   fraction = jnp.maximum(1 - noise_share, 0) ** power
   return 1 + (scale - 1) * (1 - jnp.cos(jnp.pi * fraction)) / 2
+
+
+def _scale_at(
+  t: Array,
+  scale: float,
+  power: float,
+  interval: tuple[float, float],
+  num_timesteps: float,
+  clean_time: float,
+) -> Array:
+  """Returns the guidance scale at times t (B,): 1 outside of the interval."""
+  step_scale = power_cosine_scale(t, scale, power, num_timesteps, clean_time)
+  if interval != WHOLE:
+    inside = _in_interval(t, interval, num_timesteps, clean_time)
+    step_scale = jnp.where(inside, step_scale, 1)
+  return step_scale
+
+
+def guide(strong: Array, weak: Array, scale: Array, channels: int) -> Array:
+  """Computes weak + scale (strong - weak).
+
+  Args:
+    strong, weak: (B, H, W, C or 2C) outputs of the two passes.
+    scale: (B,) guidance scales.
+    channels: number of leading channels to guide. The other channels are those of
+      `strong`.
+  """
+  base = weak[..., :channels]
+  guided = base + scale[:, None, None, None] * (strong[..., :channels] - base)
+  return jnp.concatenate([guided, strong[..., channels:]], axis=-1)
 
 
 def _noise_share(t: Array, num_timesteps: float, clean_time: float) -> Array:
@@ -317,13 +353,8 @@ def combined(
   def guided_fn(x: Array, t: Array) -> Array:
     output, weak = both(x, t)
     count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    step_scale = power_cosine_scale(t, scale, power, num_timesteps, clean_time)
-    if interval != WHOLE:
-      step_scale = jnp.where(is_guided(t), step_scale, 1)
-    step_scale = step_scale[:, None, None, None]
-    base = weak[..., :count]
-    epsilon = base + step_scale * (output[..., :count] - base)
-    return jnp.concatenate([epsilon, output[..., count:]], axis=-1)
+    step_scale = _scale_at(t, scale, power, interval, num_timesteps, clean_time)
+    return guide(output, weak, step_scale, count)
 
   if interval == WHOLE:
     return guided_fn

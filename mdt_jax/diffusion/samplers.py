@@ -119,6 +119,36 @@ class Sampler:
 
 # Called with (network calls so far, network calls in all).
 OnStep: TypeAlias = Callable[[int, int], None]
+Hold: TypeAlias = Callable[[Array, Array], Array]
+Draw: TypeAlias = Callable[[Array, Array | None], Array]
+SolverState: TypeAlias = tuple[Array, Array, Array]  # latent, start, previous x0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+  """The network calls of a sampler, one after the other.
+
+  A call is `x, t = prepare(state, row)`, then the network's output at (x, t), then
+  `state, x0 = update(state, row, x, t, output)`. `sample` runs all calls in one scan;
+  `sampling.stepwise` runs them one at a time.
+
+  Attributes:
+    state: tree of arrays before the first call.
+    rows: tuple of trees of arrays whose first axis numbers the E calls. The last tree
+      is the noise of each call (E, B, H, W, C); None to draw the noise from the key.
+    steps: (E,) int32, step of the process at which each call is made.
+    prepare: (state, row) -> (latent (B, H, W, C), steps of the process (B,)).
+    update: (state, row, latent, steps, output (B, H, W, C or 2C) float32) -> (next
+      state, predicted x0 (B, H, W, C)).
+    latent: state -> latent (B, H, W, C). After the last call it is x_0.
+  """
+
+  state: Any
+  rows: tuple[Any, ...]
+  steps: np.ndarray
+  prepare: Callable[[Any, Any], tuple[Array, Array]]
+  update: Callable[[Any, Any, Array, Array, Array], tuple[Any, Array]]
+  latent: Callable[[Any], Array]
 
 
 def sample(
@@ -132,7 +162,7 @@ def sample(
   clip_denoised: bool = False,
   noise: Array | None = None,
   num_steps: int | None = None,
-  hold: Callable[[Array, Array], Array] | None = None,
+  hold: Hold | None = None,
   repeats: int = 1,
   on_step: OnStep | None = None,
   arguments: Any = None,
@@ -170,6 +200,181 @@ def sample(
     SettingError: the method is unknown or does not support this process, or `eta` or
       `repeats` is out of range.
   """
+  _check_options(method, eta, repeats, hold)
+
+  def report(call: Array | None, calls: int) -> None:
+    if (listener := on_step) is not None:
+      jax.debug.callback(lambda i: listener(int(i) + 1, calls), call)
+
+  if method in TIME_SOLVERS:
+    x_T = jnp.asarray(x_T, jnp.float32)
+    grid = as_grid(diffusion, method)
+    if num_steps is not None and num_steps < len(grid.times):
+      grid = dataclasses.replace(grid, times=grid.times[:num_steps])
+    arguments = make_arguments(method, {}) if arguments is None else arguments
+    calls = num_calls(method, len(grid.times), arguments)
+    given = None if noise is None else jnp.asarray(noise)
+    return integrate(
+      lambda x, t: model_fn(x, t).astype(jnp.float32),
+      grid,
+      x_T,
+      lambda step: step_noise(key, step, x_T.shape) if given is None else given[step],
+      lambda call: report(call, calls),
+      method=method,
+      arguments=arguments,
+    )
+  loop = make_loop(
+    diffusion,
+    x_T,
+    key,
+    method=method,
+    eta=eta,
+    clip_denoised=clip_denoised,
+    noise=noise,
+    num_steps=num_steps,
+    hold=hold,
+    repeats=repeats,
+  )
+
+  def call_network(state: Any, inputs: tuple[Any, Array | None]) -> tuple[Any, None]:
+    row, call = inputs
+    report(call, len(loop.steps))
+    x, t = loop.prepare(state, row)
+    output = model_fn(x, diffusion.network_time(t)).astype(jnp.float32)
+    return loop.update(state, row, x, t, output)[0], None
+
+  numbers = None if on_step is None else jnp.arange(len(loop.steps))
+  state, _ = jax.lax.scan(call_network, loop.state, (loop.rows, numbers))
+  return loop.latent(state)
+
+
+def make_loop(
+  diffusion: Process,
+  x_T: Array,
+  key: Array,
+  *,
+  method: str = "ddpm",
+  eta: float = 0.0,
+  clip_denoised: bool = False,
+  noise: Array | None = None,
+  num_steps: int | None = None,
+  hold: Hold | None = None,
+  repeats: int = 1,
+) -> Loop:
+  """Splits sampling into network calls.
+
+  Args:
+    diffusion, x_T, key, eta, clip_denoised, noise, num_steps, hold, repeats: see
+      `sample`.
+    method: "ddpm", "ddim" or one of SOLVERS.
+
+  Raises:
+    SettingError: see `sample`; or the method is one of TIME_SOLVERS.
+  """
+  _check_options(method, eta, repeats, hold)
+  if method in TIME_SOLVERS:
+    raise SettingError("method", method, "has no separate steps")
+  x_T = jnp.asarray(x_T, jnp.float32)
+  levels = diffusion.levels()
+  num_steps = levels.alpha.size if num_steps is None else num_steps
+
+  def draw(step: Array, given: Array | None) -> Array:
+    return step_noise(key, step, x_T.shape) if given is None else given
+
+  if method in SOLVERS:
+    rows = solver_rows(Levels(*(level[:num_steps] for level in levels)), method)
+    return _solver_loop(diffusion, x_T, draw, method, clip_denoised, noise, hold, rows)
+  options = eta, clip_denoised, noise, num_steps, hold, repeats
+  return _ancestral_loop(_as_gaussian(diffusion, method), x_T, draw, method, *options)
+
+
+def _ancestral_loop(
+  diffusion: GaussianDiffusion,
+  x_T: Array,
+  draw: Draw,
+  method: str,
+  eta: float,
+  clip_denoised: bool,
+  noise: Array | None,
+  num_steps: int,
+  hold: Hold | None,
+  repeats: int,
+) -> Loop:
+  """The loop of "ddpm" and "ddim". A row is (step, repeat, given noise)."""
+  total = diffusion.betas.size
+
+  def prepare(x: Array, row: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+    step, repeat, _ = row
+    if repeats > 1:
+      beta = jnp.asarray(diffusion.betas, jnp.float32)[step]
+      again = draw(step + (repeats + repeat) * total, None)
+      noisier = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * again
+      x = jnp.where(repeat > 0, noisier, x)
+    x = x if hold is None else hold(x, step)
+    return x, jnp.full((x.shape[0],), step)
+
+  def update(
+    state: Array,
+    row: tuple[Array, Array, Array | None],
+    x: Array,
+    t: Array,
+    output: Array,
+  ) -> tuple[Array, Array]:
+    del state
+    step, repeat, given = row
+    # The last step, step 0, adds no noise.
+    number = step + repeat * total
+    drawn = jnp.where(step > 0, draw(number, given), 0)
+    step_fn = _ddpm_step if method == "ddpm" else _ddim_step
+    return step_fn(diffusion, output, x, t, drawn, eta, clip_denoised)
+
+  steps = np.arange(num_steps, dtype=np.int32)[::-1].repeat(repeats)
+  repeat = np.tile(np.arange(repeats, dtype=np.int32), num_steps)
+  return Loop(x_T, (steps, repeat, noise), steps, prepare, update, lambda x: x)
+
+
+def _solver_loop(
+  diffusion: Process,
+  x_T: Array,
+  draw: Draw,
+  method: str,
+  clip_denoised: bool,
+  noise: Array | None,
+  hold: Hold | None,
+  rows: Rows,
+) -> Loop:
+  """The loop of SOLVERS. A row is (row of the solver, given noise)."""
+
+  def prepare(
+    state: SolverState, inputs: tuple[Rows, Array | None]
+  ) -> tuple[Array, Array]:
+    x, (row, _) = state[0], inputs
+    x = x if hold is None else hold(x, row.step)
+    return x, jnp.full((x.shape[0],), row.step)
+
+  def update(
+    state: SolverState,
+    inputs: tuple[Rows, Array | None],
+    x: Array,
+    t: Array,
+    output: Array,
+  ) -> tuple[SolverState, Array]:
+    _, start, x0_before = state
+    row, given = inputs
+    x0 = diffusion.to_x0(output, x, t)
+    x0 = jnp.clip(x0, -1, 1) if clip_denoised else x0
+    start = jnp.where(row.corrects, start, x)
+    x = row.keep * start + row.now * x0 + row.before * x0_before
+    if is_random(method):
+      x += row.noise * draw(row.step, given)
+    return (x, start, x0), x0
+
+  state = (x_T, x_T, jnp.zeros_like(x_T))
+  return Loop(state, (rows, noise), rows.step, prepare, update, lambda state: state[0])
+
+
+def _check_options(method: str, eta: float, repeats: int, hold: Hold | None) -> None:
+  """Raises SettingError for options that `sample` does not support."""
   check_choice("method", method, METHODS)
   if not 0 <= eta <= 1:
     raise SettingError("eta", eta, "must lie in [0, 1]")
@@ -179,84 +384,6 @@ def sample(
     )
   if hold is not None:
     check_holds(method)
-  x_T = jnp.asarray(x_T, jnp.float32)
-  levels = diffusion.levels()
-  total = levels.alpha.size
-  num_steps = total if num_steps is None else num_steps
-
-  def draw(step: Array, given: Array | None) -> Array:
-    return step_noise(key, step, x_T.shape) if given is None else given
-
-  def numbered(calls: int) -> Array | None:
-    return None if on_step is None else jnp.arange(calls)
-
-  def report(call: Array | None, calls: int) -> None:
-    if (listener := on_step) is not None:
-      jax.debug.callback(lambda i: listener(int(i) + 1, calls), call)
-
-  def predict(x: Array, step: Array) -> tuple[Array, Array]:
-    t = jnp.full((x.shape[0],), step)
-    return model_fn(x, diffusion.network_time(t)).astype(jnp.float32), t
-
-  def ancestral(
-    x: Array, inputs: tuple[Array, Array, Array | None, Array | None]
-  ) -> tuple[Array, None]:
-    gaussian = _as_gaussian(diffusion, method)
-    step, repeat, given, call = inputs
-    report(call, num_steps * repeats)
-    if repeats > 1:
-      beta = jnp.asarray(gaussian.betas, jnp.float32)[step]
-      again = draw(step + (repeats + repeat) * total, None)
-      noisier = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * again
-      x = jnp.where(repeat > 0, noisier, x)
-    x = x if hold is None else hold(x, step)
-    output, t = predict(x, step)
-    # The last step, step 0, adds no noise.
-    number = step + repeat * total
-    drawn = jnp.where(step > 0, draw(number, given), 0)
-    step_fn = _ddpm_step if method == "ddpm" else _ddim_step
-    return step_fn(gaussian, output, x, t, drawn, eta, clip_denoised), None
-
-  def solve(
-    state: tuple[Array, Array, Array], inputs: tuple[Rows, Array | None, Array | None]
-  ) -> tuple[tuple[Array, Array, Array], None]:
-    x, start, x0_before = state
-    row, given, call = inputs
-    report(call, len(rows.step))
-    x = x if hold is None else hold(x, row.step)
-    output, t = predict(x, row.step)
-    x0 = diffusion.to_x0(output, x, t)
-    x0 = jnp.clip(x0, -1, 1) if clip_denoised else x0
-    start = jnp.where(row.corrects, start, x)
-    x = row.keep * start + row.now * x0 + row.before * x0_before
-    if is_random(method):
-      x += row.noise * draw(row.step, given)
-    return (x, start, x0), None
-
-  if method in TIME_SOLVERS:
-    grid = as_grid(diffusion, method)
-    if num_steps < total:
-      grid = dataclasses.replace(grid, times=grid.times[:num_steps])
-    arguments = make_arguments(method, {}) if arguments is None else arguments
-    calls = num_calls(method, num_steps, arguments)
-    return integrate(
-      lambda x, t: model_fn(x, t).astype(jnp.float32),
-      grid,
-      x_T,
-      lambda step: draw(step, None if noise is None else jnp.asarray(noise)[step]),
-      lambda call: report(call, calls),
-      method=method,
-      arguments=arguments,
-    )
-  if method in SOLVERS:
-    rows = solver_rows(Levels(*(level[:num_steps] for level in levels)), method)
-    state = (x_T, x_T, jnp.zeros_like(x_T))
-    (x_0, _, _), _ = jax.lax.scan(solve, state, (rows, noise, numbered(len(rows.step))))
-    return x_0
-  steps = jnp.arange(num_steps, dtype=jnp.int32)[::-1].repeat(repeats)
-  repeat = jnp.tile(jnp.arange(repeats, dtype=jnp.int32), num_steps)
-  x_0, _ = jax.lax.scan(ancestral, x_T, (steps, repeat, noise, numbered(len(steps))))
-  return x_0
 
 
 def check_holds(method: str) -> None:
@@ -307,11 +434,11 @@ def _ddpm_step(
   noise: Array,
   eta: float,
   clip_denoised: bool,
-) -> Array:
-  """Computes x_{t-1} of DDPM (arXiv 2006.11239, algorithm 2)."""
+) -> tuple[Array, Array]:
+  """Computes x_{t-1} of DDPM (arXiv 2006.11239, algorithm 2), and the predicted x0."""
   del eta
   p = diffusion.p_mean_variance(output, x, t, clip_denoised)
-  return p.mean + jnp.exp(0.5 * p.log_variance) * noise
+  return p.mean + jnp.exp(0.5 * p.log_variance) * noise, p.x0
 
 
 def _ddim_step(
@@ -322,8 +449,8 @@ def _ddim_step(
   noise: Array,
   eta: float,
   clip_denoised: bool,
-) -> Array:
-  """Computes x_{t-1} of DDIM (arXiv 2010.02502, equations 12 and 16)."""
+) -> tuple[Array, Array]:
+  """Computes x_{t-1} of DDIM (2010.02502, equations 12, 16), and the predicted x0."""
   x0 = diffusion.p_mean_variance(output, x, t, clip_denoised).x0
   epsilon = diffusion.noise_from_x0(x0, x, t)
   alpha, alpha_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
@@ -332,4 +459,4 @@ def _ddim_step(
   sigma = jnp.asarray(sigmas, jnp.float32)[step]
   direction = jnp.asarray(np.sqrt(1 - alpha_prev - sigmas**2), jnp.float32)[step]
   signal = jnp.asarray(np.sqrt(alpha_prev), jnp.float32)[step]
-  return signal * x0 + direction * epsilon + sigma * noise
+  return signal * x0 + direction * epsilon + sigma * noise, x0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped, UInt32
 
 from mdt_jax.diffusion.guidance import Guidance, ModelFn, noise_above
 from mdt_jax.diffusion.samplers import (
+  Hold,
   OnStep,
   Sampler,
   check_holds,
@@ -144,26 +145,11 @@ def make_generator(
     given: Given | None = None,
   ) -> Float[Array, "B H W C"]:
     given = given or {}
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
-    hold_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, HOLD_STREAM)
-    start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
-
-    start = noise if process.noise_scale == 1 else process.noise_scale * noise
-    if edit_steps is not None:
-      t = jnp.full((len(noise),), edit_steps - 1)
-      start = process.q_sample(given["image"], t, noise)
-
-    def hold_visible(x: Array, step: Array) -> Array:
-      t = jnp.full((len(x),), step)
-      # A deterministic sampler keeps one noise; a random sampler draws noise each step.
-      drawn = step_noise(hold_keys, step, x.shape) if sampler.is_random else noise
-      visible = process.q_sample(given["image"], t, drawn)
-      return jnp.where(given["hidden"][..., None], x, visible)
-
+    drawn = draw_noise(shape, ids, seed)
+    start, hold = make_start(sampler, task, drawn, given)
     if has_passes:
       null = model.conditioning.null_like(labels) if needs_null else labels
-      noise_of = draw_mask_noise(keys, model.num_tokens)
+      noise_of = draw_mask_noise(drawn.keys, model.num_tokens)
       model_fn = make_model_fn(
         model, params, labels, null, sampler, noise_of, weak_model
       )
@@ -179,21 +165,95 @@ def make_generator(
       model_fn,
       process,
       start,
-      step_keys,
+      drawn.step_keys,
       method=sampler.method,
       eta=sampler.eta,
       clip_denoised=sampler.clip_denoised,
       num_steps=edit_steps,
-      hold=hold_visible if task.kind == "inpaint" else None,
+      hold=hold,
       repeats=task.repeats,
       on_step=on_step,
       arguments=sampler.arguments,
     )
-    if task.kind == "inpaint":
-      return jnp.where(given["hidden"][..., None], x_0, given["image"])
-    return x_0
+    return keep_visible(task, x_0, given)
 
   return generate
+
+
+class Drawn(NamedTuple):
+  """The random keys and the first noise of images.
+
+  Attributes:
+    keys: (B,) random keys of the images.
+    hold_keys: (B,) keys of the noise of the visible part, for inpainting.
+    step_keys: (B,) keys of the noise added at the steps.
+    noise: (B, H, W, C) standard normal noise.
+  """
+
+  keys: Array
+  hold_keys: Array
+  step_keys: Array
+  noise: Array
+
+
+def draw_noise(shape: tuple[int, int, int], ids: Array, seed: Array) -> Drawn:
+  """Draws the noise that sampling starts from.
+
+  Args:
+    shape: (H, W, C) of a latent.
+    ids: (B,) numbers of the images.
+    seed: () seed.
+  """
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
+  hold_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, HOLD_STREAM)
+  start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(start_keys)
+  return Drawn(keys, hold_keys, step_keys, noise)
+
+
+def make_start(
+  sampler: Sampler,
+  task: Task,
+  drawn: Drawn,
+  given: Given,
+  hold_noise: Array | None = None,
+) -> tuple[Array, Hold | None]:
+  """Returns the latents that sampling starts from, and what holds the visible part.
+
+  Args:
+    sampler, task, given: see `make_generator`.
+    drawn: from `draw_noise`.
+    hold_noise: (B, H, W, C) noise of the visible part at a step of a random sampler;
+      None to draw the noise of each step.
+
+  Returns:
+    The latents (B, H, W, C), and `hold` of `samplers.sample`; None without inpainting.
+  """
+  process, noise = sampler.process, drawn.noise
+  start = noise if process.noise_scale == 1 else process.noise_scale * noise
+  if task.kind == "edit":
+    t = jnp.full((len(noise),), process.num_edit_steps(task.strength) - 1)
+    start = process.q_sample(given["image"], t, noise)
+
+  def hold_visible(x: Array, step: Array) -> Array:
+    t = jnp.full((len(x),), step)
+    # A deterministic sampler keeps one noise; a random sampler draws noise each step.
+    added = noise
+    if sampler.is_random:
+      added = hold_noise
+      if added is None:
+        added = step_noise(drawn.hold_keys, step, x.shape)
+    visible = process.q_sample(given["image"], t, added)
+    return jnp.where(given["hidden"][..., None], x, visible)
+
+  return start, hold_visible if task.kind == "inpaint" else None
+
+
+def keep_visible(task: Task, x_0: Array, given: Given) -> Array:
+  """Overwrites the visible part of inpainted latents (B, H, W, C) by the image."""
+  if task.kind != "inpaint":
+    return x_0
+  return jnp.where(given["hidden"][..., None], x_0, given["image"])
 
 
 def _switch(first: ModelFn, then: ModelFn, guidance: Guidance, share: float) -> ModelFn:

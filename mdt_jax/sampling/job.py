@@ -116,11 +116,17 @@ class SamplingJob:
       blocks,
     )
     for block, images in generated:
-      if self.pixels is not None and self.hidden is not None:
-        ids = self.request.ids(block)
-        visible = self.pixels[ids] if self.pixels.ndim == 4 else self.pixels
-        images = np.where(self.hidden[..., None], images, visible)
-      yield block, images
+      yield block, self.keep_visible(block, images)
+
+  def keep_visible(
+    self, block: int, images: Shaped[np.ndarray, "n H W C"]
+  ) -> Shaped[np.ndarray, "n H W C"]:
+    """Overwrites the visible pixels of the images of a block by those of the image."""
+    if self.pixels is None or self.hidden is None:
+      return images
+    ids = self.request.ids(block)
+    visible = self.pixels[ids] if self.pixels.ndim == 4 else self.pixels
+    return np.where(self.hidden[..., None], images, visible)
 
   def describe(self) -> dict[str, Any]:
     """Everything that the images depend on, as a dict of JSON values.
@@ -175,12 +181,12 @@ class SamplingJob:
       )
       devices = jax.local_devices()[:num_devices]
       self.generators[key] = BlockGenerator(
-        generator, self._decode(), devices, listener
+        generator, self.make_decode(), devices, listener
       )
     return self.generators[key]
 
-  def _decode(self) -> Decode:
-    """The function that turns the sampler's output into images, on the device."""
+  def make_decode(self) -> Decode:
+    """Returns the function that turns latents into images, on the device."""
     network = self.experiment.model
     if self.autoencoder is not None:
       model = self.autoencoder.model
