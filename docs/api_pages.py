@@ -1,8 +1,8 @@
 """Writes the pages of the API reference and of the settings, from the source alone.
 
 `pages()` imports nothing of mdt_jax: it reads `__all__`, definitions and comments from
-the syntax trees of the modules. A page of the reference holds directives of mkdocstrings
-(`::: mdt_jax.models.mdt`), which docs/site_hooks.py gives to MkDocs.
+the syntax trees of the modules. A page of the reference holds directives of
+mkdocstrings (`::: mdt_jax.models.mdt`), which docs/site_hooks.py gives to MkDocs.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ PAGES = {
   ),
 }
 # Commands, whose flags `--help` lists, their common code, and an old name.
-LEFT_OUT = set(
-  "main sample evaluate encode convert plan cli configs conversion interrupts".split()
-)
+COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan"}
+LEFT_OUT = COMMANDS | {"cli", "configs", "conversion", "interrupts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +91,8 @@ def all_names(module: str) -> list[Name]:
       isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
     ):
       listed = ast.literal_eval(node.value)
-  return [
-    Name(name, module, _follow(name, defined_in[name]) if name in defined_in else module)
-    for name in listed
-  ]
+  homes = {name: _follow(name, imported) for name, imported in defined_in.items()}
+  return [Name(name, module, homes.get(name, module)) for name in listed]
 
 
 def _follow(name: str, module: str) -> str:
@@ -168,7 +165,8 @@ def _index() -> str:
   for page, (title, parts) in PAGES.items():
     listed = ", ".join(f"`{PACKAGE}.{part}`" for part in parts.split())
     text.append(f"- [{title}]({page}.md): {listed}")
-  return "\n".join([*text, "", "The [settings](../settings.md) have a page of their own."])
+  text += ["", "The [settings](../settings.md) have a page of their own."]
+  return "\n".join(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ def address() -> str:
 
 
 def _separate_lists(markdown: str) -> Iterator[str]:
-  """Puts the empty line before a list that Python-Markdown needs and GitHub does not."""
+  """Puts an empty line before each list: Python-Markdown needs it, GitHub does not."""
   fence, before = "", ""
   for line in markdown.split("\n"):
     mark = re.match(r" *(```+|~~~+)", line)
