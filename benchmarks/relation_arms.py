@@ -202,12 +202,12 @@ CELLS_16 = Relations(
 CELLS_64 = Relations(
   grid=8,
   glyph_size=2,
-  glyphs=4,
-  near_pairs=4,
-  far_pairs=4,
-  mirrored_rows=3,
-  sums=2,
-  counts=1,
+  glyphs=2,
+  near_pairs=2,
+  far_pairs=2,
+  mirrored_rows=6,
+  sums=1,
+  counts=0,
 )
 CELLS_256 = Relations(
   grid=16,
@@ -229,7 +229,7 @@ GPU_ARMS = (
 )
 CONDITIONS: dict[str, Condition] = {
   "16": Condition(CELLS_16),
-  "64": Condition(CELLS_64, arms=MAIN_ARMS, num_steps=1500),
+  "64": Condition(CELLS_64, arms=MAIN_ARMS, num_steps=2000),
   "16_scarce": Condition(CELLS_16, 512, "16", arms=MAIN_ARMS),
   # On a GPU: benchmarks/relations_gpu.sh
   "256": Condition(

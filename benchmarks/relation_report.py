@@ -100,7 +100,9 @@ def interval(
   for _ in range(NUM_RESAMPLES):
     chosen = rng.integers(len(runs), size=len(runs))
     found.append(statistic([resampled(runs[i], rng) for i in chosen]))
-  low, high = np.quantile(np.nan_to_num(found, nan=np.inf), (0.025, 0.975))
+  # Of two infinite values, numpy would interpolate to NaN.
+  found = np.nan_to_num(found, nan=np.inf)
+  low, high = np.quantile(found, (0.025, 0.975), method="nearest")
   return float(low), float(high)
 
 
@@ -157,6 +159,13 @@ def _steps(value: float) -> str:
   return f"{value:,.0f}" if np.isfinite(value) else "never"
 
 
+PLACES: dict[str, Callable[[Row], float]] = {
+  "steps": lambda row: row["step"],
+  "TFLOPs": lambda row: row["step"] * row["gflops_a_step"] / 1e3,
+  "seconds on one core": lambda row: row["step"] * row["cpu_seconds"],
+}
+
+
 def figure(
   rows: Sequence[Row],
   name: str,
@@ -164,48 +173,77 @@ def figure(
   group: str,
 ) -> None:
   """Draws docs/evidence/CONDITION_GROUP.svg: scores by steps, FLOPs and seconds."""
+  condition, runs = CONDITIONS[name], runs_of(rows, name, rates)
+  curves: dict[str, Callable[[Row], float]] = {
+    kind: lambda row, kind=kind: share(row[kind]) for kind in condition.relations.kinds
+  }
+  bases = {kind: chance(kind, condition.relations) for kind in curves}
+  _draw(f"{name}_{group}", FIGURES[group], runs, PLACES, curves, bases)
+
+
+def summary(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> None:
+  """Draws docs/evidence/CONDITION.svg: P of the main arms, by steps and FLOPs."""
+  condition, runs = CONDITIONS[name], runs_of(rows, name, rates)
+  places = {label: PLACES[label] for label in ("steps", "TFLOPs")}
+  curves = {"relations learnt": lambda row: way(row, condition, PAIRS)}
+  _draw(name, FIGURES["main"], runs, places, curves, {"relations learnt": 0.0})
+
+
+def _draw(
+  file: str,
+  arms: Sequence[str],
+  runs: Runs,
+  places: dict[str, Callable[[Row], float]],
+  curves: dict[str, Callable[[Row], float]],
+  bases: dict[str, float],
+) -> None:
+  """Draws the mean of the seeds, and the band between their extremes.
+
+  Args:
+    file: name of the picture in docs/evidence/, without .svg.
+    arms: arms to draw, as far as they have runs.
+    runs: see `runs_of`.
+    places: label of a column of panels -> place of a point along the axis.
+    curves: label of a row of panels -> height of a point.
+    bases: label of a row -> height of the dotted line.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
   matplotlib.rcParams["svg.hashsalt"] = "relations"  # the same bytes at each run
   from matplotlib import pyplot
 
-  condition, runs = CONDITIONS[name], runs_of(rows, name, rates)
-  arms = [arm for arm in FIGURES[group] if any(other == arm for other, _ in runs)]
-  kinds = condition.relations.kinds
-  axes_of = {
-    "steps": lambda row: row["step"],
-    "TFLOPs": lambda row: row["step"] * row["gflops_a_step"] / 1e3,
-    "seconds on one core": lambda row: row["step"] * row["cpu_seconds"],
-  }
   panels, axes = pyplot.subplots(
-    len(kinds),
-    len(axes_of),
-    figsize=(11, 2.3 * len(kinds)),
+    len(curves),
+    len(places),
+    figsize=(3.7 * len(places), 0.6 + 2.2 * len(curves)),
     sharey=True,
     sharex="col",
     squeeze=False,
   )
-  for row_of_axes, kind in zip(axes, kinds, strict=True):
-    for axis, (label, place) in zip(row_of_axes, axes_of.items(), strict=True):
-      axis.axhline(chance(kind, condition.relations), color="0.6", linestyle=":")
+  for row_of_axes, (kind, height) in zip(axes, curves.items(), strict=True):
+    for axis, (label, place) in zip(row_of_axes, places.items(), strict=True):
+      axis.axhline(bases[kind], color="0.6", linestyle=":")
       for number, arm in enumerate(arms):
         mine = [points for (other, _), points in runs.items() if other == arm]
-        curves = np.array([[share(row[kind]) for row in run] for run in mine])
-        places = np.mean([[place(row) for row in run] for run in mine], axis=0)
+        if not mine:
+          continue
+        heights = np.array([[height(row) for row in run] for run in mine])
+        along = np.mean([[place(row) for row in run] for run in mine], axis=0)
         color = f"C{number}"
-        axis.plot(places, curves.mean(0), color=color, label=arm)
-        axis.fill_between(places, curves.min(0), curves.max(0), color=color, alpha=0.2)
+        axis.plot(along, heights.mean(0), color=color, label=arm)
+        low, high = heights.min(0), heights.max(0)
+        axis.fill_between(along, low, high, color=color, alpha=0.2, linewidth=0)
       axis.set_xscale("log")
-      axis.set_ylim(0, 1.02)
-      if kind == kinds[-1]:
+      axis.set_ylim(-0.05, 1.02)
+      if row_of_axes is axes[-1]:
         axis.set_xlabel(label)
     row_of_axes[0].set_ylabel(kind)
   axes[0, 0].legend(fontsize=7)
   panels.tight_layout()
   folder = DOCS / "evidence"
   folder.mkdir(exist_ok=True)
-  panels.savefig(folder / f"{name}_{group}.svg", metadata={"Date": None})
+  panels.savefig(folder / f"{file}.svg", metadata={"Date": None})
   pyplot.close(panels)
 
 
@@ -221,5 +259,6 @@ def report(rows: Sequence[Row], rates: dict[str, dict[str, float | None]]) -> No
       continue
     lines = [f"{machine()} (`python -m benchmarks.relations --report`).", ""]
     write_table("evidence.md", f"table {name}", lines + table(rows, name, chosen))
+    summary(rows, name, chosen)
     for group in FIGURES:
       figure(rows, name, chosen, group)

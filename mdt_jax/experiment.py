@@ -43,6 +43,8 @@ from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
+GPU_PLATFORMS = ("gpu", "cuda")  # of jax.Device; "cuda" if it is compiled for only
+
 
 def build(
   config: ConfigDict | Settings,
@@ -141,6 +143,7 @@ class Experiment:
         sampling.cfg_scale,
         "must be 1 if the network is trained with label_dropout = 0",
       )
+    self._check_kernel()
     mesh = self.settings.mesh
     devices = jax.devices() if self._devices is None else self._devices
     sharding.check_mesh(
@@ -152,6 +155,15 @@ class Experiment:
       accumulation_steps=self.settings.accumulation_steps,
       groups=self.objective.groups,
     )
+
+  def _check_kernel(self) -> None:
+    """Raises SettingError if the devices cannot run the kernel of attention."""
+    kernel = self.settings.model.attention_kernel
+    devices = jax.devices() if self._devices is None else self._devices
+    platform = devices[0].platform
+    if kernel == "cudnn" and platform not in GPU_PLATFORMS:
+      accepted = f"needs NVIDIA GPUs, the devices are {platform}: use plain"
+      raise SettingError("config.model.attention_kernel", kernel, accepted)
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.

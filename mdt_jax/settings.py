@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mdt_jax.errors import SettingError, check_choice, named_in_errors
+from mdt_jax.errors import SettingError, check_choice, check_range, named_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.setting_groups import (
   DataSettings,
@@ -66,6 +66,9 @@ class Settings:
   # Whether averages follow the parameters faster at first, for short runs: the decay of
   # step n = 0, 1, … is at most (1 + n) / (10 + n).
   ema_warmup: bool = False
+  # Steps between updates of the averages, in [1, num_steps]. An update has the decay to
+  # the power of this number. Fewer updates read and write less memory.
+  ema_every: int = 1
   data: DataSettings = DataSettings()
   mesh: MeshSettings = MeshSettings()
   sampling: SamplingSettings = SamplingSettings()
@@ -145,6 +148,7 @@ class Settings:
         at_least(self, name, 1)
       if self.seed >= 2**32:
         raise SettingError("seed", self.seed, "must be below 2**32")
+      check_range("ema_every", self.ema_every, 1, self.num_steps)
       check_choice("profile_processes", self.profile_processes, ("first", "all"))
       if self.profile is not None and not self.profiled_steps:
         raise SettingError(

@@ -32,6 +32,33 @@ def test_own_network_without_the_variance_channels_is_refused():
   assert "'learned_range'" in error.value.accepted
 
 
+def test_cudnn_is_refused_on_cpus():
+  kernel = {"model.attention_kernel": "cudnn", "model.dtype": "bfloat16"}
+  sizes = {"model.hidden_size": 16, "model.num_heads": 2}
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**kernel, **sizes))
+  assert error.value.setting == "config.model.attention_kernel"
+  assert "the devices are cpu" in error.value.accepted
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"model.attention_kernel": "flash"},
+    {"model.attention_kernel": "cudnn"},
+    {
+      "model.attention_kernel": "cudnn",
+      "model.dtype": "bfloat16",
+      "model.num_heads": 4,
+    },
+  ],
+)
+def test_bad_attention_kernel_is_named(settings):
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**{"model.hidden_size": 16, "model.num_heads": 2, **settings}))
+  assert error.value.setting == "config.model.attention_kernel"
+
+
 @pytest.mark.parametrize(
   ("source", "vae", "pixels", "encodes"),
   [

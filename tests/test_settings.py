@@ -244,6 +244,8 @@ BAD = [
   ("seed", -1, "must be at least 0"),
   ("log_every", 0, "must be at least 1"),
   ("checkpoints_to_keep", 1, "must be at least 2"),
+  ("ema_every", 0, "must lie in [1, 4]"),
+  ("ema_every", 5, "must lie in [1, 4]"),
   ("ema_decays", (1.0,), "must be one or more numbers in [0, 1)"),
   ("ema_decays", ("a",), "must be one or more numbers in [0, 1)"),
   ("seed", 2**32, "must be below 2**32"),

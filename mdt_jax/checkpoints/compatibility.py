@@ -19,6 +19,7 @@ _NOT_OF_THE_PARAMS = (
   "unroll",
   "forward_mode",
   "sow_attention",
+  "attention_kernel",
   "parent",
   "name",
   "condition",

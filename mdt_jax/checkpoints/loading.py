@@ -172,6 +172,10 @@ def find_ema(
   decay = settings.sampled_decay if ema_decay is None else ema_decay
   check_choice("ema_decay", decay, settings.ema_decays)
   settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
+  if settings.model.attention_kernel != "plain" and jax.default_backend() != "gpu":
+    logger.info("attention by plain products: cuDNN runs on NVIDIA GPUs only")
+    plain = dataclasses.replace(settings.model, attention_kernel="plain")
+    settings = dataclasses.replace(settings, model=plain)
   experiment = Experiment(settings, own=OwnParts(model=model))
   experiment.data_labels = DataLabels.read(folder.parent, experiment.model.num_classes)
   shapes = abstract_params(experiment.model)

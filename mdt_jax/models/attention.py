@@ -1,14 +1,20 @@
-"""Softmax attention with an additive bias and a hand-written gradient."""
+"""Softmax attention with an additive bias: plain products, or cuDNN's fused kernel.
+
+`KERNELS` lists the implementations by name. All compute the same function; they differ
+in speed, in memory and in where they run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from mdt_jax.types import Array
+from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.types import Array, Dtype
 
 
 @jax.custom_vjp
@@ -46,6 +52,107 @@ def plain_attention(
 ) -> Float[Array, "B K H d"]:
   """Same as `attention`, but differentiated by JAX, so that jax.jvp works."""
   return _forward(query, key, value, bias)[0]
+
+
+def cudnn_attention(
+  query: Float[Array, "B K H d"],
+  key: Float[Array, "B K H d"],
+  value: Float[Array, "B K H d"],
+  bias: Float[Array, "#B H K K"] | None,
+) -> Float[Array, "B K H d"]:
+  """Same as `attention`, by the fused kernel of cuDNN, on NVIDIA GPUs.
+
+  The kernel writes no (K, K) weights to memory. It gives no gradient to a bias that
+  differs between images; that gradient is computed apart, from weights that are
+  computed again.
+
+  Args:
+    query, key, value: (B, K, H, d), bfloat16 or float16; see `check_kernel`.
+    bias: see `attention`; the kernel rounds the bias to the dtype of `query`.
+
+  Raises:
+    SettingError: setting "attention_kernel": the kernel does not run the dtype, the
+      width of a head, or an odd number of tokens with a bias.
+  """
+  check_kernel("cudnn", query.dtype, query.shape[-1])
+  if bias is None:
+    return _cudnn(query, key, value, None)
+  if query.shape[1] % 2:
+    accepted = f"needs an even number of tokens beside a bias, has {query.shape[1]}"
+    raise SettingError("attention_kernel", "cudnn", accepted)
+  if len(bias) == 1:
+    return _cudnn(query, key, value, bias)
+  return _cudnn_with_own_bias(query, key, value, bias)
+
+
+def _cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+  """Attention by cuDNN; the gradient of a bias is right only if images share it."""
+  rounded = None if bias is None else bias.astype(query.dtype)
+  return jax.nn.dot_product_attention(
+    query, key, value, bias=rounded, implementation="cudnn"
+  )
+
+
+@jax.custom_vjp
+def _cudnn_with_own_bias(query: Array, key: Array, value: Array, bias: Array) -> Array:
+  """Attention by cuDNN with a bias (B, H, K, K) for each image."""
+  return _cudnn(query, key, value, bias)
+
+
+def _own_bias_forward(
+  query: Array, key: Array, value: Array, bias: Array
+) -> tuple[Array, tuple[Any, ...]]:
+  """Returns the output of `_cudnn_with_own_bias` and what its gradient needs."""
+  out, pull = jax.vjp(lambda q, k, v: _cudnn(q, k, v, bias), query, key, value)
+  return out, (pull, query, key, value, bias, out)
+
+
+def _own_bias_backward(
+  kept: tuple[Any, ...], gradient: Array
+) -> tuple[Array, Array, Array, Array]:
+  """Computes the gradients by query, key and value (cuDNN), and by the bias."""
+  pull, query, key, value, bias, out = kept
+  q, k, v, out, d_out = (
+    x.swapaxes(1, 2) for x in (query, key, value, out, gradient)
+  )  # (B, H, K, d)
+  weights = jax.nn.softmax(_logits(q, k, bias), axis=-1)
+  d_weights = jnp.einsum(
+    "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32
+  )
+  common = (d_out * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
+  return *pull(gradient), weights * (d_weights - common)
+
+
+_cudnn_with_own_bias.defvjp(_own_bias_forward, _own_bias_backward)
+
+# Name -> function with the arguments of `attention`.
+KERNELS: dict[str, Callable[..., Array]] = {
+  "plain": attention,
+  "cudnn": cudnn_attention,
+}
+MAX_CUDNN_WIDTH = 128  # of a head; 256 only on Hopper and later
+
+
+def check_kernel(kernel: str, dtype: Dtype, head_width: int) -> None:
+  """Raises SettingError unless a kernel runs heads of a width in a dtype.
+
+  Args:
+    kernel: a key of KERNELS.
+    dtype: dtype of query, key and value.
+    head_width: d.
+  """
+  check_choice("attention_kernel", kernel, KERNELS)
+  if kernel != "cudnn":
+    return
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    accepted = f"needs dtype = bfloat16, has {jnp.dtype(dtype)}"
+    raise SettingError("attention_kernel", kernel, accepted)
+  if head_width % 8 or head_width > MAX_CUDNN_WIDTH:
+    accepted = (
+      f"needs hidden_size / num_heads divisible by 8 and at most {MAX_CUDNN_WIDTH}, "
+      f"has {head_width}"
+    )
+    raise SettingError("attention_kernel", kernel, accepted)
 
 
 def attention_weights(

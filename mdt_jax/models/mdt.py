@@ -17,7 +17,12 @@ from jaxtyping import Float, Int, Shaped
 
 from mdt_jax.errors import check_choice
 from mdt_jax.models import layers
-from mdt_jax.models.attention import attention, attention_weights, plain_attention
+from mdt_jax.models.attention import (
+  KERNELS,
+  attention_weights,
+  check_kernel,
+  plain_attention,
+)
 from mdt_jax.models.embeddings import (
   PatchEmbed,
   TimestepEmbed,
@@ -73,7 +78,7 @@ class Attention(nn.Module):
     num_heads: number of heads.
     bias_rows: number of rows of the bias table; 0 for no bias (DiT).
     dtype: dtype of the products. The softmax is float32.
-    forward_mode, sow_attention: see `MDT`.
+    forward_mode, sow_attention, attention_kernel: see `MDT`.
   """
 
   num_heads: int
@@ -81,6 +86,7 @@ class Attention(nn.Module):
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
   sow_attention: bool = False
+  attention_kernel: str = "plain"
 
   @nn.compact
   def __call__(
@@ -113,7 +119,7 @@ class Attention(nn.Module):
     if self.sow_attention and self.is_mutable_collection("intermediates"):
       weights = attention_weights(query, key, bias)  # (B, heads, K, K)
       self.sow("intermediates", "attention_weights", weights)
-    attend = plain_attention if self.forward_mode else attention
+    attend = plain_attention if self.forward_mode else KERNELS[self.attention_kernel]
     out = attend(query, key, value, bias)  # (B, K, heads, D / heads)
     return linear(dim, "proj", axis=(-2, -1), **options)(out)
 
@@ -130,7 +136,7 @@ class Block(nn.Module):
 
   Attributes:
     num_heads, bias_rows, dtype: see `Attention`.
-    forward_mode, sow_attention: see `MDT`.
+    forward_mode, sow_attention, attention_kernel: see `MDT`.
     mlp_ratio: hidden width of the MLP divided by D.
     emit: whether to return the output a second time, so that nn.scan stacks it.
   """
@@ -142,6 +148,7 @@ class Block(nn.Module):
   dtype: Dtype = jnp.float32
   forward_mode: bool = False
   sow_attention: bool = False
+  attention_kernel: str = "plain"
 
   attention_class: ClassVar[type[Attention]] = Attention
 
@@ -166,6 +173,7 @@ class Block(nn.Module):
       self.bias_rows,
       **options,
       sow_attention=self.sow_attention,
+      attention_kernel=self.attention_kernel,
       name="attention",
     )
     h = attend(modulated_norm(x, shift1, scale1), index)
@@ -256,6 +264,8 @@ class MDT(Network, kw_only=True):
       "attention_weights" (B, heads, K, K) float32 into the collection "intermediates",
       if that collection is mutable. A stack adds a leading axis of blocks. The weights
       of all blocks are in memory at once.
+    attention_kernel: "plain", or "cudnn" for the fused kernel of cuDNN on NVIDIA GPUs,
+      in bfloat16; see `models.attention`.
   """
 
   variant: str = "MDTv2"
@@ -270,6 +280,7 @@ class MDT(Network, kw_only=True):
   remat: str = "none"
   forward_mode: bool = False
   sow_attention: bool = False
+  attention_kernel: str = "plain"
 
   variants: ClassVar[tuple[str, ...]] = ("DiT", "SiT", "MDT", "MDTv2")
   block_class: ClassVar[type[Block]] = Block
@@ -445,6 +456,7 @@ class MDT(Network, kw_only=True):
       dtype=self.dtype,
       forward_mode=self.forward_mode,
       sow_attention=self.sow_attention,
+      attention_kernel=self.attention_kernel,
     )
 
   def check(self) -> None:
@@ -466,6 +478,10 @@ class MDT(Network, kw_only=True):
       self.hidden_size % heads == 0 and self.hidden_size % 4 == 0,
       f"must be divisible by num_heads = {heads} and by 4",
     )
+    check_kernel(self.attention_kernel, self.dtype, self.hidden_size // heads)
+    if self.attention_kernel != "plain":
+      accepted = f"must be plain: {self.attention_kernel} has no forward mode"
+      self._require("attention_kernel", not self.forward_mode, accepted)
     holds = self.patch_bottleneck >= 0
     self._require("patch_bottleneck", holds, "must be at least 0")
     holds = self.mlp_ratio * self.hidden_size >= 1

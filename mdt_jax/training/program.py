@@ -57,6 +57,7 @@ def make_program(experiment: Experiment) -> Program:
     seed=settings.seed,
     ema_decays=settings.ema_decays,
     ema_warmup=settings.ema_warmup,
+    ema_every=settings.ema_every,
     frozen=experiment.frozen,
     accumulation_steps=settings.accumulation_steps,
     learning_rate=experiment.learning_rate,

@@ -48,6 +48,7 @@ def make_train_step(
   seed: int,
   ema_decays: Iterable[float],
   ema_warmup: bool = False,
+  ema_every: int = 1,
   frozen: Collection[str] | None = None,
   accumulation_steps: int = 1,
   learning_rate: Schedule | None = None,
@@ -64,6 +65,8 @@ def make_train_step(
     seed: seed of all random numbers; the key of a step is `step_key(seed, step)`.
     ema_decays: decays of the averages in the state, in (0, 1).
     ema_warmup: whether the decay d of step n = 0, 1, … is min(d, (1 + n) / (10 + n)).
+    ema_every: E, steps between updates of the averages, each with the decay d^E: the
+      steps n = E - 1, 2 E - 1, … update them.
     frozen: paths, or names of top-level parameters, that the optimizer does not update.
       They do not count in the metric "gradient_norm", and their averages equal them;
       None for those of the network.
@@ -108,8 +111,8 @@ def make_train_step(
   def weight_of(decay: float, step: Array) -> float | Array:
     """The weight of the parameters in an average with this decay."""
     if not ema_warmup:
-      return 1 - decay
-    return 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+      return 1 - decay**ema_every
+    return 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step)) ** ema_every
 
   def average(params: Params, old: Params, decay: float, step: Array) -> Params:
     """The next average. That of frozen parameters would drift by rounding alone."""
@@ -146,13 +149,22 @@ def make_train_step(
     def update(state: TrainState) -> TrainState:
       updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
+
+      def averages(old: dict[str, Params]) -> dict[str, Params]:
+        return {
+          str(decay): average(params, old[str(decay)], decay, state.step)
+          for decay in ema_decays
+        }
+
+      if ema_every == 1:
+        ema = averages(state.ema)
+      else:
+        is_due = (state.step + 1) % ema_every == 0
+        ema = jax.lax.cond(is_due, averages, lambda old: old, state.ema)
       return state.replace(
         params=params,
         opt_state=opt_state,
-        ema={
-          str(decay): average(params, state.ema[str(decay)], decay, state.step)
-          for decay in ema_decays
-        },
+        ema=ema,
         loss_history=objective.timestep_sampler.update(
           state.loss_history, draws.t, total
         ),

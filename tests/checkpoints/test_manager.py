@@ -89,6 +89,16 @@ def test_ema_decay_zero_loads_the_parameters_themselves(tmp_path):
   assert_same(load_ema(tmp_path, ema_decay=0.0).params, state.ema["0.0"])
 
 
+def test_run_with_cudnn_is_loaded_on_a_cpu(tmp_path):
+  config = tiny_dit_config()
+  state = make_state(config)
+  config.model.attention_kernel = "cudnn"
+  checkpoints = Checkpoints(tmp_path, 2)
+  checkpoints.save(7, state, config.to_dict())
+  checkpoints.close()
+  assert load_ema(tmp_path).experiment.model.attention_kernel == "plain"
+
+
 @pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
 def test_load_ema_loads_the_requested_average(saved, decay, expected):
   folder, _, state = saved

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.models.attention import attention
+from mdt_jax.errors import SettingError
+from mdt_jax.models import attention as module
+from mdt_jax.models.attention import attention, check_kernel, cudnn_attention
 
 SHAPE = (3, 20, 2, 8)  # Images, tokens, heads, width of a head.
 
@@ -72,3 +74,53 @@ def test_large_logits_give_finite_gradients(bias):
   expected = value_and_gradients(standard, arguments)
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-3 * max(1, float(abs(b).max())))
+
+
+@pytest.fixture
+def fake_cudnn(monkeypatch):
+  """Replaces cuDNN's kernel by products, without the gradient that cuDNN lacks."""
+
+  def kernel(query, key, value, bias):
+    if bias is not None and len(bias) > 1:
+      bias = jax.lax.stop_gradient(bias)
+    return standard(query, key, value, bias)
+
+  monkeypatch.setattr(module, "_cudnn", kernel)
+  monkeypatch.setattr(module, "check_kernel", lambda *arguments: None)
+
+
+@pytest.mark.parametrize("bias_batch", [0, 1, SHAPE[0]])
+def test_cudnn_attention_has_all_gradients(fake_cudnn, bias_batch):
+  arguments = inputs(bias_batch)
+  found = value_and_gradients(cudnn_attention, arguments)
+  expected = value_and_gradients(standard, arguments)
+  assert len(found) == (5 if bias_batch else 4)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(b).max()))
+
+
+def test_cudnn_refuses_an_odd_number_of_tokens_with_a_bias(fake_cudnn):
+  query = jnp.zeros((1, 5, 2, 8), jnp.bfloat16)
+  with pytest.raises(SettingError) as error:
+    cudnn_attention(query, query, query, jnp.zeros((1, 2, 5, 5)))
+  assert (error.value.setting, error.value.value) == ("attention_kernel", "cudnn")
+
+
+@pytest.mark.parametrize(
+  ("kernel", "dtype", "width"),
+  [
+    ("flash", jnp.float32, 64),
+    ("cudnn", jnp.float32, 64),
+    ("cudnn", jnp.bfloat16, 36),
+    ("cudnn", jnp.bfloat16, 136),
+  ],
+)
+def test_kernel_names_what_it_cannot_run(kernel, dtype, width):
+  with pytest.raises(SettingError) as error:
+    check_kernel(kernel, dtype, width)
+  assert (error.value.setting, error.value.value) == ("attention_kernel", kernel)
+
+
+def test_every_released_head_runs_in_cudnn():
+  for width in (64, 72):
+    check_kernel("cudnn", jnp.bfloat16, width)

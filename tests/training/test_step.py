@@ -61,6 +61,7 @@ def make_step(config):
     seed=config.seed,
     ema_decays=config.ema_decays,
     ema_warmup=config.ema_warmup,
+    ema_every=config.ema_every,
     frozen=experiment.frozen,
     accumulation_steps=config.accumulation_steps,
     learning_rate=experiment.learning_rate,
@@ -177,6 +178,22 @@ def test_ema_warmup_limits_the_decay_and_frozen_parameters_stay():
     if np.any(flatten(after.params)[path] != old)
   }
   assert moved == flatten(state.params).keys() - build(config).frozen
+
+
+def test_averages_change_every_few_steps_only():
+  config = smooth_config(ema_decays=(0.9,), ema_every=3, **DIT)
+  first, step, batch = make_state(config), make_step(config), make_batch(config)
+  states = [first]
+  for _ in range(3):
+    states.append(step(states[-1], batch, None)[0])
+  assert distance(states[2].ema, first.ema) == 0
+  expected = jax.tree.map(
+    lambda old, new: 0.9**3 * np.asarray(old) + (1 - 0.9**3) * np.asarray(new),
+    first.ema["0.9"],
+    states[3].params,
+  )
+  assert distance(states[3].ema["0.9"], expected) < 1e-6
+  assert distance(states[3].ema, first.ema) > 0
 
 
 def test_averages_of_frozen_parameters_stay_too():
