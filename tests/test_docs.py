@@ -1,6 +1,6 @@
 """The pages name what exists: links, commands, flags, settings and public names.
 
-These tests parse the pages and the source. They import no JAX and run no command.
+These tests parse the pages and the source; they run no command and compute nothing.
 """
 
 from __future__ import annotations
