@@ -11,6 +11,9 @@ from mdt_jax.evaluation.image_streams import NpzImages
 from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.scores import summarize
 
+# Scores of images in files; the others ask the data of a run.
+OF_FILES = tuple(name for name, metric in METRICS.items() if not metric.check_data)
+
 
 def features(params, images):
   pixels = pixel_features(params, images)
@@ -30,5 +33,5 @@ def photos(count, seed):
   return images.astype(np.uint8), labels
 
 
-def summary(path, names=tuple(METRICS)):
+def summary(path, names=OF_FILES):
   return summarize(NpzImages(path), extractor(), names)

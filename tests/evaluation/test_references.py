@@ -8,11 +8,11 @@ from etils import epath
 
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.references import read_reference, save_statistics
-from mdt_jax.evaluation.registry import METRICS, inception_metrics
+from mdt_jax.evaluation.registry import inception_metrics
 from mdt_jax.evaluation.scores import score
-from tests.evaluation.cheap import extractor, features, photos, summary
+from tests.evaluation.cheap import OF_FILES, extractor, features, photos, summary
 
-ALL = list(METRICS)
+ALL = list(OF_FILES)
 
 
 def test_saved_statistics_give_the_same_scores(files, tmp_path):

@@ -8,10 +8,9 @@ import pytest
 
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import metrics, scores
-from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.scores import score
 from mdt_jax.evaluation.summary import Summary
-from tests.evaluation.cheap import features, photos, summary
+from tests.evaluation.cheap import OF_FILES, features, photos, summary
 
 
 def by_hand(files, name):
@@ -23,7 +22,7 @@ def by_hand(files, name):
 
 
 def test_scores_match_metrics_of_the_whole_features(files):
-  found = score(list(METRICS), summary(files / "real.npz"), summary(files / "fake.npz"))
+  found = score(OF_FILES, summary(files / "real.npz"), summary(files / "fake.npz"))
   precision, recall = metrics.precision_recall(*by_hand(files, "pool3"))
   expected = {
     "fid": metrics.frechet_distance(*by_hand(files, "pool3")),
@@ -35,7 +34,7 @@ def test_scores_match_metrics_of_the_whole_features(files):
   }
   for name, value in expected.items():
     assert found[name] == pytest.approx(value, rel=1e-4), name
-  assert list(found) == list(METRICS)
+  assert list(found) == list(OF_FILES)
 
 
 def test_summary_keeps_image_features_only_when_needed(files):
