@@ -42,10 +42,12 @@ class _Indentation(Extension):
 
   def extendMarkdown(self, md: Markdown) -> None:
     md.tab_length = 2
+    md.build_parser()  # the parsers of lists read the length when they are built
 
 
 def on_config(config: MkDocsConfig) -> None:
-  config.markdown_extensions.append(_Indentation())  # type: ignore[arg-type]
+  # First, because building the parser anew drops what other extensions have added.
+  config.markdown_extensions.insert(0, _Indentation())  # type: ignore[arg-type]
   pages = [{title: f"api/{page}.md"} for page, (title, _) in api_pages.PAGES.items()]
   for entry in config.nav or []:
     if "API reference" in entry:
