@@ -41,7 +41,7 @@ PAGES = {
   ),
 }
 # Commands, whose flags `--help` lists, their common code, and an old name.
-COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan"}
+COMMANDS = {"main", "sample", "evaluate", "encode", "convert", "plan", "demo"}
 LEFT_OUT = COMMANDS | {"cli", "configs", "conversion", "interrupts"}
 
 

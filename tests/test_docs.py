@@ -76,11 +76,17 @@ def test_links_lead_to_files_and_headings(page):
     assert not anchor or anchor in anchors(target), link
 
 
+def _file_of(command):
+  """The file that `python -m mdt_jax.COMMAND` runs."""
+  path = ROOT / "mdt_jax" / command
+  return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 @functools.cache
 def flags_of(command):
   """The flags that a command defines, and those of all commands."""
   found = {"config", "help", "flagfile"}
-  for path in (ROOT / "mdt_jax" / f"{command}.py", ROOT / "mdt_jax/cli/__init__.py"):
+  for path in (_file_of(command), ROOT / "mdt_jax/cli/__init__.py"):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name = node.args[0] if node.args else None
@@ -109,7 +115,7 @@ def test_commands_have_the_flags_that_the_page_shows(page):
   for command, flags in commands(page):
     if command == "COMMAND":
       continue
-    assert (ROOT / "mdt_jax" / f"{command}.py").exists(), command
+    assert _file_of(command).exists(), command
     for flag in flags:
       name = flag.removeprefix("no") if flag.startswith("no") else flag
       accepted = flags_of(command)
