@@ -166,14 +166,19 @@ class Experiment:
     if platform not in GPU_PLATFORMS:
       accepted = f"needs NVIDIA GPUs, the devices are {platform}: use plain"
       raise SettingError(name, kernel, accepted)
-    lengths = [self.model.num_tokens]
+    accepted = "needs even numbers of tokens beside a bias"
+    has_bias, tokens = self.model.default_objective == "mdt", self.model.num_tokens
+    if has_bias and tokens % 2:
+      accepted = f"{accepted}; an image has {tokens}: see input_size and patch_size"
+      raise SettingError(name, kernel, accepted)
+    lengths: list[int] = []
     for static in self.objective.static_choices:
       lengths += [static] if isinstance(static, int) else []
       lengths += static if isinstance(static, tuple) else []
     odd = [length for length in lengths if length % 2]
-    if odd and self.model.default_objective == "mdt":  # its attention has a bias
-      accepted = f"needs even numbers of tokens beside a bias; a pass has {odd[0]}"
-      raise SettingError(name, kernel, f"{accepted}: set config.masking.multiple")
+    if has_bias and odd:
+      accepted = f"{accepted}; a pass has {odd[0]}: set config.masking.multiple"
+      raise SettingError(name, kernel, accepted)
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.
@@ -366,7 +371,7 @@ class Experiment:
       raise SettingError("config.data.validation", share, "must lie in [0, 0.5]")
     if part == share == 0:
       return examples
-    if getattr(examples, "is_endless", False):
+    if share and getattr(examples, "is_endless", False):
       accepted = "must be 0: the data is endless"
       raise SettingError("config.data.validation", share, accepted)
     indices = split_indices(len(examples), share)[part]

@@ -67,7 +67,8 @@ class Settings:
   # step n = 0, 1, … is at most (1 + n) / (10 + n).
   ema_warmup: bool = False
   # Steps between updates of the averages, in [1, num_steps]. An update has the decay to
-  # the power of this number. Fewer updates read and write less memory.
+  # the power of this number, and is left out if its step is skipped. Fewer updates read
+  # and write less memory; steps after the last multiple are not averaged.
   ema_every: int = 1
   data: DataSettings = DataSettings()
   mesh: MeshSettings = MeshSettings()

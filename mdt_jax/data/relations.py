@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int, Num, UInt8
 
 from mdt_jax.data.examples import Example, SourceArguments
-from mdt_jax.errors import SettingError, check_arguments, named_in_errors
+from mdt_jax.errors import SettingError, named_in_errors
 
 # Kinds of relations; each is a setting of `Relations`, the number of such relations.
 KINDS = ("near_pairs", "far_pairs", "mirrored_rows", "sums", "counts")
@@ -28,6 +29,7 @@ GRIDS = (4, 16)  # smallest and largest G
 GLYPH_SIZES = (2, 4, 8, 16)
 COUNTED = 0  # the glyph whose number is fixed in a counted row
 CHANNELS = 1
+OF_SOURCE = ("num_images", "labels", "seed")  # settings of `RelationsSource`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Relations:
     counts         the lowest rows: `counted` cells of the row, at random places, show
                    glyph 0, and the others do not.
     near_pairs     cells side by side in the rows between: equal.
-    far_pairs      pairs of the cells that remain, at least G / 2 rows or columns apart:
-                   equal.
+    far_pairs      pairs of the cells that remain, at least floor(G / 2) rows or columns
+                   apart: equal.
     sums           triples (A, B, C) of the cells that remain: C = (A + B) mod K.
 
   The cells that no relation ties are free.
@@ -53,7 +55,7 @@ class Relations:
     near_pairs, far_pairs, mirrored_rows, sums, counts: number of relations of each
       kind, at least 0.
     counted: number of cells of a counted row that show glyph 0, in [1, G - 1]. None:
-      G / 2.
+      floor(G / 2).
     shift: pixels by which cells are moved to the right and down, around the edges, in
       [0, glyph_size). With patches of glyph_size, shift = 0 makes each token one cell.
 
@@ -78,8 +80,7 @@ class Relations:
       value = getattr(self, field.name)
       if value is None and field.name == "counted":
         continue
-      if not isinstance(value, int) or isinstance(value, bool):
-        raise SettingError(field.name, value, "must be a whole number")
+      _whole(field.name, value)
     if self.glyph_size not in GLYPH_SIZES:
       accepted = "must be 2, 4, 8 or 16: glyphs are rows of a Hadamard matrix"
       raise SettingError("glyph_size", self.glyph_size, accepted)
@@ -88,6 +89,7 @@ class Relations:
       "grid": GRIDS,
       "glyphs": (2, self.glyph_size**2),
       **dict.fromkeys(KINDS, (0, self.grid**2)),
+      **dict.fromkeys(("mirrored_rows", "counts"), (0, self.grid)),
       "counted": counted,
       "shift": (0, self.glyph_size - 1),
     }
@@ -233,7 +235,8 @@ class Relations:
       images: uint8 or floats in [0, 255].
 
     Returns:
-      (glyphs, distances), each (N, G^2). Distances are in units in which pixels lie in
+      (glyphs, distances), each (N, G^2). The glyph is -1 if no single glyph is nearest,
+      as in a grey cell or with NaN. Distances are in units in which pixels lie in
       [-1, 1]: 0 for a perfect glyph, about 1.4 between two glyphs.
     """
     size, count = self.glyph_size, len(images)
@@ -242,21 +245,35 @@ class Relations:
     cells = pixels.reshape(count, self.grid, size, self.grid, size)
     cells = np.swapaxes(cells, 2, 3).reshape(count, self.grid**2, size**2)
     products = cells @ self.patterns.reshape(self.glyphs, -1).T.astype(np.float32)
-    glyphs = products.argmax(axis=-1)
+    best = products.max(-1)
+    is_unique = (products == best[..., None]).sum(-1) == 1
+    glyphs = np.where(is_unique, products.argmax(axis=-1), -1)
     # |x - g|^2 = |x|^2 - 2 x g + |g|^2, and |g|^2 is the number of pixels.
-    squares = (cells**2).mean(-1) - 2 * products.max(-1) / size**2 + 1
+    squares = (cells**2).mean(-1) - 2 * best / size**2 + 1
     return glyphs, np.sqrt(np.maximum(squares, 0))
 
   def holds(
     self, kind: str, glyphs: Int[np.ndarray, "N G*G"]
   ) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """Whether each relation of a kind holds: (N, number of relations)."""
-    tied = glyphs[:, self.cells[kind]]  # (N, relations, members)
+    """Whether each relation of a kind holds: (N, n); n pairs for mirrored rows.
+
+    A relation of a cell without a glyph (-1) does not hold.
+    """
+    tied = glyphs[:, self.cells[kind]]  # (N, n, members)
     if kind == "sums":
-      return (tied[..., 0] + tied[..., 1]) % self.glyphs == tied[..., 2]
-    if kind == "counts":
-      return (tied == COUNTED).sum(axis=-1) == self.num_counted
-    return tied[..., 0] == tied[..., 1]
+      holds = (tied[..., 0] + tied[..., 1]) % self.glyphs == tied[..., 2]
+    elif kind == "counts":
+      holds = (tied == COUNTED).sum(axis=-1) == self.num_counted
+    else:
+      holds = tied[..., 0] == tied[..., 1]
+    return holds & (tied >= 0).all(axis=-1)
+
+
+def _whole(name: str, value: object) -> int:
+  """Returns a whole number; raises SettingError for anything else."""
+  if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    raise SettingError(name, value, "must be a whole number")
+  return int(value)
 
 
 def _take(
@@ -298,14 +315,12 @@ class RelationsSource:
     seed: int = 0,
   ):
     for name, value, least, most in (
-      ("num_images", num_images, 1, ENDLESS),
+      ("num_images", num_images, 1, ENDLESS - 1),
       ("seed", seed, 0, 2**32 - 1),
     ):
       if value is None and name == "num_images":
         continue
-      if not isinstance(value, int) or isinstance(value, bool):
-        raise SettingError(name, value, "must be a whole number")
-      if not least <= value <= most:
+      if not least <= _whole(name, value) <= most:
         raise SettingError(name, value, f"must lie in [{least:,}, {most:,}]")
     if not isinstance(labels, bool):
       raise SettingError("labels", labels, "must be true or false")
@@ -365,11 +380,13 @@ def open_relations(arguments: SourceArguments) -> RelationsSource:
       input than the images.
   """
   given = dict(arguments.arguments)
-  own = {
-    name: given.pop(name) for name in ("num_images", "labels", "seed") if name in given
-  }
+  own = {name: given.pop(name) for name in OF_SOURCE if name in given}
   with named_in_errors("config.data.arguments"):
-    check_arguments(Relations, given, "the source relations")
+    for name in given:
+      if name not in Relations.__dataclass_fields__:
+        known = ", ".join([*Relations.__dataclass_fields__, *OF_SOURCE])
+        accepted = f"is no setting of the source relations; accepted are {known}"
+        raise SettingError(name, given[name], accepted)
     source = RelationsSource(Relations(**given), **own)
   side = source.relations.side
   if arguments.image_size != side:

@@ -87,7 +87,7 @@ def create_source(
 
   Args:
     name: a key of SOURCES, as in `config.data.source`.
-    path: path of the data; see the entry in SOURCES. None for "digits".
+    path: path of the data; see the entry in SOURCES. None for "digits", "relations".
     split: split of a TFDS data set; other sources ignore it.
     image_size: height and width of the examples, see `mdt_jax.sizes`; 8 for "digits".
     channels: number of channels of the examples; 1 for "digits".

@@ -134,6 +134,10 @@ class Evaluator:
 
     The check takes no time, while drawing the images may take hours.
     """
+    if self.real.source is not None:
+      names = {name: f"{self._prefix}{name}" for name in ("metrics", "num_images")}
+      with renamed_in_errors(names):
+        scores.check_data(self.metrics, self.real.source, images.labels)
     scores.check_comparable(
       self.metrics,
       self.real,

@@ -121,6 +121,7 @@ def load_run(
       source=source,
       path=data_path or (data.path if has_path else None),
       arguments=data.arguments if source == data.source else {},
+      flip=data.flip and source != "relations",  # a score flips nothing
       validation=0.0,  # the run did not train on any of this data
     )
   experiment = experiment.with_sampling(sampling or {})

@@ -47,9 +47,9 @@ class Metric:
     check_labels: (labels of real images, labels of images to be drawn) -> None. Raises
       SettingError for "reference" or "num_images" if the score does not exist for these
       labels. Called before the images are drawn.
-    check_data: data of the run -> None. Raises SettingError for "metrics" if the score
-      does not exist for the data. None: `compute` does not use the data itself, so that
-      the score needs no run.
+    check_data: (data of the run, labels of images to be drawn or None) -> None. Raises
+      SettingError for "metrics" or "num_images" if the score does not exist for them.
+      None: `compute` does not use the data itself, so that the score needs no run.
   """
 
   compute: ScoreFn
@@ -60,7 +60,7 @@ class Metric:
   needs_labels: bool = False
   fewest: int = 2
   check_labels: Callable[[np.ndarray, np.ndarray], None] | None = None
-  check_data: Callable[[Source], None] | None = None
+  check_data: Callable[[Source, np.ndarray | None], None] | None = None
 
   @property
   def needs_inception(self) -> bool:
@@ -121,11 +121,11 @@ def relation_metric(name: str) -> Metric:
     images = pixels.reshape(-1, *source.image_shape)
     return relation_scores.relation_score(name, source, images, generated.labels)
 
-  def check_data(source: Source) -> None:
+  def check_data(source: Source, labels: np.ndarray | None) -> None:
     if not isinstance(source, RelationsSource):
       accepted = "needs a run with config.data.source = 'relations'"
       raise SettingError("metrics", name, accepted)
-    relation_scores.check_score(name, source)
+    relation_scores.check_score(name, source, labels)
 
   return Metric(
     compute,

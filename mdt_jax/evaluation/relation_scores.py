@@ -6,13 +6,16 @@ valid_cells      share of cells that show a glyph: their root mean squared dista
 near_pairs, far_pairs, mirrored_rows, sums, counts
                  share of the relations of a kind that hold, over the images whose
                  label asks for the kind. Each cell counts as its nearest glyph, valid
-                 or not, so that these scores start at chance; see `chance`.
+                 or not, so that a network that has learnt glyphs alone scores at
+                 `chance`. Read them beside valid_cells and free_entropy: images of
+                 one glyph alone score 1.
 free_entropy     entropy of the glyphs of a free cell over the images, divided by
                  log K, on average over the free cells: 1 if uniform, 0 if all images
-                 have the same glyph.
-nearest_cells    share of cells that an image shares with the most similar training
-                 image, on average over the images: 1 if all images are copies. Only
-                 for data with a number of images.
+                 have the same glyph. With N images, the entropy of uniform cells is
+                 about (K - 1) / (2 N) below log K.
+nearest_cells    share of cells that an image shares with the most similar image of
+                 the data (held out or not), on average over the images: 1 if all
+                 images are copies. Only for data with a number of images.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Int, Num
+from jaxtyping import Bool, Int, Num
 
 from mdt_jax.data.relations import KINDS, Relations, RelationsSource
 from mdt_jax.errors import SettingError
 
 VALID = 0.5  # largest distance of a valid cell to its glyph
 NAMES = ("valid_cells", *KINDS, "free_entropy", "nearest_cells")
+MOST_IMAGES = 100_000  # of the data, for nearest_cells
 _CELLS_A_BLOCK = 2**24  # comparisons of cells at once: 16 MB
 
 
@@ -49,7 +53,9 @@ def relation_score(
       `check_score`, or no label asks for the kind of relation. Setting "images": the
       images have another shape.
   """
-  check_score(name, source)
+  check_score(name, source, labels)
+  if not len(images):
+    raise SettingError("images", 0, f"{name} needs at least 1 image")
   relations = source.relations
   if images.shape[1:] != source.image_shape:
     accepted = f"must have the shape {source.image_shape}"
@@ -61,24 +67,47 @@ def relation_score(
     return _entropy(glyphs[:, relations.cells["free"][:, 0]], relations.glyphs)
   if name == "nearest_cells":
     return _nearest(glyphs, source.all_cells)
-  if labels is not None and source.num_classes > 1:
-    asked = [name in source.kinds_of(int(label)) for label in labels]
-    glyphs = glyphs[np.asarray(asked, bool)]
-  elif source.num_classes > 1:
-    raise SettingError("metrics", name, "needs labels of the images (arr_1)")
-  if not len(glyphs):
-    raise SettingError("metrics", name, "needs an image whose label asks for it")
+  if source.num_classes > 1:
+    if labels is None:
+      raise SettingError("metrics", name, "needs labels of the images (arr_1)")
+    glyphs = glyphs[_asked(name, source, labels)]
   return float(relations.holds(name, glyphs).mean())
 
 
-def check_score(name: str, source: RelationsSource) -> None:
-  """Raises SettingError for "metrics" if a score does not exist for some data."""
+def check_score(
+  name: str, source: RelationsSource, labels: Int[np.ndarray, " N"] | None = None
+) -> None:
+  """Raises SettingError if a score does not exist for some data, or for some labels.
+
+  Args:
+    name: one of `NAMES`.
+    source: the data.
+    labels: labels of the images to score, if they are known.
+  """
   if name in KINDS and not getattr(source.relations, name):
     accepted = f"needs config.data.arguments.{name} of at least 1"
     raise SettingError("metrics", name, accepted)
   if name == "nearest_cells" and source.is_endless:
     accepted = "needs config.data.arguments.num_images: the data is endless"
     raise SettingError("metrics", name, accepted)
+  if name == "nearest_cells" and len(source) > MOST_IMAGES:
+    accepted = f"needs data of at most {MOST_IMAGES:,} images"
+    raise SettingError("metrics", name, accepted)
+  if labels is None or source.num_classes == 1:
+    return
+  if len(labels) and not 0 <= labels.min() <= labels.max() < source.num_classes:
+    accepted = f"must have labels in [0, {source.num_classes})"
+    raise SettingError("images", int(labels.max()), accepted)
+  if name in KINDS and not _asked(name, source, labels).any():
+    accepted = f"{name} needs an image whose label asks for it"
+    raise SettingError("num_images", len(labels), accepted)
+
+
+def _asked(
+  name: str, source: RelationsSource, labels: Int[np.ndarray, " N"]
+) -> Bool[np.ndarray, " N"]:
+  """Whether the label of each image asks for a kind of relations."""
+  return np.array([name in source.kinds_of(int(label)) for label in labels], bool)
 
 
 def chance(name: str, relations: Relations) -> float:
@@ -93,7 +122,8 @@ def _entropy(glyphs: Int[np.ndarray, "N cells"], num_glyphs: int) -> float:
   """Entropy of the glyphs of each cell over the images, over log K; the mean."""
   found = []
   for column in glyphs.T:
-    shares = np.bincount(column, minlength=num_glyphs) / len(column)
+    # Entry 0 counts cells without a glyph.
+    shares = np.bincount(column + 1, minlength=num_glyphs + 1) / len(column)
     shares = shares[shares > 0]
     found.append(-(shares * np.log(shares)).sum() / math.log(num_glyphs))
   return float(np.mean(found))

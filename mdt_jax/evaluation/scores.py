@@ -130,12 +130,20 @@ def of_real_images(names: Sequence[str]) -> list[str]:
   return [name for name in names if METRICS[name].needs_real]
 
 
-def check_data(names: Sequence[str], source: Source) -> None:
-  """Raises SettingError for "metrics" if a score does not exist for the run's data."""
+def check_data(
+  names: Sequence[str], source: Source, labels: Int[np.ndarray, " N"] | None = None
+) -> None:
+  """Raises SettingError if a score does not exist for the run's data.
+
+  Args:
+    names: keys of `METRICS`.
+    source: the data of the run.
+    labels: labels of images to be drawn, if they are known.
+  """
   for name in names:
     check = METRICS[name].check_data
     if check is not None:
-      check(source)
+      check(source, labels)
 
 
 def check_number(count: int, names: Sequence[str], setting: str) -> None:

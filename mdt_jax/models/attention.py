@@ -115,7 +115,8 @@ def _own_bias_backward(
   q, k, v, out, d_out = (
     x.swapaxes(1, 2) for x in (query, key, value, out, gradient)
   )  # (B, H, K, d)
-  weights = jax.nn.softmax(_logits(q, k, bias), axis=-1)
+  rounded = bias.astype(query.dtype).astype(jnp.float32)  # as the kernel read it
+  weights = jax.nn.softmax(_logits(q, k, rounded), axis=-1)
   d_weights = jnp.einsum(
     "bhqd,bhkd->bhqk", d_out, v, preferred_element_type=jnp.float32
   )

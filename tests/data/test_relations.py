@@ -139,6 +139,9 @@ def test_endless_source_has_an_example_at_its_end():
     ({"far_pairs": 6}, "far_pairs"),
     ({"sums": 3}, "sums"),
     ({"mirrored_rows": 3, "counts": 2}, "counts"),
+    ({"mirrored_rows": 16}, "mirrored_rows"),
+    ({"num_images": ENDLESS}, "num_images"),
+    ({"grid": "4"}, "grid"),
     (
       {"mirrored_rows": 4, "counts": 0, "near_pairs": 0, "far_pairs": 0, "sums": 0},
       "mirrored_rows",

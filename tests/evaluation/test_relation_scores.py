@@ -80,6 +80,19 @@ def test_mixture_of_two_glyphs_is_not_valid():
   assert relation_score("valid_cells", SOURCE, (first + second) / 2) == 0
 
 
+@pytest.mark.parametrize("pixel", [127.5, np.nan])
+@pytest.mark.parametrize("name", KINDS)
+def test_cells_without_a_nearest_glyph_break_their_relations(name, pixel):
+  images = np.full((3, 12, 12, 1), pixel, np.float32)
+  assert relation_score(name, SOURCE, images) == 0
+
+
+def test_no_image_is_refused():
+  with pytest.raises(SettingError) as error:
+    relation_score("sums", SOURCE, np.zeros((0, 12, 12, 1)))
+  assert error.value.setting == "images"
+
+
 def test_entropy_is_near_one_for_uniform_cells_and_zero_for_one_image(uniform):
   assert relation_score("free_entropy", SOURCE, uniform) == pytest.approx(1, abs=1e-3)
   same = np.repeat(uniform[:1], 50, axis=0)
@@ -109,7 +122,10 @@ def test_relation_counts_in_images_whose_label_asks_for_it(cells):
   assert relation_score("near_pairs", labelled, images, only_first) == 1
   with pytest.raises(SettingError) as error:
     relation_score("sums", labelled, images, only_first)
-  assert error.value.value == "sums"
+  assert (error.value.setting, error.value.value) == ("num_images", 2)
+  with pytest.raises(SettingError) as error:
+    relation_score("sums", labelled, images, np.array([1, 99]))
+  assert error.value.setting == "images"
 
 
 def test_labels_are_needed_where_the_data_has_labels(uniform):
@@ -148,6 +164,20 @@ def test_evaluator_asks_the_data_of_the_run(cells):
   assert list(found) == list(NAMES)
   assert found["sums"] == found["valid_cells"] == 1
   assert 0.4 < found["nearest_cells"] < 1
+
+
+def test_evaluator_checks_the_labels_to_be_drawn():
+  labelled = RelationsSource(RELATIONS, labels=True)
+  evaluate = Evaluator.create(
+    ["sums"], open_data=lambda: labelled, prefix="config.eval."
+  )
+
+  class Drawn:
+    labels, image_shape = np.zeros(4, np.int32), (12, 12, 1)
+
+  with pytest.raises(SettingError) as error:
+    evaluate.check(Drawn())
+  assert error.value.setting == "config.eval.num_images"
 
 
 def test_evaluator_refuses_relations_without_a_run():
