@@ -175,6 +175,7 @@ class Condition:
     relations: the relations of the data.
     num_images: number of training images; None for endless data.
     tuned_on: condition whose learning rates the arms have; None to tune them.
+    learning_rate: rate of all arms; None to tune it.
     arms: names of the arms.
     num_steps: training steps.
     hidden_size, depth, num_heads: size of the networks.
@@ -186,6 +187,7 @@ class Condition:
   relations: Relations
   num_images: int | None = None
   tuned_on: str | None = None
+  learning_rate: float | None = None
   arms: tuple[str, ...] = tuple(ARMS)
   num_steps: int = 3000
   hidden_size: int = 64
@@ -234,6 +236,7 @@ CONDITIONS: dict[str, Condition] = {
   # On a GPU: benchmarks/relations_gpu.sh
   "256": Condition(
     CELLS_256,
+    learning_rate=1e-3,
     arms=GPU_ARMS,
     num_steps=1500,
     hidden_size=384,
@@ -245,6 +248,7 @@ CONDITIONS: dict[str, Condition] = {
   # A tenth of it, to try the script on a CPU.
   "256_tiny": Condition(
     CELLS_256,
+    learning_rate=1e-3,
     arms=GPU_ARMS,
     num_steps=150,
     hidden_size=36,
@@ -345,12 +349,19 @@ def build_run(
   return build(config, model=model, objective=objective)  # pyright: ignore
 
 
-def step_flops(experiment: Experiment, num_steps: int) -> float:
-  """Mean operations of a training step on a whole batch, over the steps of a run."""
+def step_flops(experiment: Experiment, num_steps: int, seed: int = 0) -> float:
+  """Mean operations of a training step on a whole batch, over the first steps.
+
+  Args:
+    experiment: the run.
+    num_steps: number of steps to average over.
+    seed: seed of the run.
+  """
   objective, model = experiment.objective, experiment.model
-  drawn = [objective.choose_static(0, step) for step in range(num_steps)]
-  one = {static: objective.flops(static) for static in set(drawn)}
-  mean = float(np.mean([one[static] for static in drawn]))
   if isinstance(model, PartialMDT):
     mean = 3.0 * (forward_flops(model) - model.missing_flops)
+    return mean * experiment.settings.batch_size
+  drawn = [objective.choose_static(seed, step) for step in range(num_steps)]
+  one = {static: objective.flops(static) for static in set(drawn)}
+  mean = float(np.mean([one[static] for static in drawn]))
   return mean * experiment.settings.batch_size

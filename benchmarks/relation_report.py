@@ -15,6 +15,18 @@ from mdt_jax.evaluation.relation_scores import chance
 PAIRS = ("near_pairs", "far_pairs", "mirrored_rows")  # kinds that the summary counts
 GOALS = (0.5, 0.9)  # shares of the way from chance to 1
 NUM_RESAMPLES = 400
+# Pairs of arms of the hypotheses.
+COMPARED = (
+  ("mdtv2_masked_30_50", "mdtv2_two_unmasked"),
+  ("mdtv2_masked_30_50", "mdtv2_unmasked"),
+  ("mdtv2_two_unmasked", "mdtv2_unmasked"),
+  ("mdtv2_unmasked", "dit"),
+  ("dit_depth_x2", "dit"),
+  ("dit_bias", "dit"),
+  ("dit_bias", "mdtv2_unmasked"),
+  ("mdtv2_no_bias", "mdtv2_unmasked"),
+  ("tread_end", "dit"),
+)
 FIGURES = {
   "main": (
     "dit",
@@ -49,15 +61,37 @@ def way(row: Row, condition: Condition, kinds: Sequence[str]) -> float:
 
 def runs_of(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> Runs:
   """The runs of a condition with the learning rate of their arm, by arm and seed."""
-  found: Runs = collections.defaultdict(list)
+  found: dict[tuple[str, int], dict[int, Row]] = collections.defaultdict(dict)
   for row in rows:
     arm, seed = row["arm"], row["seed"]
     if row["condition"] == name and row["learning_rate"] == rates.get(arm):
-      found[arm, seed].append(row)
-  for points in found.values():
-    points.sort(key=lambda row: row["step"])
-  last = CONDITIONS[name].num_steps
-  return {key: points for key, points in found.items() if points[-1]["step"] == last}
+      found[arm, seed].setdefault(row["step"], dict(row))
+  runs: Runs = {}
+  for key, by_step in found.items():
+    points = [by_step[step] for step in sorted(by_step)]
+    if points[-1]["step"] == CONDITIONS[name].num_steps:
+      runs[key] = points
+      _add_costs(points)
+  return runs
+
+
+def _add_costs(points: list[Row]) -> None:
+  """Adds "flops" (10^9) and "seconds" from the start of the run to its points."""
+  before, seconds = 0, 0.0
+  for row in points:
+    seconds += (row["step"] - before) * row["cpu_seconds"]
+    before = row["step"]
+    row["flops"] = row["step"] * row["gflops_a_step"]
+    row["seconds"] = seconds
+
+
+def cost_at(runs: Sequence[list[Row]], step: float, key: str) -> float:
+  """Mean cost of some runs up to a step, linear between their points."""
+  costs = []
+  for points in runs:
+    steps = [0.0, *(row["step"] for row in points)]
+    costs.append(np.interp(step, steps, [0.0, *(row[key] for row in points)]))
+  return float(np.mean(costs))
 
 
 def first_above(steps: Sequence[float], values: Sequence[float], goal: float) -> float:
@@ -94,7 +128,11 @@ def resampled(rows: Sequence[Row], rng: np.random.Generator) -> list[Row]:
 def interval(
   runs: Sequence[list[Row]], statistic: Callable[[Sequence[list[Row]]], float]
 ) -> tuple[float, float]:
-  """95% interval of a statistic, by bootstrap over seeds and images."""
+  """Range of a statistic by bootstrap over seeds and images: 2.5% to 97.5%.
+
+  Three seeds are few, so that the range is near that of the seeds and covers the truth
+  in fewer than 95% of cases.
+  """
   rng = np.random.default_rng(0)
   found = []
   for _ in range(NUM_RESAMPLES):
@@ -114,44 +152,72 @@ def table(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> lis
   if not base:
     return ["no finished run of dit"]
 
-  def mean_of(key: str, points: Sequence[list[Row]]) -> float:
-    return float(np.median([point[key] for run in points for point in run]))
-
+  last = condition.num_steps
+  measured = ("valid_cells", "free_entropy")
+  columns = [*kinds, *measured, "steps to 50%", "steps to 90%"]
+  columns += ["FLOPs to 50%", "seconds to 50%"]
   lines = [
-    f"| arm | learning rate | FLOPs a step | seconds a step | {' | '.join(kinds)} | "
-    "steps to 50% | steps to 90% | FLOPs to 50% | seconds to 50% |",
-    f"| {' | '.join(['---'] * (8 + len(kinds)))} |",
+    "FLOPs and seconds are those of `dit` times the figure. A score is the mean of the "
+    "seeds, and each of them.",
+    "",
+    f"| arm | learning rate | FLOPs a step | seconds a step | {' | '.join(columns)} |",
+    f"| {' | '.join(['---'] * (4 + len(columns)))} |",
   ]
-  to_goal = {}
+  start = reached(base, condition, GOALS[0])
   for arm in condition.arms:
-    mine = [points for (other, _), points in runs.items() if other == arm]
+    mine = [points for (other, _), points in sorted(runs.items()) if other == arm]
     if not mine:
       continue
-
-    def reached(points: Sequence[list[Row]], goal: float) -> float:
-      steps = [row["step"] for row in points[0]]
-      curve = np.mean(
-        [[way(row, condition, PAIRS) for row in run] for run in points], axis=0
-      )
-      return first_above(steps, curve.tolist(), goal)
-
-    flops, seconds = (
-      mean_of(key, mine) / mean_of(key, base)
-      for key in ("gflops_a_step", "cpu_seconds")
-    )
-    cells = [f"`{arm}`", f"{rates[arm]:g}", f"{flops:.2f}", f"{seconds:.2f}"]
+    cells = [f"`{arm}`", f"{rates[arm]:g}"]
+    for key in ("flops", "seconds"):
+      cells.append(f"{cost_at(mine, last, key) / cost_at(base, last, key):.2f}")
     for kind in kinds:
-      last = [share(run[-1][kind]) for run in mine]
-      cells.append(f"{np.mean(last):.2f} ({', '.join(f'{x:.2f}' for x in last)})")
+      scores = [share(run[-1][kind]) for run in mine]
+      cells.append(f"{np.mean(scores):.2f} ({', '.join(f'{x:.2f}' for x in scores)})")
+    cells += [f"{np.mean([run[-1][name] for run in mine]):.2f}" for name in measured]
     for goal in GOALS:
-      found = reached(mine, goal)
-      low, high = interval(mine, lambda points, goal=goal: reached(points, goal))
+      found = reached(mine, condition, goal)
+      low, high = interval(
+        mine, lambda points, goal=goal: reached(points, condition, goal)
+      )
       cells.append(f"{_steps(found)} [{_steps(low)}, {_steps(high)}]")
-      to_goal[arm, goal] = found
-    for factor in (flops, seconds):
-      ratio = to_goal[arm, 0.5] * factor / to_goal["dit", 0.5]
-      cells.append("-" if np.isnan(ratio) else f"{ratio:.2f}")
+    found = reached(mine, condition, GOALS[0])
+    for key in ("flops", "seconds"):
+      ratio = cost_at(mine, found, key) / cost_at(base, start, key)
+      cells.append("never" if np.isnan(found) else f"{ratio:.2f}")
     lines.append(f"| {' | '.join(cells)} |")
+  return lines + ratios(runs, condition)
+
+
+def reached(runs: Sequence[list[Row]], condition: Condition, goal: float) -> float:
+  """The step at which the mean P of some runs reaches a goal; NaN if never."""
+  steps = [row["step"] for row in runs[0]]
+  curves = [[way(row, condition, PAIRS) for row in run] for run in runs]
+  return first_above(steps, np.mean(curves, axis=0).tolist(), goal)
+
+
+def ratios(runs: Runs, condition: Condition) -> list[str]:
+  """Lines of the ratios of steps to 50% between pairs of arms of the hypotheses."""
+  lines = ["", "Steps to 50%, and their ratio with both arms resampled by seed:", ""]
+  for first, second in COMPARED:
+    seeds = {seed for arm, seed in runs if arm == first}
+    seeds &= {seed for arm, seed in runs if arm == second}
+    if not seeds:
+      continue
+    pairs = [[*runs[first, seed], *runs[second, seed]] for seed in sorted(seeds)]
+
+    def ratio(points: Sequence[list[Row]]) -> float:
+      half = len(points[0]) // 2
+      steps = [
+        reached([run[part] for run in points], condition, GOALS[0])
+        for part in (slice(half), slice(half, None))
+      ]
+      return steps[0] / steps[1]
+
+    low, high = interval(pairs, ratio)
+    lines.append(
+      f"- `{first}` / `{second}`: {ratio(pairs):.2f} [{low:.2f}, {high:.2f}]"
+    )
   return lines
 
 
@@ -161,8 +227,8 @@ def _steps(value: float) -> str:
 
 PLACES: dict[str, Callable[[Row], float]] = {
   "steps": lambda row: row["step"],
-  "TFLOPs": lambda row: row["step"] * row["gflops_a_step"] / 1e3,
-  "seconds on one core": lambda row: row["step"] * row["cpu_seconds"],
+  "TFLOPs": lambda row: row["flops"] / 1e3,
+  "seconds on one core": lambda row: row["seconds"],
 }
 
 

@@ -45,6 +45,7 @@ from benchmarks.relation_arms import (
 from benchmarks.tables import DOCS
 from mdt_jax.atomic import atomic_write
 from mdt_jax.data.relations import RelationsSource
+from mdt_jax.errors import check_choice
 from mdt_jax.evaluation.relation_scores import relation_score
 from mdt_jax.sampling.blocks import generate_batches
 from mdt_jax.sampling.generator import make_generator
@@ -155,16 +156,19 @@ class Run:
     """Trains up to step `last`, and returns the mean losses and seconds a step."""
     experiment, batch_size = self.experiment, self.experiment.settings.batch_size
     losses, seconds, compiled = [], [], set()
+    # Processor time, because other programs use the core too; a GPU's host waits.
+    is_cpu = jax.default_backend() == "cpu"
+    clock = time.process_time if is_cpu else time.perf_counter
     for step in range(self.done, last):
       batch = self._batch(step, batch_size)
       static = experiment.objective.choose_static(self._seed, step)
-      start = time.process_time()
+      start = clock()
       self._state, metrics = self._step(
         self._state, batch, static, np.uint32(self._seed), np.float32(self._rate)
       )
       jax.block_until_ready(self._state)
       if static in compiled:
-        seconds.append(time.process_time() - start)
+        seconds.append(clock() - start)
       compiled.add(static)
       losses.append(mean_metrics(metrics)["loss"])
     return {"loss": float(np.mean(losses)), "cpu_seconds": float(np.median(seconds))}
@@ -217,24 +221,33 @@ class Run:
 def train_run(name: str, arm: str, seed: int, rate: float, results: Path) -> None:
   """Does the run of the arguments, and appends its points to `results`."""
   condition = CONDITIONS[name]
+  keys = ("condition", "arm", "seed", "learning_rate")
+  wanted = (name, arm, seed, rate)
+  done = {
+    row["step"] for row in read(results) if tuple(row[key] for key in keys) == wanted
+  }
   folder = Path(FOLDER.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   file = folder / f"{name}-{arm}-{seed}-{rate:g}.msgpack"
-  run = Run(condition, ARMS[arm], seed, rate, file)
   tuning = seed == TUNING_SEED
   points = tuning_points(condition) if tuning else points_of(condition.num_steps)
-  flops = step_flops(run.experiment, condition.num_steps)
-  row = {"condition": name, "arm": arm, "seed": seed, "learning_rate": rate}
+  if set(points) <= done:
+    return
+  run = Run(condition, ARMS[arm], seed, rate, file)
+  row: dict[str, Any] = dict(zip(keys, wanted, strict=True))
+  row["device"] = jax.devices()[0].device_kind
   for point in points:
     if point <= run.done:
       continue
     measured = run.train(point)
+    flops = step_flops(run.experiment, point, seed)  # the mean up to here
+    measured["gflops_a_step"] = flops / 1e9
     rounded = {key: float(f"{value:.5g}") for key, value in measured.items()}
-    found = {**row, "step": point, "gflops_a_step": round(flops / 1e9, 4), **rounded}
-    line = json.dumps(found | run.evaluate()) + "\n"
-    with results.open("a") as opened:
-      opened.write(line)  # one write, so that lines of several processes stay whole
+    line = json.dumps({**row, "step": point, **rounded, **run.evaluate()}) + "\n"
+    if point not in done:  # a process killed before `save` has written it
+      with results.open("a") as opened:
+        opened.write(line)  # one write, so that lines of several processes stay whole
     run.save()
   file.unlink(missing_ok=True)
 
@@ -247,11 +260,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def tuned_rate(rows: list[dict[str, Any]], name: str, arm: str) -> float | None:
-  """The learning rate with the smallest loss at the end of its tuning run.
+  """The learning rate of an arm: the smallest loss at the end of its tuning run.
 
   Returns:
-    The rate; None if a run is missing.
+    The rate; None if a tuning run is missing.
   """
+  if CONDITIONS[name].learning_rate is not None:
+    return CONDITIONS[name].learning_rate
   name = CONDITIONS[name].tuned_on or name
   last = tuning_points(CONDITIONS[name])[-1]
   found = {
@@ -325,9 +340,12 @@ def main(argv: list[str]) -> None:
     relation_report.report(rows, rates)
     return
   for name in CONDITION.value:
+    check_choice("--conditions", name, CONDITIONS)
     condition, arms = CONDITIONS[name], ARM.value or CONDITIONS[name].arms
+    for arm in arms:
+      check_choice("--arms", arm, ARMS)
     rows = read(results)
-    if condition.tuned_on is None:
+    if condition.tuned_on is None and condition.learning_rate is None:
       last = tuning_points(condition)[-1]
       jobs = [(name, arm, TUNING_SEED, rate) for arm in arms for rate in RATES]
       run_all([job for job in jobs if not is_finished(rows, *job[:3], last, job[3])])
@@ -341,6 +359,8 @@ def main(argv: list[str]) -> None:
       and not is_finished(rows, name, arm, int(seed), condition.num_steps, rate)
     ]
     run_all(jobs)
+    if missing := [arm for arm, rate in rates.items() if rate is None]:
+      sys.exit(f"a tuning run failed, so these arms did not run: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
