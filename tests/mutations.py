@@ -32,7 +32,7 @@ class Fault:
 STEP = "training/test_step.py"
 FAULTS = {
   "averages swap their shares": Fault(
-    "training/step.py", "return 1 - decay\n", "return decay\n", STEP
+    "training/step.py", "return 1 - decay**ema_every\n", "return decay\n", STEP
   ),
   "accumulated gradients are a sum": Fault(
     "training/step.py", "lambda g: g / accumulation_steps", "lambda g: g", STEP
@@ -168,8 +168,8 @@ FAULTS = {
   ),
   "guidance moves away from the condition": Fault(
     "diffusion/guidance.py",
-    "base + step_scale *",
-    "base - step_scale *",
+    "base + scale[:, None, None, None] *",
+    "base - scale[:, None, None, None] *",
     "diffusion",
   ),
   "damaged bytes pass for whole": Fault(

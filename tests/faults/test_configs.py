@@ -64,7 +64,8 @@ def damages():
         yield f"{name} = {bad} in a flag", last, [], [f"--config.{name}={bad}"]
     if isinstance(value, str) and name not in UNUSED:
       yield f"{name} no choice", last, [f"config.{name} = 'nonsense'"], []
-      yield f"{name} empty", last, [], [f"--config.{name}="]
+      if value:  # where the default is empty, empty is valid
+        yield f"{name} empty", last, [], [f"--config.{name}="]
 
 
 DAMAGES = [*damages()]

@@ -92,6 +92,7 @@ def test_mdt_attributes_keep_their_defaults():
       condition=None,
       forward_mode=False,
       sow_attention=False,
+      attention_kernel="plain",
     )
   )
 
