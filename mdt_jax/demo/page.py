@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import io
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
+import numpy as np
+from gradio.data_classes import ImageData  # pyright: ignore[reportMissingImports]
+from PIL import Image
 
 from mdt_jax.demo import canvas, figures, style
 from mdt_jax.demo.engine import MAX_IMAGES, Engine
@@ -302,11 +310,40 @@ class Page:
     stop.click(lambda: show_status("Stopped."), None, status, **AT_ONCE)
 
 
+class _Picture(gr.Image):
+  """A picture whose file is written once.
+
+  gradio's own component writes the file of a picture again each time it is shown, and a
+  browser that reads the file meanwhile gets a part of it.
+  """
+
+  is_template = True  # the frontend is that of gr.Image
+
+  def postprocess(self, value: Any) -> Any:
+    """Returns the file of a picture: a PIL image, an array, or a path."""
+    if isinstance(value, np.ndarray):
+      value = Image.fromarray(value)
+    if not isinstance(value, Image.Image):
+      return super().postprocess(value)
+    content = io.BytesIO()
+    value.save(content, "PNG")
+    data = content.getvalue()
+    folder = Path(self.GRADIO_CACHE) / hashlib.sha256(data).hexdigest()
+    file = folder / "image.png"
+    if not file.exists():
+      folder.mkdir(parents=True, exist_ok=True)
+      handle, partial = tempfile.mkstemp(dir=folder)
+      with os.fdopen(handle, "wb") as opened:
+        opened.write(data)
+      os.replace(partial, file)
+    return ImageData(path=str(file), orig_name=file.name)
+
+
 def _picture(caption: str, name: str, height: int | None, min_width: int = 200) -> Any:
   """A picture that the page shows, under a caption; its own height if None."""
   with gr.Column(min_width=min_width, elem_classes=["figure"]):
     gr.HTML(f'<p class="caption">{html.escape(caption)}</p>')
-    return gr.Image(
+    return _Picture(
       label=caption,
       show_label=False,
       height=height,
