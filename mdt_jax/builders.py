@@ -11,6 +11,7 @@ import dataclasses
 import optax
 
 from mdt_jax.buckets import is_bucket
+from mdt_jax.data.conditions import with_condition
 from mdt_jax.data.examples import Source
 from mdt_jax.data.latent_cache import check_cache
 from mdt_jax.data.latent_card import read_card
@@ -22,7 +23,15 @@ from mdt_jax.diffusion.guidance import Guidance, TokenShares
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
 from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
-from mdt_jax.models.registry import MODELS, Model, abstract_params, create_model
+from mdt_jax.models.condition_registry import create_condition
+from mdt_jax.models.conditions import Condition
+from mdt_jax.models.registry import (
+  MODELS,
+  NETWORKS,
+  Model,
+  abstract_params,
+  create_model,
+)
 from mdt_jax.objectives import (
   Objective,
   PlainObjective,
@@ -56,8 +65,28 @@ def build_model(settings: Settings, *, learn_sigma: bool) -> Model:
       settings.model.name,
       "reads captions, which no run has; mdt_jax.create_model builds it in Python",
     )
+  if settings.model.condition != "label":
+    attributes["condition"] = _build_condition(settings)
   with named_in_errors("config.model"):
     return create_model(**attributes, learn_sigma=learn_sigma)
+
+
+def _build_condition(settings: Settings) -> Condition:
+  """Returns the condition of `config.model.condition`."""
+  model, chosen = settings.model, settings.condition
+  names = {"condition": "config.model.condition"}
+  with named_in_errors("config.condition"):
+    chosen.check_use(model.condition)
+    variant = MODELS.get(model.name, {}).get("variant")
+    null = NETWORKS[variant].module.null_label if variant else "learned"
+    with renamed_in_errors(names):
+      return create_condition(
+        model.condition,
+        num_classes=model.num_classes,
+        dropout=model.label_dropout,
+        null=null,
+        **dataclasses.asdict(chosen),
+      )
 
 
 def build_process(settings: Settings) -> Process:
@@ -296,7 +325,7 @@ def open_examples(
   if isinstance(latents, LatentSource) and autoencoder is not None:
     autoencoder.check_scale(data.vae, latents.card)
   _check_num_classes(model, source.num_classes)
-  return source
+  return with_condition(source, model.conditioning)
 
 
 def _check_num_classes(model: Model, num_classes: int) -> None:

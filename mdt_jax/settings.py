@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from mdt_jax.errors import SettingError, check_choice, check_range, named_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.setting_groups import (
+  ConditionSettings,
   DataSettings,
   DiffusionSettings,
   EvalSettings,
@@ -52,6 +53,7 @@ class Settings:
   # Parts of a batch that are computed one after another, to save memory; at least 1.
   accumulation_steps: int = 1
   model: ModelSettings = ModelSettings()
+  condition: ConditionSettings = ConditionSettings()
   init: InitSettings = InitSettings()
   objective: ObjectiveSettings = ObjectiveSettings()
   masking: MaskingSettings = MaskingSettings()

@@ -100,5 +100,9 @@ def _identity(settings: Settings) -> dict[str, Any]:
     "config.optimizer.learning_rates": settings.optimizer.learning_rates,
     "config.timestep_sampler": settings.timestep_sampler,
     "config.model.condition": settings.model.condition,
+    **{
+      f"config.condition.{name}": getattr(settings.condition, name)
+      for name in ("vector_size", "vector_norm", "tokens_length", "tokens_size")
+    },
     **{f"config.diffusion.{name}": getattr(diffusion, name) for name in names},
   }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class MemorySource:
     labels: (N,) integers of at least 0; None for zeros.
     num_classes: number of classes; None for the largest label plus one.
     class_names: name of each class; None for none.
+    arrays: name -> (N, …), further entries of the examples, such as "vector" (N, V) for
+      a network with `config.model.condition = "vector"`.
 
   Raises:
     SettingError: an argument has the wrong shape, dtype or range.
@@ -42,6 +44,7 @@ class MemorySource:
     labels: Any = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    arrays: Mapping[str, Any] | None = None,
   ):
     self._images = check_images(images)
     if self.pixels is False:
@@ -65,7 +68,17 @@ class MemorySource:
         "class_names", len(class_names), f"must be {self.num_classes}, one for a class"
       )
     self.class_names = class_names
+    self._arrays = {name: np.asarray(array) for name, array in (arrays or {}).items()}
+    for name, array in self._arrays.items():
+      if name in ("image", "label") or array.shape[:1] != (count,):
+        accepted = f"must have another name than image, and {count} rows: one an image"
+        raise SettingError("arrays", f"{name} {array.shape}", accepted)
     self.label_counts = count_labels(self._labels)
+
+  @property
+  def array_names(self) -> tuple[str, ...]:
+    """Names of the further entries of the examples."""
+    return tuple(self._arrays)
 
   @property
   def pixels(self) -> bool:
@@ -76,7 +89,8 @@ class MemorySource:
     return len(self._images)
 
   def __getitem__(self, index: int) -> Example:
-    return {"image": self._images[index], "label": self._labels[index]}
+    arrays = {name: array[index] for name, array in self._arrays.items()}
+    return {"image": self._images[index], "label": self._labels[index], **arrays}
 
 
 def check_images(images: Any) -> np.ndarray:

@@ -17,7 +17,8 @@ _ARRAYS = ("image", "views")  # entries of an example that hold an image
 class CheckedSource:
   """A user's source; each example is compared with the first one when it is read.
 
-  Copies num_classes, class_names (as a list of texts) and label_counts of the source.
+  Copies num_classes, class_names (as a list of texts), label_counts and array_names of
+  the source.
 
   Args:
     source: must have `__len__`, `__getitem__` and `num_classes`; see `examples.Source`.
@@ -44,6 +45,7 @@ class CheckedSource:
     self.image_shape = image_shape
     self.class_names = self._names_of_classes()
     self.label_counts = getattr(source, "label_counts", None)
+    self.array_names = getattr(source, "array_names", ())
     self._is_pixels: bool | None = None
     self._is_pixels = _is_pixels(self[0])
 

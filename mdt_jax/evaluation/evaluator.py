@@ -263,7 +263,12 @@ def draw_images(
   """
   how = chosen_labels(experiment, metrics, labels)
   conditions = choose_conditions(
-    experiment.model.conditioning, num_images, experiment.data_labels, how, seed
+    experiment.model.conditioning,
+    num_images,
+    experiment.data_labels,
+    how,
+    seed,
+    lambda: experiment.source,
   )
   return GeneratedImages(
     experiment.model,

@@ -1,5 +1,10 @@
 """The networks, such as MDT, DiT and TREAD; `models.registry` lists all presets."""
 
+from mdt_jax.models.array_conditions import (
+  JointCondition,
+  TokensCondition,
+  VectorCondition,
+)
 from mdt_jax.models.conditions import CaptionCondition, Condition, LabelCondition
 from mdt_jax.models.maskdit import MaskDiT
 from mdt_jax.models.mdt import MDT
@@ -17,11 +22,14 @@ __all__ = [
   "TREAD",
   "CaptionCondition",
   "Condition",
+  "JointCondition",
   "LabelCondition",
   "MaskDiT",
   "MicroDiT",
   "MicroDiTText",
   "Network",
+  "TokensCondition",
+  "VectorCondition",
   "check_network",
   "create_model",
 ]

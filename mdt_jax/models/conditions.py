@@ -1,8 +1,9 @@
 """Conditions of a network, such as class labels.
 
 A condition defines how y is read from a batch, embedded, and dropped for
-classifier-free guidance. To add one, write a subclass of `Condition` and add it to
-CONDITIONS.
+classifier-free guidance. This file holds the interface, and the conditions of released
+networks; `array_conditions` holds vectors and tokens. To add one, write a subclass of
+`Condition` and add it to CONDITIONS.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from mdt_jax.errors import check_choice
 from mdt_jax.models.embeddings import (
   LabelEmbed,
   PooledCaption,
@@ -37,8 +37,38 @@ class Condition(abc.ABC):
 
   dropout: float
 
+  @property
+  def num_tokens(self) -> int:
+    """S, number of tokens that the blocks attend to; 0 for a condition without."""
+    return 0
+
+  @property
+  def label(self) -> LabelCondition | None:
+    """The class label that is this condition, or a part of it; None without one."""
+    return None
+
+  def arrays(self) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of the float arrays that an example must hold.
+
+    The entry "label" of an example is not listed. The default is none, which leaves the
+    examples of a condition of your own unchecked.
+    """
+    return {}
+
+  def optional_arrays(self) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of the arrays that an example may hold."""
+    return {}
+
+  def check(self) -> None:  # noqa: B027
+    """Raises SettingError if an attribute is invalid."""
+
+  def embedding_flops(self, hidden_size: int) -> int:
+    """Counts the operations of the embedding of a condition; see `models.flops`."""
+    del hidden_size
+    return 0
+
   @abc.abstractmethod
-  def of_batch(self, batch: Mapping[str, Array]) -> Array:
+  def of_batch(self, batch: Mapping[str, Any]) -> Array:
     """Returns y (B, …) of a training batch.
 
     Args:
@@ -49,10 +79,11 @@ class Condition(abc.ABC):
     """
 
   @abc.abstractmethod
-  def embedder(self, hidden_size: int, dtype: Dtype) -> nn.Module:
-    """Returns a module that maps (y (B, …), train) to an embedding (B, D).
+  def embedder(self, hidden_size: int, dtype: Dtype) -> Callable[..., Any]:
+    """Returns a module, or a function, that maps (y (B, …), train) to (B, D).
 
-    Call it inside the network's compact `__call__`.
+    Call it inside the network's compact `__call__`. A condition with `num_tokens` above
+    0 is mapped to `condition_layers.Embedded` instead.
 
     Args:
       hidden_size: D, width of the network.
@@ -103,7 +134,11 @@ class LabelCondition(Condition):
   dropout: float
   null: str = "learned"
 
-  def of_batch(self, batch: Mapping[str, Array]) -> Int[Array, "B"]:
+  @property
+  def label(self) -> LabelCondition:
+    return self
+
+  def of_batch(self, batch: Mapping[str, Any]) -> Int[Array, "B"]:
     """Returns batch["label"]; raises ValueError if the labels are not integers."""
     return _check_integers(batch["label"])
 
@@ -157,7 +192,7 @@ class CaptionCondition(Condition):
   channels: int
   dropout: float
 
-  def of_batch(self, batch: Mapping[str, Array]) -> Float[Array, "B S V"]:
+  def of_batch(self, batch: Mapping[str, Any]) -> Float[Array, "B S V"]:
     """Returns batch["caption"]; raises ValueError if it has another form."""
     return self._check(batch["caption"])
 
@@ -196,21 +231,6 @@ class CaptionCondition(Condition):
     return captions
 
 
-# Value of `config.model.condition` -> class.
+# Name of a condition -> function (num_classes, dropout) that builds it. The values of
+# `config.model.condition` are these names, or several of them joined by +.
 CONDITIONS: dict[str, Callable[..., Condition]] = {"label": LabelCondition}
-
-
-def create_condition(name: str, *, num_classes: int, dropout: float) -> Condition:
-  """Builds a condition by name.
-
-  Args:
-    name: a key of CONDITIONS.
-    num_classes: number of classes. Conditions other than labels may interpret the
-      number differently.
-    dropout: see `Condition`.
-
-  Raises:
-    SettingError: `name` is unknown.
-  """
-  check_choice("condition", name, CONDITIONS)
-  return CONDITIONS[name](num_classes=num_classes, dropout=dropout)

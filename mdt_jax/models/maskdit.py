@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models import mdt_flops
-from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.models.layers import linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
 from mdt_jax.models.mdt import MDT, Modulation
@@ -79,6 +78,7 @@ class MaskDiT(MDT, kw_only=True):
   decoder_num_heads: int = 16
 
   variants: ClassVar[tuple[str, ...]] = ("MaskDiT",)
+  null_label: ClassVar[str] = "zero"
 
   @property
   def takes_mask(self) -> bool:
@@ -92,13 +92,6 @@ class MaskDiT(MDT, kw_only=True):
   def frozen(self) -> tuple[str, ...]:
     """Names of parameters that are not trained: the positions."""
     return ("pos_embed", "decode_pos_embed")
-
-  @property
-  def conditioning(self) -> Condition:
-    """The condition in use; labels have the zero vector as null label."""
-    if self.condition is not None:
-      return self.condition
-    return LabelCondition(self.num_classes, self.label_dropout, null="zero")
 
   @nn.compact
   def __call__(

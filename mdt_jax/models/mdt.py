@@ -23,6 +23,12 @@ from mdt_jax.models.attention import (
   check_kernel,
   plain_attention,
 )
+from mdt_jax.models.condition_layers import (
+  CrossAttention,
+  Embedded,
+  add_embedded,
+  pooled_of,
+)
 from mdt_jax.models.embeddings import (
   PatchEmbed,
   TimestepEmbed,
@@ -59,7 +65,7 @@ class Modulation(nn.Module):
   activation: Callable[[Array], Array] = nn.silu
 
   @nn.compact
-  def __call__(self, c: Float[Array, "B E"]) -> list[Array]:
+  def __call__(self, c: Float[Array, "B E"] | Embedded) -> list[Array]:
     out = linear(
       self.count * self.width,
       "linear",
@@ -67,7 +73,7 @@ class Modulation(nn.Module):
       kernel_init=nn.initializers.zeros,
       dtype=self.dtype,
       forward_mode=self.forward_mode,
-    )(self.activation(c))
+    )(self.activation(pooled_of(c)))
     return jnp.split(out, self.count, axis=-1)  # count x (B, width)
 
 
@@ -134,6 +140,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
   """A transformer block: optional long skip, attention and MLP, with adaLN-Zero.
 
+  If the condition has tokens, cross-attention to them follows the attention.
+
   Attributes:
     num_heads, bias_rows, dtype: see `Attention`.
     forward_mode, sow_attention, attention_kernel: see `MDT`.
@@ -156,7 +164,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B K D"],
-    c: Float[Array, "B E"],
+    c: Float[Array, "B E"] | Embedded,
     index: Int[Array, "#B K K"] | None,
     skip: Float[Array, "B K D"] | None = None,
   ) -> tuple[Array, Array | None]:
@@ -178,6 +186,9 @@ class Block(nn.Module):
     )
     h = attend(modulated_norm(x, shift1, scale1), index)
     x = x + gate1[:, None] * h
+    if isinstance(c, Embedded):
+      cross = CrossAttention(self.num_heads, **options, name="cross_attention")
+      x = x + cross(x, c.tokens, c.mask)
 
     h = modulated_norm(x, shift2, scale2)
     h = linear(int(dim * self.mlp_ratio), "fc1", **options)(h)
@@ -199,7 +210,7 @@ class FinalLayer(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B K D"],
-    c: Float[Array, "B E"],
+    c: Float[Array, "B E"] | Embedded,
     token_mask: TokenMask | None = None,
   ) -> Float[Array, "B H W C"]:
     """Maps all tokens, or the kept ones of a token mask; removed patches are zeros."""
@@ -356,8 +367,11 @@ class MDT(Network, kw_only=True):
       tokens = self._decode(tokens, embedded, c, index)
     return self._output(tokens, c)
 
-  def _embed(self, x: Array, t: Array, y: Array, train: bool) -> tuple[Array, Array]:
-    """Returns the tokens (B, L, D) of images, and the conditioning c (B, D)."""
+  def _embed(self, x: Array, t: Array, y: Array, train: bool) -> tuple[Array, Any]:
+    """Returns the tokens (B, L, D) of images, and the conditioning c (B, D).
+
+    If the condition has tokens, c is `Embedded`, which also holds these.
+    """
     width, dtype = self.hidden_size, self.dtype
     options = dict(dtype=dtype, forward_mode=self.forward_mode)
     sizes = self.patch_size, width, self.patch_bottleneck
@@ -366,7 +380,8 @@ class MDT(Network, kw_only=True):
     if self.has_pos_embed:
       embedded = embedded + self._positions("pos_embed")
     c = TimestepEmbed(width, **options, name="timestep_embed")(t)
-    return embedded, c + self.conditioning.embedder(width, dtype)(y, train)
+    y_embedded = self.conditioning.embedder(width, dtype)(y, train)
+    return embedded, add_embedded(c, y_embedded)
 
   def _output(
     self, tokens: Array, c: Array, token_mask: TokenMask | None = None

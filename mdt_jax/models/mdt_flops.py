@@ -33,11 +33,12 @@ def forward_flops(model: MDT, num_keep: int | None = None) -> int:
 
 
 def embedding_flops(model: MDT) -> int:
-  """Counts the operations of the embeddings of patches and of the timestep."""
+  """Counts the operations of the embeddings of patches, timestep and condition."""
   length, width = model.num_tokens, model.hidden_size
   patch, rank = model.patch_size**2 * model.in_channels, model.patch_bottleneck
   patches = 2 * length * (patch * rank + rank * width if rank else patch * width)
-  return patches + 2 * (NUM_FREQUENCIES * width + width**2)
+  timestep = 2 * (NUM_FREQUENCIES * width + width**2)
+  return patches + timestep + model.conditioning.embedding_flops(width)
 
 
 def final_layer_flops(model: MDT, width: int) -> int:
@@ -58,7 +59,12 @@ def block_flops(model: MDT, length: int, width: int | None = None) -> int:
   hidden = int(width * model.mlp_ratio)
   linear = 2 * length * width * (3 * width + width + 2 * hidden)
   attention = 2 * 2 * length**2 * width
-  return linear + attention + 2 * model.hidden_size * 6 * width  # modulation
+  modulation = 2 * model.hidden_size * 6 * width
+  flops = linear + attention + modulation
+  if tokens := model.conditioning.num_tokens:  # cross-attention
+    flops += 2 * tokens * model.hidden_size * 2 * width  # keys and values
+    flops += 2 * length * width * 2 * width + 2 * 2 * length * tokens * width
+  return flops
 
 
 def skip_flops(model: MDT, length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -58,6 +58,9 @@ class Network(nn.Module, kw_only=True):
   learn_sigma: bool = True
   condition: Condition | None = None
   unroll: int = 1
+
+  # How the null label is embedded; see `LabelEmbed`.
+  null_label: ClassVar[str] = "learned"
 
   @property
   def out_channels(self) -> int:
@@ -121,7 +124,7 @@ class Network(nn.Module, kw_only=True):
     """The condition in use: `condition`, or class labels if `condition` is None."""
     if self.condition is not None:
       return self.condition
-    return LabelCondition(self.num_classes, self.label_dropout)
+    return LabelCondition(self.num_classes, self.label_dropout, self.null_label)
 
   def __call__(
     self,

@@ -31,6 +31,11 @@ PARAMETER_AXES: Mapping[str, Axes] = {
   "timestep_embed/fc1/kernel": (None, "width"),
   "timestep_embed/fc2/kernel": (None, "width"),
   "label_embed/table": (None, "width"),
+  "vector_embed/fc1/kernel": (None, "width"),
+  "vector_embed/fc2/kernel": (None, "width"),
+  "tokens_embed/mlp/fc1/kernel": (None, "width"),
+  "tokens_embed/mlp/fc2/kernel": (None, "width"),
+  "tokens_embed/pool/kernel": (None, "width"),
   "pos_embed": (None, "width"),  # and decode_pos_embed
   "qkv/kernel": ("width", None, "heads", None),
   "qkv/bias": (None, "heads", None),

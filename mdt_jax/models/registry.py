@@ -23,7 +23,8 @@ from mdt_jax.models import (
   sprint,
   tread,
 )
-from mdt_jax.models.conditions import Condition, create_condition
+from mdt_jax.models.condition_registry import create_condition
+from mdt_jax.models.conditions import Condition
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.network import Network
 from mdt_jax.sizes import to_size
@@ -166,7 +167,8 @@ def create_model(
   Args:
     name: a key of MODELS, such as "MDTv2-S/2". None: no preset; `attributes` must then
       include `variant`. `pretrained.torch_mdt.from_torch` returns such attributes.
-    condition: a `Condition`, or its name in `conditions.CONDITIONS`; None for labels.
+    condition: a `Condition`, or a name for `condition_registry.create_condition`; None
+      for labels.
     **attributes: attributes of the network's module, such as `MDT`; they override the
       preset. An attribute of None is ignored. `dtype` may be "float32" or "bfloat16".
 
@@ -204,7 +206,10 @@ def create_model(
   if condition is not None and condition != "label":
     if not isinstance(condition, Condition):
       condition = create_condition(
-        condition, num_classes=model.num_classes, dropout=model.label_dropout
+        condition,
+        num_classes=model.num_classes,
+        dropout=model.label_dropout,
+        null=model.null_label,
       )
     model = model.clone(condition=condition)
   model.check()

@@ -48,7 +48,8 @@ class Adaptation:
   Networks of the same class with parameters of equal shapes fit. Networks DiT, SiT,
   TREAD, MDT, MDTv2, MaskDiT, MicroDiT and SPRINT may differ in classes, input size,
   patch size, channels and learned variance, and, where `adaptation_rules` says so, in
-  the variant.
+  the variant. A part of the condition that the old network lacks changes nothing at
+  first; a condition that replaces labels starts as the null label.
 
   Args:
     source: the old network.
@@ -167,6 +168,8 @@ class Adaptation:
         return self._bias_table(path)
       return self._same(path)
     assert isinstance(self.target, MDT)
+    if path.startswith(("vector_embed/", "tokens_embed/")):
+      return self._condition(path)
     return start_anew(f"of {family_of(self.target).own_part}")
 
   def _block(self, path: str, stack: str, inside: str) -> Start:
@@ -207,6 +210,8 @@ class Adaptation:
       raise self._misfit(f"{wrong[0]} is {self._old[wrong[0]]} there and {shape}")
     count = sum(place is None for place in places)
     if not names:
+      if inside.startswith("cross_attention/"):
+        return start_anew("of the condition tokens; they change nothing at first")
       if neutral is None:
         return start_anew("no such block there")
       return Start(NEUTRAL, compute, "neutral: not there")
@@ -321,12 +326,29 @@ class Adaptation:
       notes.append("resized bicubically")
     return Start(KEPT if old == new else RESIZED, compute, "; ".join(notes))
 
+  def _condition(self, path: str) -> Start:
+    """Starts a parameter of a vector or of tokens that the old network lacks."""
+    table = "label_embed/table"
+    biases = ["tokens_embed/pool/bias"]
+    if "vector_embed/fc2/bias" in self._new:
+      biases = ["vector_embed/fc2/bias", "vector_embed/null"]
+    replaces = table in self._old and table not in self._new
+    if not (path in biases and replaces and _has_null_row(self.source)):
+      return start_anew("of the condition, which changes nothing at first")
+    self._used.add(table)
+    note = f"the null label, the last row of {table}"
+    return Start(NEUTRAL, lambda read, new: np.array(read(table)[-1]), note)
+
   def _labels(self, path: str) -> Start:
     """Starts the label table: (classes, D), and a last row for a learned null label."""
     source, target = self.source, self.target
+    if path not in self._old:
+      return start_anew("of the class labels")
     old, new = source.num_classes, target.num_classes
     old_null, new_null = _has_null_row(source), _has_null_row(target)
     keeps_null = old_null and new_null
+    before = source.conditioning.label
+    had_zero = before is not None and before.null == "zero"
     rows = self._classes  # new label -> old label
     if rows is None:
       rows = dict(zip(range(new), range(old), strict=True)) if old == new else {}
@@ -342,13 +364,16 @@ class Adaptation:
         found[label] = table[old_label]
       if keeps_null:
         found[new] = table[old]
+      elif had_zero and new_null:
+        found[new] = 0
       return found
 
     note = f"{len(rows)} of {new} classes kept"
     if len(rows) < new:
       note += ", the others new"
     if new_null:
-      note += "; null label " + ("kept" if keeps_null else "new")
+      start = "kept" if keeps_null else "0, as there" if had_zero else "new"
+      note += f"; null label {start}"
     return Start(KEPT, compute, note, needs_new=True)
 
 
@@ -374,5 +399,5 @@ _SPECIAL: dict[str, Callable[[Adaptation, str], Start]] = {
 
 def _has_null_row(model: Model) -> bool:
   """Whether the label table has a row for the null label."""
-  is_learned = getattr(model.conditioning, "null", "learned") == "learned"
-  return is_learned and model.label_dropout > 0
+  label = model.conditioning.label
+  return label is not None and label.null == "learned" and label.dropout > 0

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from mdt_jax.models.array_conditions import ArrayCondition
+from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.mdt import MDT
 
 # Attributes that must be equal in any two networks.
@@ -150,7 +152,9 @@ def find_misfit(old: MDT, new: MDT, partial: bool) -> Misfit | None:
   differ = old.variant != new.variant
   if differ and (of_old.is_alone or of_new.is_alone):
     return _named(Misfit(_NAMES_DIFFER), old, new)
-  must_match = (*COMMON, *(() if differ else of_new.must_match), "condition")
+  must_match = (*COMMON, *(() if differ else of_new.must_match))
+  if not (_is_adaptable(old) and _is_adaptable(new)):
+    must_match += ("condition",)
   if difference := _difference(old, new, must_match):
     return Misfit(difference)
   if partial:
@@ -161,6 +165,11 @@ def find_misfit(old: MDT, new: MDT, partial: bool) -> Misfit | None:
   if differ and (misfit := of_new.from_others or of_old.to_others):
     return _named(misfit, old, new)
   return None
+
+
+def _is_adaptable(model: MDT) -> bool:
+  """Whether the parts of a network's condition start one by one."""
+  return isinstance(model.conditioning, (LabelCondition, ArrayCondition))
 
 
 def _named(misfit: Misfit, old: MDT, new: MDT) -> Misfit:

@@ -6,7 +6,8 @@ above a setting says what it does, its unit and its range. The defaults are thos
 MDTv2-S/2 on ImageNet 256x256. `settings.Settings` holds the groups and the settings
 without a group.
 
-  network    ModelSettings, ObjectiveSettings, MaskingSettings, DiffusionSettings
+  network    ModelSettings, ConditionSettings, ObjectiveSettings, MaskingSettings,
+             DiffusionSettings
   training   OptimizerSettings, InitSettings, MeshSettings, LogSettings
   data       DataSettings
   sampling   SamplingSettings, EvalSettings
@@ -15,6 +16,7 @@ without a group.
 from mdt_jax.setting_groups.checks import at_least, split_commas
 from mdt_jax.setting_groups.data import DataSettings
 from mdt_jax.setting_groups.network import (
+  ConditionSettings,
   DiffusionSettings,
   MaskingSettings,
   ModelSettings,
@@ -34,6 +36,7 @@ from mdt_jax.setting_groups.training import (
 
 __all__ = [
   "LABELS_OF_SCORES",
+  "ConditionSettings",
   "DataSettings",
   "DiffusionSettings",
   "EvalSettings",

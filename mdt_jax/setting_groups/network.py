@@ -60,8 +60,9 @@ class ModelSettings:
   mixer_num_heads: int | None = None
   # Hidden width of the MLPs, as a multiple of hidden_size; above 0.
   mlp_ratio: float = 4.0
-  # What the network is conditioned on: label, or a condition of your own (a key of
-  # mdt_jax.models.conditions.CONDITIONS).
+  # What the network is conditioned on: label, vector, tokens (arrays of the data, see
+  # config.condition), several joined by +, such as label+vector, or a condition of your
+  # own (a key of mdt_jax.models.conditions.CONDITIONS). See docs/conditions.md.
   condition: str = "label"
   # Probability, in [0, 1), of training on an example without its condition. Guidance
   # (sampling.cfg_scale other than 1) needs a value above 0.
@@ -84,6 +85,47 @@ class ModelSettings:
     # (32, 32) is 32, so that settings of the same network are equal.
     size = to_size(self.input_size, "input_size")
     object.__setattr__(self, "input_size", size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionSettings:
+  """The arrays of the data that condition a network; see config.model.condition."""
+
+  # Name of the array (vector_size,) of an example that is the condition vector, such as
+  # the embedding of an image or of a text by another network.
+  vector: str = "vector"
+  # Numbers in the vector, at least 2; 0: the network has no condition vector.
+  vector_size: int = 0
+  # Whether the vector passes a LayerNorm first, which removes its scale. False for
+  # measured quantities, which should be of the order of 1.
+  vector_norm: bool = True
+  # Name of the array (tokens_length, tokens_size) of an example that is the condition
+  # tokens, such as the states of a text encoder. An array of this name and _mask,
+  # (tokens_length,), is above 0 where a token is no padding.
+  tokens: str = "tokens"
+  # Tokens of a condition, and numbers in a token, at least 1; 0: the network has no
+  # condition tokens.
+  tokens_length: int = 0
+  tokens_size: int = 0
+  # How the conditions of an example are dropped for guidance: together (all or none,
+  # with the probability config.model.label_dropout) or apart (each by its own draw).
+  drop: str = "together"
+  # Probability, in [0, 1), of dropping the vector or the tokens of an example, if drop
+  # is apart. None: config.model.label_dropout.
+  vector_dropout: float | None = None
+  tokens_dropout: float | None = None
+
+  def check_use(self, condition: str) -> None:
+    """Raises SettingError if sizes are set that config.model.condition ignores."""
+    default = ConditionSettings()
+    for field in dataclasses.fields(self):
+      kind = field.name.split("_")[0]
+      value = getattr(self, field.name)
+      if value != getattr(default, field.name) and kind not in condition.split("+"):
+        if kind == "drop" and "+" in condition:
+          continue
+        accepted = f"has no effect: config.model.condition is {condition!r}"
+        raise SettingError(field.name, value, accepted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,7 +177,9 @@ class Pictures(Hook):
     shards = sharding.batch_shards(experiment.mesh)
     count = -(-settings.num_samples // shards) * shards
     held = experiment.data_labels
-    self._labels = choose_conditions(experiment.model.conditioning, count, held)
+    self._labels = choose_conditions(
+      experiment.model.conditioning, count, held, open_data=lambda: experiment.source
+    )
     self._caption = str if held is None else held.caption
 
   def _make(

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mdt_jax import SettingError, create_model
+from mdt_jax.models.condition_registry import create_condition
 from mdt_jax.models.conditions import (
   CONDITIONS,
   CaptionCondition,
   Condition,
   LabelCondition,
-  create_condition,
 )
 from mdt_jax.models.embeddings import LabelEmbed, drop_labels
 from mdt_jax.models.registry import abstract_params
