@@ -251,14 +251,15 @@ def generate_batches(
   *,
   seed: int,
   batch_size: int,
-) -> Iterator[Float[np.ndarray, "n H W C"]]:
+) -> Iterator[Float[np.ndarray, "n *calls H W C"]]:
   """Generates latents for labels, one batch at a time.
 
   Inside `sharding.use_mesh`, the devices of the mesh share each batch. All processes
   must call this function together.
 
   Args:
-    generator: generator from `make_generator`.
+    generator: generator from `make_generator`; with kept calls, each image has one
+      more axis.
     params: averaged parameters of the network.
     labels: (N,) classes, or (N, …) other conditions, as in `Request`.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).

@@ -18,7 +18,7 @@ from mdt_jax.experiment import build
 from mdt_jax.sampling.labels import choose_conditions, choose_labels, parse_labels
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
-from mdt_jax.training.hooks import Pictures
+from mdt_jax.training.sample_pictures import Pictures
 from tests.data.folders import open_folder, write_image
 from tests.data.sets import NUM_CLASSES, Images, write
 from tests.training.tiny import tiny_dit_config
@@ -245,7 +245,7 @@ def test_training_pictures_have_labels_and_names_of_the_data(tmp_path):
   experiment.open()
   pictures = Pictures(experiment, tmp_path)
   assert pictures._labels.tolist() == [1, 3, 1, 3]
-  assert [pictures._caption(label) for label in (1, 3)] == ["1 bee", "3 dog"]
+  assert pictures._captions == ["1 bee", "3 dog", "1 bee", "3 dog"]
 
 
 def test_run_without_the_record_draws_all_labels(run, tmp_path):
