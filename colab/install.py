@@ -31,7 +31,7 @@ def install(before: dict[str, str]) -> None:
   with tempfile.TemporaryDirectory() as folder:
     constraints = Path(folder, "constraints.txt")
     constraints.write_text("\n".join(pins))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq"]  # errors alone
     pip += ["--disable-pip-version-check", "--constraint", str(constraints)]
     command = [*pip, "--editable", str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
