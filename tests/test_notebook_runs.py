@@ -8,6 +8,7 @@ is smaller, and training and scores have fewer steps; the rest is what a user ru
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -106,8 +107,8 @@ class Executed:
       )
     finally:
       for file in Path(started).rglob("pid-*.info"):
-        with_pid = json.loads(file.read_text())
-        os.kill(with_pid["pid"], signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # ended with the kernel
+          os.kill(json.loads(file.read_text())["pid"], signal.SIGTERM)
     self.after = json.loads(python("-c", VERSIONS))
     cells = json.loads(path.read_text())["cells"]
     self.cells = [c for c in cells if c["cell_type"] == "code" and c["id"] != "fewer"]
