@@ -164,6 +164,8 @@ class Settings:
           f"must be FIRST:LAST, 0 <= FIRST < LAST <= num_steps = {self.num_steps}, of "
           f"at most {MAX_PROFILED} steps, such as 100:105",
         )
+    with named_in_errors("config.condition"):
+      self.condition.check_use(self.model.condition)
     for group in ("init", "data", "optimizer", "eval", "log"):
       with named_in_errors(f"config.{group}"):
         getattr(self, group).check()

@@ -9,9 +9,11 @@ import numpy as np
 
 from mdt_jax.data.examples import Example, Source, SupportsReplacement
 from mdt_jax.errors import SettingError
+from mdt_jax.models.array_conditions import MASK_SUFFIX as MASK_SUFFIX
 from mdt_jax.models.conditions import Condition
 
-_OF_EVERY_EXAMPLE = ("image", "views", "label")  # entries that all networks read
+_IMAGES = ("image", "views")
+_OF_EVERY_EXAMPLE = (*_IMAGES, "label")  # entries that all networks read
 
 
 def with_condition(source: Source, condition: Condition) -> Source:
@@ -27,7 +29,8 @@ def with_condition(source: Source, condition: Condition) -> Source:
     SettingError: the first example lacks an array, or an array has another shape. Each
       further example is checked when it is read.
   """
-  if not condition.arrays() and not getattr(source, "array_names", ()):
+  is_own = not condition.arrays() and condition.label is None
+  if is_own or not (condition.arrays() or getattr(source, "array_names", ())):
     return source
   return ConditionedSource(source, condition)
 
@@ -112,11 +115,8 @@ def check_array(
   return array
 
 
-def stack_conditions(
-  condition: Condition, examples: Iterable[Mapping[str, Any]]
-) -> np.ndarray:
-  """Returns y (N, …) of examples."""
+def stack_arrays(examples: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+  """Returns name -> (N, …) of N examples, without their images."""
   examples = list(examples)
-  names = [n for n in examples[0] if n not in ("image", "views")]
-  batch = {name: np.stack([example[name] for example in examples]) for name in names}
-  return np.asarray(condition.of_batch(batch))
+  names = [name for name in examples[0] if name not in _IMAGES]
+  return {name: np.stack([example[name] for example in examples]) for name in names}

@@ -108,7 +108,8 @@ def make_generator(
     conditions of the network. All noise of an image derives from the seed and the
     image's number in `ids`, so an image does not depend on the rest of the batch.
     `given` holds "image" (B, H, W, C) float32 for "inpaint" and "edit", and "hidden"
-    (H, W) and "hidden_tokens" (L,) bool for "inpaint"; see `Request`.
+    (H, W) and "hidden_tokens" (L,) bool for "inpaint"; and "null" (B, …) if another
+    condition replaces the null condition in guidance; see `Request`.
 
   Raises:
     SettingError: the process cannot edit, the sampling method cannot inpaint, or the
@@ -127,7 +128,15 @@ def make_generator(
     raise SettingError("interpolation", task.interpolation, accepted)
   needs_null = sampler.guidance.needs_null
 
-  def guided_fn(params: Params, labels: Array, mask: TokenMask | None) -> ModelFn:
+  def null_of(labels: Array, given: Given) -> Array:
+    """The conditions of the weak pass of guidance."""
+    if not needs_null:
+      return labels
+    return given["null"] if "null" in given else model.conditioning.null_like(labels)
+
+  def guided_fn(
+    params: Params, labels: Array, null: Array, mask: TokenMask | None
+  ) -> ModelFn:
     """The network with guidance; `mask` hides the same tokens of every sample."""
 
     def network(x: Array, t: Array, y: Array) -> Array:
@@ -139,7 +148,7 @@ def make_generator(
     return sampler.guidance.apply(
       network,
       labels,
-      model.conditioning.null_like(labels) if needs_null else labels,
+      null,
       one_batch=platform != "cpu" or model.unroll == 1,
     )
 
@@ -154,18 +163,18 @@ def make_generator(
     given = given or {}
     drawn = draw_noise(shape, ids, seed)
     start, hold = make_start(sampler, task, drawn, given)
+    null = null_of(labels, given)
     if has_passes:
-      null = model.conditioning.null_like(labels) if needs_null else labels
       noise_of = draw_mask_noise(drawn.keys, model.num_tokens)
       model_fn = make_model_fn(
         model, params, labels, null, sampler, noise_of, weak_model
       )
     else:
       assert not isinstance(params, Pair)
-      model_fn = guided_fn(params, labels, None)
+      model_fn = guided_fn(params, labels, null, None)
     if task.interpolation and not isinstance(params, Pair):
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
-      masked_fn = guided_fn(params, labels, mask)
+      masked_fn = guided_fn(params, labels, null, mask)
       model_fn = _switch(masked_fn, model_fn, sampler.guidance, task.interpolation)
 
     if kept_calls:

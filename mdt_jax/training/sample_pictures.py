@@ -16,8 +16,8 @@ from mdt_jax.diffusion.time_solvers import TIME_SOLVERS
 from mdt_jax.experiment import Experiment
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import generate_batches
+from mdt_jax.sampling.conditions import choose_conditions
 from mdt_jax.sampling.generator import make_generator
-from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
 from mdt_jax.types import Params
@@ -57,10 +57,14 @@ class Pictures(Hook):
     self._generator = make_generator(experiment.model, sampler, kept_calls=self._kept)
     shards = sharding.batch_shards(experiment.mesh)
     count = -(-settings.num_samples // shards) * shards
-    held = experiment.data_labels
-    self._labels = choose_conditions(experiment.model.conditioning, count, held)
-    caption = str if held is None else held.caption
-    self._captions = [caption(label) for label in self._labels[: settings.num_samples]]
+    chosen = choose_conditions(
+      experiment.model.conditioning,
+      count,
+      experiment.data_labels,
+      open_data=lambda: experiment.source,
+    )
+    self._labels = chosen.y
+    self._captions = list(chosen.captions[: settings.num_samples])
 
   def _make(
     self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
