@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
       output,
       labels,
       condition=condition,
-      null=_arrays("null_condition", NULL_CONDITION.value),
+      null=_arrays("null_condition", NULL_CONDITION.value, NUM_IMAGES.value),
       png=PNG.value,
       overwrite=OVERWRITE.value,
       seed=SEED.value,

@@ -327,10 +327,11 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
 
 
 class _UntilStopped:
-  """An `ImageStream` that raises `Stopped` between batches."""
+  """Generated images; raises `Stopped` between batches."""
 
-  def __init__(self, images: ImageStream, stops: Callable[[], bool]):
+  def __init__(self, images: GeneratedImages, stops: Callable[[], bool]):
     self._images, self._stops = images, stops
+    self.arrays = images.arrays
 
   def __len__(self) -> int:
     return len(self._images)

@@ -252,7 +252,12 @@ def _lower_step(experiment: Experiment, program: Program) -> Any:
   images = {"image": ((batch_size, *model.input_shape), jnp.float32)}
   if not experiment.holds_pixels:
     images = {"moments": ((batch_size, 2, *model.input_shape), jnp.float16)}
-  shapes = {"label": ((batch_size,), jnp.int32), **images}
+  condition = model.conditioning
+  arrays = {
+    name: ((batch_size, *shape), jnp.float32)
+    for name, shape in {**condition.arrays(), **condition.optional_arrays()}.items()
+  }
+  shapes = {"label": ((batch_size,), jnp.int32), **images, **arrays}
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=over_batch)
     for name, (shape, dtype) in shapes.items()
@@ -264,9 +269,11 @@ def _lower_step(experiment: Experiment, program: Program) -> Any:
 def _lower_sampler(experiment: Experiment, program: Program) -> Any:
   """Lowers the sampler."""
   over_batch = sharding.over_batch(program.mesh)
+  batch_size = experiment.settings.batch_size
+  y = jax.eval_shape(lambda: experiment.model.conditioning.dummy(batch_size))
   labels, ids = (
-    jax.ShapeDtypeStruct((experiment.settings.batch_size,), dtype, sharding=over_batch)
-    for dtype in (jnp.int32, jnp.uint32)
+    jax.ShapeDtypeStruct(shape, dtype, sharding=over_batch)
+    for shape, dtype in ((y.shape, y.dtype), ((batch_size,), jnp.uint32))
   )
   seed = jax.ShapeDtypeStruct(
     (), jnp.uint32, sharding=sharding.replicated(program.mesh)

@@ -95,9 +95,10 @@ class EvalSettings:
   # Steps between evaluations, at least 0; 0: none.
   every: int = 0
   # Scores with commas between them: fid, sfid, is, precision, recall (these five need
-  # `inception`), frechet, accuracy, diversity (for small images), retrieval (for
-  # config.model.condition = vector or tokens); for config.data.source = 'relations': valid_cells, near_pairs, far_pairs, mirrored_rows,
-  # sums, counts, free_entropy, nearest_cells.
+  # `inception`), frechet, accuracy, diversity (for small images); for
+  # config.model.condition = vector or tokens: retrieval; for config.data.source =
+  # relations: valid_cells, near_pairs, far_pairs, mirrored_rows, sums, counts,
+  # free_entropy, nearest_cells.
   metrics: str = "fid"
   # Images to sample as config.sampling says, at least 2. Papers sample 50,000.
   num_images: int = 10_000

@@ -56,7 +56,12 @@ def save_gradients(path: Path, config: ConfigDict, num_keep: int) -> None:
     return sharding.mean_over_data(of_part, mesh)(params, draws)
 
   with sharding.use_mesh(mesh):
-    batch = sharding.put_batch(make_batch(config), mesh, config.batch_size)
+    arrays = {
+      name: np.random.default_rng(0).standard_normal((config.batch_size, *shape))
+      for name, shape in experiment.model.conditioning.arrays().items()
+    }
+    batch = {**make_batch(config), **arrays}
+    batch = sharding.put_batch(batch, mesh, config.batch_size)
     placed = jax.device_put(params, sharding.of_state(mesh, params))
     found, losses = jax.device_get(gradients(placed, batch))
   leaves = {"/".join(names): leaf for names, leaf in flatten_dict(found).items()}
