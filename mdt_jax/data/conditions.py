@@ -17,6 +17,8 @@ _OF_EVERY_EXAMPLE = ("image", "views", "label")  # entries that all networks rea
 def with_condition(source: Source, condition: Condition) -> Source:
   """Returns a source whose examples hold the arrays of a condition, and no others.
 
+  Captions as text are dropped too: no device holds texts.
+
   Args:
     source: the examples; a source with more arrays than images and labels has
       `array_names`.
@@ -27,7 +29,10 @@ def with_condition(source: Source, condition: Condition) -> Source:
     SettingError: the first example lacks an array, or an array has another shape. Each
       further example is checked when it is read.
   """
-  if not condition.arrays() and not getattr(source, "array_names", ()):
+  has_more = getattr(source, "array_names", ()) or getattr(
+    source, "has_captions", False
+  )
+  if not condition.arrays() and not has_more:
     return source
   return ConditionedSource(source, condition)
 
