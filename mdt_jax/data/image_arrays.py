@@ -189,9 +189,9 @@ def open_image_arrays(
     SettingError: setting "condition", "captions" or "condition_missing".
   """
   check_choice("condition_missing", missing, CHOICES)
+  if not conditions and missing != "refuse":
+    raise SettingError("condition_missing", missing, "needs condition")
   if not conditions and captions is None:
-    if missing != "refuse":
-      raise SettingError("condition_missing", missing, "needs --condition")
     return None
   known = ImageNames(names)
   arrays, card = [], {}

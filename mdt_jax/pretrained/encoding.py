@@ -110,6 +110,13 @@ def encode_images(
   images = _open_images(source, split, image_size, max_unreadable, image_bits)
   check_range("num_shards", num_shards, 1, len(images))
   index, count = this_process(process_index, process_count)
+  arrays = open_image_arrays(
+    condition or {},
+    captions,
+    condition_missing,
+    [images.files.name(i) for i in range(len(images))] if condition or captions else [],
+    lambda i: images.load(i)["image"],
+  )
   devices = jax.local_devices()
   mesh = sharding.make_mesh(devices=devices)
   if batch_size % len(devices):
@@ -124,13 +131,6 @@ def encode_images(
     raise SettingError(
       "image_size", image_size, f"must be divisible by {model.downsampling}"
     )
-  arrays = open_image_arrays(
-    condition or {},
-    captions,
-    condition_missing,
-    [images.files.name(i) for i in range(len(images))] if condition or captions else [],
-    lambda i: images.load(i)["image"],
-  )
   num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
   size = to_size(image_size)
   card = {
