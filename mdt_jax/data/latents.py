@@ -109,7 +109,7 @@ class LatentSource(TolerantSource):
 
   def caption(self, index: int) -> str | None:
     """Returns the caption of an image; None if there is none."""
-    return self.layout.unpack_caption(self._records[index])
+    return self.layout.unpack_caption(self.record(index))
 
   def name(self, index: int) -> str:
     shard, record = self.locate(index)
@@ -123,19 +123,24 @@ class LatentSource(TolerantSource):
 
   def read(self, index: int) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
     """Returns (views, label, name) of a record; raises if the record is damaged."""
-    return self._unpack(self._records[index])
+    return self.unpack(self.record(index))
 
   def load(self, index: int) -> Example:
     """Returns the entries of a record; raises if the record is damaged."""
-    record = self._records[index]
-    views, label, _ = self._unpack(record)
+    record = self.record(index)
+    views, label, _ = self.unpack(record)
     arrays = self.layout.unpack_arrays(record)
     example = {"views": views, "label": np.int32(label), **arrays}
     if self.has_captions:
       example["caption"] = self.layout.unpack_caption(record) or ""
     return example
 
-  def _unpack(self, record: bytes) -> tuple[np.ndarray, int, str]:
+  def record(self, index: int) -> bytes:
+    """Returns the bytes of a record; raises if its hash differs."""
+    return self._records[index]
+
+  def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
+    """Returns (views, label, name); raises ValueError if the label is out of range."""
     views, label, name = self.layout.unpack(record)
     if not 0 <= label < self.num_classes:
       raise ValueError(f"label {label} must lie in [0, {self.num_classes})")
@@ -189,12 +194,14 @@ def verify(
   for index in range(len(source)):
     shard, record = source.locate(index)
     try:
-      views, _, name = source.read(index)
+      record_bytes = source.record(index)
+      views, _, name = source.unpack(record_bytes)
       if not np.isfinite(views).all():
         raise ValueError("its moments are not finite")
-      for array_name, array in source.load(index).items():
-        if array_name in source.array_names and not np.isfinite(array).all():
+      for array_name, array in source.layout.unpack_arrays(record_bytes).items():
+        if not np.isfinite(array).all():
           raise ValueError(f"its array {array_name} is not finite")
+      source.layout.unpack_caption(record_bytes)  # raises if it is not UTF-8
       if record == 0 and (other := first_names.setdefault(name, shard)) != shard:
         raise ValueError(f"it begins with the same image as {other}")
     except DataUnavailable:

@@ -268,6 +268,27 @@ def test_file_is_refused_in_one_line(case, tmp_path):
   assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  "form", ["npz of names", "npz of rows", "safetensors", "npy", "folder of names"]
+)
+def test_damaged_file_is_read_or_refused(form, tmp_path):
+  rng = np.random.default_rng(0)
+  path = FORMS[form](tmp_path)
+  file = path / f"{NAMES[0]}.npy" if path.is_dir() else path
+  data, num_refused = file.read_bytes(), 0
+  for number in range(60):
+    damaged = bytearray(data[: rng.integers(len(data))] if number % 3 == 0 else data)
+    for place in rng.integers(0, max(len(damaged), 1), 1 + number % 5):
+      damaged[place : place + 1] = rng.bytes(1)
+    file.write_bytes(damaged)
+    try:
+      array_sets.open_arrays({"clip": path}).check(NAMES)
+    except SettingError as error:
+      assert "\n" not in str(error)
+      num_refused += 1
+  assert num_refused >= 20  # the truncated files
+
+
 def test_module_that_raises_is_refused(tmp_path, monkeypatch):
   (tmp_path / "own_exit.py").write_text("raise SystemExit('no\\nway')")
   monkeypatch.syspath_prepend(tmp_path)

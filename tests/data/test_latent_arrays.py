@@ -49,7 +49,7 @@ def test_set_without_arrays_equals_that_of_the_version_before(tmp_path):
     del shard["bytes"]  # depends on the version of ArrayRecord
   digest = hashlib.sha256(json.dumps(card).encode())
   for index in range(len(source)):
-    digest.update(source._records[index])
+    digest.update(source.record(index))
   assert digest.hexdigest() == WITHOUT_ARRAYS
 
 
@@ -200,6 +200,13 @@ def test_mirrored_views_keep_the_arrays_of_the_image(whole, num_workers):
   assert seen == {0, 1}
 
 
+def test_batch_of_a_set_holds_captions_as_texts(whole):
+  batch = next(loader.create_loader(open_set(whole), seed=0, batch_size=4, flip=True))
+  index_of = {array_sets.vector(i).tobytes(): i for i in range(sets.NUM_IMAGES)}
+  for clip, caption in zip(batch["clip"], batch["caption"], strict=True):
+    assert caption == (array_sets.caption(index_of[clip.tobytes()]) or "")
+
+
 def test_pickled_source_reads_the_arrays(whole):
   source = pickle.loads(pickle.dumps(open_set(whole)))
   np.testing.assert_array_equal(source[2]["clip"], array_sets.vector(2))
@@ -210,6 +217,15 @@ def test_verify_finds_an_array_that_is_not_finite(whole, monkeypatch):
   with pytest.raises(
     SettingError, match=r"record 0 of latents-00000.* clip is not fin"
   ):
+    latents.verify(whole)
+
+
+def test_verify_finds_a_caption_that_is_not_utf8(whole, monkeypatch):
+  record = latents.open_set(whole).record(1)
+  harmed = record.replace("ä".encode(), b"\xff\xff")
+  assert harmed != record
+  monkeypatch.setattr(latents.LatentSource, "record", lambda *_: harmed)
+  with pytest.raises(SettingError, match=r"record 0 of latents-00000.*\('utf-8' codec"):
     latents.verify(whole)
 
 
