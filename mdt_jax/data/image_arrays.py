@@ -23,7 +23,7 @@ from mdt_jax.data.condition_files import (
 from mdt_jax.data.latent_card import ARRAY_DTYPES, MAX_VALUES, is_array_shape
 from mdt_jax.data.latent_records import ArrayField
 from mdt_jax.errors import SettingError, check_choice, one_line
-from mdt_jax.logs import logger
+from mdt_jax.logs import counted, logger
 
 CHOICES = ("refuse", "leave_out")  # of images without an array
 SHOWN = 3  # images that an error or the log names, at most
@@ -61,14 +61,19 @@ class _Array:
 
   def __init__(self, field: ArrayField, reader: ArrayReader, shown: str):
     self.field, self.reader, self.shown = field, reader, shown
+    self._dtype = np.dtype(field.dtype)
 
   def read(self, name: str, image: np.ndarray | None) -> np.ndarray:
     """Returns the array of an image; raises Unusable, or any error of the reader."""
-    found = _read(self.reader, name, image)
+    found = self.reader.read(name, image)
+    if found is not None and found.dtype == self._dtype:  # needs no slow conversion
+      stored = found
+    else:
+      found = _stored(found)
+      with np.errstate(over="ignore", invalid="ignore"):  # both are checked below
+        stored = found.astype(self._dtype)
     if found.shape != self.field.shape:
       raise Unusable(f"has the shape {found.shape}, not {self.field.shape}")
-    with np.errstate(over="ignore", invalid="ignore"):  # both are checked below
-      stored = found.astype(self.field.dtype)
     are_floats = found.dtype.kind == stored.dtype.kind == "f"
     if not are_floats and not np.array_equal(stored, found):
       raise Unusable(f"holds {found.dtype} values that {stored.dtype} does not hold")
@@ -108,6 +113,7 @@ class ImageArrays:
     for array in self._arrays:
       if array.reader.is_function:
         continue
+      logger.info("checking %s for %s", array.shown, counted(len(names), "image"))
       problems = {}
       for name in names:
         try:
@@ -231,7 +237,7 @@ def _first(
       except Exception:  # the writer leaves unreadable images out
         continue
     try:
-      return _read(reader, name, image)
+      return _stored(reader.read(name, image))
     except Exception as error:
       reason = _reason(reader, error)
       if is_refused and reader.is_function:
@@ -245,9 +251,8 @@ def _first(
   )
 
 
-def _read(reader: ArrayReader, name: str, image: np.ndarray | None) -> np.ndarray:
-  """Returns the array of an image in one of ARRAY_DTYPES; raises if there is none."""
-  found = reader.read(name, image)
+def _stored(found: np.ndarray | None) -> np.ndarray:
+  """Returns an array in one of ARRAY_DTYPES; raises Unusable if there is none."""
   if found is None:
     raise Unusable("missing")
   if found.dtype == ml_dtypes.bfloat16 or (
