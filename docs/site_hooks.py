@@ -10,7 +10,6 @@ from __future__ import annotations
 import posixpath
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 import api_pages
+from address import address
 
 ROOT = Path(__file__).parents[1]
 # File of the repository -> page of the site.
@@ -87,12 +87,6 @@ def on_post_page(output: str, page: Page, **_: object) -> None:
   for pattern in (FOREIGN, FOREIGN_STYLE):
     if match := pattern.search(output):
       raise PluginError(f"{page.file.src_uri} loads {match[0]} from elsewhere")
-
-
-def address() -> str:
-  """Returns the address of the repository, without a slash at its end."""
-  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  return project["urls"]["Repository"].rstrip("/")
 
 
 def _separate_lists(markdown: str) -> Iterator[str]:

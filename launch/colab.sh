@@ -1,34 +1,32 @@
 #!/usr/bin/env bash
-# Runs colab/mdt.ipynb, from its first cell on, in a new virtual environment with the
-# versions of Colab. Leaves out the cells that download weights. Runs the last commit, in
-# a clone. Took 17 minutes on two busy cores, 8 minutes of CPU time (2026-11-26).
-#   RUNTIME  tpu (default), or gpu, which has TensorFlow: versions only, the device is
-#            that of this machine
-#   PYTHON   interpreter (default: python3.13, the one of Colab, or else python3)
-#   FOLDER   new folder of the environment, the clone and the executed notebook
-#            (default: a temporary folder)
+# Executes colab/mdt.ipynb, from its first cell to its last, with the versions of Colab,
+# and checks what the notebook shows; arguments go to pytest. The first cell clones the
+# files of this folder in place of the address of the project.
+#   RUNTIME       tpu (default), or gpu, which has TensorFlow: versions only, the device
+#                 is that of this machine
+#   COLAB_VENV    folder of the environment (default: .venv_colab_RUNTIME); delete the
+#                 folder to install everything again
+#   COLAB_PYTHON  interpreter that creates it (default: python3.13, the one of Colab, or
+#                 else python3.12, or else that of launch/test.sh)
+#   STEPS         training steps (default: 40; the notebook itself has 1500)
 set -euo pipefail
-cd "$(dirname "$0")/.."
-FOLDER="${FOLDER:-$(mktemp -d)}"
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=python3
-  if python3.13 -c "" 2>/dev/null; then PYTHON=python3.13; fi
-fi
+source "$(dirname "$0")/common.sh"
+RUNTIME="${RUNTIME:-tpu}"
+COLAB_VENV="${COLAB_VENV:-.venv_colab_$RUNTIME}"
 
-"$PYTHON" -m venv "$FOLDER/venv"
-python="$FOLDER/venv/bin/python"
-"$python" -m pip install --quiet --disable-pip-version-check \
-  --requirement "colab/versions_${RUNTIME:-tpu}.txt"
-"$python" -m pip freeze > "$FOLDER/before.txt"
-git clone --quiet . "$FOLDER/mdt_jax"
-"$python" -m nbconvert --to notebook --execute "$FOLDER/mdt_jax/colab/mdt.ipynb" \
-  --output-dir "$FOLDER" --ExecutePreprocessor.timeout=-1 \
-  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=download
-# The notebook installs what is missing and replaces nothing.
-"$python" -m pip freeze --exclude-editable > "$FOLDER/after.txt"
-if comm -23 <(sort "$FOLDER/before.txt") <(sort "$FOLDER/after.txt") | grep .; then
-  echo "the notebook replaced these versions" >&2
-  exit 1
+install test
+if [ ! -e "$COLAB_VENV/is_complete" ]; then
+  # The shims of pyenv fail for versions that are installed but not selected.
+  for candidate in python3.13 ~/.pyenv/versions/3.13.*/bin/python \
+    python3.12 ~/.pyenv/versions/3.12.*/bin/python "$VENV/bin/python"; do
+    if [ -n "${COLAB_PYTHON:-}" ]; then break; fi
+    if "$candidate" -c "" 2> /dev/null; then COLAB_PYTHON="$candidate"; fi
+  done
+  echo "installing the versions of Colab for $("$COLAB_PYTHON" --version)"
+  "$COLAB_PYTHON" -m venv --clear "$COLAB_VENV"
+  "$COLAB_VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --requirement "colab/versions_$RUNTIME.txt"
+  touch "$COLAB_VENV/is_complete"
 fi
-"$python" -m nbconvert --to markdown --stdout "$FOLDER/mdt.ipynb" | tail -n 30
-echo "executed notebook: $FOLDER/mdt.ipynb"
+COLAB_VENV="$(cd "$COLAB_VENV" && pwd)" PYTHONPATH=. \
+  "$VENV/bin/python" -m pytest -rs tests/test_notebook_runs.py "$@"

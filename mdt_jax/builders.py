@@ -76,7 +76,6 @@ def _build_condition(settings: Settings) -> Condition:
   model, chosen = settings.model, settings.condition
   names = {"condition": "config.model.condition"}
   with named_in_errors("config.condition"):
-    chosen.check_use(model.condition)
     variant = MODELS.get(model.name, {}).get("variant")
     null = NETWORKS[variant].module.null_label if variant else "learned"
     with renamed_in_errors(names):

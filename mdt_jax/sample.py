@@ -19,15 +19,17 @@ import contextlib
 import os
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.checkpoints.loading import workdir_of
 from mdt_jax.data import file_names
 from mdt_jax.errors import SettingError, check_range, renamed_in_errors
-from mdt_jax.logs import counted, logger
+from mdt_jax.logs import logger
 from mdt_jax.paths import output_folder
 from mdt_jax.pretrained.hub import is_hub_url
+from mdt_jax.sampling.conditions import read_conditions
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
@@ -53,6 +55,19 @@ LABELS = flags.DEFINE_list(
   "Classes to draw, in turn: numbers, or names of classes of the data or of ImageNet; "
   f"{BALANCED}: all classes of the data in turn; {RANDOM}: random classes of the data; "
   f"{NONE}: no class.",
+)
+CONDITION = flags.DEFINE_string(
+  "condition",
+  None,
+  "File of conditions to draw, for runs of config.model.condition=vector or tokens: an "
+  ".npz file with the arrays of the run by name, (N, ...), and label and caption (N,) "
+  "if there are any. Default: none.",
+)
+NULL_CONDITION = flags.DEFINE_string(
+  "null_condition",
+  None,
+  "File of the negative condition, from which guidance leads away, of the form of "
+  "--condition, for one image or for all. Default: the null condition of training.",
 )
 NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
@@ -209,18 +224,13 @@ def main(argv: list[str]) -> None:
     pipeline = Pipeline.load(
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
-    labels = choose_labels(
-      "labels",
-      [file_names.from_path(label) for label in LABELS.value],
-      NUM_IMAGES.value,
-      pipeline.model.num_classes,
-      SEED.value,
-      has_null=pipeline.has_null_label,
-      held=pipeline.experiment.data_labels,
-    )
+    condition = _arrays("condition", CONDITION.value, NUM_IMAGES.value)
+    labels = _labels(pipeline, condition)
     file = pipeline.write(
       output,
       labels,
+      condition=condition,
+      null=_arrays("null_condition", NULL_CONDITION.value),
       png=PNG.value,
       overwrite=OVERWRITE.value,
       seed=SEED.value,
@@ -235,8 +245,47 @@ def main(argv: list[str]) -> None:
       weak_step=WEAK_STEP.value,
       **_sampling(),
     )
-  images = counted(len(labels), "image")
-  logger.info("%s of step %d: %s", images, pipeline.step, file)
+  logger.info("images of step %d: %s", pipeline.step, file)
+
+
+def _arrays(
+  setting: str, path: str | None, count: int | None = None
+) -> dict[str, Any] | None:
+  """Arrays of a file of conditions, repeated until there are `count` of each."""
+  if path is None:
+    return None
+  found = read_conditions(setting, path)
+  if count is None:
+    return found
+  lengths = {len(array) for array in found.values() if array.ndim}
+  if len(lengths) != 1 or 0 in lengths:
+    accepted = f"must hold arrays of the same number of images, has {sorted(lengths)}"
+    raise SettingError(setting, path, accepted)
+  return {name: array[np.arange(count) % len(array)] for name, array in found.items()}
+
+
+def _labels(pipeline: Pipeline, condition: dict[str, Any] | None) -> Any:
+  """The label of each image; None if the condition has none, or holds them."""
+  conditioning = pipeline.model.conditioning
+  if conditioning.arrays() and (
+    conditioning.label is None or "label" in (condition or {})
+  ):
+    if flags.FLAGS["labels"].present:
+      accepted = "must be left out: the condition has no class labels, or holds them"
+      raise SettingError("labels", ",".join(LABELS.value), accepted)
+    return None
+  count = NUM_IMAGES.value
+  if count is None and condition:
+    count = max(len(array) for array in condition.values() if array.ndim)
+  return choose_labels(
+    "labels",
+    [file_names.from_path(label) for label in LABELS.value],
+    count,
+    pipeline.model.num_classes,
+    SEED.value,
+    has_null=pipeline.has_null_label,
+    held=pipeline.experiment.data_labels,
+  )
 
 
 def _output() -> str | os.PathLike[str]:
@@ -297,7 +346,8 @@ def _interval() -> tuple[float, ...] | None:
 def _flag_names() -> dict[str, str]:
   """Name of an argument in an error -> name of its flag, as the user typed it."""
   used = {name: alias for name, alias in ALIASES.items() if flags.FLAGS[alias].present}
-  return {"path": "checkpoint", "name": "checkpoint", "folder": "output", **used}
+  names = {"path": "checkpoint", "name": "checkpoint", "folder": "output"}
+  return {**names, "null": "null_condition", **used}
 
 
 if __name__ == "__main__":

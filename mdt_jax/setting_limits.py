@@ -18,6 +18,7 @@ MAX_STEPS = 100_000  # of a process, and of a sampler
 MAXIMA = {
   "config.batch_size": 1_048_576,
   "config.num_samples": 65_536,
+  "config.num_strips": 1_024,
   "config.data.num_threads": 1_024,
   "config.data.num_workers": 1_024,
   "config.diffusion.num_timesteps": MAX_STEPS,

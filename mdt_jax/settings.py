@@ -106,6 +106,9 @@ class Settings:
   sample_every: int = 10_000
   # Images in a picture, at least 0; 0: no pictures.
   num_samples: int = 16
+  # Images of which a second picture shows the way from noise: what the network predicts
+  # at eight steps of the sampler. At least 0; 0: none, as for the samplers in time.
+  num_strips: int = 4
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> Settings:
@@ -145,6 +148,7 @@ class Settings:
       at_least(self, "checkpoints_to_keep", 2)
       for name in ("seed", "sample_every", "num_samples", "checkpoint_minutes"):
         at_least(self, name, 0)
+      at_least(self, "num_strips", 0)
       for name in ("checkpoint_keep_every", "max_skipped", "max_rollbacks"):
         at_least(self, name, 0)
       for name in ("save_failures", "grace_seconds"):
@@ -160,6 +164,8 @@ class Settings:
           f"must be FIRST:LAST, 0 <= FIRST < LAST <= num_steps = {self.num_steps}, of "
           f"at most {MAX_PROFILED} steps, such as 100:105",
         )
+    with named_in_errors("config.condition"):
+      self.condition.check_use(self.model.condition)
     for group in ("init", "data", "optimizer", "eval", "log"):
       with named_in_errors(f"config.{group}"):
         getattr(self, group).check()

@@ -54,6 +54,7 @@ LONGEST = (
   "test_sharding.py",
   "training/test_meshes.py",
   "objectives/test_meshes.py",
+  "test_readme.py",
   "test_commands.py",
   "training/test_loop.py",
   "faults/test_kill.py",

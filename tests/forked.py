@@ -8,6 +8,7 @@ devices. A test of what a module imports needs a new interpreter instead.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,7 +94,10 @@ class Forked:
   def end(self, timeout: float = TIMEOUT) -> int:
     """Waits for the end; returns the exit code, negative for a signal."""
     self._process.join(timeout)
-    assert self._process.exitcode is not None, self.out + self.err
+    if self._process.exitcode is None:
+      self.signal(signal.SIGABRT)  # adds the stacks of all threads to the output
+      self._process.join(10)
+      raise AssertionError(f"no end within {timeout} s: {self.out}{self.err}")
     return self._process.exitcode
 
   def is_alive(self) -> bool:
@@ -146,7 +151,11 @@ def _run(setup: tuple, target: Callable[..., None], arguments: tuple) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
+  faulthandler.enable()  # for the SIGABRT of `end`
   try:
     target(*arguments)
   finally:
+    # As the interpreter does at its end: threads first. A thread that still writes to a
+    # bucket needs the event loop that an exit function stops.
+    threading._shutdown()
     atexit._run_exitfuncs()  # multiprocessing skips them; jax.distributed needs them

@@ -34,6 +34,18 @@ FAULTS = {
   "averages swap their shares": Fault(
     "training/step.py", "return 1 - decay**ema_every\n", "return decay\n", STEP
   ),
+  "every loss counts at the first time": Fault(
+    "training/step.py",
+    "bins[:, None] == jnp.arange(count)",
+    "0 * bins[:, None] == jnp.arange(count)",
+    "training/test_loss_by_time.py",
+  ),
+  "a strip shows the next prediction": Fault(
+    "diffusion/predictions.py",
+    "np.arange(len(calls))",
+    "np.arange(len(calls))[::-1]",
+    "training/test_sample_pictures.py",
+  ),
   "accumulated gradients are a sum": Fault(
     "training/step.py", "lambda g: g / accumulation_steps", "lambda g: g", STEP
   ),

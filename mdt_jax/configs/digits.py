@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
   config.sampling.cfg_scale = 2.0
 
   config.log_every = 50
+  config.log.loss_by_time_every = 500
   config.checkpoint_every = 250
   config.sample_every = 500
   config.num_samples = 100

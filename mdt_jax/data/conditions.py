@@ -9,9 +9,11 @@ import numpy as np
 
 from mdt_jax.data.examples import Example, Source, SupportsReplacement
 from mdt_jax.errors import SettingError
+from mdt_jax.models.array_conditions import MASK_SUFFIX as MASK_SUFFIX
 from mdt_jax.models.conditions import Condition
 
-_OF_EVERY_EXAMPLE = ("image", "views", "label")  # entries that all networks read
+_IMAGES = ("image", "views")
+_OF_EVERY_EXAMPLE = (*_IMAGES, "label")  # entries that all networks read
 
 
 def with_condition(source: Source, condition: Condition) -> Source:
@@ -29,12 +31,12 @@ def with_condition(source: Source, condition: Condition) -> Source:
     SettingError: the first example lacks an array, or an array has another shape. Each
       further example is checked when it is read.
   """
-  has_more = getattr(source, "array_names", ()) or getattr(
-    source, "has_captions", False
-  )
-  if not condition.arrays() and not has_more:
+  is_own = not condition.arrays() and condition.label is None
+  has_captions = getattr(source, "has_captions", False)
+  reads_arrays = condition.arrays() or getattr(source, "array_names", ())
+  if not has_captions and (is_own or not reads_arrays):
     return source
-  return ConditionedSource(source, condition)
+  return ConditionedSource(source, condition, keeps_arrays=is_own)
 
 
 class ConditionedSource:
@@ -42,14 +44,19 @@ class ConditionedSource:
 
   Attributes:
     original: the source.
+
+  Args:
+    source, condition: see `with_condition`.
+    keeps_arrays: whether to keep all entries except for captions as text.
   """
 
-  def __init__(self, source: Source, condition: Condition):
+  def __init__(self, source: Source, condition: Condition, keeps_arrays: bool = False):
     self.original = source
     self.num_classes = source.num_classes
     self.image_shape = source.image_shape
     self.class_names = getattr(source, "class_names", None)
     self.label_counts = getattr(source, "label_counts", None)
+    self._keeps_arrays = keeps_arrays
     self._required = condition.arrays()
     self._optional = condition.optional_arrays()
     if len(source):
@@ -70,6 +77,8 @@ class ConditionedSource:
 
   def _select(self, index: int, example: Example) -> Example:
     """Returns an example without other arrays; raises SettingError if one is wrong."""
+    if self._keeps_arrays:
+      return {n: v for n, v in example.items() if n != "caption"}
     found = {n: v for n, v in example.items() if n in _OF_EVERY_EXAMPLE}
     where = f"example {index} of the data"
     for name, shape in self._required.items():
@@ -117,11 +126,8 @@ def check_array(
   return array
 
 
-def stack_conditions(
-  condition: Condition, examples: Iterable[Mapping[str, Any]]
-) -> np.ndarray:
-  """Returns y (N, …) of examples."""
+def stack_arrays(examples: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+  """Returns name -> (N, …) of N examples, without their images."""
   examples = list(examples)
-  names = [n for n in examples[0] if n not in ("image", "views")]
-  batch = {name: np.stack([example[name] for example in examples]) for name in names}
-  return np.asarray(condition.of_batch(batch))
+  names = [name for name in examples[0] if name not in _IMAGES]
+  return {name: np.stack([example[name] for example in examples]) for name in names}

@@ -26,8 +26,8 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.pretrained.torch_inception import load_inception
+from mdt_jax.sampling.conditions import choose_conditions
 from mdt_jax.sampling.generator import Generator, make_generator
-from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.setting_groups import LABELS_OF_SCORES
 from mdt_jax.settings import Settings
 from mdt_jax.types import Params
@@ -138,9 +138,14 @@ class Evaluator:
       names = {name: f"{self._prefix}{name}" for name in ("metrics", "num_images")}
       with renamed_in_errors(names):
         scores.check_data(self.metrics, self.real.source, images.labels)
+    for name in self.metrics:
+      if METRICS[name].needs_conditions and not images.arrays:
+        accepted = f"{name} needs a run of config.model.condition vector or tokens"
+        raise SettingError(f"{self._prefix}metrics", name, accepted)
     scores.check_comparable(
       self.metrics,
       self.real,
+      len(images),
       images.labels,
       self._extract.sizes(images.image_shape),
       path=self._reference,
@@ -232,7 +237,8 @@ def chosen_labels(
   """
   if labels is not None:
     check_choice("labels", labels, LABELS_OF_SCORES)
-    if not isinstance(experiment.model.conditioning, LabelCondition):
+    condition = experiment.model.conditioning
+    if not (isinstance(condition, LabelCondition) or condition.arrays()):
       raise SettingError("labels", labels, "needs a network with class labels")
   return labels or experiment.settings.eval.labels or default_labels(metrics)
 

@@ -19,12 +19,14 @@ from jaxtyping import Num
 from mdt_jax import buckets
 from mdt_jax.buckets import AnyPath
 from mdt_jax.data import npy_format
+from mdt_jax.data.conditions import stack_arrays
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
 from mdt_jax.paths import input_file
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.sampling.blocks import generate_batches
+from mdt_jax.sampling.conditions import Conditions
 from mdt_jax.sampling.generator import Generator, output_shape
 from mdt_jax.sampling.pictures import to_uint8
 from mdt_jax.sharding import fetch
@@ -209,6 +211,12 @@ class SourceImages:
     count = min(num_images, len(source))
     self._indices = np.linspace(0, len(source) - 1, count).round().astype(int)
 
+  @property
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Name -> (N, …), arrays of the conditions; reads the examples once more."""
+    arrays = stack_arrays(self._source[int(i)] for i in self._indices)
+    return {name: array for name, array in arrays.items() if name != "label"}
+
   def __len__(self) -> int:
     return len(self._indices)
 
@@ -230,7 +238,9 @@ class GeneratedImages:
   All processes of a run must read the stream together; each process gets whole batches.
 
   Attributes:
-    labels: (N, …) conditions of the images, such as their classes.
+    conditions: (N, …) conditions of the images, as the network reads them.
+    labels: (N,) classes of the images; None if their condition has none.
+    arrays: name -> (N, …), the arrays of the conditions.
     image_shape: (H, W, C) of an image.
 
   Args:
@@ -238,7 +248,7 @@ class GeneratedImages:
     generator: generator from `sampling.generator.make_generator`.
     params: averaged parameters. The devices that hold the parameters draw the images,
       and share each batch inside `sharding.use_mesh`.
-    labels: (N, …) conditions of the images; see `labels.choose_conditions`.
+    conditions: conditions of the images; see `sampling.conditions`.
     autoencoder: decodes latents; None if the network draws pixels.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     holds_pixels: whether the network draws pixels.
@@ -252,7 +262,7 @@ class GeneratedImages:
     model: Model,
     generator: Generator,
     params: Params,
-    labels: np.ndarray,
+    conditions: Conditions,
     autoencoder: Autoencoder | None = None,
     seed: int = 0,
     *,
@@ -263,24 +273,28 @@ class GeneratedImages:
         "config.data.vae", None, "must be given: images are scored, not latents"
       )
     self._generator, self._params, self._seed = generator, params, seed
-    self.labels, self._model = labels, model
+    self.conditions, self.labels = conditions.y, conditions.labels
+    self.arrays = conditions.arrays
+    self._model = model
     self.image_shape = output_shape(model, autoencoder)
     self._autoencoder = autoencoder
 
   def __len__(self) -> int:
-    return len(self.labels)
+    return len(self.conditions)
 
   def batches(self, batch_size: int) -> Iterator[LabelledImages]:
     drawn = generate_batches(
       self._generator,
       self._params,
-      self.labels,
+      self.conditions,
       seed=self._seed,
       batch_size=batch_size,
     )
     start = 0
     for arrays in drawn:
-      labels = self.labels[start : start + len(arrays)]
+      labels = None
+      if self.labels is not None:
+        labels = self.labels[start : start + len(arrays)]
       start += len(arrays)
       if self._autoencoder is not None:
         arrays = fetch(self._autoencoder.decode(arrays))

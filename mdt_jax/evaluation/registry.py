@@ -16,7 +16,7 @@ from jaxtyping import Int
 from mdt_jax.data.examples import Source
 from mdt_jax.data.relations import RelationsSource
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.evaluation import classifier, metrics, relation_scores
+from mdt_jax.evaluation import classifier, condition_scores, metrics, relation_scores
 from mdt_jax.evaluation.features import (
   FeatureFn,
   inception_features,
@@ -43,6 +43,7 @@ class Metric:
       `gaussian` or `kept`.
     needs_real: whether `compute` uses the real images.
     needs_labels: whether `compute` uses the labels of the images.
+    needs_conditions: whether `compute` uses conditions of the images that are arrays.
     fewest: smallest number of images.
     check_labels: (labels of real images, labels of images to be drawn) -> None. Raises
       SettingError for "reference" or "num_images" if the score does not exist for these
@@ -58,6 +59,7 @@ class Metric:
   kept: str | None = None
   needs_real: bool = True
   needs_labels: bool = False
+  needs_conditions: bool = False
   fewest: int = 2
   check_labels: Callable[[np.ndarray, np.ndarray], None] | None = None
   check_data: Callable[[Source, np.ndarray | None], None] | None = None
@@ -108,6 +110,20 @@ def labelled_metric(
 
   return Metric(
     compute, pixel_features, kept="pixels", needs_labels=True, check_labels=check_labels
+  )
+
+
+def _retrieval(real: Summary, generated: Summary) -> float:
+  """Accuracy of finding the conditions of images; see `condition_scores`."""
+  name = "retrieval"
+  if real.conditions is None or generated.conditions is None:
+    accepted = f"{name} needs a run whose data and network have arrays as conditions"
+    raise SettingError("metrics", name, accepted)
+  return condition_scores.retrieval_accuracy(
+    real.features["pixels"],
+    real.conditions,
+    generated.features["pixels"],
+    generated.conditions,
   )
 
 
@@ -193,6 +209,9 @@ METRICS: dict[str, Metric] = {
   "accuracy": labelled_metric(
     "accuracy", classifier.conditional_accuracy, _two_classes
   ),
+  "retrieval": Metric(
+    _retrieval, pixel_features, kept="pixels", needs_conditions=True, fewest=2
+  ),
   "diversity": labelled_metric("diversity", classifier.diversity, _repeated_class),
   **{name: relation_metric(name) for name in relation_scores.NAMES},
 }
@@ -208,7 +227,7 @@ def other_metrics() -> list[str]:
   return [
     name
     for name, metric in METRICS.items()
-    if not (metric.needs_inception or metric.check_data)
+    if not (metric.needs_inception or metric.needs_conditions or metric.check_data)
   ]
 
 

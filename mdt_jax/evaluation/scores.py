@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
+from mdt_jax.evaluation.condition_scores import condition_vectors
 from mdt_jax.evaluation.features import FeatureExtractor
 from mdt_jax.evaluation.image_streams import ImageStream
 from mdt_jax.evaluation.metrics import RunningStatistics
@@ -95,10 +96,14 @@ def summarize(
         all_labels.append(labels)
       done += count
       bar.update(count)
+  conditions = None
+  if any(metric.needs_conditions for metric in metrics):
+    conditions = condition_vectors(getattr(images, "arrays", {}))
   return Summary(
     {name: running.result() for name, running in statistics.items()},
     kept,
     np.concatenate(all_labels) if all_labels else None,
+    conditions,
   )
 
 
@@ -163,7 +168,8 @@ def check_number(count: int, names: Sequence[str], setting: str) -> None:
 def check_comparable(
   names: Sequence[str],
   real: Summary,
-  labels: Int[np.ndarray, " N"],
+  count: int,
+  labels: Int[np.ndarray, " N"] | None,
   sizes: Mapping[str, int],
   *,
   path: str | None = None,
@@ -174,7 +180,8 @@ def check_comparable(
   Args:
     names: keys of `METRICS`.
     real: summary of the real images.
-    labels: labels of the images to be drawn.
+    count: number of images to be drawn.
+    labels: their labels; None if their condition has no labels.
     sizes: number of features of an image to be drawn, by name of the features; see
       `FeatureExtractor.sizes`.
     path: value of the setting "reference", for errors.
@@ -184,7 +191,7 @@ def check_comparable(
     SettingError: the images to be drawn are too few, or have other sizes, channels or
       classes than a score needs.
   """
-  check_number(len(labels), names, f"{prefix}num_images")
+  check_number(count, names, f"{prefix}num_images")
   for name in of_real_images(names):
     metric = METRICS[name]
     if metric.gaussian is not None:
@@ -205,6 +212,9 @@ def check_comparable(
       raise SettingError(
         f"{prefix}reference", path, f"{name} needs labels of the images (arr_1)"
       )
+    if labels is None:
+      accepted = f"{name} needs class labels, which the condition of the network lacks"
+      raise SettingError(f"{prefix}metrics", name, accepted)
     if metric.check_labels is not None:
       try:
         metric.check_labels(real.labels, labels)

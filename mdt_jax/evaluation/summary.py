@@ -20,6 +20,8 @@ class Summary:
     features: (N, D) float32 features of each image, by name of the features.
     labels: (N,) labels of the images; None if there are no labels or no score needs
       labels.
+    conditions: (N, D) vectors of the conditions that are arrays; None if there are none
+      or no score needs them.
     source: the data of the run; only in the summary of the real images, and only if a
       score asks the data itself.
   """
@@ -27,4 +29,5 @@ class Summary:
   statistics: dict[str, Statistics]
   features: dict[str, Float[np.ndarray, "N D"]]
   labels: Int[np.ndarray, " N"] | None = None
+  conditions: Float[np.ndarray, "N D"] | None = None
   source: Source | None = None

@@ -34,6 +34,10 @@ class Request:
 
   Attributes:
     labels: (N,) classes, or (N, …) conditions of the network that are not classes.
+    classes: (N,) classes of conditions that hold more; None for `labels`, if these are
+      classes.
+    captions: N texts for grids; None for the names of the classes.
+    null: (N, …) negative conditions of guidance; None for the null condition.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
     block_size: number of images in a block. The last block is filled up with the first
       images of the request.
@@ -50,6 +54,16 @@ class Request:
   image: Float[np.ndarray, "*N H W C"] | None = None
   hidden: Bool[np.ndarray, "H W"] | None = None
   hidden_tokens: Bool[np.ndarray, "L"] | None = None
+  classes: Int[np.ndarray, "N"] | None = None
+  captions: Sequence[str] | None = None
+  null: Shaped[np.ndarray, "N ..."] | None = None
+
+  @property
+  def known_classes(self) -> Int[np.ndarray, "N"] | None:
+    """Classes of the images; None if their conditions have none."""
+    if self.classes is None and self.labels.ndim == 1:
+      return np.asarray(self.labels, np.int64)
+    return self.classes
 
   @property
   def num_blocks(self) -> int:
@@ -91,7 +105,10 @@ class Request:
       given["hidden"] = self.hidden
       given["hidden_tokens"] = self.hidden_tokens
     is_float = np.issubdtype(self.labels.dtype, np.floating)
-    labels = self.labels[ids].astype(np.float32 if is_float else np.int32)
+    dtype = np.float32 if is_float else np.int32
+    labels = self.labels[ids].astype(dtype)
+    if self.null is not None:
+      given["null"] = self.null[ids].astype(dtype)
     return labels, ids.astype(np.uint32), given
 
 
@@ -137,6 +154,7 @@ class BlockGenerator:
     mesh = Mesh(np.asarray(devices), ("data",))
     whole, split = PartitionSpec(), PartitionSpec("data")
     given_specs = {"image": split, "hidden": whole, "hidden_tokens": whole}
+    given_specs["null"] = split
     self._mesh = mesh
     self._num_devices = len(devices)
     self._replicated = NamedSharding(mesh, whole)
@@ -251,14 +269,15 @@ def generate_batches(
   *,
   seed: int,
   batch_size: int,
-) -> Iterator[Float[np.ndarray, "n H W C"]]:
+) -> Iterator[Float[np.ndarray, "n *calls H W C"]]:
   """Generates latents for labels, one batch at a time.
 
   Inside `sharding.use_mesh`, the devices of the mesh share each batch. All processes
   must call this function together.
 
   Args:
-    generator: generator from `make_generator`.
+    generator: generator from `make_generator`; with kept calls, each image has one
+      more axis.
     params: averaged parameters of the network.
     labels: (N,) classes, or (N, …) other conditions, as in `Request`.
     seed: seed in [0, 2**32); the noise of image i derives from (seed, i).

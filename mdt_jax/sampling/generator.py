@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped, UInt32
 
 from mdt_jax.diffusion.guidance import Guidance, ModelFn, noise_above
+from mdt_jax.diffusion.predictions import sample_with_predictions
 from mdt_jax.diffusion.samplers import (
   Hold,
   OnStep,
@@ -32,8 +34,9 @@ from mdt_jax.sampling.token_guidance import (
 from mdt_jax.types import Array, Params
 
 Given: TypeAlias = dict[str, Array]  # arrays of an image to inpaint or edit
-# (params, labels (B, …), ids (B,), seed, [given]) -> latents (B, H, W, C) float32;
-# params is a `Pair` if the weak pass of guidance has a network of its own
+# (params, labels (B, …), ids (B,), seed, [given]) -> latents (B, H, W, C) float32, or
+# with kept calls (B, calls + 1, H, W, C). params is a `Pair` if the weak pass of
+# guidance has a network of its own.
 Generator: TypeAlias = jax.stages.Wrapped
 
 HOLD_STREAM = 1  # folded into the key of an image, for the noise of the visible part
@@ -83,6 +86,7 @@ def make_generator(
   platform: str | None = None,
   on_step: OnStep | None = None,
   weak_model: Model | None = None,
+  kept_calls: Sequence[int] = (),
 ) -> Generator:
   """Builds the jitted function that samples latents for labels.
 
@@ -94,14 +98,18 @@ def make_generator(
       backend of JAX.
     on_step: called on the host at each call of the network; see `samplers.sample`.
     weak_model: network of the weak pass of guidance; None for `model`.
+    kept_calls: numbers of the network calls, from 0, whose predicted x0 is returned
+      too; only for samplers with separate calls, to draw, without `on_step`.
 
   Returns:
     (params, labels (B, …), ids (B,), seed (), [given]) -> latents (B, H, W, C)
-    float32. The labels are integer classes, or other conditions of the network. All
-    noise of an image derives from the seed and the image's number in `ids`, so an image
-    does not depend on the rest of the batch. `given` holds "image" (B, H, W, C) float32
-    for "inpaint" and "edit", and "hidden" (H, W) and "hidden_tokens" (L,) bool for
-    "inpaint"; see `Request`.
+    float32, or with `kept_calls` the predictions and then the latents,
+    (B, len(kept_calls) + 1, H, W, C). The labels are integer classes, or other
+    conditions of the network. All noise of an image derives from the seed and the
+    image's number in `ids`, so an image does not depend on the rest of the batch.
+    `given` holds "image" (B, H, W, C) float32 for "inpaint" and "edit", and "hidden"
+    (H, W) and "hidden_tokens" (L,) bool for "inpaint"; and "null" (B, …) if another
+    condition replaces the null condition in guidance; see `Request`.
 
   Raises:
     SettingError: the process cannot edit, the sampling method cannot inpaint, or the
@@ -120,7 +128,15 @@ def make_generator(
     raise SettingError("interpolation", task.interpolation, accepted)
   needs_null = sampler.guidance.needs_null
 
-  def guided_fn(params: Params, labels: Array, mask: TokenMask | None) -> ModelFn:
+  def null_of(labels: Array, given: Given) -> Array:
+    """The conditions of the weak pass of guidance."""
+    if not needs_null:
+      return labels
+    return given["null"] if "null" in given else model.conditioning.null_like(labels)
+
+  def guided_fn(
+    params: Params, labels: Array, null: Array, mask: TokenMask | None
+  ) -> ModelFn:
     """The network with guidance; `mask` hides the same tokens of every sample."""
 
     def network(x: Array, t: Array, y: Array) -> Array:
@@ -132,7 +148,7 @@ def make_generator(
     return sampler.guidance.apply(
       network,
       labels,
-      model.conditioning.null_like(labels) if needs_null else labels,
+      null,
       one_batch=platform != "cpu" or model.unroll == 1,
     )
 
@@ -143,24 +159,35 @@ def make_generator(
     ids: UInt32[Array, "B"],
     seed: UInt32[Array, ""],
     given: Given | None = None,
-  ) -> Float[Array, "B H W C"]:
+  ) -> Float[Array, "B *calls H W C"]:
     given = given or {}
     drawn = draw_noise(shape, ids, seed)
     start, hold = make_start(sampler, task, drawn, given)
+    null = null_of(labels, given)
     if has_passes:
-      null = model.conditioning.null_like(labels) if needs_null else labels
       noise_of = draw_mask_noise(drawn.keys, model.num_tokens)
       model_fn = make_model_fn(
         model, params, labels, null, sampler, noise_of, weak_model
       )
     else:
       assert not isinstance(params, Pair)
-      model_fn = guided_fn(params, labels, None)
+      model_fn = guided_fn(params, labels, null, None)
     if task.interpolation and not isinstance(params, Pair):
       mask = token_mask_from_noise(given["hidden_tokens"][None], task.num_keep)
-      masked_fn = guided_fn(params, labels, mask)
+      masked_fn = guided_fn(params, labels, null, mask)
       model_fn = _switch(masked_fn, model_fn, sampler.guidance, task.interpolation)
 
+    if kept_calls:
+      return sample_with_predictions(
+        model_fn,
+        process,
+        start,
+        drawn.step_keys,
+        kept_calls,
+        method=sampler.method,
+        eta=sampler.eta,
+        clip_denoised=sampler.clip_denoised,
+      )
     x_0 = sample(
       model_fn,
       process,

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
 from mdt_jax.data.class_labels import DataLabels, class_number
-from mdt_jax.data.conditions import stack_conditions
-from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.logs import printable
-from mdt_jax.models.conditions import Condition, LabelCondition
 
 # WordNet's names of the classes of ILSVRC 2012: line i holds the names of class i.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
@@ -129,41 +126,6 @@ def draw_labels(
     return np.arange(count) % num_classes
   # The constant makes the labels independent of the noise, which has the same seed.
   return np.random.default_rng((seed, 0x1ABE1)).integers(0, num_classes, count)
-
-
-def choose_conditions(
-  condition: Condition,
-  count: int,
-  held: DataLabels | None,
-  how: str = BALANCED,
-  seed: int = 0,
-  open_data: Callable[[], Source] | None = None,
-) -> Shaped[np.ndarray, "N ..."]:
-  """The condition y of each image that training and evaluation draw.
-
-  Args:
-    condition: the condition of the network.
-    count: number N of images.
-    held: the labels of the training data; None if unknown.
-    how: "balanced" or "random"; see `draw_labels`. For arrays of the data: those of
-      evenly spaced or of random examples.
-    seed: seed of "random".
-    open_data: returns the data of the run; called for conditions of arrays alone.
-
-  Returns:
-    (N, …). For class labels, labels of the data.
-  """
-  if condition.arrays() and open_data is not None:
-    data = open_data()
-    is_endless = getattr(data, "is_endless", False)
-    length = count if is_endless else len(data)
-    rng = np.random.default_rng((seed, 0xC0D))
-    places = np.linspace(0, length - 1, count).astype(int)
-    places = places if how == BALANCED else rng.integers(0, length, count)
-    return stack_conditions(condition, [data[int(place)] for place in places])
-  if not isinstance(condition, LabelCondition):
-    return condition.choose(count)
-  return choose_labels("labels", [how], count, condition.num_classes, seed, held=held)
 
 
 def _listed(setting: str, labels: Any) -> Sequence[Any]:

@@ -103,7 +103,8 @@ def _shortened(caption: str, width: int, font: Any) -> str:
 def write_npz(
   file: BinaryIO | Path,
   images: Iterable[Shaped[np.ndarray, "n H W C"]],
-  labels: Int[np.ndarray, "N"],
+  labels: Int[np.ndarray, "N"] | None,
+  count: int | None = None,
 ) -> None:
   """Writes images (arr_0) and labels (arr_1) in the format of ADM's evaluator.
 
@@ -112,21 +113,24 @@ def write_npz(
   Args:
     file: path or open file.
     images: parts (n, H, W, C) of the images, all of one dtype.
-    labels: (N,) labels, where N is the number of images in all parts.
+    labels: (N,) labels; None for a file without arr_1.
+    count: N, number of images in all parts; None for the number of labels.
 
   Raises:
     ValueError: the parts have different shapes or dtypes, or there are more or fewer
-      images than labels.
+      images than N.
   """
   images = iter(images)
   first = next(images)
-  left = len(labels)
+  if count is None:
+    count = 0 if labels is None else len(labels)
+  left = count
   with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
     with _member(archive, "arr_0.npy") as member:
       header = {
         "descr": np.lib.format.dtype_to_descr(first.dtype),
         "fortran_order": False,
-        "shape": (len(labels), *first.shape[1:]),
+        "shape": (count, *first.shape[1:]),
       }
       np.lib.format.write_array_header_1_0(member, header)
       part: np.ndarray | None = first
@@ -137,7 +141,9 @@ def write_npz(
         member.write(np.ascontiguousarray(part).data)
         part = next(images, None)
     if left:
-      raise ValueError(f"{len(labels) - left} images for {len(labels)} labels")
+      raise ValueError(f"{count - left} images, expected {count}")
+    if labels is None:
+      return
     with _member(archive, "arr_1.npy") as member:
       np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
 

@@ -19,17 +19,17 @@ from mdt_jax.checkpoints.loading import Checkpoint, load_ema
 from mdt_jax.errors import SettingError, renamed_in_errors
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
-from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.pretrained.torch_mdt import KnownSizes
 from mdt_jax.sampling import pictures
 from mdt_jax.sampling.blocks import Request
+from mdt_jax.sampling.conditions import Arrays, make_conditions, make_null
 from mdt_jax.sampling.generator import DRAW, output_shape
 from mdt_jax.sampling.image_jobs import with_editing, with_inpainting
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
-from mdt_jax.sampling.labels import Labels, parse_labels
+from mdt_jax.sampling.labels import Labels
 from mdt_jax.sampling.token_guidance import check_tokens
 from mdt_jax.sampling.weak_networks import load_weak
 from mdt_jax.sampling.writer import ShardedImages
@@ -159,8 +159,8 @@ class Pipeline:
   @property
   def has_null_label(self) -> bool:
     """Whether the network can draw images without a class."""
-    condition = self.model.conditioning
-    return isinstance(condition, LabelCondition) and condition.dropout > 0
+    label = self.model.conditioning.label
+    return label is not None and label.dropout > 0
 
   @property
   def config(self) -> ConfigDict:
@@ -177,15 +177,16 @@ class Pipeline:
     """(H, W, C) of a drawn image or latent."""
     return output_shape(self.model, self.autoencoder)
 
-  def __call__(self, labels: Labels, **arguments: Any) -> list[Image.Image]:
-    """Draws an image for each label.
+  def __call__(self, labels: Labels = None, **arguments: Any) -> list[Image.Image]:
+    """Draws an image for each label, or for each array of a condition.
 
     Args:
       labels: one label, or N labels in a list, a tuple or an integer NumPy or JAX array
-        (N,). A label is a class number in [0, num_classes), or the name of a class of
-        the training data, or of ImageNet if the model has ImageNet's 1,000 classes.
-        None or num_classes is the null label, which draws an image of no particular
-        class.
+        (N,); left out for a network of arrays alone, which needs `condition`, an
+        argument of `job`. A label is a class number in [0, num_classes), or the name
+        of a class of the training data, or of ImageNet if the model has ImageNet's
+        1,000 classes. None or num_classes is the null label, which draws an image of no
+        particular class.
       **arguments: arguments of `job`, such as num_steps=50.
 
     Returns:
@@ -242,7 +243,7 @@ class Pipeline:
     return self._draw_pictures(labels, {"edit": image, **arguments})
 
   def draw(
-    self, labels: Labels, *, progress: bool = False, **arguments: Any
+    self, labels: Labels = None, *, progress: bool = False, **arguments: Any
   ) -> UInt8[np.ndarray, "N H W C"] | Float[np.ndarray, "N H W C"]:
     """Draws, inpaints or edits like the other methods, but returns an array.
 
@@ -270,7 +271,7 @@ class Pipeline:
   def write(
     self,
     folder: str | os.PathLike[str],
-    labels: Labels,
+    labels: Labels = None,
     *,
     png: bool = False,
     overwrite: bool = False,
@@ -291,7 +292,7 @@ class Pipeline:
 
     Returns:
       Path of the .npz file, which process 0 writes: arr_0 (N, H, W, C) uint8 pixels or
-      float32 latents, and arr_1 (N,) labels.
+      float32 latents, and arr_1 (N,) labels, if the condition has labels.
 
     Raises:
       SettingError: an argument is invalid, or the folder holds images of other
@@ -324,8 +325,10 @@ class Pipeline:
 
   def job(
     self,
-    labels: Labels,
+    labels: Labels = None,
     *,
+    condition: Arrays | None = None,
+    null: Any = None,
     seed: int = 0,
     batch_size: int = 64,
     inpaint: ImageLike | None = None,
@@ -342,6 +345,11 @@ class Pipeline:
 
     Args:
       labels: see `__call__`.
+      condition: arrays of the condition, for a network of `config.model.condition`
+        vector or tokens: a dict name -> array of one image or (N, …) of N images, or
+        one array if the condition has a single one.
+      null: negative condition, from which guidance leads away: arrays like `condition`,
+        or for a network of labels one label. None: the null condition.
       seed: seed in [0, 2**32); the noise of image i derives from (seed, i).
       batch_size: number of images that each device generates at once.
       inpaint, mask: image to inpaint, and the part to paint; see `inpaint`.
@@ -376,13 +384,23 @@ class Pipeline:
         guidance.scale,
         "must be 1: the network was trained without label dropout",
       )
-    label_array = parse_labels(
-      "labels",
-      labels,
-      self.model.num_classes,
-      has_null=self.has_null_label,
-      held=self.experiment.data_labels,
+    known = self.model.num_classes, self.experiment.data_labels
+    conditioning = self.model.conditioning
+    chosen = make_conditions(conditioning, labels, condition, *known)
+    count = len(chosen.y)
+    if null is not None and not guidance.needs_null:
+      accepted = "must be None: guidance with these settings has no null condition"
+      raise SettingError("null", type(null).__name__, accepted)
+    request = Request(
+      chosen.y,
+      seed,
+      min(batch_size, count),
+      null=make_null(conditioning, null, count, *known),
     )
+    if conditioning.arrays():
+      request = dataclasses.replace(
+        request, classes=chosen.labels, captions=chosen.captions
+      )
     if not 0 <= seed < 2**32:
       raise SettingError("seed", seed, "must lie in [0, 2**32)")
     if batch_size < 1:
@@ -417,7 +435,7 @@ class Pipeline:
       self.step,
       self.autoencoder,
       DRAW,
-      Request(label_array, seed, min(batch_size, len(label_array))),
+      request,
       generators=self._generators,
       weak=weak,
     )

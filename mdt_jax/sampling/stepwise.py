@@ -134,7 +134,10 @@ class Stepper:
     model, guidance, task = job.experiment.model, sampler.guidance, job.task
     if self._unroll is not None:
       model = model.clone(unroll=self._unroll)
-    null = model.conditioning.null_like(labels) if guidance.needs_null else labels
+    null = labels
+    if guidance.needs_null:
+      has_null = "null" in given
+      null = given["null"] if has_null else model.conditioning.null_like(labels)
     if needs_passes(guidance, job.weak.model if job.weak else None):
       # These passes have static numbers of tokens, so each setting has its program.
       weak = job.weak

@@ -2,7 +2,7 @@
 
   OUTPUT/partial/settings.json   description of the unfinished job
   OUTPUT/partial/000000.npy      images of a block; written atomically
-  OUTPUT/samples.npz             all images: arr_0 images, arr_1 labels
+  OUTPUT/samples.npz             arr_0 images, arr_1 labels if there are any
   OUTPUT/samples.png             the first images, as a grid
   OUTPUT/samples.json            description of the job
   OUTPUT/png/3_000000.png        optional: an image, as LABEL_NUMBER.png
@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tqdm
 from flax import traverse_util
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 
 from mdt_jax.atomic import atomic_write, read_json, write_json
 from mdt_jax.buckets import AnyPath
@@ -45,7 +45,7 @@ MAX_IN_GRID = 100  # images in samples.png, at most
 PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
 DELETED_AT_A_TIME = 32  # objects of a bucket
 # Settings whose values are hashes of arrays, see `SamplingJob.describe`.
-_HASHED = ("autoencoder", "image", "labels", "mask", "parameters")
+_HASHED = ("autoencoder", "image", "labels", "mask", "null", "parameters")
 _LATER = ("autoencoder",)  # settings that descriptions of earlier versions lack
 POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
 # (numbers of blocks, listener to the steps) -> (number, images of the block), in order
@@ -162,12 +162,13 @@ class ShardedImages:
   def write_pngs(self) -> None:
     """Writes each image of the .npz file as png/LABEL_NUMBER.png.
 
-    `config.data.source = "images"` can read the folder.
+    Without labels, LABEL is 0. `config.data.source = "images"` can read the folder.
     """
     self._pngs.mkdir(exist_ok=True)
+    labels = self._request.known_classes
 
     def save(i: int, pixels: np.ndarray) -> None:
-      label = self._request.labels[i]
+      label = 0 if labels is None else labels[i]
       path = self._pngs / f"{label}_{i:06d}.png"
       pictures.save_png(pictures.to_pil(pixels), path)
 
@@ -280,12 +281,12 @@ class ShardedImages:
 
   def _merge(self) -> None:
     """Writes the grid and the .npz file from the blocks, then deletes the blocks."""
-    labels = np.asarray(self._request.labels, np.int64)
     # The grid comes first, so that the grid exists whenever the .npz file exists.
-    self._write_grid(labels)
+    self._write_grid()
     with atomic_write(self.npz) as partial:
       with partial.open("wb") as file:
-        pictures.write_npz(file, self._blocks(), labels)
+        labels, count = self._request.known_classes, len(self._request.labels)
+        pictures.write_npz(file, self._blocks(), labels, count)
       if self._name == "samples":
         self._remove_pngs()
     write_json(self.folder / f"{self._name}.json", self._settings)
@@ -314,7 +315,7 @@ class ShardedImages:
       if re.fullmatch(r"\d+_\d{6,}", path.stem):
         path.unlink()
 
-  def _write_grid(self, labels: Int[np.ndarray, "N"]) -> None:
+  def _write_grid(self) -> None:
     """Writes the first images as a grid to samples.png."""
     shown: list[np.ndarray] = []
     for pixels in self._blocks():
@@ -324,8 +325,13 @@ class ShardedImages:
     pixels = np.stack(shown)
     if pixels.dtype != np.uint8:
       pixels = pictures.latent_preview(pixels)
-    captions = [self._caption(int(label)) for label in labels[: len(pixels)]]
-    grid = pictures.make_grid(pixels, captions)
+    captions, labels = self._request.captions, self._request.known_classes
+    if captions is None:
+      texts = [""] * len(pixels)
+      if labels is not None:
+        texts = [self._caption(int(label)) for label in labels[: len(pixels)]]
+      captions = texts
+    grid = pictures.make_grid(pixels, list(captions[: len(pixels)]))
     pictures.save_png(grid, self.folder / "samples.png")
 
 

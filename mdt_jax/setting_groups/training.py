@@ -144,13 +144,17 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LogSettings:
-  """Where the metrics go, besides the log, WORKDIR/tensorboard and metrics.jsonl."""
+  """What is measured, and where the metrics go besides the log and the workdir."""
 
   # Project of Weights & Biases that receives metrics and pictures; needs the extra
   # wandb. None: no project.
   wandb_project: str | None = None
+  # Steps between bar charts of the loss by diffusion time, at least 0; 0: none. A chart
+  # covers the steps since the one before, and is written with the next log line.
+  loss_by_time_every: int = 1_000
 
   def check(self) -> None:
+    at_least(self, "loss_by_time_every", 0)
     name = self.wandb_project
     if name is not None and not (
       0 < len(name) <= 128 and not set(name) & set("/\\#?%:")

@@ -15,9 +15,10 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,18 @@ import numpy as np
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
 from tensorboard.compat.proto import tensor_shape_pb2 as shape_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
+from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mdt_jax.buckets import AnyPath, AppendedObject
+from mdt_jax.training.events import Bars
+
+# TensorBoard shows a histogram as this number of bars of equal width.
+SHOWN_BARS = 30
 
 _numbers = itertools.count()  # of the event files of this process
 
@@ -41,9 +49,13 @@ class EventFile:
     folder: folder of the event files of the run.
     start: number of steps done before; TensorBoard then ignores the events of later
       steps in earlier files. None: all earlier events stay.
+    scores: names of the scores of the run, such as "fid"; each has a chart under
+      "Custom scalars", beside the losses.
   """
 
-  def __init__(self, folder: AnyPath, start: int | None = None):
+  def __init__(
+    self, folder: AnyPath, start: int | None = None, scores: Sequence[str] = ()
+  ):
     folder.mkdir(exist_ok=True)  # a workdir that was deleted stays deleted
     # TensorBoard reads the files of a folder in the order of their names.
     name = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -57,7 +69,8 @@ class EventFile:
       # of later ones.
       log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._write(step=start + 1, session_log=log)
-    self._file.flush()
+    layout = {layout_metadata.CONFIG_SUMMARY_TAG: _layout(scores)}
+    self._write_values(start or 0, layout_metadata.create_summary_metadata(), layout)
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes metrics by name, after `step` steps."""
@@ -78,6 +91,13 @@ class EventFile:
     metadata = image_metadata.create_summary_metadata(None, None)
     self._write_values(
       step, metadata, {name: _images(array) for name, array in images.items()}
+    )
+
+  def write_bars(self, step: int, bars: Mapping[str, Bars]) -> None:
+    """Writes bar charts by name, after `step` steps, as histograms."""
+    metadata = histogram_metadata.create_summary_metadata(None, None)
+    self._write_values(
+      step, metadata, {name: _histogram(bar) for name, bar in bars.items()}
     )
 
   def close(self) -> None:
@@ -114,4 +134,55 @@ def _images(images: np.ndarray) -> tensor_pb2.TensorProto:
     dtype=types_pb2.DT_STRING,
     tensor_shape=shape_pb2.TensorShapeProto(dim=[dim]),
     string_val=strings,
+  )
+
+
+def _histogram(bars: Bars) -> tensor_pb2.TensorProto:
+  """The tensor of TensorBoard's plugin: left edge, right edge and height of each bar.
+
+  The plugin spreads the heights over SHOWN_BARS bars, as counts. Each bar is therefore
+  split into equal parts of its height, so that TensorBoard shows this height.
+  """
+  parts = max(1, SHOWN_BARS // len(bars.heights))
+  count = parts * len(bars.heights)
+  at = np.arange(count + 1) / parts
+  edges = np.interp(at, np.arange(len(bars.edges)), bars.edges)
+  heights = np.nan_to_num(bars.heights).repeat(parts)
+  rows = np.stack([edges[:-1], edges[1:], heights], axis=1)
+  dims = [shape_pb2.TensorShapeProto.Dim(size=size) for size in rows.shape]
+  return tensor_pb2.TensorProto(
+    dtype=types_pb2.DT_DOUBLE,
+    tensor_shape=shape_pb2.TensorShapeProto(dim=dims),
+    double_val=rows.ravel().tolist(),
+  )
+
+
+def _layout(scores: Sequence[str]) -> tensor_pb2.TensorProto:
+  """The tensor of the plugin "Custom scalars": which curves share a chart."""
+  parts = "(loss|mse|vb)$"
+  charts = {
+    "losses": {
+      "losses": [parts, f"masked_{parts}"],
+      "loss by quartile of the times": ["loss_q[0-3]$"],
+      "masked loss by quartile of the times": ["masked_loss_q[0-3]$"],
+    },
+    "scores": {name: [f"eval/{re.escape(name)}$"] for name in scores},
+  }
+  layout = layout_pb2.Layout(
+    category=[
+      layout_pb2.Category(
+        title=title,
+        chart=[
+          layout_pb2.Chart(
+            title=name, multiline=layout_pb2.MultilineChartContent(tag=tags)
+          )
+          for name, tags in of_category.items()
+        ],
+      )
+      for title, of_category in charts.items()
+      if of_category
+    ]
+  )
+  return tensor_pb2.TensorProto(
+    dtype=types_pb2.DT_STRING, string_val=[layout.SerializeToString()]
   )

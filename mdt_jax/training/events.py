@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,18 @@ from mdt_jax.logs import logger
 SECONDS_BETWEEN_TRIES = 60.0
 SECONDS_TO_CLOSE = 30.0  # time for the last writes of a run
 MAX_WAITING = 1000  # calls that wait for a slow writer; later calls are dropped
+
+
+class Bars(NamedTuple):
+  """A bar chart as numbers.
+
+  Attributes:
+    edges: (N + 1,) increasing edges of the bars.
+    heights: (N,) heights; NaN for a bar without a value.
+  """
+
+  edges: np.ndarray
+  heights: np.ndarray
 
 
 class Writer(Protocol):
@@ -43,8 +55,11 @@ class Writer(Protocol):
     """
 
 
-class ClosableWriter(Writer, Protocol):
-  """A writer that `Background` opens and closes."""
+class OwnWriter(Writer, Protocol):
+  """A writer of the package, which `Background` opens and closes."""
+
+  def write_bars(self, step: int, bars: Mapping[str, Bars]) -> None:
+    """Writes bar charts by name, after `step` training steps."""
 
   def close(self) -> None:
     """Writes what is not written yet, and releases the file or the connection."""
@@ -52,7 +67,7 @@ class ClosableWriter(Writer, Protocol):
 
 # Opens a writer. The argument is the step that the run starts or resumes from, whose
 # later metrics are no longer valid; None if all earlier metrics stay valid.
-Open = Callable[[int | None], ClosableWriter]
+Open = Callable[[int | None], OwnWriter]
 
 
 class Background:
@@ -71,7 +86,7 @@ class Background:
     # Calls, and whether a call is dropped after a failure; None at the end.
     self._calls: queue.Queue[tuple[Callable[[], object], bool] | None]
     self._calls = queue.Queue(MAX_WAITING)
-    self._writer: ClosableWriter | None = None
+    self._writer: OwnWriter | None = None
     self._resumes_from: int | None = start  # passed to the next opened writer
     self._not_before = 0.0  # time.monotonic() of the next try
     self._is_behind = False
@@ -86,6 +101,10 @@ class Background:
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """See `Writer`; returns at once. Do not change the images afterwards."""
     self._put(lambda: self._opened().write_images(step, images))
+
+  def write_bars(self, step: int, bars: Mapping[str, Bars]) -> None:
+    """See `OwnWriter`; returns at once. Do not change the bars afterwards."""
+    self._put(lambda: self._opened().write_bars(step, bars))
 
   def go_back(self, step: int) -> None:
     """Makes the writer forget the metrics of later steps than `step`."""
@@ -135,7 +154,7 @@ class Background:
     with tolerate(self._what):
       self._close()
 
-  def _opened(self) -> ClosableWriter:
+  def _opened(self) -> OwnWriter:
     """The writer, which is opened if there is none."""
     if self._writer is None:
       self._writer = self._open(self._resumes_from)
@@ -179,6 +198,11 @@ class Events:
     for writer in self._writers:
       with tolerate(f"images by {type(writer).__name__}"):
         writer.write_images(step, images)
+
+  def write_bars(self, step: int, bars: Mapping[str, Bars]) -> None:
+    """Writes bar charts by name, after `step` steps; the further writers get none."""
+    for own in self._own:
+      own.write_bars(step, dict(bars))
 
   def go_back(self, step: int) -> None:
     """Makes the writers of the package forget the metrics after `step`."""

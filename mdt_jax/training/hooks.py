@@ -1,4 +1,7 @@
-"""Hooks that draw pictures and compute scores at regular intervals of training."""
+"""Hooks that run at regular intervals of training, and the hook of the scores.
+
+`sample_pictures` has the hook of the pictures.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from PIL import Image
 
-from mdt_jax import sharding
-from mdt_jax.atomic import atomic_write, write_json
+from mdt_jax.atomic import write_json
 from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation.evaluator import Stopped
-from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
-from mdt_jax.sampling import pictures
-from mdt_jax.sampling.blocks import generate_batches
-from mdt_jax.sampling.generator import make_generator
-from mdt_jax.sampling.labels import choose_conditions
 from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.progress import is_due
 from mdt_jax.types import Params
@@ -151,67 +147,6 @@ class Hook(abc.ABC):
   def _tried(self, done: int) -> AnyPath:
     """The marker file of a retry, see `is_missing`."""
     return self._folder / f".step_{done:07d}.tried"
-
-
-class Pictures(Hook):
-  """Draws a grid of `settings.num_samples` images to WORKDIR/samples/step_N.png.
-
-  The labels and the noise are the same each time, so that pictures are comparable. A
-  latent model without an autoencoder draws a preview of its latents.
-
-  Args:
-    experiment: objects of the run.
-    folder: folder of the pictures.
-  """
-
-  what = "picture"
-
-  def __init__(self, experiment: Experiment, folder: AnyPath):
-    settings = experiment.settings
-    super().__init__(settings.sample_every, settings.num_steps, folder, "png")
-    self._settings = settings
-    self._autoencoder = experiment.autoencoder
-    self._draws_pixels = self._autoencoder is not None or experiment.holds_pixels
-    self._network = experiment.model
-    self._generator = make_generator(experiment.model, experiment.sampler)
-    shards = sharding.batch_shards(experiment.mesh)
-    count = -(-settings.num_samples // shards) * shards
-    held = experiment.data_labels
-    self._labels = choose_conditions(
-      experiment.model.conditioning, count, held, open_data=lambda: experiment.source
-    )
-    self._caption = str if held is None else held.caption
-
-  def _make(
-    self, done: int, ema: Mapping[str, Params], stops: Callable[[], bool]
-  ) -> Image.Image | None:
-    del done, stops  # one call of a compiled function cannot be stopped
-    settings, labels = self._settings, self._labels
-    (arrays,) = generate_batches(
-      self._generator,
-      ema[str(settings.sampled_decay)],
-      labels,
-      seed=settings.seed,
-      batch_size=len(labels),
-    )
-    if self._autoencoder is not None:
-      arrays = sharding.fetch(self._autoencoder.decode(arrays))
-    if jax.process_index() > 0:
-      return None
-    arrays = arrays[: settings.num_samples]
-    if self._draws_pixels:
-      shown = pictures.to_uint8(arrays, self._network)
-    else:
-      shown = pictures.latent_preview(arrays)
-    captions = [self._caption(label) for label in labels[: settings.num_samples]]
-    return pictures.make_grid(shown, captions)
-
-  def _write(self, path: AnyPath, made: Image.Image) -> None:
-    with atomic_write(path) as partial:
-      made.save(partial, format="png")
-
-  def _log(self, done: int, made: Image.Image, events: Events) -> None:
-    events.write_images(done, {"samples": np.asarray(made)[None]})
 
 
 class Scores(Hook):

@@ -33,11 +33,12 @@ from mdt_jax.settings import Settings
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
 from mdt_jax.training.events import Events, Writer, tolerate
-from mdt_jax.training.hooks import Hook, Pictures, Scores
+from mdt_jax.training.hooks import Hook, Scores
 from mdt_jax.training.initialization import Initialization
 from mdt_jax.training.preemption import Interrupted, stop_signals
 from mdt_jax.training.profiling import profiling
 from mdt_jax.training.program import Program, make_program
+from mdt_jax.training.sample_pictures import GRID, Pictures
 from mdt_jax.training.trainer import StepHook, Trainer
 from mdt_jax.training.wandb_runs import check_wandb
 from mdt_jax.training.writers import open_events
@@ -164,7 +165,7 @@ def _make_hooks(experiment: Experiment, workdir: AnyPath) -> list[Hook]:
   settings = experiment.settings
   hooks: list[Hook] = []
   if settings.sample_every and settings.num_samples:
-    hooks.append(Pictures(experiment, workdir / "samples"))
+    hooks.append(Pictures(experiment, workdir / GRID))
   if settings.eval.every:
     evaluate = make_training_evaluator(experiment)
     folder = workdir / "scores"

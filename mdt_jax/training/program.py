@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mdt_jax import sharding
 from mdt_jax.experiment import Experiment
 from mdt_jax.train_state import TrainState, init_state, start_state
+from mdt_jax.training.loss_by_time import NUM_TIME_BINS
 from mdt_jax.training.step import TrainStep, make_train_step
 from mdt_jax.types import Params
 
@@ -61,6 +62,7 @@ def make_program(experiment: Experiment) -> Program:
     frozen=experiment.frozen,
     accumulation_steps=settings.accumulation_steps,
     learning_rate=experiment.learning_rate,
+    num_time_bins=NUM_TIME_BINS if settings.log.loss_by_time_every else 0,
     mesh=mesh,
   )
   return Program(

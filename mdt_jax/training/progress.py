@@ -12,6 +12,7 @@ import tqdm
 from mdt_jax.logs import logger
 from mdt_jax.training import step
 from mdt_jax.training.events import Events
+from mdt_jax.training.loss_by_time import LossByTime
 from mdt_jax.training.speed import Speed, describe
 
 
@@ -30,6 +31,7 @@ class Progress:
     num_steps: number of steps of the run.
     batch_size: images per step.
     speed: adds its scalars to the metrics; None for none.
+    loss_by_time: receives the metrics of each report too; None for no charts.
   """
 
   def __init__(
@@ -41,10 +43,12 @@ class Progress:
     num_steps: int,
     batch_size: int,
     speed: Speed | None = None,
+    loss_by_time: LossByTime | None = None,
   ):
     self._events = events
     self._log_every, self._num_steps = log_every, num_steps
     self._batch_size, self._speed = batch_size, speed
+    self._loss_by_time = loss_by_time
     self._add = jax.jit(step.add_metrics)
     self._metrics: step.Metrics | None = None
     self._last_step, self._last_time = start, time.monotonic()
@@ -63,6 +67,8 @@ class Progress:
     self._last_step, self._last_time = done, time.monotonic()
     if self._speed is not None:
       self._speed.reset()
+    if self._loss_by_time is not None:
+      self._loss_by_time.go_back(done)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -97,5 +103,7 @@ class Progress:
       details,
       left,
     )
+    if self._loss_by_time is not None:
+      self._loss_by_time.add(done, metrics)
     self._metrics = None
     self._last_step, self._last_time = done, now

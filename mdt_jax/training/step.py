@@ -27,12 +27,14 @@ from mdt_jax.pretrained.tensors import flatten, unflatten
 from mdt_jax.train_state import TrainState
 from mdt_jax.types import Array, Batch, Params
 
-# Name -> (2,) float32: (sum over samples, number of samples). Metrics of several steps
-# can be added.
+# Name -> (2,) float32: (sum over samples, number of samples). LOSS_BY_TIME, however, is
+# (2, bins): for each bin of times, the sum of weighted losses and the sum of weights.
+# Metrics of several steps can be added.
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, Hashable], tuple[TrainState, Metrics]]
 
 NUM_QUARTILES = 4  # of the times, for the losses by quartile
+LOSS_BY_TIME = "loss_by_time"
 
 
 def step_key(seed: int, step: Array) -> Array:
@@ -52,6 +54,7 @@ def make_train_step(
   frozen: Collection[str] | None = None,
   accumulation_steps: int = 1,
   learning_rate: Schedule | None = None,
+  num_time_bins: int = 0,
   mesh: Mesh | None = None,
 ) -> TrainStep:
   """Builds the training step.
@@ -73,13 +76,16 @@ def make_train_step(
     accumulation_steps: number of equal parts of the batch that are computed one after
       another, to save memory; must divide the batch size.
     learning_rate: schedule, for the metric "learning_rate" only.
+    num_time_bins: number of equal parts of the times, for the metric "loss_by_time"; 0
+      for no such metric.
     mesh: devices of the step, which then sums gradients with the least traffic; see
       `sharding.mean_over_data`. None: XLA decides.
 
   Returns:
     (state, batch, static) -> (state, metrics), where `static` is one of
     `objective.static_choices`. The metrics are losses, losses by quartile of the times
-    ("loss_q0" to "loss_q3"), "gradient_norm", "learning_rate" and "skipped". If the
+    ("loss_q0" to "loss_q3"), "gradient_norm", "learning_rate" and "skipped", and
+    "loss_by_time", the loss that is minimised by bin of the times. If the
     loss or the gradient norm is not finite, the step is skipped: only the step number
     of the state changes, "skipped" counts the step, and the other metrics omit it.
   """
@@ -136,6 +142,11 @@ def make_train_step(
     weighted = {name: loss * draws.weights for name, loss in losses.items()}
     quartile = objective.process.time_bin(draws.t, NUM_QUARTILES)
     metrics = _loss_metrics(weighted, quartile)
+    if num_time_bins:
+      time_bin = objective.process.time_bin(draws.t, num_time_bins)
+      metrics[LOSS_BY_TIME] = _sums_by_bin(
+        total, draws.weights, time_bin, num_time_bins
+      )
     norm = optax.tree.norm(_trained(gradients, frozen))
     metrics["gradient_norm"] = jnp.stack([norm, 1.0])
     if learning_rate is not None:
@@ -189,9 +200,10 @@ def add_metrics(first: Metrics, second: Metrics) -> Metrics:
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
   """Means over the samples, on the host; omits metrics without samples.
 
-  A metric has no samples if a quartile is empty or all steps were skipped.
+  A metric has no samples if a quartile is empty or all steps were skipped. The metric
+  "loss_by_time" is no single number and is omitted too.
   """
-  host = jax.device_get(metrics)
+  host = jax.device_get({k: v for k, v in metrics.items() if k != LOSS_BY_TIME})
   return {name: float(s / n) for name, (s, n) in host.items() if n > 0}
 
 
@@ -229,6 +241,17 @@ def _loss_metrics(losses: Losses, quartile: Array) -> Metrics:
       inside = (quartile == q).astype(jnp.float32)
       metrics[f"{name}_q{q}"] = jnp.stack([(loss * inside).sum(), inside.sum()])
   return metrics
+
+
+def _sums_by_bin(losses: Array, weights: Array, bins: Array, count: int) -> Array:
+  """The sums (2, count) of weighted losses (B,), and of weights (B,), in each bin.
+
+  Their ratio is the mean loss at the times of the bin, also if the timestep sampler
+  draws some times more often than others: the weights undo that.
+  """
+  inside = bins[:, None] == jnp.arange(count)
+  values = jnp.stack([losses * weights, weights])
+  return jnp.where(inside, values[..., None], 0).sum(axis=1)
 
 
 def _split(x: Array, parts: int) -> Array:

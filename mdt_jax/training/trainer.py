@@ -24,6 +24,7 @@ from mdt_jax.training import distributed
 from mdt_jax.training.events import Events
 from mdt_jax.training.hooks import Hook
 from mdt_jax.training.kills import ReaderKills
+from mdt_jax.training.loss_by_time import LossByTime
 from mdt_jax.training.preemption import Interrupted
 from mdt_jax.training.profiling import Profiler
 from mdt_jax.training.program import Program
@@ -121,6 +122,12 @@ class Trainer:
       num_steps=total,
       batch_size=self._settings.batch_size,
       speed=self._speed,
+      loss_by_time=LossByTime(
+        self._events,
+        start=start,
+        every=self._settings.log.loss_by_time_every,
+        num_steps=total,
+      ),
     )
     loader, offset = self._open_loader(state)
     while done < total:

@@ -19,6 +19,7 @@ from mdt_jax.atomic import atomic_write
 from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.logs import logger
+from mdt_jax.training.events import Bars
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 SETTING = "config.log.wandb_project"
@@ -97,6 +98,14 @@ class WandbRun:
       for name, array in images.items()
     }
     self._log(step, shown)
+
+  def write_bars(self, step: int, bars: Mapping[str, Bars]) -> None:
+    """Writes bar charts by name, after `step` steps, as histograms."""
+    histograms = {
+      name: self._wandb.Histogram(np_histogram=(np.nan_to_num(bar.heights), bar.edges))
+      for name, bar in bars.items()
+    }
+    self._log(step, histograms)
 
   def close(self) -> None:
     """Sends what is not sent yet, and ends the run."""

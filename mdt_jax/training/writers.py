@@ -9,7 +9,7 @@ from mdt_jax.buckets import AnyPath
 from mdt_jax.errors import one_line
 from mdt_jax.logs import logger
 from mdt_jax.settings import Settings
-from mdt_jax.training.events import Background, Events, Writer
+from mdt_jax.training.events import Background, Events, OwnWriter, Writer
 from mdt_jax.training.metric_lines import FILE, MetricLines
 from mdt_jax.training.wandb_runs import WandbRun
 
@@ -39,9 +39,12 @@ def open_events(
     logger.info("no TensorBoard events are written: %s", one_line(error))
   else:
     what = f"TensorBoard events in {folder}"
-    own.append(
-      Background(what, lambda step: event_files.EventFile(folder, step), start)
-    )
+    scores = settings.eval.metric_names if settings.eval.every else ()
+
+    def open_file(step: int | None) -> OwnWriter:
+      return event_files.EventFile(folder, step, scores)
+
+    own.append(Background(what, open_file, start))
   if (project := settings.log.wandb_project) is not None:
     config = settings.to_dict()
     own.append(

@@ -15,10 +15,11 @@ from mdt_jax.data.memory import MemorySource
 from mdt_jax.errors import SettingError
 from mdt_jax.evaluation import job
 from mdt_jax.experiment import build
-from mdt_jax.sampling.labels import choose_conditions, choose_labels, parse_labels
+from mdt_jax.sampling.conditions import choose_conditions
+from mdt_jax.sampling.labels import choose_labels, parse_labels
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.training import loop
-from mdt_jax.training.hooks import Pictures
+from mdt_jax.training.sample_pictures import Pictures
 from tests.data.folders import open_folder, write_image
 from tests.data.sets import NUM_CLASSES, Images, write
 from tests.training.tiny import tiny_dit_config
@@ -227,7 +228,7 @@ def test_samples_of_a_run_have_labels_of_its_data(run):
   assert held.labels.tolist() == [2, 5]
   assert pipeline.job(["bee", "ant"]).request.labels.tolist() == [5, 2]
   drawn = choose_conditions(pipeline.model.conditioning, 3, held)
-  assert drawn.tolist() == [2, 5, 2]
+  assert drawn.y.tolist() == drawn.labels.tolist() == [2, 5, 2]
 
 
 def test_scores_of_a_run_have_labels_of_its_data(run):
@@ -245,7 +246,7 @@ def test_training_pictures_have_labels_and_names_of_the_data(tmp_path):
   experiment.open()
   pictures = Pictures(experiment, tmp_path)
   assert pictures._labels.tolist() == [1, 3, 1, 3]
-  assert [pictures._caption(label) for label in (1, 3)] == ["1 bee", "3 dog"]
+  assert pictures._captions == ["1 bee", "3 dog", "1 bee", "3 dog"]
 
 
 def test_run_without_the_record_draws_all_labels(run, tmp_path):
@@ -253,4 +254,4 @@ def test_run_without_the_record_draws_all_labels(run, tmp_path):
   experiment = Pipeline.from_checkpoint(tmp_path).experiment
   assert experiment.data_labels is None
   drawn = choose_conditions(experiment.model.conditioning, 12, None)
-  assert drawn.tolist() == [*range(10), 0, 1]
+  assert drawn.y.tolist() == [*range(10), 0, 1]

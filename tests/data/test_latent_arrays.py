@@ -186,6 +186,17 @@ def test_network_reads_its_arrays_alone(whole):
   assert given.caption(3) == "image 3: ä"
 
 
+class OwnCondition(LabelCondition):
+  """A condition that names no arrays and is no label."""
+
+  label = None
+
+
+def test_own_condition_that_names_no_arrays_gets_all_of_them(whole):
+  given = with_condition(open_set(whole), OwnCondition(sets.NUM_CLASSES, 0.1))
+  assert given[3].keys() == {"views", "label", "clip", "t5_mask"}
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_mirrored_views_keep_the_arrays_of_the_image(whole, num_workers):
   given = with_condition(open_set(whole), VectorCondition("clip", 5, 0.1))

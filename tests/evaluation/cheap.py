@@ -12,7 +12,11 @@ from mdt_jax.evaluation.registry import METRICS
 from mdt_jax.evaluation.scores import summarize
 
 # Scores of images in files; the others ask the data of a run.
-OF_FILES = tuple(name for name, metric in METRICS.items() if not metric.check_data)
+OF_FILES = tuple(
+  name
+  for name, metric in METRICS.items()
+  if not (metric.check_data or metric.needs_conditions)
+)
 
 
 def features(params, images):

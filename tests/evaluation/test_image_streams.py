@@ -17,6 +17,7 @@ from mdt_jax.evaluation.image_streams import (
   SourceImages,
 )
 from mdt_jax.experiment import build
+from mdt_jax.sampling.conditions import Conditions
 from mdt_jax.sampling.generator import make_generator
 from tests import reference
 from tests.training.tiny import tiny_config
@@ -181,7 +182,7 @@ def drawn(batch_size, seed=0):
     experiment.model,
     make_generator(experiment.model, experiment.sampler),
     reference.random_params(experiment.model),
-    np.arange(11) % 10,
+    Conditions(np.arange(11) % 10, np.arange(11) % 10, [""] * 11),
     seed=seed,
     holds_pixels=True,
   )
@@ -210,4 +211,4 @@ def test_another_seed_generates_different_images():
 
 def test_generating_latents_without_an_autoencoder_is_refused():
   with pytest.raises(SettingError, match=r"config\.data\.vae = None: must be given"):
-    GeneratedImages(None, None, None, np.arange(11), holds_pixels=False)
+    GeneratedImages(None, None, None, None, holds_pixels=False)

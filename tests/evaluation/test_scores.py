@@ -62,7 +62,7 @@ def test_too_few_images_in_a_file_are_refused(tmp_path, name, count, fewest):
 def test_too_few_generated_images_are_refused(files):
   real = summary(files / "real.npz", ["recall"])
   with pytest.raises(SettingError, match=r"^num_images = 3: recall needs at least 4"):
-    scores.check_comparable(["recall"], real, np.arange(3), {"pool3": 3})
+    scores.check_comparable(["recall"], real, 3, np.arange(3), {"pool3": 3})
 
 
 @pytest.mark.parametrize("name", ["accuracy", "diversity"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.util.tensor_util import make_ndarray
 
 from mdt_jax.training.event_files import EventFile
+from mdt_jax.training.events import Bars
 
 
 def read(folder, tag):
@@ -56,6 +60,41 @@ def test_tensorboard_shows_scalars_and_images_by_their_plugins(tmp_path):
   events.Reload()
   assert set(events.PluginTagToContent("scalars")) == {"loss"}
   assert set(events.PluginTagToContent("images")) == {"samples"}
+
+
+def test_bars_keep_their_heights_in_the_bars_that_tensorboard_shows(tmp_path):
+  file = EventFile(tmp_path)
+  heights = np.arange(15.0)
+  heights[3] = np.nan
+  file.write_bars(4, {"loss_by_time": Bars(np.linspace(0, 3, 16), heights)})
+  file.close()
+  ((step, rows),) = read(tmp_path, "loss_by_time")
+  assert step == 4
+  np.testing.assert_allclose(rows[:, 0], np.arange(30) / 10, atol=1e-12)
+  np.testing.assert_allclose(rows[:, 1], np.arange(1, 31) / 10, atol=1e-12)
+  np.testing.assert_array_equal(rows[:, 2], np.nan_to_num(heights).repeat(2))
+
+
+def test_layout_groups_the_losses_and_each_score(tmp_path):
+  EventFile(tmp_path, 3, scores=["fid", "inception_score"]).close()
+  events = plugin_event_accumulator.EventAccumulator(str(tmp_path))
+  events.Reload()
+  (event,) = events.Tensors(CONFIG_SUMMARY_TAG)
+  layout = layout_pb2.Layout.FromString(make_ndarray(event.tensor_proto).item())
+  losses, scores = layout.category
+  assert [chart.title for chart in scores.chart] == ["fid", "inception_score"]
+  tags = "loss masked_loss vb loss_q2 masked_loss_q0 eval/fid eval/fid_50k skipped"
+  shown = [
+    {tag for tag in tags.split() for x in chart.multiline.tag if re.match(x, tag)}
+    for chart in (*losses.chart, *scores.chart)
+  ]
+  assert shown == [
+    {"loss", "masked_loss", "vb"},
+    {"loss_q2"},
+    {"masked_loss_q0"},
+    {"eval/fid"},
+    set(),
+  ]
 
 
 def test_each_write_reaches_the_file_at_once(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from mdt_jax.errors import SettingError
 from mdt_jax.settings import Settings
 from mdt_jax.training import loop
+from mdt_jax.training.events import Bars
 from mdt_jax.training.wandb_runs import WandbRun, check_wandb
 from tests.training.tiny import tiny_dit_config
 
@@ -44,6 +45,7 @@ def wandb(monkeypatch):
   fake.init = init
   fake.Settings = dict
   fake.Image = lambda array: array.shape
+  fake.Histogram = lambda np_histogram: [array.tolist() for array in np_histogram]
   fake.login = lambda prompt, verify: fake.has_key
   settings = types.SimpleNamespace(settings=fake)
   fake.setup = lambda: settings
@@ -121,15 +123,24 @@ def test_images_are_logged_by_name(wandb, tmp_path):
   assert wandb.runs[0].logged == [(4, {"samples": [(4, 5, 3), (4, 5, 3)]})]
 
 
+def test_bars_are_logged_as_histograms(wandb, tmp_path):
+  run = WandbRun(tmp_path, "digits", {})
+  bars = Bars(np.array([0, 0.5, 1]), np.array([2.0, np.nan]))
+  run.write_bars(4, {"loss_by_time": bars})
+  assert wandb.runs[0].logged == [(4, {"loss_by_time": [[2, 0], [0, 0.5, 1]]})]
+
+
 def test_training_logs_metrics_and_pictures(wandb, tmp_path):
   changes = {"log.wandb_project": "digits", "sample_every": 4}
+  changes["log.loss_by_time_every"] = 4
   loop.train(tiny_dit_config(**changes), tmp_path)
   (run,) = wandb.runs
   logged = {step: set() for step, _ in run.logged}
   for step, values in run.logged:
     logged[step] |= values.keys()
   assert "loss" in logged[2]
-  assert {"loss", "samples"} <= logged[4]
+  pictures = {"samples", "strips", "loss_by_time_chart"}
+  assert pictures | {"loss", "loss_by_time"} <= logged[4]
   assert run.is_finished
 
 

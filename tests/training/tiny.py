@@ -30,6 +30,7 @@ def tiny_config(**settings: object) -> ConfigDict:
       "data.num_threads": 0,
       "sampling.num_steps": 3,
       "log_every": 2,
+      "log.loss_by_time_every": 0,
       "checkpoint_every": 2,
       "sample_every": 0,
       "num_samples": 4,

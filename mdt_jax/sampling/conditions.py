@@ -1,0 +1,264 @@
+"""The conditions of the images to draw: chosen by a rule, or given as arrays."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from mdt_jax.data import npy_format
+from mdt_jax.data.class_labels import DataLabels
+from mdt_jax.data.conditions import check_array, stack_arrays
+from mdt_jax.data.examples import Source
+from mdt_jax.errors import SettingError
+from mdt_jax.models.conditions import Condition, LabelCondition
+from mdt_jax.paths import input_file
+from mdt_jax.sampling.labels import BALANCED, Labels, choose_labels, parse_labels
+
+# Arrays of a condition: name -> (…) for one image or (N, …) for N images; or one such
+# array, for a condition of a single array.
+Arrays: TypeAlias = Mapping[str, Any] | np.ndarray | Any
+LABEL, CAPTION = "label", "caption"  # further arrays of a file of conditions
+
+
+class Conditions(NamedTuple):
+  """Conditions of N images.
+
+  Attributes:
+    y: (N, …) as the network reads them.
+    labels: (N,) classes of the images; None if the condition has none.
+    captions: N texts that are shown with the images.
+    arrays: name -> (N, …), the arrays of the conditions.
+  """
+
+  y: Shaped[np.ndarray, "N ..."]
+  labels: Int[np.ndarray, "N"] | None
+  captions: Sequence[str]
+  arrays: Mapping[str, np.ndarray] = {}
+
+
+def choose_conditions(
+  condition: Condition,
+  count: int,
+  held: DataLabels | None,
+  how: str = BALANCED,
+  seed: int = 0,
+  open_data: Callable[[], Source] | None = None,
+) -> Conditions:
+  """Chooses the condition of each image that training and evaluation draw.
+
+  Args:
+    condition: the condition of the network.
+    count: number N of images.
+    held: the labels of the training data; None if unknown.
+    how: "balanced" or "random"; see `labels.draw_labels`. For arrays of the data:
+      evenly spaced or random examples.
+    seed: seed of "random".
+    open_data: returns the data of the run; needed for conditions of arrays.
+
+  Returns:
+    The conditions. For class labels, labels of the data; for arrays, those of examples
+    of the data, with their labels. A condition of your own chooses itself.
+  """
+  if isinstance(condition, LabelCondition):
+    y = choose_labels("labels", [how], count, condition.num_classes, seed, held=held)
+    return Conditions(y, y, _captions_of(y, held))
+  if not condition.arrays() or open_data is None:
+    y = condition.choose(count)
+    is_label = y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+    captions = _captions_of(y, held) if is_label else [""] * count
+    return Conditions(y, y if is_label else None, captions)
+  data = open_data()
+  length = count if getattr(data, "is_endless", False) else len(data)
+  # The constant makes the choice independent of the noise, which has the same seed.
+  rng = np.random.default_rng((seed, 0xC0D))
+  places = np.linspace(0, length - 1, count).astype(int)
+  if how != BALANCED:
+    places = rng.integers(0, length, count)
+  examples = [data[int(place)] for place in places]
+  labels = np.asarray([example[LABEL] for example in examples], np.int64)
+  caption = getattr(data, "caption", None)
+  texts = [caption(int(place)) if caption else None for place in places]
+  captions = [
+    text or shown for text, shown in zip(texts, _captions_of(labels, held), strict=True)
+  ]
+  batch = stack_arrays(examples)
+  y = np.asarray(condition.of_batch(batch))
+  return Conditions(y, labels, captions, _without_label(batch))
+
+
+def make_conditions(
+  condition: Condition,
+  labels: Labels,
+  arrays: Arrays | None,
+  num_classes: int,
+  held: DataLabels | None = None,
+) -> Conditions:
+  """Builds conditions from arrays and labels that a user gives.
+
+  Args:
+    condition: the condition of the network.
+    labels: see `labels.parse_labels`; for a condition without labels, None.
+    arrays: arrays of the condition; see `Arrays`. May also hold "label" (N,), in place
+      of `labels`, and "caption" (N,) texts.
+    num_classes: number of classes of the network.
+    held: the labels of the training data; None if unknown.
+
+  Returns:
+    Conditions of N images; arrays and labels of one image serve for all images.
+
+  Raises:
+    SettingError: setting "condition" or "labels": an array is missing, has another
+      shape or is not finite, or the numbers of images differ.
+  """
+  has_null = condition.dropout > 0
+  if not condition.arrays():
+    if arrays is not None:
+      accepted = "must be None: this network is conditioned on class labels alone"
+      raise SettingError("condition", _shown(arrays), accepted)
+    y = parse_labels("labels", labels, num_classes, has_null=has_null, held=held)
+    return Conditions(y, y, _captions_of(y, held))
+  given = _by_name(condition, arrays)
+  batch: dict[str, np.ndarray] = {}
+  for name, shape in {**condition.arrays(), **condition.optional_arrays()}.items():
+    if name in given:
+      batch[name] = _read(name, given[name], shape)
+  if (label := condition.label) is not None:
+    labels = given[LABEL] if labels is None and LABEL in given else labels
+    has_null = label.dropout > 0
+    batch[LABEL] = parse_labels(
+      "labels", labels, num_classes, has_null=has_null, held=held
+    )
+  elif labels is not None:
+    accepted = "must be None: the network has no class labels"
+    raise SettingError("labels", _shown(labels), accepted)
+  captions = np.atleast_1d(np.asarray(given.get(CAPTION, ""))).astype(str)
+  lengths = {name: len(array) for name, array in {**batch, CAPTION: captions}.items()}
+  count = max(lengths.values())
+  for name, length in lengths.items():
+    if length not in (1, count):
+      accepted = f"{name!r} is given for {length} images, others for {count}"
+      raise SettingError("condition", name, accepted)
+  batch = {n: np.broadcast_to(a, (count, *a.shape[1:])) for n, a in batch.items()}
+  classes = batch.get(LABEL)
+  shown = [str(text) for text in np.broadcast_to(captions, count)]
+  if classes is not None and not any(shown):
+    shown = _captions_of(classes, held)
+  y = np.asarray(condition.of_batch(batch))
+  return Conditions(y, classes, shown, _without_label(batch))
+
+
+def make_null(
+  condition: Condition,
+  null: Any,
+  count: int,
+  num_classes: int,
+  held: DataLabels | None = None,
+) -> Shaped[np.ndarray, "N ..."] | None:
+  """Builds the negative condition that replaces the null condition in guidance.
+
+  Args:
+    condition: the condition of the network.
+    null: arrays as in `make_conditions`, with "label" for a network of labels and
+      arrays; for a network of labels alone, a label. None: the null condition.
+    count: number N of images.
+    num_classes, held: see `make_conditions`.
+
+  Raises:
+    SettingError: setting "null": see `make_conditions`.
+  """
+  if null is None:
+    return None
+  try:
+    arrays, label = (null, None) if condition.arrays() else (None, null)
+    y = make_conditions(condition, label, arrays, num_classes, held).y
+  except SettingError as error:
+    names = {"condition": "null", "labels": "null"}
+    setting = names.get(error.setting, error.setting)
+    raise SettingError(setting, error.value, error.accepted) from None
+  if len(y) not in (1, count):
+    accepted = f"must be given for one image or for all {count}"
+    raise SettingError("null", len(y), accepted)
+  return np.broadcast_to(y, (count, *y.shape[1:]))
+
+
+def read_conditions(setting: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads a file of conditions: an .npz file of arrays by name.
+
+  The file never runs code: arrays of Python objects are refused.
+
+  Args:
+    setting: name of the flag in errors.
+    path: an .npz file, local or in a bucket, with the arrays of the condition (N, …),
+      and optionally "label" (N,) and "caption" (N,) texts.
+
+  Raises:
+    SettingError: the file cannot be read.
+  """
+  file = input_file(setting, path)
+  try:
+    with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+      names = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
+      found = {name: npy_format.read_member(archive, name) for name in names}
+  except npy_format.ERRORS as error:
+    accepted = f"must be an .npz file of arrays: {error}"
+    raise SettingError(setting, os.fspath(path), accepted) from None
+  if not found:
+    raise SettingError(setting, os.fspath(path), "holds no arrays")
+  return found
+
+
+def _without_label(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {name: array for name, array in batch.items() if name != LABEL}
+
+
+def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
+  """Returns the arrays by name; raises SettingError if one is missing or unknown."""
+  needed = condition.arrays()
+  if arrays is None:
+    names = " and ".join(map(repr, needed))
+    raise SettingError("condition", None, f"must be given: this network needs {names}")
+  if not isinstance(arrays, Mapping):
+    if len(needed) > 1:
+      accepted = f"must be a dict with the arrays {', '.join(needed)}"
+      raise SettingError("condition", _shown(arrays), accepted)
+    return {next(iter(needed)): arrays}
+  known = {*needed, *condition.optional_arrays(), LABEL, CAPTION}
+  for name in needed:
+    if name not in arrays:
+      held = ", ".join(arrays) or "none"
+      accepted = f"is missing; the arrays given are: {held}"
+      raise SettingError("condition", name, accepted)
+  for name in arrays:
+    if name not in known:
+      raise SettingError("condition", name, f"is unknown; known are {sorted(known)}")
+  return arrays
+
+
+def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+  """Returns an array (N, …) of a condition; N = 1 for the array of one image."""
+  array = np.asarray(value)
+  if array.shape == shape:
+    array = array[None]
+  where = f"the array {name!r}"
+  if array.ndim != len(shape) + 1 or len(array) == 0:
+    accepted = f"{where} must have the shape {shape} or (N, *{shape}): {array.shape}"
+    raise SettingError("condition", name, accepted)
+  return check_array("condition", name, array, (len(array), *shape), where)
+
+
+def _captions_of(labels: np.ndarray, held: DataLabels | None) -> list[str]:
+  """Returns the text of each label."""
+  caption = str if held is None else held.caption
+  return [caption(int(label)) for label in labels]
+
+
+def _shown(value: Any) -> Any:
+  """Returns a short form of a value for an error."""
+  if hasattr(value, "__array__") or isinstance(value, Mapping):
+    return type(value).__name__
+  return value
