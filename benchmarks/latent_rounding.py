@@ -18,7 +18,7 @@ import optax
 from absl import app, flags
 from PIL import Image
 
-from mdt_jax.data import latents, transforms
+from mdt_jax.data import latent_card, transforms
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.pretrained.autoencoder import Autoencoder
 
@@ -110,7 +110,7 @@ def report(vae: Autoencoder, images: np.ndarray) -> None:
   )
   noise = np.random.default_rng(0).standard_normal(mean.shape, np.float32)
   print(f"{'':<16}{'mean':>10}{'99%':>10}{'std':>12}{'pixels':>10}{'most':>8}")
-  for name, dtype in latents.DTYPES.items():
+  for name, dtype in latent_card.DTYPES.items():
     rounded = moments.astype(dtype).astype(np.float32)
     off = np.abs(rounded - moments) / std[:, None]
     print(

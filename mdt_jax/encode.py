@@ -2,6 +2,7 @@
 
 python -m mdt_jax.encode --source=IMAGES --vae=VAE --output=DIR
 python -m mdt_jax.encode --features=LATENTS --output=DIR    latents of another encoder
+python -m mdt_jax.encode … --condition=NAME=FILE --captions=FILE    arrays, texts
 python -m mdt_jax.encode --statistics --output=DIR     mean and std of each channel
 python -m mdt_jax.encode --verify --output=DIR         reads and checks every record
 python -m mdt_jax.encode --reference_batch=FILE.npz --source=IMAGES    for evaluation
@@ -24,6 +25,8 @@ from absl import flags
 
 from mdt_jax import cli
 from mdt_jax.data import features
+from mdt_jax.data.condition_files import parse_conditions
+from mdt_jax.data.image_arrays import CHOICES
 from mdt_jax.errors import SettingError
 from mdt_jax.sizes import parse_size
 
@@ -146,10 +149,31 @@ STANDARDIZE = flags.DEFINE_bool(
   False,
   "Shift and scale each channel of --features to mean 0 and std 1.",
 )
+CONDITION = flags.DEFINE_string(
+  "condition",
+  None,
+  "Arrays of each image to store beside its latents: NAME=FILE, or several joined by "
+  "commas. FILE is an .npz, .safetensors or .npy file, a folder of .npy files, or a "
+  "Python function module:function. Default: none.",
+)
+CONDITION_MISSING = flags.DEFINE_enum(
+  "condition_missing",
+  "refuse",
+  list(CHOICES),
+  "Images without an array of --condition, or with one that has another shape or is "
+  "not finite: refuse the data, or leave these images out.",
+)
+CAPTIONS = flags.DEFINE_string(
+  "captions",
+  None,
+  "Captions to store for display: a .json file of texts by name, or a .txt or .tsv "
+  "file of lines NAME, tab, TEXT. Default: none.",
+)
 _EXAMPLES = {"source": "IMAGES", "vae": "VAE_FOLDER", "output": "latents/imagenet256"}
 # Flags that would have no effect on the set: without --features, and with it.
 _OF_FEATURES = (LABELS, LAYOUT, KIND, SCALING_FACTOR, SHIFT_FACTOR, SCALED, STANDARDIZE)
 _OF_IMAGES = (SOURCE, VAE, SPLIT, IMAGE_SIZE, IMAGE_BITS, COMPUTE_DTYPE)
+_OF_ENCODING = (CONDITION, CONDITION_MISSING, CAPTIONS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -191,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
       image_bits=IMAGE_BITS.value,
       process_index=PROCESS_INDEX.value,
       process_count=PROCESS_COUNT.value,
+      **_condition_arguments(),
     )
 
 
@@ -203,6 +228,12 @@ def _refuse_flags_without_effect() -> None:
     checked = [(flag, "needs --features") for flag in _OF_FEATURES]
   if not REFERENCE_BATCH.value:
     checked.append((NUM_IMAGES, "needs --reference_batch"))
+  for other in (REFERENCE_BATCH, VERIFY, STATISTICS):
+    if other.value:
+      problem = f"must be left out with --{other.name}, which encodes nothing"
+      checked += [(flag, problem) for flag in _OF_ENCODING]
+  if not CONDITION.value:
+    checked.append((CONDITION_MISSING, "needs --condition"))
   for flag, problem in checked:
     if flag.value != flag.default:
       raise SettingError(flag.name, flag.value, problem)
@@ -229,7 +260,18 @@ def _import_features() -> None:
     max_unreadable=MAX_UNREADABLE.value,
     process_index=PROCESS_INDEX.value,
     process_count=PROCESS_COUNT.value,
+    **_condition_arguments(),
   )
+
+
+def _condition_arguments() -> dict[str, Any]:
+  """Returns the arguments of the flags about arrays and captions."""
+  text = CONDITION.value
+  return {
+    "condition": {} if text is None else parse_conditions(text),
+    "captions": CAPTIONS.value,
+    "condition_missing": CONDITION_MISSING.value,
+  }
 
 
 def _required(flag: flags.FlagHolder[str | None]) -> str:

@@ -19,6 +19,8 @@ _OF_EVERY_EXAMPLE = (*_IMAGES, "label")  # entries that all networks read
 def with_condition(source: Source, condition: Condition) -> Source:
   """Returns a source whose examples hold the arrays of a condition, and no others.
 
+  Captions as text are dropped too: no device holds texts.
+
   Args:
     source: the examples; a source with more arrays than images and labels has
       `array_names`.
@@ -30,9 +32,11 @@ def with_condition(source: Source, condition: Condition) -> Source:
       further example is checked when it is read.
   """
   is_own = not condition.arrays() and condition.label is None
-  if is_own or not (condition.arrays() or getattr(source, "array_names", ())):
+  has_captions = getattr(source, "has_captions", False)
+  reads_arrays = condition.arrays() or getattr(source, "array_names", ())
+  if not has_captions and (is_own or not reads_arrays):
     return source
-  return ConditionedSource(source, condition)
+  return ConditionedSource(source, condition, keeps_arrays=is_own)
 
 
 class ConditionedSource:
@@ -40,14 +44,19 @@ class ConditionedSource:
 
   Attributes:
     original: the source.
+
+  Args:
+    source, condition: see `with_condition`.
+    keeps_arrays: whether to keep all entries except for captions as text.
   """
 
-  def __init__(self, source: Source, condition: Condition):
+  def __init__(self, source: Source, condition: Condition, keeps_arrays: bool = False):
     self.original = source
     self.num_classes = source.num_classes
     self.image_shape = source.image_shape
     self.class_names = getattr(source, "class_names", None)
     self.label_counts = getattr(source, "label_counts", None)
+    self._keeps_arrays = keeps_arrays
     self._required = condition.arrays()
     self._optional = condition.optional_arrays()
     if len(source):
@@ -68,6 +77,8 @@ class ConditionedSource:
 
   def _select(self, index: int, example: Example) -> Example:
     """Returns an example without other arrays; raises SettingError if one is wrong."""
+    if self._keeps_arrays:
+      return {n: v for n, v in example.items() if n != "caption"}
     found = {n: v for n, v in example.items() if n in _OF_EVERY_EXAMPLE}
     where = f"example {index} of the data"
     for name, shape in self._required.items():

@@ -94,7 +94,7 @@ class FolderRows(Rows):
   def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None, int]:
     file, row = divmod(index, self._per_file)
     data, label = self._files.read(file)
-    found = _read_npy(data)
+    found = npy_format.read_npy(data)
     whole = (self._per_file, *self.shape)
     if found.shape != whole and (self._per_file > 1 or found.shape != self.shape):
       expected = whole if self._per_file > 1 else self.shape
@@ -111,7 +111,7 @@ class FolderRows(Rows):
     for file in range(len(self._files)):
       name = self._files.name(file)
       with _reading("labels", str(folder)):
-        labels = _read_npy((folder / file_names.to_path(name)).read_bytes())
+        labels = npy_format.read_npy((folder / file_names.to_path(name)).read_bytes())
       check_labels(str(folder), labels, self._per_file, f"{name} ")
       found[file] = labels.reshape(-1)
     return found.reshape(-1)
@@ -160,7 +160,7 @@ class ArrayRows(Rows):
     """The label of each image, (N,)."""
     if labels is not None:
       with _reading("labels", str(labels)):
-        found = _read_npy(expand_home(labels).read_bytes())
+        found = npy_format.read_npy(expand_home(labels).read_bytes())
     else:
       parts = [part.labels for part in self._parts if part.labels is not None]
       if len(parts) < len(self._parts):
@@ -254,16 +254,6 @@ def _names_in(path: str, names: list[str]) -> tuple[str, str | None, str | None]
       f"must hold an array {', '.join(IMAGE_NAMES)}; holds {', '.join(names[:9])}",
     )
   return images, first(FLIP_NAMES), first(LABEL_NAMES)
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-  """Reads an .npy file; raises ValueError if it claims more bytes than it has."""
-  file = io.BytesIO(data)
-  header = npy_format.read_header(file)
-  if header.num_bytes > len(data):
-    raise ValueError(f"shape {header.shape} needs more bytes than the file has")
-  file.seek(0)
-  return npy_format.with_bfloat16(np.load(file, allow_pickle=False))
 
 
 def check_labels(path: str, labels: np.ndarray, count: int, name: str = "") -> None:

@@ -13,6 +13,7 @@ from mdt_jax.buckets import is_bucket
 from mdt_jax.data import file_names, latent_card
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.features import Convention, FeatureSource, open_features
+from mdt_jax.data.image_arrays import Conditions, open_image_arrays
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
 from mdt_jax.data.latents import LatentSource, channel_statistics, open_set
@@ -50,6 +51,9 @@ def import_features(
   max_unreadable: int = 100,
   process_index: int | None = None,
   process_count: int | None = None,
+  condition: Conditions | None = None,
+  captions: str | os.PathLike[str] | None = None,
+  condition_missing: str = "refuse",
 ) -> bool:
   """Writes a latent set of features that any encoder made.
 
@@ -67,6 +71,8 @@ def import_features(
     max_unreadable: largest accepted number of unreadable features.
     process_index, process_count: index of this process, from 0, and number of processes
       that write the set; None for those of JAX.
+    condition, captions, condition_missing: arrays and captions by the names of the
+      features, as for `encoding.encode_images`; functions are refused.
 
   Returns:
     Whether the set is finished; False if other processes still write shards.
@@ -86,9 +92,11 @@ def import_features(
   index, count = this_process(process_index, process_count)
   source = open_features(features, labels, convention, max_unreadable)
   check_range("num_shards", num_shards, 1, len(source))
+  names = [source.name(i) for i in range(len(source))] if condition or captions else []
+  arrays = open_image_arrays(condition or {}, captions, condition_missing, names, None)
   num_shards = num_shards or -(-len(source) // IMAGES_PER_SHARD)
   card = {
-    "format": latent_card.FORMAT,
+    "format": latent_card.format_name(arrays is not None),
     "source": file_names.from_path(os.fspath(features)),
     "features": convention.kind,
     "labels": None if labels is None else file_names.from_path(os.fspath(labels)),
@@ -104,6 +112,7 @@ def import_features(
     "latent_shape": list(source.image_shape),
     "dtype": dtype,
     "num_shards": num_shards,
+    **({} if arrays is None else arrays.card),
   }
   latent_set = LatentSet(output, card, len(source), num_shards)
   mean, std = _standardization(latent_set, source) if standardize else (None, None)
@@ -140,6 +149,7 @@ def import_features(
       process_index=index,
       process_count=count,
       progress=bar.update,
+      arrays=arrays,
     )
   if finished:
     _describe(output)

@@ -21,9 +21,16 @@ from mdt_jax.errors import SettingError
 from mdt_jax.paths import any_path, expand_home
 
 FORMAT = "mdt_jax latents 1"
+FORMAT_WITH_ARRAYS = "mdt_jax latents 2"  # of a set with arrays or captions
 CARD = "card.json"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-MAX_VALUES = 2**26  # numbers in a latent, at most
+# Types of the arrays of a set; others are converted when the set is written.
+_INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+ARRAY_DTYPES = ("bool", *_INTEGERS, "float16", "float32")
+# Entries of an example that no array may replace.
+RESERVED_NAMES = ("caption", "image", "label", "moments", "views")
+MAX_AXES = 8  # axes of an array, at most
+MAX_VALUES = 2**26  # numbers in a latent or in an array, at most
 # Makes the error for a card from the sentence about it.
 Refuse = Callable[[str], SettingError]
 
@@ -59,6 +66,14 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
   return card
 
 
+def format_name(has_arrays: bool) -> str:
+  """Returns the format of a set with or without arrays and captions.
+
+  Versions of mdt_jax before arrays read the sets without them.
+  """
+  return FORMAT_WITH_ARRAYS if has_arrays else FORMAT
+
+
 def check_card(card: dict[str, Any], refuse: Refuse) -> None:
   """Checks the values of a finished card that readers use.
 
@@ -66,8 +81,9 @@ def check_card(card: dict[str, Any], refuse: Refuse) -> None:
     card: content of card.json.
     refuse: makes the error that is raised.
   """
-  if card.get("format") != FORMAT:
-    raise refuse(f"{CARD} must have the format {FORMAT!r}")
+  if card.get("format") not in (FORMAT, FORMAT_WITH_ARRAYS):
+    accepted = f"{FORMAT!r} or {FORMAT_WITH_ARRAYS!r}"
+    raise refuse(f"{CARD} must have the format {accepted}")
   shape = card.get("latent_shape")
   if not (
     isinstance(shape, list)
@@ -82,6 +98,7 @@ def check_card(card: dict[str, Any], refuse: Refuse) -> None:
   if card.get("dtype") not in [*DTYPES]:
     held = shorten(card.get("dtype"))
     raise refuse(f"{CARD} must hold dtype, {' or '.join(DTYPES)}; holds {held}")
+  _check_arrays(card, refuse)
   classes = card.get("classes")
   if not (isinstance(classes, list) and classes and all(map(_is_text, classes))):
     raise refuse(f"{CARD} must hold classes, a list of at least one name")
@@ -93,6 +110,42 @@ def check_card(card: dict[str, Any], refuse: Refuse) -> None:
   total = sum(shard["images"] for shard in shards)
   if not total or not is_whole(card.get("images", total), 0):
     raise refuse(f"{CARD} must hold images, the number of images, and at least one")
+
+
+def _check_arrays(card: dict[str, Any], refuse: Refuse) -> None:
+  """Checks the entries "arrays" and "captions" of a card."""
+  held = {"arrays", "captions"} & card.keys()
+  if card["format"] == FORMAT and held:
+    needed = f"{' and '.join(sorted(held))} need the format {FORMAT_WITH_ARRAYS!r}"
+    raise refuse(f"{CARD} holds {needed}")
+  arrays = card.get("arrays", {})
+  if not isinstance(arrays, dict):
+    raise refuse(f"{CARD} must hold arrays, a dict of arrays by name")
+  for name, array in arrays.items():
+    if not is_array_name(name):
+      raise refuse(f"{CARD} holds arrays with the name {shorten(name)}")
+    array = array if isinstance(array, dict) else {}
+    shape, dtype = array.get("shape"), array.get("dtype")
+    if not is_array_shape(shape) or dtype not in [*ARRAY_DTYPES]:
+      raise refuse(
+        f"{CARD} must hold shape (whole numbers) and dtype ({', '.join(ARRAY_DTYPES)}) "
+        f"of the array {name}; holds {shorten(shape)} and {shorten(dtype)}"
+      )
+
+
+def is_array_name(name: str) -> bool:
+  """Whether an array may have this name: an identifier, not the name of an entry."""
+  return name.isidentifier() and name.isascii() and name not in RESERVED_NAMES
+
+
+def is_array_shape(shape: Any) -> bool:
+  """Whether an array of a record may have this shape, a list."""
+  return (
+    isinstance(shape, list)
+    and len(shape) <= MAX_AXES
+    and all(is_whole(side, 1) for side in shape)
+    and math.prod(shape) <= MAX_VALUES
+  )
 
 
 def check_shard(shard: Any, where: str, num_classes: int, refuse: Refuse) -> None:

@@ -18,10 +18,12 @@ from mdt_jax import buckets
 from mdt_jax.atomic import read_json, write_json
 from mdt_jax.buckets import AnyPath
 from mdt_jax.data import latent_card, latents
+from mdt_jax.data.latent_records import Layout
 from mdt_jax.errors import SettingError
 from mdt_jax.paths import file_size
 
 BEGUN = "begun.json"  # holds the card of an unfinished set
+_OPTIONAL = ("arrays", "captions")  # entries of a card
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -63,14 +65,14 @@ class LatentSet:
   num_shards: int
 
   @property
-  def layout(self) -> latents.Layout:
+  def layout(self) -> Layout:
     """The layout of the records."""
-    return latents.Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
+    return Layout.of_card(self.card)
 
   @property
   def num_bytes(self) -> int:
-    """Size on disk in bytes, without names and ArrayRecord's overhead (both small)."""
-    return self.num_images * (self.layout.moment_bytes + latents.LABEL_BYTES)
+    """Size on disk in bytes, without texts and ArrayRecord's overhead (both small)."""
+    return self.num_images * self.layout.fixed_bytes
 
   def shard_images(self, shard: int) -> range:
     """Returns the indices of the images of a shard."""
@@ -272,7 +274,9 @@ class LatentSet:
 
   def _check_card(self, found: dict[str, Any]) -> None:
     """Raises SettingError if `found` differs from the card of this set."""
-    for name, value in self.card.items():
+    # A card without arrays has no such entry, so that both cards are compared.
+    own_card = {**{name: self.card.get(name) for name in _OPTIONAL}, **self.card}
+    for name, value in own_card.items():
       if found.get(name) != json.loads(json.dumps(value)):
         held, own = map(latent_card.shorten, (found.get(name), value))
         raise self.error(

@@ -29,6 +29,8 @@ from mdt_jax.atomic import write_json
 from mdt_jax.buckets import AnyPath
 from mdt_jax.data import file_names, latents
 from mdt_jax.data.examples import Example, count_labels, load_patiently
+from mdt_jax.data.image_arrays import Entries, ImageArrays
+from mdt_jax.data.latent_records import Layout
 from mdt_jax.data.latent_set import LatentSet, entry_path
 from mdt_jax.data.latents import Progress
 from mdt_jax.errors import DataUnavailable, SettingError, check_range
@@ -47,8 +49,8 @@ EncodeFn: TypeAlias = Callable[
   [UInt8[np.ndarray, "B H W 3"]],
   "Float[np.ndarray, 'B 2 2 h w C'] | Float[Array, 'B 2 2 h w C']",
 ]
-# (image, label, name), or only the name for an unreadable image.
-Loaded: TypeAlias = tuple[np.ndarray, int, str] | str
+# (image, label, name, other entries), or only the name for an image that is left out.
+Loaded: TypeAlias = tuple[np.ndarray, int, str, Entries] | str
 
 IMAGES_PER_SHARD = 10_000
 MAX_PROCESSES = 65_536
@@ -111,6 +113,7 @@ def write_latents(
   process_index: int = 0,
   process_count: int = 1,
   progress: Progress = lambda count: None,
+  arrays: ImageArrays | None = None,
 ) -> bool:
   """Writes this process's shards of a latent set.
 
@@ -127,29 +130,36 @@ def write_latents(
       process_index + process_count, ….
     process_count: number of processes that write the set.
     progress: called with the number of images done since the last call.
+    arrays: the arrays and captions of the images; its card is a part of that of the
+      set. None for none.
 
   Returns:
     Whether the set is finished.
 
   Raises:
-    SettingError: the folder holds another set, another process writes the same shard,
-      too many images are unreadable, latents are not finite, or writing fails, for
-      example on a full disk.
+    SettingError: an image lacks an array and such images are refused, the folder holds
+      another set, another process writes the same shard, too many images are
+      unreadable, latents are not finite, or writing fails, for example on a full disk.
     DataUnavailable: the machine cannot read the images now, or the bucket of the set
       does not answer.
   """
   if latent_set.is_finished():
     latent_set.remove_plan()  # left by a process that was killed while it finished
     return True
+  shards = range(process_index, latent_set.num_shards, process_count)
+  if arrays is not None:
+    missing = [shard for shard in shards if not latent_set.has_shard(shard)]
+    indices = [index for shard in missing for index in latent_set.shard_images(shard)]
+    arrays.check(source.files.name(index) for index in indices)
   is_new = not latent_set.folder.exists()
   latent_set.begin()
   try:
-    for shard in range(process_index, latent_set.num_shards, process_count):
+    for shard in shards:
       indices = latent_set.shard_images(shard)
       if latent_set.has_shard(shard):
         progress(len(indices))
         continue
-      batches = _batches(source, indices, batch_size, num_threads)
+      batches = _batches(source, indices, batch_size, num_threads, arrays)
       records = _records(latent_set.layout, encode_fn, batches, batch_size, progress)
       _write_shard(latent_set, latent_set.shard_path(shard), records)
   except SettingError:
@@ -162,7 +172,11 @@ def write_latents(
 
 
 def _batches(
-  source: NamedImages, indices: range, batch_size: int, num_threads: int
+  source: NamedImages,
+  indices: range,
+  batch_size: int,
+  num_threads: int,
+  arrays: ImageArrays | None,
 ) -> Iterator[list[Loaded]]:
   """Yields the images of a shard in batches; threads read ahead."""
 
@@ -175,7 +189,9 @@ def _batches(
     except Exception as error:  # Pillow's decoders raise nearly every type.
       source.leave_out(index, error)
       return name
-    return example["image"], int(example["label"]), name
+    image = example["image"]
+    entries = Entries() if arrays is None else arrays.read(name, image)
+    return name if entries is None else (image, int(example["label"]), name, entries)
 
   with concurrent.futures.ThreadPoolExecutor(max(1, num_threads)) as pool:
     starts = range(indices.start, indices.stop, batch_size)
@@ -190,22 +206,24 @@ def _batches(
 
 
 def _records(
-  layout: latents.Layout,
+  layout: Layout,
   encode_fn: EncodeFn,
   batches: Iterator[list[Loaded]],
   batch_size: int,
   progress: Progress,
 ) -> Iterator[bytes | str]:
-  """Yields the records (bytes) of a shard, and the names (str) of unreadable images."""
+  """Yields the records (bytes) of a shard, and the names (str) of left-out images."""
 
   def finish(pending: tuple[Any, list, int]) -> Iterator[bytes]:
     views, read, count = pending
-    for moments, (_, label, name) in zip(np.asarray(views), read, strict=False):
+    for moments, (_, label, name, entries) in zip(
+      np.asarray(views), read, strict=False
+    ):
       if not np.isfinite(moments).all():  # one NaN would end a training run
         raise SettingError(
           "--dtype", layout.dtype, f"the latents of {name} are not finite in this dtype"
         )
-      yield layout.pack(moments, label, name)
+      yield layout.pack(moments, label, name, *entries)
     progress(count)
 
   pending = None
@@ -215,7 +233,7 @@ def _records(
     if not read:
       progress(len(batch))
       continue
-    images = np.stack([image for image, _, _ in read])
+    images = np.stack([found[0] for found in read])
     # Pad to the full batch by repeating images, so that only one shape is compiled.
     images = np.resize(images, (batch_size, *images.shape[1:]))
     views = encode_fn(images)  # asynchronous: the previous batch is written meanwhile

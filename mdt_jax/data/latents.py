@@ -3,7 +3,8 @@
 A latent set is a folder of ArrayRecord shards, latents-00000-of-00064.array_record, …,
 and a card.json that describes the set. A record holds the moments (mean and standard
 deviation) of the latents of an image and of its mirror image, shifted and scaled to
-about unit variance, with label and name.
+about unit variance, with label and name. A record may also hold arrays for conditions,
+and a caption; see `latent_records.Layout`.
 
 Damage is detected in three ways:
 - ArrayRecord stores a hash of each record, of each header and of the index of a shard,
@@ -16,9 +17,6 @@ Damage is detected in three ways:
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,12 +34,11 @@ from mdt_jax.data.examples import (
   TolerantSource,
   shape_error,
 )
-from mdt_jax.data.latent_card import CARD, DTYPES, read_card
+from mdt_jax.data.latent_card import CARD, read_card
+from mdt_jax.data.latent_records import Layout
 from mdt_jax.errors import DataUnavailable, SettingError
 from mdt_jax.paths import expand_home
 from mdt_jax.sizes import Size, height_width
-
-LABEL_BYTES = 4
 
 Progress = Callable[[int], Any]  # called with the number of newly done images
 
@@ -50,48 +47,6 @@ class Records(Protocol):
   """The records of all shards of a set, in order."""
 
   def __getitem__(self, index: int, /) -> bytes: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """The binary layout of a record: moments, label (int32), name.
-
-  Attributes:
-    latent_shape: (H, W, C).
-    dtype: dtype of the moments, "float16" or "bfloat16"; little-endian.
-  """
-
-  latent_shape: tuple[int, int, int]
-  dtype: str
-
-  @functools.cached_property
-  def shape(self) -> tuple[int, ...]:
-    """(2, 2, H, W, C); axis 0: image, mirror image; axis 1: mean, std."""
-    return (2, 2, *self.latent_shape)
-
-  @functools.cached_property
-  def moment_bytes(self) -> int:
-    """Size of the moments in bytes."""
-    return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-  def pack(self, views: Float[np.ndarray, "2 2 H W C"], label: int, name: str) -> bytes:
-    """Packs a record; `views` must have the shape and dtype of this layout."""
-    label_bytes = int(label).to_bytes(LABEL_BYTES, "little")
-    return views.tobytes() + label_bytes + file_names.to_bytes(name)
-
-  def label(self, record: bytes) -> int:
-    """Returns the label of a record."""
-    end = self.moment_bytes + LABEL_BYTES
-    return int.from_bytes(record[self.moment_bytes : end], "little")
-
-  def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
-    """Returns (views, label, name); raises ValueError if the record is truncated."""
-    end = self.moment_bytes + LABEL_BYTES
-    if len(record) < end:
-      raise ValueError(f"record has {len(record)} bytes, must have at least {end}")
-    views = np.frombuffer(record, DTYPES[self.dtype], math.prod(self.shape))
-    name = file_names.from_bytes(record[end:])
-    return views.reshape(self.shape), self.label(record), name
 
 
 def shard_name(index: int, count: int) -> str:
@@ -105,7 +60,8 @@ class LatentSource(TolerantSource):
   The entry "views" of an example is float16 or bfloat16 (2, 2, H, W, C). Axis 0 is the
   image or its mirror image; axis 1 is mean or standard deviation of its latents.
   `transforms.random_flip` chooses between image and mirror image. The training step
-  draws the latents from the moments on the device.
+  draws the latents from the moments on the device. The arrays of the set are further
+  entries; the entry "caption" of a set with captions is a str, "" for none.
 
   Args:
     path: output folder of `mdt_jax.encode`. From a folder in a bucket, only reading in
@@ -129,7 +85,7 @@ class LatentSource(TolerantSource):
     super().__init__(str(path), max_unreadable)
     self.card = read_card(path)
     self.image_shape = (*height_width(input_size, "input_size"), channels)
-    self.layout = Layout(tuple(self.card["latent_shape"]), self.card["dtype"])
+    self.layout = Layout.of_card(self.card)
     _check_shape(self._path, self.card, self.image_shape)
     self.class_names = self.card["classes"]
     self.num_classes = len(self.class_names)
@@ -140,6 +96,20 @@ class LatentSource(TolerantSource):
 
   def __len__(self) -> int:
     return int(self._ends[-1])
+
+  @property
+  def array_names(self) -> tuple[str, ...]:
+    """Names of the arrays of the examples."""
+    return tuple(field.name for field in self.layout.arrays)
+
+  @property
+  def has_captions(self) -> bool:
+    """Whether the set holds captions."""
+    return self.layout.has_captions
+
+  def caption(self, index: int) -> str | None:
+    """Returns the caption of an image; None if there is none."""
+    return self.layout.unpack_caption(self.record(index))
 
   def name(self, index: int) -> str:
     shard, record = self.locate(index)
@@ -153,15 +123,28 @@ class LatentSource(TolerantSource):
 
   def read(self, index: int) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
     """Returns (views, label, name) of a record; raises if the record is damaged."""
-    views, label, name = self.layout.unpack(self._records[index])
+    return self.unpack(self.record(index))
+
+  def load(self, index: int) -> Example:
+    """Returns the entries of a record; raises if the record is damaged."""
+    record = self.record(index)
+    views, label, _ = self.unpack(record)
+    arrays = self.layout.unpack_arrays(record)
+    example = {"views": views, "label": np.int32(label), **arrays}
+    if self.has_captions:
+      example["caption"] = self.layout.unpack_caption(record) or ""
+    return example
+
+  def record(self, index: int) -> bytes:
+    """Returns the bytes of a record; raises if its hash differs."""
+    return self._records[index]
+
+  def unpack(self, record: bytes) -> tuple[Float[np.ndarray, "2 2 H W C"], int, str]:
+    """Returns (views, label, name); raises ValueError if the label is out of range."""
+    views, label, name = self.layout.unpack(record)
     if not 0 <= label < self.num_classes:
       raise ValueError(f"label {label} must lie in [0, {self.num_classes})")
     return views, label, name
-
-  def load(self, index: int) -> Example:
-    """Returns "views" and "label" of a record; raises if the record is damaged."""
-    views, label, _ = self.read(index)
-    return {"views": views, "label": np.int32(label)}
 
 
 def open_latents(arguments: SourceArguments) -> LatentSource:
@@ -191,7 +174,8 @@ def verify(
   """Reads and checks all records of a finished set.
 
   The checks: ArrayRecord's hash of each record, sizes and record counts of the shards,
-  labels, finite moments, and that no shard is a copy of another shard.
+  labels, finite moments and arrays, captions in UTF-8, and that no shard is a copy of
+  another shard.
 
   Args:
     path: folder of the set.
@@ -210,9 +194,14 @@ def verify(
   for index in range(len(source)):
     shard, record = source.locate(index)
     try:
-      views, _, name = source.read(index)
+      record_bytes = source.record(index)
+      views, _, name = source.unpack(record_bytes)
       if not np.isfinite(views).all():
         raise ValueError("its moments are not finite")
+      for array_name, array in source.layout.unpack_arrays(record_bytes).items():
+        if not np.isfinite(array).all():
+          raise ValueError(f"its array {array_name} is not finite")
+      source.layout.unpack_caption(record_bytes)  # raises if it is not UTF-8
       if record == 0 and (other := first_names.setdefault(name, shard)) != shard:
         raise ValueError(f"it begins with the same image as {other}")
     except DataUnavailable:

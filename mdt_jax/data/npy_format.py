@@ -6,6 +6,7 @@ many types of errors for a damaged header.
 
 from __future__ import annotations
 
+import io
 import lzma
 import math
 import tokenize
@@ -115,6 +116,16 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
       raise ValueError(f"{name} holds more than its array")
   order = "F" if header.fortran_order else "C"
   return data.view(header.dtype).reshape(header.shape, order=order)
+
+
+def read_npy(data: bytes) -> np.ndarray:
+  """Reads an .npy file; raises ValueError if it claims more bytes than it has."""
+  file = io.BytesIO(data)
+  header = read_header(file)
+  if header.num_bytes > len(data):
+    raise ValueError(f"shape {header.shape} needs more bytes than the file has")
+  file.seek(0)
+  return with_bfloat16(np.load(file, allow_pickle=False))
 
 
 def with_bfloat16(array: np.ndarray) -> np.ndarray:

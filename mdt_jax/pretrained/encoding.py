@@ -18,6 +18,7 @@ from mdt_jax.buckets import is_bucket
 from mdt_jax.data import file_names, latent_card, latents, reference_batches
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.files import open_files
+from mdt_jax.data.image_arrays import Conditions, open_image_arrays
 from mdt_jax.data.images import ImageSource
 from mdt_jax.data.latent_set import LatentSet
 from mdt_jax.data.latent_writer import IMAGES_PER_SHARD, this_process, write_latents
@@ -60,6 +61,9 @@ def encode_images(
   image_bits: int = 16,
   process_index: int | None = None,
   process_count: int | None = None,
+  condition: Conditions | None = None,
+  captions: str | os.PathLike[str] | None = None,
+  condition_missing: str = "refuse",
 ) -> bool:
   """Encodes images and their mirror images into a latent set.
 
@@ -83,23 +87,36 @@ def encode_images(
     image_bits: bits of the values in image files of more than 8 bits.
     process_index, process_count: index of this process, from 0, and number of processes
       that write the set; None for those of JAX.
+    condition: name of an array -> file, folder, "module:function" or function (image
+      (H, W, 3) uint8, name) -> array; see docs/data.md. The set holds these arrays of
+      each image. None for none.
+    captions: file of captions, which the set holds for display; None for none.
+    condition_missing: "refuse" or "leave_out": images whose array is missing, has
+      another shape than the first, or is not finite.
 
   Returns:
     Whether the set is finished; False if other processes still write shards.
 
   Raises:
     SettingError: an argument is out of range, no images or no autoencoder are found,
-      the devices have too little memory, or writing fails; see
-      `latent_writer.write_latents`.
+      an array of a condition cannot be used, the devices have too little memory, or
+      writing fails; see `latent_writer.write_latents`.
   """
   output = output_folder("output", output)
-  check_choice("dtype", dtype, latents.DTYPES)
+  check_choice("dtype", dtype, latent_card.DTYPES)
   check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
   check_range("batch_size", batch_size, 1, MAX_BATCH_SIZE)
   check_range("num_threads", num_threads, 1, MAX_THREADS)
   images = _open_images(source, split, image_size, max_unreadable, image_bits)
   check_range("num_shards", num_shards, 1, len(images))
   index, count = this_process(process_index, process_count)
+  arrays = open_image_arrays(
+    condition or {},
+    captions,
+    condition_missing,
+    [images.files.name(i) for i in range(len(images))] if condition or captions else [],
+    lambda i: images.load(i)["image"],
+  )
   devices = jax.local_devices()
   mesh = sharding.make_mesh(devices=devices)
   if batch_size % len(devices):
@@ -117,7 +134,7 @@ def encode_images(
   num_shards = num_shards or -(-len(images) // IMAGES_PER_SHARD)
   size = to_size(image_size)
   card = {
-    "format": latent_card.FORMAT,
+    "format": latent_card.format_name(arrays is not None),
     "source": file_names.from_path(source),
     "split": split,
     "num_source_images": len(images),
@@ -131,6 +148,7 @@ def encode_images(
     "latent_shape": list(autoencoder.latent_shape(image_size)),
     "dtype": dtype,
     "num_shards": num_shards,
+    **({} if arrays is None else arrays.card),
   }
   latent_set = LatentSet(output, card, num_images=len(images), num_shards=num_shards)
   if latent_set.is_finished():
@@ -150,6 +168,7 @@ def encode_images(
         process_index=index,
         process_count=count,
         progress=bar.update,
+        arrays=arrays,
       )
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mdt_jax.data import latents, loader
+from mdt_jax.data import latent_card, latents, loader
 from mdt_jax.errors import SettingError
 from tests.data import sets
 
@@ -32,14 +32,14 @@ def open_set(folder, max_unreadable=10):
   return latents.LatentSource(folder, 4, CHANNELS, max_unreadable)
 
 
-@pytest.mark.parametrize("dtype", latents.DTYPES)
+@pytest.mark.parametrize("dtype", latent_card.DTYPES)
 def test_record_round_trip_is_exact(dtype):
   layout = latents.Layout((3, 3, 2), dtype)
   views = np.random.default_rng(0).standard_normal(layout.shape)
-  views = views.astype(latents.DTYPES[dtype])
+  views = views.astype(latent_card.DTYPES[dtype])
   found, label, name = layout.unpack(layout.pack(views, 70_000, "ä/1.png"))
   assert (found.tobytes(), label, name) == (views.tobytes(), 70_000, "ä/1.png")
-  assert found.dtype == latents.DTYPES[dtype]
+  assert found.dtype == latent_card.DTYPES[dtype]
 
 
 def test_truncated_record_raises_value_error():

@@ -36,6 +36,8 @@ LINES = {
   ],
   "encode": [
     "--source={W}/photos --vae={W}/vae --output={W}/out --image_size=16",
+    "--source={W}/photos --vae={W}/vae --output={W}/out --image_size=16 "
+    "--condition=vector={W}/vectors.npz --captions={W}/captions.json",
     "--statistics --output={W}/latents",
     "--verify --output={W}/latents",
     "--reference_batch={W}/reference.npz --source={W}/photos --image_size=16",
@@ -241,6 +243,7 @@ MORE = {
     *("--dtype=float16", "--compute_dtype=float32", "--num_shards=2", "--batch_size=2"),
     *("--num_threads=2", "--max_unreadable=1", "--process_index=0", "--split=train"),
     *("--process_count=1", "--num_images=2", "--image_size=16", "--source=tfds:mnist"),
+    *("--condition={W}/vectors.npz", "--condition_missing=leave_out"),
   ],
   "convert": [
     *("--network=DiT", "--decode_depth=2", "--num_heads=2", "--step=0"),

@@ -29,7 +29,8 @@ def make_world(folder: Path) -> None:
   """Writes a run, images, latents, samples, weights and a config file to a folder.
 
   run/: a network of digits; photos/: four images in two classes; vae/; latents/: the
-  photos; samples.npz, image.png, mask.png, weights.pt, config.py.
+  photos; vectors.npz and captions.json: for the photos; samples.npz, image.png,
+  mask.png, weights.pt, config.py.
   """
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
@@ -43,6 +44,9 @@ def make_world(folder: Path) -> None:
     (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
     pixels = rng.integers(0, 256, (24, 20, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photos" / name)
+  vectors = {f"{name}/{i}": np.ones(5) for name in ("ant", "bee") for i in (1, 2)}
+  np.savez(folder / "vectors.npz", **vectors)
+  (folder / "captions.json").write_text('{"ant/1": "an ant"}')
   shutil.copytree(FIXTURES / "vae", folder / "vae")
   encode = forked.command(
     "mdt_jax.encode",

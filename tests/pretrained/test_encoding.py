@@ -14,7 +14,10 @@ from mdt_jax.data import latents
 from mdt_jax.errors import SettingError
 from mdt_jax.pretrained import encoding
 from mdt_jax.pretrained.autoencoder import Autoencoder
+from mdt_jax.training import loop
+from mdt_jax.training.metric_lines import read_lines
 from tests import reference
+from tests.training.tiny import tiny_dit_config
 
 VAE = str(reference.FIXTURES / "vae")
 
@@ -107,6 +110,92 @@ def test_folder_without_a_set_is_an_error_of_output(tmp_path):
   with pytest.raises(SettingError) as caught:
     encoding.verify(tmp_path)
   assert caught.value.setting == "output"
+
+
+# Arrays and captions.
+
+
+def embed(image, name):
+  """Mean colours and the length of the name, (4,)."""
+  assert image.shape == (16, 16, 3) and image.dtype == np.uint8
+  return np.append(image.mean((0, 1)), len(name)).astype(np.float32)
+
+
+def expected_embedding(images, name):
+  return embed(np.array(Image.open(f"{images}/{name}")), name)
+
+
+@pytest.fixture(scope="module")
+def conditioned(images, tmp_path_factory):
+  """A set with an array from a file, one from a function, and captions."""
+  folder = tmp_path_factory.mktemp("conditioned")
+  np.savez(folder / "clip.npz", ant_1=np.arange(5.0), bee_1=np.arange(5.0) - 1)
+  (folder / "captions.tsv").write_text("ant_1\tan ant\n")
+  encode(
+    images,
+    folder / "set",
+    condition={"clip": folder / "clip.npz", "colours": embed},
+    captions=folder / "captions.tsv",
+  )
+  return folder / "set"
+
+
+def test_set_holds_arrays_of_a_file_and_of_a_function(images, conditioned):
+  source = latents.open_set(conditioned)
+  for index, name in enumerate(("ant_1.png", "bee_1.png")):
+    np.testing.assert_array_equal(source[index]["clip"], np.arange(5.0) - index)
+    expected = expected_embedding(images, name)
+    np.testing.assert_array_equal(source[index]["colours"], expected)
+  assert [source.caption(0), source.caption(1)] == ["an ant", None]
+  assert encoding.verify(conditioned) == 2
+
+
+def test_finished_set_with_arrays_is_not_encoded_again(images, conditioned):
+  before = {path: path.stat().st_mtime_ns for path in conditioned.iterdir()}
+  folder = conditioned.parent
+  arrays = {"clip": folder / "clip.npz", "colours": embed}
+  captions = folder / "captions.tsv"
+  assert encode(images, conditioned, condition=arrays, captions=captions)
+  assert before == {path: path.stat().st_mtime_ns for path in conditioned.iterdir()}
+
+
+def test_network_trains_on_a_vector_of_the_set(conditioned, tmp_path):
+  config = tiny_dit_config(
+    **{
+      "num_steps": 2,
+      "batch_size": 2,
+      "log_every": 1,
+      "data.source": "latents",
+      "data.path": str(conditioned),
+      "data.flip": True,
+      "model.input_size": 2,
+      "model.in_channels": 4,
+      "model.num_classes": 2,
+      "model.condition": "vector",
+      "condition.vector": "clip",
+      "condition.vector_size": 5,
+    }
+  )
+  loop.train(config, tmp_path)
+  losses = [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
+  assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+  ("settings", "argument"),
+  [
+    ({"condition": {"clip": "no.npz"}}, "condition"),
+    ({"condition": {"label": embed}}, "condition"),
+    ({"condition": {"clip": embed}, "condition_missing": "skip"}, "condition_missing"),
+    ({"condition_missing": "leave_out"}, "condition_missing"),
+    ({"captions": "no.txt"}, "captions"),
+  ],
+)
+def test_error_names_the_argument_of_a_condition(images, tmp_path, settings, argument):
+  with pytest.raises(SettingError) as caught:
+    encode(images, tmp_path / "out", **settings)
+  assert caught.value.setting == argument
+  assert not (tmp_path / "out").exists()
 
 
 def test_out_of_device_memory_is_an_error_of_batch_size(images, tmp_path, monkeypatch):
