@@ -256,8 +256,9 @@ class Page:
       number = gr.Dropdown(
         list(COUNTS), value=count, label="Pictures", min_width=80, filterable=False
       )
+      # With the seed that drew a picture, inpainting would paint the same again.
       seed = gr.Number(
-        defaults.seed,
+        defaults.seed + (task != "draw"),
         label="Seed",
         precision=0,
         minimum=0,
