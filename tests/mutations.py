@@ -80,7 +80,7 @@ FAULTS = {
     "models/test_microdit.py",
   ),
   "the output of removed tokens is that of others": Fault(
-    "models/mdt.py",
+    "models/blocks.py",
     "x = restore_tokens(x, jnp.zeros(x.shape[-1]), token_mask)",
     "x = x[:, token_mask.ids_restore[0] % x.shape[1]]",
     "models/test_microdit.py",

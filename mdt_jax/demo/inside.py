@@ -20,8 +20,9 @@ from mdt_jax.data.transforms import to_float
 from mdt_jax.demo.engine import Engine
 from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.errors import check_range
+from mdt_jax.models.blocks import FinalLayer
 from mdt_jax.models.masking import TokenMask
-from mdt_jax.models.mdt import MDT, FinalLayer
+from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import Model
 from mdt_jax.sampling.stepwise import Recent
 from mdt_jax.types import Array, Params

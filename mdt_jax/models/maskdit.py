@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models import mdt_flops
+from mdt_jax.models.blocks import Modulation
 from mdt_jax.models.layers import linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
-from mdt_jax.models.mdt import MDT, Modulation
+from mdt_jax.models.mdt import MDT
 from mdt_jax.types import Array, Dtype
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models.attention import attention, plain_attention
+from mdt_jax.models.blocks import Modulation
 from mdt_jax.models.embeddings import MAX_PERIOD, unpatchify
 from mdt_jax.models.experts import Experts, SwiGLU
 from mdt_jax.models.layers import gelu, layer_norm, linear, normal_init, scaled_norm
 from mdt_jax.models.masking import TokenMask, restore_tokens
-from mdt_jax.models.mdt import Modulation
 from mdt_jax.models.partitioning import shard_batch
 from mdt_jax.sizes import Size
 from mdt_jax.types import Array, Dtype

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.models import mdt_flops
+from mdt_jax.models.blocks import Attention, Block
 from mdt_jax.models.embeddings import MAX_PERIOD
 from mdt_jax.models.layers import linear, normal_init
 from mdt_jax.models.masking import (
@@ -23,7 +24,7 @@ from mdt_jax.models.masking import (
   restore_tokens,
   token_mask_from_noise,
 )
-from mdt_jax.models.mdt import MDT, Attention, Block
+from mdt_jax.models.mdt import MDT
 from mdt_jax.models.partitioning import look_up
 from mdt_jax.sizes import Size, height_width
 from mdt_jax.types import Array

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mdt_jax.models.blocks import FinalLayer
 from mdt_jax.models.embeddings import (
   FREQUENCIES,
   LabelEmbed,
@@ -22,7 +23,6 @@ from mdt_jax.models.embeddings import (
   timestep_frequencies,
 )
 from mdt_jax.models.layers import layer_norm
-from mdt_jax.models.mdt import FinalLayer
 
 # Positions.
 

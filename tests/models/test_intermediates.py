@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from mdt_jax import create_model
+from mdt_jax.models.blocks import Block
 from mdt_jax.models.embeddings import (
   PatchEmbed,
   TimestepEmbed,
   relative_position_index,
 )
 from mdt_jax.models.masking import keep_tokens, random_token_mask, restore_tokens
-from mdt_jax.models.mdt import Block
 from tests import reference
 
 # (depth, decode_depth): each stack has more than one block.
