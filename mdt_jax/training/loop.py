@@ -23,7 +23,6 @@ from mdt_jax.diffusion.guidance import Guidance
 from mdt_jax.evaluation.evaluator import check_eval, make_training_evaluator
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import counted, logger
-from mdt_jax.models.conditions import LabelCondition
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
 from mdt_jax.paths import absolute, output_folder
@@ -248,8 +247,7 @@ def _count_of_trained(params: Params, frozen: Collection[str]) -> str:
 def _warn_of_absent_classes(experiment: Experiment, held: DataLabels) -> None:
   """Warns if the data holds fewer classes than the network has labels for."""
   model = experiment.model
-  is_label = isinstance(model.conditioning, LabelCondition)
-  if is_label and len(held.labels) < model.num_classes:
+  if model.conditioning.label is not None and len(held.labels) < model.num_classes:
     logger.warning(
       "the data holds %s of the %s classes of config.model.num_classes; pictures, "
       "samples and scores show these %s unless you name labels",
