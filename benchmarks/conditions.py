@@ -152,7 +152,7 @@ PLACES = {"top left": 0, "top right": 1, "bottom left": 2, "bottom right": 3}
 WORDS = 8  # of a caption, without "a" and "and": tokens of the condition
 FEATURES = 64  # numbers in a token
 LONGEST = 4  # words in an n-gram
-HELD_OUT = 10  # one of so many scenes is never trained
+HELD_OUT = 10  # one of so many images is never trained, in either order of its things
 
 # (shape, colour, place)
 Thing = tuple[str, str, str]
@@ -244,10 +244,12 @@ def attributes(scene: Scene, found: list[tuple[str, str] | None]) -> dict[str, f
 def run_captions(arm: str, seed: int) -> dict[str, Any]:
   """Trains on captions, and scores images of trained and of new captions."""
   del arm
-  all_scenes = scenes()
-  order = np.random.default_rng(0).permutation(len(all_scenes))
-  new = [all_scenes[i] for i in order[::HELD_OUT]]
-  old = [all_scenes[i] for i in np.setdiff1d(order, order[::HELD_OUT])]
+  # Two things in the other order are the same image.
+  pairs = sorted({tuple(sorted(scene)) for scene in scenes()})
+  order = np.random.default_rng(0).permutation(len(pairs))
+  held_out = {pairs[i] for i in order[::HELD_OUT]}
+  new = [scene for scene in scenes() if tuple(sorted(scene)) in held_out]
+  old = [scene for scene in scenes() if tuple(sorted(scene)) not in held_out]
   texts = [caption(scene) for scene in old]
   source = MemorySource(
     np.stack([render(scene) for scene in old]),
