@@ -19,7 +19,6 @@ import contextlib
 import os
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from mdt_jax import cli
@@ -29,7 +28,11 @@ from mdt_jax.errors import SettingError, check_range, renamed_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.paths import output_folder
 from mdt_jax.pretrained.hub import is_hub_url
-from mdt_jax.sampling.conditions import read_conditions
+from mdt_jax.sampling.conditions import (
+  count_images,
+  read_conditions,
+  repeat_arrays,
+)
 from mdt_jax.sampling.labels import BALANCED, NONE, RANDOM, choose_labels
 from mdt_jax.sampling.pipeline import Pipeline
 
@@ -224,13 +227,13 @@ def main(argv: list[str]) -> None:
     pipeline = Pipeline.load(
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
-    condition = _arrays("condition", CONDITION.value, NUM_IMAGES.value)
+    condition = _arrays(pipeline, "condition", CONDITION.value)
     labels = _labels(pipeline, condition)
     file = pipeline.write(
       output,
       labels,
       condition=condition,
-      null=_arrays("null_condition", NULL_CONDITION.value, NUM_IMAGES.value),
+      null=_arrays(pipeline, "null_condition", NULL_CONDITION.value),
       png=PNG.value,
       overwrite=OVERWRITE.value,
       seed=SEED.value,
@@ -248,35 +251,32 @@ def main(argv: list[str]) -> None:
   logger.info("images of step %d: %s", pipeline.step, file)
 
 
-def _arrays(
-  setting: str, path: str | None, count: int | None = None
-) -> dict[str, Any] | None:
-  """Arrays of a file of conditions, repeated until there are `count` of each."""
+def _arrays(pipeline: Pipeline, setting: str, path: str | None) -> Any:
+  """Arrays of a file of conditions, repeated in turn for --num_images images."""
   if path is None:
     return None
-  found = read_conditions(setting, path)
+  found, count = read_conditions(setting, path), NUM_IMAGES.value
+  condition = pipeline.model.conditioning
   if count is None:
     return found
-  lengths = {len(array) for array in found.values() if array.ndim}
-  if len(lengths) != 1 or 0 in lengths:
-    accepted = f"must hold arrays of the same number of images, has {sorted(lengths)}"
-    raise SettingError(setting, path, accepted)
-  return {name: array[np.arange(count) % len(array)] for name, array in found.items()}
+  if count < count_images(condition, found):
+    accepted = f"must be at least the number of images in --{setting}"
+    raise SettingError("num_images", count, accepted)
+  return repeat_arrays(condition, found, count)
 
 
-def _labels(pipeline: Pipeline, condition: dict[str, Any] | None) -> Any:
+def _labels(pipeline: Pipeline, condition: Any) -> Any:
   """The label of each image; None if the condition has none, or holds them."""
-  conditioning = pipeline.model.conditioning
-  if conditioning.arrays() and (
-    conditioning.label is None or "label" in (condition or {})
-  ):
+  conditioning, arrays = pipeline.model.conditioning, condition or {}
+  if conditioning.arrays() and (conditioning.label is None or "label" in arrays):
     if flags.FLAGS["labels"].present:
       accepted = "must be left out: the condition has no class labels, or holds them"
       raise SettingError("labels", ",".join(LABELS.value), accepted)
     return None
   count = NUM_IMAGES.value
-  if count is None and condition:
-    count = max(len(array) for array in condition.values() if array.ndim)
+  if count is None and arrays:
+    count = count_images(conditioning, arrays)
+    count = count if count > 1 else None
   return choose_labels(
     "labels",
     [file_names.from_path(label) for label in LABELS.value],

@@ -40,33 +40,35 @@ def test_gradients_agree_on_several_devices(tmp_path):
   several_devices.assert_gradients_agree(tmp_path, config, 8)
 
 
+def make_config():
+  scores = {
+    "eval.every": 4,
+    "eval.metrics": "retrieval,accuracy",
+    "eval.num_images": 20,
+    "eval.batch_size": 20,
+  }
+  return tiny_dit_config(**CONDITION, **scores, **{"sample_every": 4})
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A run of four steps with pictures and scores."""
   folder = tmp_path_factory.mktemp("condition") / "run"
-  config = tiny_dit_config(
-    **CONDITION,
-    **{
-      "sample_every": 4,
-      "eval.every": 4,
-      "eval.metrics": "retrieval,accuracy",
-      "eval.num_images": 20,
-      "eval.batch_size": 20,
-    },
-  )
-  train(config, folder, source=make_source())
+  train(make_config(), folder, source=make_source())
   return folder
 
 
 def test_resumed_run_has_the_same_bits(workdir, tmp_path):
   """It goes on from the checkpoint of step 2, with the same pictures and scores."""
-  config = tiny_dit_config(**CONDITION)
+  config = make_config()
   config.num_steps = 2
   train(config, tmp_path / "run", source=make_source())
   config.num_steps = 4
   train(config, tmp_path / "run", source=make_source())
   found = runs.read(tmp_path / "run", 4)
   runs.assert_same(found, runs.read(workdir, 4))
+  for name in ("samples/step_0000004.png", "scores/step_0000004.json"):
+    assert (tmp_path / "run" / name).read_bytes() == (workdir / name).read_bytes()
 
 
 def test_run_has_pictures_and_scores(workdir):

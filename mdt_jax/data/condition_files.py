@@ -16,9 +16,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from mdt_jax.data import file_names, npy_format
-from mdt_jax.data.latent_card import RESERVED_NAMES, is_array_name
+from mdt_jax.data.latent_card import is_array_name
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.paths import local_path
+from mdt_jax.types import RESERVED_NAMES
 
 # (image (H, W, 3) uint8, name of the image) -> array.
 ArrayFn: TypeAlias = Callable[[np.ndarray, str], Any]

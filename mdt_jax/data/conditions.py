@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mdt_jax.data.examples import Example, Source, SupportsReplacement
 from mdt_jax.errors import SettingError
-from mdt_jax.models.array_conditions import MASK_SUFFIX as MASK_SUFFIX
 from mdt_jax.models.conditions import Condition
-
-_IMAGES = ("image", "views")
-_OF_EVERY_EXAMPLE = (*_IMAGES, "label")  # entries that all networks read
+from mdt_jax.types import RESERVED_NAMES
 
 
 def with_condition(source: Source, condition: Condition) -> Source:
   """Returns a source whose examples hold the arrays of a condition, and no others.
-
-  Captions as text are dropped too: no device holds texts.
 
   Args:
     source: the examples; a source with more arrays than images and labels has
@@ -32,11 +28,9 @@ def with_condition(source: Source, condition: Condition) -> Source:
       further example is checked when it is read.
   """
   is_own = not condition.arrays() and condition.label is None
-  has_captions = getattr(source, "has_captions", False)
-  reads_arrays = condition.arrays() or getattr(source, "array_names", ())
-  if not has_captions and (is_own or not reads_arrays):
+  if is_own or not (condition.arrays() or getattr(source, "array_names", ())):
     return source
-  return ConditionedSource(source, condition, keeps_arrays=is_own)
+  return ConditionedSource(source, condition)
 
 
 class ConditionedSource:
@@ -44,23 +38,18 @@ class ConditionedSource:
 
   Attributes:
     original: the source.
-
-  Args:
-    source, condition: see `with_condition`.
-    keeps_arrays: whether to keep all entries except for captions as text.
   """
 
-  def __init__(self, source: Source, condition: Condition, keeps_arrays: bool = False):
+  def __init__(self, source: Source, condition: Condition):
     self.original = source
     self.num_classes = source.num_classes
     self.image_shape = source.image_shape
     self.class_names = getattr(source, "class_names", None)
     self.label_counts = getattr(source, "label_counts", None)
-    self._keeps_arrays = keeps_arrays
-    self._required = condition.arrays()
-    self._optional = condition.optional_arrays()
+    self._condition = condition
+    self._held: set[str] | None = None  # optional arrays of the first example
     if len(source):
-      _ = self[0]
+      self._held = set(self[0]) & set(condition.optional_arrays())
 
   def __len__(self) -> int:
     return len(self.original)
@@ -70,26 +59,30 @@ class ConditionedSource:
 
   def first_readable(self, indices: Iterable[int]) -> Example:
     """Reads the first readable example of `indices`."""
-    indices = list(indices)
+    remaining = iter(indices)
+    first = next(remaining)
     if not isinstance(self.original, SupportsReplacement):
-      return self[indices[0]]
-    return self._select(indices[0], self.original.first_readable(indices))
+      return self[first]
+    both = itertools.chain([first], remaining)
+    return self._select(first, self.original.first_readable(both))
 
   def _select(self, index: int, example: Example) -> Example:
     """Returns an example without other arrays; raises SettingError if one is wrong."""
-    if self._keeps_arrays:
-      return {n: v for n, v in example.items() if n != "caption"}
-    found = {n: v for n, v in example.items() if n in _OF_EVERY_EXAMPLE}
-    where = f"example {index} of the data"
-    for name, shape in self._required.items():
-      if name not in example:
-        held = ", ".join(n for n in example if n not in _OF_EVERY_EXAMPLE) or "none"
+    condition, where = self._condition, f"example {index} of the data"
+    found = {name: value for name, value in example.items() if name in RESERVED_NAMES}
+    for name, shape in {**condition.arrays(), **condition.optional_arrays()}.items():
+      setting = f"config.condition.{condition.kind_of(name)}"
+      is_missing = name not in example
+      if is_missing and name in condition.arrays():
+        held = ", ".join(n for n in example if n not in RESERVED_NAMES) or "none"
         accepted = f"{where} has no array of this name; its arrays are: {held}"
-        raise SettingError("config.condition", name, accepted)
-      found[name] = check_array("config.condition", name, example[name], shape, where)
-    for name, shape in self._optional.items():
-      if name in example:
-        found[name] = check_array("config.condition", name, example[name], shape, where)
+        raise SettingError(setting, name, accepted)
+      is_optional = name in condition.optional_arrays() and self._held is not None
+      if is_optional and is_missing == (name in (self._held or ())):
+        accepted = f"{where} must hold this array if, and only if, example 0 does"
+        raise SettingError(setting, name, accepted)
+      if not is_missing:
+        found[name] = check_array(setting, name, example[name], shape, where)
     return found
 
   def __getattr__(self, name: str) -> Any:
@@ -126,8 +119,11 @@ def check_array(
   return array
 
 
-def stack_arrays(examples: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-  """Returns name -> (N, …) of N examples, without their images."""
-  examples = list(examples)
-  names = [name for name in examples[0] if name not in _IMAGES]
-  return {name: np.stack([example[name] for example in examples]) for name in names}
+def arrays_of(example: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the arrays of an example that belong to its condition."""
+  return {n: value for n, value in example.items() if n not in RESERVED_NAMES}
+
+
+def stack_arrays(arrays: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+  """Returns name -> (N, …) from the arrays of N examples."""
+  return {name: np.stack([some[name] for some in arrays]) for name in arrays[0]}

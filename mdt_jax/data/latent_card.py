@@ -19,6 +19,7 @@ from mdt_jax.buckets import bucket_path, is_bucket
 from mdt_jax.data.class_labels import class_number
 from mdt_jax.errors import SettingError
 from mdt_jax.paths import any_path, expand_home
+from mdt_jax.types import RESERVED_NAMES
 
 FORMAT = "mdt_jax latents 1"
 FORMAT_WITH_ARRAYS = "mdt_jax latents 2"  # of a set with arrays or captions
@@ -28,7 +29,6 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 ARRAY_DTYPES = ("bool", *_INTEGERS, "float16", "float32")
 # Entries of an example that no array may replace.
-RESERVED_NAMES = ("caption", "image", "label", "moments", "views")
 MAX_AXES = 8  # axes of an array, at most
 MAX_VALUES = 2**26  # numbers in a latent or in an array, at most
 # Makes the error for a card from the sentence about it.

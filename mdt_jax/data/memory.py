@@ -10,6 +10,7 @@ from jaxtyping import Int32
 
 from mdt_jax.data.examples import Example, count_labels
 from mdt_jax.errors import SettingError
+from mdt_jax.types import RESERVED_NAMES
 
 
 class MemorySource:
@@ -70,8 +71,10 @@ class MemorySource:
     self.class_names = class_names
     self._arrays = {name: np.asarray(array) for name, array in (arrays or {}).items()}
     for name, array in self._arrays.items():
-      if name in ("image", "label") or array.shape[:1] != (count,):
-        accepted = f"must have another name than image, and {count} rows: one an image"
+      is_reserved = name in RESERVED_NAMES and name != "caption"
+      if is_reserved or array.shape[:1] != (count,):
+        accepted = f"must have {count} rows, one an image, and no name of "
+        accepted += ", ".join(RESERVED_NAMES)
         raise SettingError("arrays", f"{name} {array.shape}", accepted)
     self.label_counts = count_labels(self._labels)
 

@@ -75,12 +75,14 @@ def random_flip(example: Example, rng: np.random.Generator) -> Example:
 
   Args:
     example: holds "image" (H, W, C), or "views" (2, 2, H, W, C), the moments of the
-      latents of an image and of its mirror image. Other entries are kept.
+      latents of an image and of its mirror image. Other entries are kept, but for the
+      text "caption".
     rng: random generator, from which one number is drawn.
 
   Returns:
     A new example; "moments" (2, H, W, C) replaces "views".
   """
+  example = _without_text(example)
   flip = rng.random() < 0.5
   if "views" in example:
     return _choose_view(example, int(flip))
@@ -92,7 +94,13 @@ def random_flip(example: Example, rng: np.random.Generator) -> Example:
 
 def without_draws(example: Example) -> Example:
   """Returns the example in the form of `random_flip`, without a flip."""
+  example = _without_text(example)
   return _choose_view(example, 0) if "views" in example else example
+
+
+def _without_text(example: Example) -> Example:
+  """Returns an example without its caption: no device holds texts."""
+  return {name: value for name, value in example.items() if name != "caption"}
 
 
 def _choose_view(example: Example, view: int) -> Example:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
-from mdt_jax.data.conditions import MASK_SUFFIX
+from mdt_jax.models.array_conditions import MASK_SUFFIX
 
 CANDIDATES = 100  # conditions among which that of an image is searched, at most
 # Regularisation, as shares of the mean variance of a pixel; the best one is chosen.
@@ -74,11 +74,11 @@ def retrieval_accuracy(
   }
   weights = _fit(pixels, targets, min(errors, key=lambda ridge: errors[ridge]))
   predicted = _normed((np.asarray(generated, np.float64) - center) @ weights)
-  wanted = _normed((conditions - shift) / scale)
+  wanted = (conditions - shift) / scale
   hits = 0
   for start in range(0, len(wanted), CANDIDATES):
     some = wanted[start : start + CANDIDATES]
-    best = (predicted[start : start + CANDIDATES] @ some.T).argmax(axis=1)
+    best = (predicted[start : start + CANDIDATES] @ _normed(some).T).argmax(axis=1)
     hits += np.isclose(some[best], some).all(axis=1).sum()
   return float(hits / len(wanted))
 

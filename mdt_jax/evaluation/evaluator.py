@@ -139,8 +139,12 @@ class Evaluator:
       with renamed_in_errors(names):
         scores.check_data(self.metrics, self.real.source, images.labels)
     for name in self.metrics:
-      if METRICS[name].needs_conditions and not images.arrays:
-        accepted = f"{name} needs a run of config.model.condition vector or tokens"
+      is_missing = not images.arrays or self.real.conditions is None
+      if METRICS[name].needs_conditions and is_missing:
+        accepted = (
+          f"{name} needs a run of config.model.condition vector or tokens, whose data "
+          "holds images, and no reference"
+        )
         raise SettingError(f"{self._prefix}metrics", name, accepted)
     scores.check_comparable(
       self.metrics,

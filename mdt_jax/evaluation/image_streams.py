@@ -19,7 +19,7 @@ from jaxtyping import Num
 from mdt_jax import buckets
 from mdt_jax.buckets import AnyPath
 from mdt_jax.data import npy_format
-from mdt_jax.data.conditions import stack_arrays
+from mdt_jax.data.conditions import arrays_of, stack_arrays
 from mdt_jax.data.sources import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.registry import Model
@@ -214,8 +214,7 @@ class SourceImages:
   @property
   def arrays(self) -> dict[str, np.ndarray]:
     """Name -> (N, …), arrays of the conditions; reads the examples once more."""
-    arrays = stack_arrays(self._source[int(i)] for i in self._indices)
-    return {name: array for name, array in arrays.items() if name != "label"}
+    return stack_arrays([arrays_of(self._source[int(i)]) for i in self._indices])
 
   def __len__(self) -> int:
     return len(self._indices)

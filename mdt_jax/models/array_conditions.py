@@ -27,7 +27,7 @@ from mdt_jax.models.condition_layers import (
   add_embedded,
 )
 from mdt_jax.models.conditions import Condition, LabelCondition
-from mdt_jax.types import Array, Dtype
+from mdt_jax.types import RESERVED_NAMES, Array, Dtype
 
 MASK_SUFFIX = "_mask"  # NAME_mask (S,) says which tokens of NAME (S, V) are no padding
 
@@ -113,11 +113,15 @@ class VectorCondition(ArrayCondition):
   def arrays(self) -> dict[str, tuple[int, ...]]:
     return {self.name: (self.size,)}
 
+  def kind_of(self, name: str) -> str:
+    return "vector"
+
   def dummy(self, batch: int) -> Float[Array, "B V+1"]:
     """Returns ones (batch, V + 1)."""
     return jnp.ones((batch, self.size + 1))
 
   def check(self) -> None:
+    _check_name("vector", self.name)
     smallest = 2 if self.norm else 1
     accepted = f"must be at least {smallest}: the length of the array {self.name!r}"
     if self.norm:
@@ -176,11 +180,15 @@ class TokensCondition(ArrayCondition):
   def optional_arrays(self) -> dict[str, tuple[int, ...]]:
     return {self.name + MASK_SUFFIX: (self.length,)}
 
+  def kind_of(self, name: str) -> str:
+    return "tokens"
+
   def dummy(self, batch: int) -> Float[Array, "B S V+1"]:
     """Returns ones (batch, S, V + 1)."""
     return jnp.ones((batch, self.length, self.size + 1))
 
   def check(self) -> None:
+    _check_name("tokens", self.name)
     for setting, value in (("tokens_length", self.length), ("tokens_size", self.size)):
       if value < 1:
         accepted = f"must be at least 1: the array {self.name!r} is (length, size)"
@@ -211,8 +219,11 @@ class JointCondition(ArrayCondition):
 
   @property
   def dropout(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Smallest probability of the parts: guidance drops all of them."""
-    return min(part.dropout for part in self.parts)
+    """Probability of a drop, the largest of the parts.
+
+    The null condition keeps the parts that are never dropped.
+    """
+    return max(part.dropout for part in self.parts)
 
   @property
   def label(self) -> LabelCondition | None:
@@ -232,6 +243,12 @@ class JointCondition(ArrayCondition):
 
   def optional_arrays(self) -> dict[str, tuple[int, ...]]:
     return {n: s for part in self.parts for n, s in part.optional_arrays().items()}
+
+  def kind_of(self, name: str) -> str:
+    for part in self.parts:
+      if name in part.arrays() or name in part.optional_arrays():
+        return part.kind_of(name)
+    return name
 
   def join(self, parts: list[Any], lead: int = 1) -> Float[Array, "*lead P"]:
     """Joins the y of the parts, which have `lead` leading axes in common."""
@@ -266,6 +283,13 @@ class JointCondition(ArrayCondition):
   def check(self) -> None:
     for part in self.parts:
       part.check()
+    names = [
+      n for part in self.parts for n in (*part.arrays(), *part.optional_arrays())
+    ]
+    for name in names:
+      if names.count(name) > 1:
+        accepted = "must name another array than the other conditions and their masks"
+        raise SettingError(self.kind_of(name), name, accepted)
 
   def embedding_flops(self, hidden_size: int) -> int:
     return sum(part.embedding_flops(hidden_size) for part in self.parts)
@@ -278,9 +302,18 @@ class JointCondition(ArrayCondition):
     return functools.reduce(add_embedded, embedded)
 
   def _null(self, y: Array) -> Array:
-    values = self.split(y)
-    nulls = [p.null_like(v) for p, v in zip(self.parts, values, strict=True)]
+    nulls = [
+      part.null_like(value) if part.dropout > 0 else value
+      for part, value in zip(self.parts, self.split(y), strict=True)
+    ]
     return self.join(nulls, lead=y.ndim - 1)
+
+
+def _check_name(setting: str, name: str) -> None:
+  """Raises SettingError if an array has a name that examples use for other things."""
+  if not name or name in RESERVED_NAMES:
+    accepted = f"must name an array of the data, not {', '.join(RESERVED_NAMES)}"
+    raise SettingError(setting, name, accepted)
 
 
 def _floats(

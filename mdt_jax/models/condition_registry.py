@@ -73,7 +73,7 @@ def create_condition(
   """
   names = name.split("+") if isinstance(name, str) else [name]
   for part in names:
-    if part not in CONDITIONS:
+    if not isinstance(part, str) or part not in CONDITIONS:
       check_choice("condition", name, [*CONDITIONS, "several joined by +"])
   if len(set(names)) < len(names):
     raise SettingError("condition", name, "must name each condition once")

@@ -59,6 +59,10 @@ class Condition(abc.ABC):
     """Returns name -> shape of the arrays that an example may hold."""
     return {}
 
+  def kind_of(self, name: str) -> str:
+    """Returns the setting of `config.condition` that names an array."""
+    return name
+
   def check(self) -> None:  # noqa: B027
     """Raises SettingError if an attribute is invalid."""
 

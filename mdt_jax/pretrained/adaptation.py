@@ -49,7 +49,7 @@ class Adaptation:
   TREAD, MDT, MDTv2, MaskDiT, MicroDiT and SPRINT may differ in classes, input size,
   patch size, channels and learned variance, and, where `adaptation_rules` says so, in
   the variant. A part of the condition that the old network lacks changes nothing at
-  first; a condition that replaces labels starts as the null label.
+  first; a vector or tokens that replace labels start as the null label.
 
   Args:
     source: the old network.
@@ -343,7 +343,9 @@ class Adaptation:
     """Starts the label table: (classes, D), and a last row for a learned null label."""
     source, target = self.source, self.target
     if path not in self._old:
-      return start_anew("of the class labels")
+      shape = self._new[path]
+      zeros = lambda read, new: np.zeros(shape, np.float32)  # noqa: E731
+      return Start(NEUTRAL, zeros, "neutral: zeros, no labels there")
     old, new = source.num_classes, target.num_classes
     old_null, new_null = _has_null_row(source), _has_null_row(target)
     keeps_null = old_null and new_null

@@ -12,7 +12,7 @@ from jaxtyping import Int, Shaped
 
 from mdt_jax.data import npy_format
 from mdt_jax.data.class_labels import DataLabels
-from mdt_jax.data.conditions import check_array, stack_arrays
+from mdt_jax.data.conditions import arrays_of, check_array, stack_arrays
 from mdt_jax.data.examples import Source
 from mdt_jax.errors import SettingError
 from mdt_jax.models.conditions import Condition, LabelCondition
@@ -21,7 +21,7 @@ from mdt_jax.sampling.labels import BALANCED, Labels, choose_labels, parse_label
 
 # Arrays of a condition: name -> (…) for one image or (N, …) for N images; or one such
 # array, for a condition of a single array.
-Arrays: TypeAlias = Mapping[str, Any] | np.ndarray | Any
+Arrays: TypeAlias = Any
 LABEL, CAPTION = "label", "caption"  # further arrays of a file of conditions
 
 
@@ -79,16 +79,18 @@ def choose_conditions(
   places = np.linspace(0, length - 1, count).astype(int)
   if how != BALANCED:
     places = rng.integers(0, length, count)
-  examples = [data[int(place)] for place in places]
-  labels = np.asarray([example[LABEL] for example in examples], np.int64)
-  caption = getattr(data, "caption", None)
-  texts = [caption(int(place)) if caption else None for place in places]
-  captions = [
-    text or shown for text, shown in zip(texts, _captions_of(labels, held), strict=True)
-  ]
-  batch = stack_arrays(examples)
-  y = np.asarray(condition.of_batch(batch))
-  return Conditions(y, labels, captions, _without_label(batch))
+  labels, texts, arrays = [], [], []
+  for place in places:
+    example = data[int(place)]
+    labels.append(int(example[LABEL]))
+    texts.append(str(example.get(CAPTION, "")))
+    arrays.append(arrays_of(example))
+  classes = np.asarray(labels, np.int64)
+  batch = stack_arrays(arrays)
+  y = np.asarray(condition.of_batch({**batch, LABEL: classes}))
+  shown = _captions_of(classes, held)
+  captions = [text or label for text, label in zip(texts, shown, strict=True)]
+  return Conditions(y, classes, captions, batch)
 
 
 def make_conditions(
@@ -104,7 +106,8 @@ def make_conditions(
     condition: the condition of the network.
     labels: see `labels.parse_labels`; for a condition without labels, None.
     arrays: arrays of the condition; see `Arrays`. May also hold "label" (N,), in place
-      of `labels`, and "caption" (N,) texts.
+      of `labels`, and "caption" (N,) texts. For a condition without labels, "label"
+      names the classes of the images in files.
     num_classes: number of classes of the network.
     held: the labels of the training data; None if unknown.
 
@@ -115,7 +118,21 @@ def make_conditions(
     SettingError: setting "condition" or "labels": an array is missing, has another
       shape or is not finite, or the numbers of images differ.
   """
-  has_null = condition.dropout > 0
+  return _make(condition, labels, arrays, num_classes, held, is_null=False)
+
+
+def _make(
+  condition: Condition,
+  labels: Labels,
+  arrays: Arrays | None,
+  num_classes: int,
+  held: DataLabels | None,
+  *,
+  is_null: bool,
+) -> Conditions:
+  """Builds conditions, or negative conditions, which may hold null labels."""
+  label = condition.label
+  has_null = label is not None and label.dropout > 0
   if not condition.arrays():
     if arrays is not None:
       accepted = "must be None: this network is conditioned on class labels alone"
@@ -123,33 +140,66 @@ def make_conditions(
     y = parse_labels("labels", labels, num_classes, has_null=has_null, held=held)
     return Conditions(y, y, _captions_of(y, held))
   given = _by_name(condition, arrays)
-  batch: dict[str, np.ndarray] = {}
-  for name, shape in {**condition.arrays(), **condition.optional_arrays()}.items():
-    if name in given:
-      batch[name] = _read(name, given[name], shape)
-  if (label := condition.label) is not None:
-    labels = given[LABEL] if labels is None and LABEL in given else labels
-    has_null = label.dropout > 0
-    batch[LABEL] = parse_labels(
-      "labels", labels, num_classes, has_null=has_null, held=held
-    )
-  elif labels is not None:
+  batch = {
+    name: _read(name, given[name], shape)
+    for name, shape in _shapes(condition).items()
+    if name in given
+  }
+  if LABEL in given:
+    if labels is not None:
+      raise SettingError("labels", _shown(labels), 'must be None beside a "label"')
+    labels = given[LABEL]
+  elif label is None and labels is not None:
     accepted = "must be None: the network has no class labels"
     raise SettingError("labels", _shown(labels), accepted)
-  captions = np.atleast_1d(np.asarray(given.get(CAPTION, ""))).astype(str)
-  lengths = {name: len(array) for name, array in {**batch, CAPTION: captions}.items()}
-  count = max(lengths.values())
-  for name, length in lengths.items():
-    if length not in (1, count):
-      accepted = f"{name!r} is given for {length} images, others for {count}"
+  classes = None
+  if labels is not None or label is not None:
+    # Dropped together, the network was never trained on arrays without their label.
+    together = getattr(condition, "together", False)
+    has_null = has_null and (is_null or not together)
+    if labels is None and not has_null:
+      raise SettingError("labels", None, "must be given: the condition has a label")
+    classes = parse_labels("labels", labels, num_classes, has_null=has_null, held=held)
+  captions = _texts(given.get(CAPTION, ""))
+  known = {**batch, CAPTION: captions}
+  known |= {} if classes is None else {LABEL: classes}
+  count = max(len(array) for array in known.values())
+  for name, array in known.items():
+    if len(array) not in (1, count):
+      accepted = f"{name!r} is given for {len(array)} images, others for {count}"
       raise SettingError("condition", name, accepted)
-  batch = {n: np.broadcast_to(a, (count, *a.shape[1:])) for n, a in batch.items()}
-  classes = batch.get(LABEL)
-  shown = [str(text) for text in np.broadcast_to(captions, count)]
+  known = {n: np.broadcast_to(a, (count, *a.shape[1:])) for n, a in known.items()}
+  batch = {name: known[name] for name in batch}
+  classes, shown = known.get(LABEL), [str(text) for text in known[CAPTION]]
   if classes is not None and not any(shown):
     shown = _captions_of(classes, held)
-  y = np.asarray(condition.of_batch(batch))
-  return Conditions(y, classes, shown, _without_label(batch))
+  joined = batch if label is None else {**batch, LABEL: classes}
+  return Conditions(np.asarray(condition.of_batch(joined)), classes, shown, batch)
+
+
+def count_images(condition: Condition, arrays: Mapping[str, Any]) -> int:
+  """Returns for how many images arrays are given; see `make_conditions`."""
+  shapes = {LABEL: (), CAPTION: (), **_shapes(condition)}
+  counts = [
+    len(np.asarray(array))
+    for name, array in arrays.items()
+    if np.ndim(array) > len(shapes.get(name, ()))
+  ]
+  return max(counts, default=1)
+
+
+def repeat_arrays(
+  condition: Condition, arrays: Mapping[str, Any], count: int
+) -> dict[str, Any]:
+  """Repeats arrays of several images, in turn, until they are for `count` images."""
+  shapes = {LABEL: (), CAPTION: (), **_shapes(condition)}
+  repeated = {}
+  for name, array in arrays.items():
+    is_of_one = np.ndim(array) <= len(shapes.get(name, ()))
+    if not is_of_one and len(array) > 1:
+      array = np.asarray(array)[np.arange(count) % len(array)]
+    repeated[name] = array
+  return repeated
 
 
 def make_null(
@@ -173,9 +223,16 @@ def make_null(
   """
   if null is None:
     return None
+  arrays, label = null, None
+  if not condition.arrays():
+    arrays, label = None, null
+    if isinstance(null, Mapping):
+      if set(null) - {LABEL, CAPTION} or LABEL not in null:
+        accepted = 'must hold a "label" alone: this network is conditioned on labels'
+        raise SettingError("null", sorted(null), accepted)
+      label = null[LABEL]
   try:
-    arrays, label = (null, None) if condition.arrays() else (None, null)
-    y = make_conditions(condition, label, arrays, num_classes, held).y
+    y = _make(condition, label, arrays, num_classes, held, is_null=True).y
   except SettingError as error:
     names = {"condition": "null", "labels": "null"}
     setting = names.get(error.setting, error.setting)
@@ -202,8 +259,9 @@ def read_conditions(setting: str, path: str | os.PathLike[str]) -> dict[str, Any
   file = input_file(setting, path)
   try:
     with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
-      names = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
-      found = {name: npy_format.read_member(archive, name) for name in names}
+      names = npy_format.member_names(archive)
+      read = npy_format.read_member
+      found = {n: npy_format.with_bfloat16(read(archive, n)) for n in names}
   except npy_format.ERRORS as error:
     accepted = f"must be an .npz file of arrays: {error}"
     raise SettingError(setting, os.fspath(path), accepted) from None
@@ -212,8 +270,18 @@ def read_conditions(setting: str, path: str | os.PathLike[str]) -> dict[str, Any
   return found
 
 
-def _without_label(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {name: array for name, array in batch.items() if name != LABEL}
+def _shapes(condition: Condition) -> dict[str, tuple[int, ...]]:
+  """Returns name -> shape of all arrays of a condition."""
+  return {**condition.arrays(), **condition.optional_arrays()}
+
+
+def _texts(value: Any) -> np.ndarray:
+  """Returns captions as an array (N,) of texts."""
+  texts = np.atleast_1d(np.asarray(value))
+  if texts.ndim > 1 or texts.dtype.kind != "U" or not len(texts):
+    found = f"{texts.dtype} of the shape {texts.shape}"
+    raise SettingError("condition", CAPTION, f"must be (N,) texts, is {found}")
+  return texts
 
 
 def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
@@ -227,7 +295,7 @@ def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
       accepted = f"must be a dict with the arrays {', '.join(needed)}"
       raise SettingError("condition", _shown(arrays), accepted)
     return {next(iter(needed)): arrays}
-  known = {*needed, *condition.optional_arrays(), LABEL, CAPTION}
+  known = {*_shapes(condition), LABEL, CAPTION}
   for name in needed:
     if name not in arrays:
       held = ", ".join(arrays) or "none"
@@ -241,7 +309,10 @@ def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
 
 def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
   """Returns an array (N, …) of a condition; N = 1 for the array of one image."""
-  array = np.asarray(value)
+  try:
+    array = np.asarray(value)
+  except ValueError:  # lists of different lengths
+    raise SettingError("condition", name, "must be an array of numbers") from None
   if array.shape == shape:
     array = array[None]
   where = f"the array {name!r}"

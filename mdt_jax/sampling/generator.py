@@ -126,13 +126,6 @@ def make_generator(
   if has_passes and task.interpolation:
     accepted = "must be 0 if guidance leaves out tokens or has a weak network"
     raise SettingError("interpolation", task.interpolation, accepted)
-  needs_null = sampler.guidance.needs_null
-
-  def null_of(labels: Array, given: Given) -> Array:
-    """The conditions of the weak pass of guidance."""
-    if not needs_null:
-      return labels
-    return given["null"] if "null" in given else model.conditioning.null_like(labels)
 
   def guided_fn(
     params: Params, labels: Array, null: Array, mask: TokenMask | None
@@ -163,7 +156,7 @@ def make_generator(
     given = given or {}
     drawn = draw_noise(shape, ids, seed)
     start, hold = make_start(sampler, task, drawn, given)
-    null = null_of(labels, given)
+    null = weak_condition(model, sampler.guidance, labels, given)
     if has_passes:
       noise_of = draw_mask_noise(drawn.keys, model.num_tokens)
       model_fn = make_model_fn(
@@ -205,6 +198,21 @@ def make_generator(
     return keep_visible(task, x_0, given)
 
   return generate
+
+
+def weak_condition(
+  model: Model, guidance: Guidance, labels: Array, given: Given
+) -> Array:
+  """Returns the conditions (B, …) of the weak pass of guidance.
+
+  Args:
+    model, guidance: the network and its guidance.
+    labels: (B, …) conditions to sample.
+    given: see `make_generator`; "null" replaces the null condition.
+  """
+  if not guidance.needs_null:
+    return labels
+  return given["null"] if "null" in given else model.conditioning.null_like(labels)
 
 
 class Drawn(NamedTuple):

@@ -382,7 +382,7 @@ class Pipeline:
       raise SettingError(
         "cfg_scale",
         guidance.scale,
-        "must be 1: the network was trained without label dropout",
+        "must be 1: the network was trained without drops of its condition",
       )
     known = self.model.num_classes, self.experiment.data_labels
     conditioning = self.model.conditioning

@@ -31,6 +31,7 @@ from mdt_jax.sampling.generator import (
   keep_visible,
   make_start,
   output_shape,
+  weak_condition,
 )
 from mdt_jax.sampling.job import SamplingJob
 from mdt_jax.sampling.token_guidance import (
@@ -134,10 +135,7 @@ class Stepper:
     model, guidance, task = job.experiment.model, sampler.guidance, job.task
     if self._unroll is not None:
       model = model.clone(unroll=self._unroll)
-    null = labels
-    if guidance.needs_null:
-      has_null = "null" in given
-      null = given["null"] if has_null else model.conditioning.null_like(labels)
+    null = weak_condition(model, guidance, labels, given)
     if needs_passes(guidance, job.weak.model if job.weak else None):
       # These passes have static numbers of tokens, so each setting has its program.
       weak = job.weak

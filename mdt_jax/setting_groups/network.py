@@ -94,7 +94,8 @@ class ConditionSettings:
   # Name of the array (vector_size,) of an example that is the condition vector, such as
   # the embedding of an image or of a text by another network.
   vector: str = "vector"
-  # Numbers in the vector, at least 2; 0: the network has no condition vector.
+  # Numbers in the vector, at least 2, or 1 without vector_norm; 0: the network has no
+  # condition vector.
   vector_size: int = 0
   # Whether the vector passes a LayerNorm first, which removes its scale. False for
   # measured quantities, which should be of the order of 1.

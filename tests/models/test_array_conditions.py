@@ -178,6 +178,9 @@ def test_parts_are_dropped_apart_with_their_own_probabilities():
   y = apart.of_batch(make_batch(1024))
   label, vector, tokens = apart.split(apart.drop(jax.random.key(0), y, 1)[:, 0])
   assert (label < 10).all()
+  # The null condition keeps what is never dropped.
+  np.testing.assert_array_equal(apart.split(apart.null_like(y))[0], apart.split(y)[0])
+  assert (apart.split(apart.null_like(y))[1] == 0).all()
   shares = [float((value == 0).all(axis=-1).mean()) for value in (vector, tokens[:, 0])]
   np.testing.assert_allclose(shares, (0.2, 0.8), atol=0.05)
 
@@ -292,7 +295,7 @@ def test_flops_match_xla(name):
   assert forward_flops(model) == pytest.approx(counted, rel=0.02)
 
 
-def test_label_beside_a_vector_keeps_its_null_label_beside_a_vector():
+def test_label_beside_a_vector_keeps_its_null_label():
   made = create_condition(
     "label+vector", num_classes=10, dropout=0.1, null="zero", vector_size=5
   )
@@ -317,6 +320,13 @@ def test_condition_is_built_from_settings():
     ("label+text", {}, "condition"),
     ("vector+vector", {"vector_size": 4}, "condition"),
     ("vector", {}, "vector_size"),
+    ("vector", {"vector_size": 4, "vector": "label"}, "vector"),
+    (
+      "vector+tokens",
+      {"vector_size": 4, "tokens_size": 4, "tokens_length": 4, "vector": "tokens_mask"},
+      "vector",
+    ),
+    (["label"], {}, "condition"),
     ("vector", {"vector_size": 1}, "vector_size"),
     ("tokens", {"tokens_size": 4}, "tokens_length"),
     ("tokens", {"tokens_length": 4}, "tokens_size"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from mdt_jax import Pipeline, SettingError
+from mdt_jax.data.conditions import with_condition
 from mdt_jax.data.memory import MemorySource
 from mdt_jax.experiment import build
 from mdt_jax.models import (
@@ -14,12 +17,13 @@ from mdt_jax.models import (
   TokensCondition,
   VectorCondition,
 )
-from mdt_jax.models.registry import init_params
 from mdt_jax.sampling.conditions import (
   choose_conditions,
+  count_images,
   make_conditions,
   make_null,
   read_conditions,
+  repeat_arrays,
 )
 from tests import reference
 from tests.training.tiny import tiny_dit_config
@@ -52,11 +56,27 @@ def test_mask_marks_padding():
 
 
 def test_labels_join_arrays():
-  found = make_conditions(BOTH, [3, None], ONE, 10)
+  found = make_conditions(BOTH, [3, 4], ONE, 10)
   label, vector = BOTH.split(found.y)
-  np.testing.assert_array_equal(label, [3, 10])
+  np.testing.assert_array_equal(label, [3, 4])
   np.testing.assert_array_equal(vector[:, :3], [ONE] * 2)
-  assert found.labels.tolist() == [3, 10]
+  assert found.labels.tolist() == [3, 4]
+
+
+def test_null_label_beside_a_vector_needs_drops_apart():
+  """Trained together, the network has never seen a vector without its label."""
+  apart = JointCondition((LABEL, VECTOR), together=False)
+  assert make_conditions(apart, [3, None], ONE, 10).labels.tolist() == [3, 10]
+  assert make_conditions(apart, None, ONE, 10).labels.tolist() == [10]
+  for labels in (None, [3, None]):
+    with pytest.raises(SettingError) as error:
+      make_conditions(BOTH, labels, ONE, 10)
+    assert error.value.setting == "labels"
+
+
+def test_label_beside_a_lone_vector_names_the_class():
+  found = make_conditions(VECTOR, None, {"clip": ONE, "label": [3, 4]}, 10)
+  assert found.labels.tolist() == [3, 4] and found.y.shape == (2, 4)
 
 
 def test_labels_may_stand_among_the_arrays():
@@ -76,6 +96,10 @@ def test_labels_may_stand_among_the_arrays():
     (VECTOR, None, {"clip": ONE, "t5": ONE}, "condition", "is unknown"),
     (VECTOR, None, {"clip": [0, np.nan, 1]}, "condition", "finite"),
     (VECTOR, None, {"clip": ["a", "b", "c"]}, "condition", "numbers"),
+    (VECTOR, None, {"clip": [[1, 2, 3], [1, 2]]}, "condition", "array of numbers"),
+    (VECTOR, None, {"clip": ONE, "caption": [["a"]]}, "condition", "texts"),
+    (VECTOR, None, {"clip": ONE, "caption": b"a"}, "condition", "texts"),
+    (BOTH, [1], {"clip": ONE, "label": [1]}, "labels", "beside"),
     (BOTH, [1, 2, 3], np.ones((2, 3)), "condition", "2 images, others for 3"),
     (BOTH, 11, ONE, "labels", "0 … 9"),
   ],
@@ -88,11 +112,29 @@ def test_bad_arrays_are_named(condition, labels, arrays, setting, match):
 
 def test_negative_condition_serves_all_images():
   np.testing.assert_array_equal(make_null(LABEL, 3, 2, 10), [3, 3])
+  file = {"label": np.array([3])}
+  np.testing.assert_array_equal(make_null(LABEL, file, 2, 10), [3, 3])
   assert make_null(VECTOR, ONE, 2, 10).shape == (2, 4)
   assert make_null(VECTOR, None, 2, 10) is None
   with pytest.raises(SettingError, match="all 2") as error:
     make_null(LABEL, [1, 2, 3], 2, 10)
   assert error.value.setting == "null"
+
+
+@pytest.mark.parametrize(
+  ("arrays", "count"),
+  [
+    ({"clip": ONE}, 1),
+    ({"clip": ONE, "caption": np.array("a")}, 1),
+    ({"clip": np.ones((4, 3)), "caption": np.array("a")}, 4),
+    ({"clip": ONE, "label": np.arange(5)}, 5),
+  ],
+)
+def test_arrays_are_counted_and_repeated(arrays, count):
+  assert count_images(BOTH, arrays) == count
+  repeated = repeat_arrays(BOTH, arrays, 6)
+  found = make_conditions(BOTH, None if "label" in arrays else [1] * 6, repeated, 10)
+  assert len(found.y) == 6
 
 
 # Files.
@@ -123,15 +165,15 @@ def test_damaged_file_of_conditions_is_refused(tmp_path, kind):
 # Chosen from the data.
 
 
-def make_source(count=20):
+def make_source(count=20, **more):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
   vectors = rng.standard_normal((count, 3)).astype(np.float32)
-  arrays = {"clip": vectors, "text": np.array(["a"] * count)}
+  arrays = {"clip": vectors, "text": np.array(["a"] * count), **more}
   return MemorySource(images, np.arange(count) % 10, 10, arrays=arrays)
 
 
-def vector_experiment(**settings):
+def vector_experiment(source=None, **settings):
   changes = {
     "model.condition": "vector",
     "model.label_dropout": 0.1,
@@ -141,7 +183,7 @@ def vector_experiment(**settings):
   }
   config = tiny_dit_config()
   config.update_from_flattened_dict(changes)
-  return build(config, source=make_source())
+  return build(config, source=source or make_source())
 
 
 def test_training_draws_conditions_of_the_data():
@@ -154,6 +196,49 @@ def test_training_draws_conditions_of_the_data():
   np.testing.assert_array_equal(found.y[:, :3], vectors)
   assert found.labels.tolist() == (rows % 10).tolist()
   np.testing.assert_array_equal(found.arrays["clip"], vectors)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+def test_captions_of_the_data_are_shown(validation):
+  texts = np.array([f"image {i}" for i in range(20)])
+  experiment = vector_experiment(
+    source=make_source(caption=texts), **{"data.validation": validation}
+  )
+  found = choose_conditions(
+    experiment.model.conditioning, 3, None, open_data=lambda: experiment.source
+  )
+  rows = [
+    np.flatnonzero(
+      (np.stack([make_source()[i]["clip"] for i in range(20)]) == v).all(1)
+    )
+    for v in found.arrays["clip"]
+  ]
+  assert list(found.captions) == [f"image {int(row[0])}" for row in rows]
+
+
+def test_mask_of_some_examples_alone_is_refused():
+  class Some:
+    num_classes, image_shape = 1, (8, 8, 1)
+
+    def __len__(self):
+      return 2
+
+    def __getitem__(self, index):
+      mask = {"t5_mask": np.ones(2)} if index else {}
+      image = np.zeros((8, 8, 1), np.uint8)
+      return {"image": image, "label": 0, "t5": np.ones((2, 4)), **mask}
+
+  source = with_condition(Some(), TOKENS)
+  assert set(source[0]) == {"image", "label", "t5"}
+  with pytest.raises(SettingError, match="only if, example 0") as error:
+    source[1]
+  assert error.value.setting == "config.condition.tokens"
+
+
+def test_held_out_data_is_read_one_example_at_a_time():
+  source = with_condition(make_source(), VECTOR)
+  endless = itertools.chain([3], itertools.repeat(0))
+  assert source.first_readable(endless)["label"] == 3
 
 
 def test_examples_hold_the_arrays_of_the_condition_alone():
@@ -224,17 +309,3 @@ def test_written_images_have_captions_and_no_labels(pipeline, tmp_path):
   assert pipeline.write(tmp_path, condition=arrays, num_steps=2) == file  # resumes
   with pytest.raises(SettingError, match="labels"):
     pipeline.write(tmp_path, condition=ONE, num_steps=2)
-
-
-def test_initial_network_ignores_its_vector():
-  experiment = vector_experiment()
-  pipeline = Pipeline(experiment, init_params_of(experiment), 0)
-  two = pipeline.draw(condition=np.stack([ONE, -ONE]), num_steps=1, cfg_scale=1.0)
-  other = pipeline.draw(condition=np.stack([-ONE, ONE]), num_steps=1, cfg_scale=1.0)
-  np.testing.assert_array_equal(two, other)
-
-
-def init_params_of(experiment):
-  import jax
-
-  return init_params(experiment.model, jax.random.key(0))
