@@ -7,6 +7,12 @@ import functools
 import flax
 import pytest
 
+from mdt_jax.models import (
+  JointCondition,
+  LabelCondition,
+  TokensCondition,
+  VectorCondition,
+)
 from mdt_jax.models.partitioning import PARAMETER_AXES, parameter_axes
 from mdt_jax.models.registry import NETWORKS, abstract_params, create_model
 
@@ -18,13 +24,16 @@ def ranks(variant):
   """Maps each parameter path of the smallest preset to its rank in one block.
 
   The preset has a bottleneck before its tokens in addition, and a mixer of another
-  width than the blocks.
+  width than the blocks. MDT has a label, a vector and tokens as its condition.
   """
   network = NETWORKS[variant]
   name = next(iter(network.presets))
-  more = {} if variant == "MicroDiTText" else {"patch_bottleneck": 8}
+  more: dict = {} if variant == "MicroDiTText" else {"patch_bottleneck": 8}
   if variant.startswith("MicroDiT"):
     more["mixer_hidden_size"] = 192
+  if variant == "MDT":
+    arrays = VectorCondition("v", 4, 0.1), TokensCondition("t", 2, 4, 0.1)
+    more["condition"] = JointCondition((LabelCondition(10, 0.1), *arrays))
   params = abstract_params(create_model(name, **more))
   return {
     path: len(leaf.shape) - ("blocks/" in path)

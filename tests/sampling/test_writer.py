@@ -231,7 +231,7 @@ def test_merge_holds_one_block_in_memory(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_number_of_labels_must_match_the_images(tmp_path, count):
-  with pytest.raises(ValueError, match=f"4 images for {count} labels"):
+  with pytest.raises(ValueError, match=f"4 images, expected {count}"):
     pictures.write_npz(tmp_path / "x.npz", [PIXELS[:4]], np.zeros(count, int))
 
 
