@@ -7,6 +7,7 @@ of the samples, so that y is stored, sharded and joined as labels are.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -74,9 +75,9 @@ class ArrayCondition(Condition):
     dropped = dropped.reshape(dropped.shape + (1,) * (y.ndim - 1))
     return jnp.where(dropped, self._null(copies), copies)
 
+  @abc.abstractmethod
   def _embed(self, y: Array, hidden_size: int, dtype: Dtype) -> Array | Embedded:
     """Embeds y inside the network's compact `__call__`."""
-    raise NotImplementedError
 
   def _null(self, y: Array) -> Array:
     """Returns null conditions like y, which may have more leading axes."""
