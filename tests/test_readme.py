@@ -51,6 +51,7 @@ BLOCKS_LEFT_OUT = {
   'labels=["golden retriever", 388]': "names an image of the reader, of 256x256 pixels",
   'from_pretrained("ORG/NAME")': "a network",
   "MyNet(width=64)": "names a network of the reader",
+  "pipeline.draw(condition=": "names arrays of the reader",
 }
 PAGES_LEFT_OUT = {"use_the_parts.md": "tests/test_use_the_parts.py runs it"}
 
