@@ -20,10 +20,10 @@ from mdt_jax.data import class_labels
 from mdt_jax.diffusion import PROCESSES, create_process
 from mdt_jax.diffusion.gaussian import PREDICTIONS
 from mdt_jax.diffusion.schedules import SCHEDULES
-from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
+from mdt_jax.errors import SettingError, check_choice, one_line, renamed_in_errors
 from mdt_jax.logs import logger
 from mdt_jax.paths import absolute, output_file, output_folder, remove_folder
-from mdt_jax.pretrained import torch_mdt
+from mdt_jax.pretrained import condition_tensors, torch_mdt
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import Tensors, check_suffix, write_tensors
 from mdt_jax.settings import Settings
@@ -169,17 +169,24 @@ def released_weights(checkpoint: loading.Checkpoint) -> tuple[Tensors, dict[str,
   Raises:
     SettingError: released networks are not of this form; see `torch_mdt.to_torch`.
   """
+  settings = checkpoint.experiment.settings
   attributes = torch_mdt.attributes_of(checkpoint.experiment.model)
-  checked = ("input_size", "patch_bottleneck", "condition")
-  names = {name: f"config.model.{name}" for name in checked}
+  if not condition_tensors.is_stored(checkpoint.experiment.model.condition):
+    accepted = "is a condition of your own, and files hold no code"
+    raise SettingError("config.model.condition", settings.model.condition, accepted)
+  names = {n: f"config.model.{n}" for n in ("input_size", "patch_bottleneck")}
   with renamed_in_errors(names):
     tensors = torch_mdt.to_torch(attributes, jax.device_get(checkpoint.params))
-  diffusion = checkpoint.experiment.settings.diffusion
+  diffusion = settings.diffusion
   if diffusion.process == "gaussian":
     noted = {name: getattr(diffusion, name) for name in _NOTED_DIFFUSION}
   else:
     noted = {"process": diffusion.process, "arguments": diffusion.arguments}
-  return tensors, sizes.notes(attributes, diffusion=noted)
+  more: dict[str, Any] = {"diffusion": noted}
+  if settings.model.condition != "label":
+    arguments = dataclasses.asdict(settings.condition)
+    more[condition_tensors.NOTE] = {"name": settings.model.condition, **arguments}
+  return tensors, sizes.notes(attributes, **more)
 
 
 def _replace(old: AnyPath, new: AnyPath, aside: AnyPath) -> None:
@@ -214,8 +221,28 @@ def settings_of(
 
   Raises:
     SettingError: setting "process": it does not fit the network or the notes of the
-      file, or it is None and the file states an unknown one.
+      file, or it is None and the file states an unknown one. Setting
+      "config.condition": the file notes a value of another type.
   """
+  of_labels = {name: v for name, v in attributes.items() if name != "condition"}
+  settings = _settings_of_labels(of_labels, metadata, process)
+  if "condition" not in attributes:
+    return settings
+  note = dict(sizes.read_notes(metadata)[condition_tensors.NOTE])
+  saved = {"model": {"condition": note.pop("name")}, "condition": note}
+  try:
+    noted = Settings.from_dict(saved)
+  except (TypeError, ValueError, KeyError) as error:
+    accepted = f"is what the file notes, and not valid: {one_line(error)}"
+    raise SettingError("config.condition", note, accepted) from None
+  model = dataclasses.replace(settings.model, condition=noted.model.condition)
+  return dataclasses.replace(settings, model=model, condition=noted.condition)
+
+
+def _settings_of_labels(
+  attributes: dict[str, Any], metadata: Mapping[str, Any], process: str | None
+) -> Settings:
+  """Same as `settings_of`, for a network whose condition is labels."""
   noted = sizes.read_notes(metadata).get("diffusion")
   noted = noted if isinstance(noted, dict) else {}
   stated = noted.get("process", "gaussian" if noted else None)

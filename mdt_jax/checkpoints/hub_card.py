@@ -84,19 +84,36 @@ def _summary(checkpoint: Checkpoint) -> str:
   experiment = checkpoint.experiment
   height, width, channels = experiment.model.input_shape
   what = "pixels" if experiment.holds_pixels else "latents"
-  classes = counted(experiment.model.num_classes, "class", "classes")
+  conditions = [f"the array {text}" for text in _arrays(checkpoint)]
+  if experiment.model.conditioning.label is not None:
+    classes = counted(experiment.model.num_classes, "class", "classes")
+    conditions.insert(0, classes)
+  code = f"under the names of the released PyTorch code ({_CODE})"
+  if experiment.model.condition is not None:
+    code += ", which has no layers for the arrays"
   return (
     f"{experiment.model_name}: a diffusion network of {height}x{width}x{channels} "
-    f"{what} and {classes}, for mdt_jax. {RELEASED_WEIGHTS} holds averaged "
-    f"parameters of step {checkpoint.step:,} under the names of the released PyTorch "
-    f"code ({_CODE})."
+    f"{what} and {' and '.join(conditions)}, for mdt_jax. {RELEASED_WEIGHTS} holds "
+    f"averaged parameters of step {checkpoint.step:,} {code}."
   )
+
+
+def _arrays(checkpoint: Checkpoint) -> list[str]:
+  """The arrays that a network is conditioned on, with their shapes."""
+  arrays = checkpoint.experiment.model.conditioning.arrays().items()
+  return [f"{_code(name)} ({', '.join(map(str, shape))})" for name, shape in arrays]
 
 
 def _usage(checkpoint: Checkpoint, settings: Settings, name: str) -> str:
   experiment = checkpoint.experiment
   held = experiment.data_labels
   label = 0 if held is None else int(held.labels[0])
+  arguments = [f"[{label}]"]
+  conditioning = experiment.model.conditioning
+  if arrays := conditioning.arrays():
+    named = ", ".join(f"{json.dumps(name)}: …" for name in arrays)
+    arguments = arguments * (conditioning.label is not None)
+    arguments.append(f"condition={{{named}}}")
   draws_pictures = experiment.holds_pixels or settings.data.vae is not None
   draw = "images = pipeline" if draws_pictures else "latents = pipeline.draw"
   lines = [
@@ -105,9 +122,17 @@ def _usage(checkpoint: Checkpoint, settings: Settings, name: str) -> str:
     "```python",
     "import mdt_jax",
     f"pipeline = mdt_jax.Pipeline.from_pretrained({json.dumps(printable(name))})",
-    f"{draw}([{label}])",
+    f"{draw}({', '.join(arguments)})",
     "```",
     "",
+  ]
+  if arrays:
+    described = " and ".join(_arrays(checkpoint))
+    lines += [
+      f"The condition is made of arrays with a leading axis of images: {described}.",
+      "",
+    ]
+  lines += [
     "Loading from the hub needs mdt_jax with its extra `hub`.",
   ]
   if not draws_pictures:
@@ -177,7 +202,10 @@ def _network(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     size = f"{model.mixer_depth} x {model.mixer_width}"
     yield "depth x width of the mixer", f"{size}, {model.mixer_heads} heads"
   yield "input", "x".join(map(str, model.input_shape))
-  yield "classes", f"{model.num_classes:,}"
+  if model.conditioning.label is not None:
+    yield "classes", f"{model.num_classes:,}"
+  if arrays := _arrays(checkpoint):
+    yield "arrays of the condition", ", ".join(arrays)
   yield "label dropout", str(model.label_dropout)
 
 

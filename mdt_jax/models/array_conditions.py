@@ -30,6 +30,7 @@ from mdt_jax.models.condition_layers import (
 from mdt_jax.models.conditions import Condition, LabelCondition
 from mdt_jax.types import RESERVED_NAMES, Array, Dtype
 
+MAX_SIZE = 2**20  # largest S and V
 MASK_SUFFIX = "_mask"  # NAME_mask (S,) says which tokens of NAME (S, V) are no padding
 
 
@@ -124,10 +125,11 @@ class VectorCondition(ArrayCondition):
   def check(self) -> None:
     _check_name("vector", self.name)
     smallest = 2 if self.norm else 1
-    accepted = f"must be at least {smallest}: the length of the array {self.name!r}"
+    accepted = f"must lie in [{smallest}, {MAX_SIZE}]: the length of the array "
+    accepted += repr(self.name)
     if self.norm:
       accepted += "; LayerNorm makes one number 0, see vector_norm"
-    if self.size < smallest:
+    if not smallest <= self.size <= MAX_SIZE:
       raise SettingError("vector_size", self.size, accepted)
 
   def embedding_flops(self, hidden_size: int) -> int:
@@ -191,8 +193,9 @@ class TokensCondition(ArrayCondition):
   def check(self) -> None:
     _check_name("tokens", self.name)
     for setting, value in (("tokens_length", self.length), ("tokens_size", self.size)):
-      if value < 1:
-        accepted = f"must be at least 1: the array {self.name!r} is (length, size)"
+      if not 1 <= value <= MAX_SIZE:
+        accepted = f"must lie in [1, {MAX_SIZE}]: the array {self.name!r} is "
+        accepted += "(length, size)"
         raise SettingError(setting, value, accepted)
 
   def embedding_flops(self, hidden_size: int) -> int:

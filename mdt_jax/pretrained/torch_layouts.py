@@ -20,6 +20,7 @@ import numpy as np
 
 from mdt_jax.models.registry import Model
 from mdt_jax.pretrained import (
+  condition_tensors,
   torch_maskdit,
   torch_mdt_layout,
   torch_microdit,
@@ -123,8 +124,11 @@ def released_shapes(
     params: path -> parameter, or its shape and dtype.
   """
   shapes = {}
-  layout = layout_of(model)
+  layout, own = layout_of(model), condition_tensors.own_paths(model)
   for path, param in params.items():
+    if path in own:
+      shapes[condition_tensors.tensor_name(path)] = param.shape
+      continue
     shape = param.shape[1:] if torch_mdt_layout.is_stacked(path) else param.shape
     released = jax.eval_shape(
       lambda array, path=path: layout.to_released(array, path, model),

@@ -17,7 +17,12 @@ from ml_dtypes import bfloat16
 
 from mdt_jax.errors import SettingError, check_choice, renamed_in_errors
 from mdt_jax.models.registry import NETWORKS, Model, abstract_params, create_model
-from mdt_jax.pretrained import bucket_weights, diffusers_dit, torch_layouts
+from mdt_jax.pretrained import (
+  bucket_weights,
+  condition_tensors,
+  diffusers_dit,
+  torch_layouts,
+)
 from mdt_jax.pretrained import torch_mdt_layout as layout
 from mdt_jax.pretrained import torch_mdt_sizes as sizes
 from mdt_jax.pretrained.tensors import (
@@ -222,6 +227,11 @@ def _open_network(
     tensors = diffusers_dit.to_released(tensors, source, size)
   elif input_size is not None:
     known["input_size"] = input_size
+  note = sizes.read_notes(metadata).get(condition_tensors.NOTE)
+  note = note if isinstance(note, dict) else None
+  if not condition_tensors.has_labels(note):
+    known["has_labels"] = 0
+    known.setdefault("num_classes", 1)
   found = torch_layouts.find_layout(tensors)
   infer = found.infer_attributes or sizes.infer_attributes
   attributes = infer(tensors, source, known, num_classes)
@@ -257,6 +267,9 @@ def _open_network(
       accepted = f"must be given for a {variant} of unpublished width"
       raise SettingError(name, None, accepted)
   _check_mixer(attributes)
+  if note is not None:
+    condition = condition_tensors.condition_of(note, attributes, source)
+    attributes["condition"] = condition
   read_as = sizes.describe(attributes)
   try:
     model = create_model(**attributes)
@@ -265,7 +278,11 @@ def _open_network(
   params = flatten(abstract_params(model))
   refuse("tensors", source, read_as, _misfits(tensors, model, params))
 
+  own = condition_tensors.own_paths(model)
+
   def read(path: str) -> np.ndarray:
+    if path in own:
+      return np.array(tensors[condition_tensors.tensor_name(path)], np.float32)
     return _read_param(tensors, path, params[path].shape, model)
 
   return OpenCheckpoint(attributes, metadata, tuple(params), read)
@@ -300,11 +317,12 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
 
   Returns:
     name -> array, including buffers. `relative_position_index` is int64; all other
-    arrays keep their dtype of `params`.
+    arrays keep their dtype of `params`. The names of the layers of a condition other
+    than labels are those of `condition_tensors`.
 
   Raises:
     SettingError: an attribute is invalid, the input is not a square, or the network has
-      a bottleneck before its tokens or a condition other than labels.
+      a bottleneck before its tokens or a condition of the reader's own.
   """
   model = create_model(**attributes)
   height, width, _ = model.input_shape
@@ -318,13 +336,16 @@ def to_torch(attributes: Mapping[str, Any], params: Params) -> Tensors:
     raise SettingError(
       "patch_bottleneck", bottleneck, "must be 0: released networks have none"
     )
-  if model.condition is not None:
-    raise SettingError(
-      "condition", model.condition, "must be None: released networks use labels"
-    )
+  if not condition_tensors.is_stored(model.condition):
+    name = type(model.condition).__name__
+    raise SettingError("condition", name, "must be one of this package")
   tensors, released = {}, torch_layouts.layout_of(model)
+  own = condition_tensors.own_paths(model)
   for path, param in flatten(params).items():
     value = np.asarray(param)
+    if path in own:
+      tensors[condition_tensors.tensor_name(path)] = np.array(value, order="C")
+      continue
     layers = value if layout.is_stacked(path) else value[None]
     names = released.released_names(path, model)
     for name, layer in zip(names, layers, strict=True):

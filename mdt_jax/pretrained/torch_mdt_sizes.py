@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def infer_attributes(
 
   hidden_size, in_channels, _, patch_size = shape("x_embedder.proj.weight", 4)
   length = shape("pos_embed", 3)[1]
-  rows = shape(LABEL_TABLE, 2)[0]
+  rows = label_rows(shape, known)
   out_rows = shape("final_layer.linear.weight", 2)[0]
   mlp_size = shape(f"{first}.mlp.fc1.weight", 2)[0]
   has_bias = variant != "DiT"
@@ -324,10 +324,15 @@ def describe_fully(attributes: Mapping[str, Any]) -> str:
     blocks += f", a decoder of {attributes['decode_depth']} blocks, width "
     blocks += f"{attributes['decoder_hidden_size']} and "
     blocks += f"{attributes['decoder_num_heads']} heads"
+  classes = f"{attributes['num_classes']} classes "
+  classes += f"{'and a' if has_null else 'without a'} null label"
+  if (condition := attributes.get("condition")) is not None:
+    arrays = [f"{name} {shape}" for name, shape in condition.arrays().items()]
+    classes = ", ".join([classes] * (condition.label is not None) + arrays)
+  variance = "learned" if attributes["learn_sigma"] else "no learned"
   return (
     f"{describe(attributes)}, {blocks}; input {side} x {side} x {channels}; "
-    f"{attributes['num_classes']} classes {'and a' if has_null else 'without a'} null "
-    f"label; {'learned' if attributes['learn_sigma'] else 'no learned'} variance"
+    f"{classes}; {variance} variance"
   )
 
 
@@ -337,6 +342,21 @@ def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
   return (
     ratio if int(hidden_size * ratio) == mlp_size else math.nextafter(ratio, 2 * ratio)
   )
+
+
+def label_rows(
+  shape: Callable[[str, int], tuple[int, ...]], known: Mapping[str, Any]
+) -> int:
+  """Returns the rows of the label table, also of a network that has none.
+
+  Args:
+    shape: (name of a tensor, number of axes) -> shape.
+    known: what the file states, see `infer_attributes`. "has_labels" is 0 if the
+      condition of the network has no labels.
+  """
+  if "has_labels" in known:
+    return known["num_classes"] + (known.get("label_dropout") != 0)
+  return shape(LABEL_TABLE, 2)[0]
 
 
 def count_classes(

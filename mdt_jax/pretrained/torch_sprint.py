@@ -72,7 +72,7 @@ def infer_attributes(
     return sizes.shape_of(tensors, name, axes, source, "a SPRINT")
 
   hidden_size, patch_numbers = shape("x_embedder.proj.weight", 2)
-  rows = shape(_NAMES["label_embed/table"], 2)[0]
+  rows = sizes.label_rows(shape, known)
   (out_numbers,) = shape("final_layer.linear.bias", 1)
   mlp_size = shape("encoder_blocks.0.mlp.fc1.weight", 2)[0]
   (head_width,) = shape("encoder_blocks.0.attn.q_norm.weight", 1)
