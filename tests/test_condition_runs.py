@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
+import jax
 import numpy as np
 import pytest
 
+from mdt_jax.checkpoints.loading import load_ema
 from mdt_jax.data.memory import MemorySource
 from mdt_jax.exit_codes import EXIT_BAD_SETTING
+from mdt_jax.training import distributed
 from mdt_jax.training.loop import train
 from tests import forked
 from tests.faults import runs
@@ -75,6 +81,44 @@ def test_run_has_pictures_and_scores(workdir):
   assert (workdir / "samples" / "step_0000004.png").exists()
   scores = (workdir / "scores" / "step_0000004.json").read_text()
   assert "eval/retrieval" in scores and "eval/accuracy" in scores
+
+
+def train_on_two_devices(folder, address, num_processes, index):
+  """Trains on two devices in all; both processes write and score one run."""
+  if num_processes > 1:
+    distributed.start(address, num_processes, index)
+  train(make_config(), folder, source=make_source())
+
+
+def test_two_processes_train_and_score_as_one(tmp_path):
+  """Each process reads its half of the arrays; process 0 gathers what is drawn."""
+  address = forked.free_address()
+  devices = {1: 2, 2: 1}  # processes -> devices of each
+  started = [
+    forked.Forked(
+      train_on_two_devices,
+      tmp_path / str(count),
+      address,
+      count,
+      index,
+      num_devices=devices[count],
+    )
+    for count in devices
+    for index in range(count)
+  ]
+  for process in started:
+    assert process.end() == 0, process.err
+  one, two = (load_ema(tmp_path / str(count)).params for count in devices)
+  compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(compare, two, one)
+  scores = [
+    json.loads((tmp_path / str(count) / "scores/step_0000004.json").read_text())
+    for count in devices
+  ]
+  names = [name for name in scores[0] if name.startswith("eval/")]
+  assert {"eval/retrieval", "eval/accuracy"} <= set(names)
+  assert [scores[1][name] for name in names] == [scores[0][name] for name in names]
+  assert (tmp_path / "2/samples/step_0000004.png").exists()
 
 
 def sample(workdir, *flags):
