@@ -15,16 +15,18 @@ from mdt_jax.evaluation.relation_scores import chance
 PAIRS = ("near_pairs", "far_pairs", "mirrored_rows")  # kinds that the summary counts
 GOALS = (0.5, 0.9)  # shares of the way from chance to 1
 NUM_RESAMPLES = 400
-# Pairs of arms of the hypotheses.
+PIECES = ("bias", "positions", "skips", "shortcuts")
+# Pairs of arms of the hypotheses, and each piece of MDTv2's network.
 COMPARED = (
   ("mdtv2_masked_30_50", "mdtv2_two_unmasked"),
   ("mdtv2_masked_30_50", "mdtv2_unmasked"),
   ("mdtv2_two_unmasked", "mdtv2_unmasked"),
   ("mdtv2_unmasked", "dit"),
   ("dit_depth_x2", "dit"),
-  ("dit_bias", "dit"),
+  ("dit_batch_x2", "dit"),
   ("dit_bias", "mdtv2_unmasked"),
-  ("mdtv2_no_bias", "mdtv2_unmasked"),
+  *((f"dit_{piece}", "dit") for piece in PIECES),
+  *((f"mdtv2_no_{piece}", "mdtv2_unmasked") for piece in PIECES),
   ("tread_end", "dit"),
 )
 FIGURES = {
@@ -215,14 +217,17 @@ def ratios(runs: Runs, condition: Condition) -> list[str]:
       return steps[0] / steps[1]
 
     low, high = interval(pairs, ratio)
-    lines.append(
-      f"- `{first}` / `{second}`: {ratio(pairs):.2f} [{low:.2f}, {high:.2f}]"
-    )
+    found, low, high = (_ratio(value) for value in (ratio(pairs), low, high))
+    lines.append(f"- `{first}` / `{second}`: {found} [{low}, {high}]")
   return lines
 
 
 def _steps(value: float) -> str:
   return f"{value:,.0f}" if np.isfinite(value) else "never"
+
+
+def _ratio(value: float) -> str:
+  return f"{value:.2f}" if np.isfinite(value) else "never"
 
 
 PLACES: dict[str, Callable[[Row], float]] = {
