@@ -5,4 +5,4 @@ source "$(dirname "$0")/common.sh"
 
 install test
 "$VENV/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile \
-  --no-loadscope-reorder "$@"
+  --no-loadscope-reorder --durations=40 --durations-min=5 "$@"

@@ -31,6 +31,7 @@ from mdt_jax.errors import (
   SettingError,
   check_choice,
 )
+from mdt_jax.models.attention import device_problem, needed_tokens
 from mdt_jax.models.network import check_network
 from mdt_jax.models.registry import DTYPES, Model
 from mdt_jax.objectives import Objective
@@ -42,8 +43,6 @@ from mdt_jax.parameter_groups import (
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
-
-GPU_PLATFORMS = ("gpu", "cuda")  # of jax.Device; "cuda" if it is compiled for only
 
 
 def build(
@@ -157,28 +156,25 @@ class Experiment:
     )
 
   def _check_kernel(self) -> None:
-    """Raises SettingError if the devices, or cuDNN, cannot run the passes of a step."""
+    """Raises SettingError if the devices cannot run the attention of a step."""
     name, kernel = "config.model.attention_kernel", self.settings.model.attention_kernel
-    if kernel != "cudnn":
+    if kernel == "plain":
       return
     devices = jax.devices() if self._devices is None else self._devices
-    platform = devices[0].platform
-    if platform not in GPU_PLATFORMS:
-      accepted = f"needs NVIDIA GPUs, the devices are {platform}: use plain"
-      raise SettingError(name, kernel, accepted)
-    accepted = "needs even numbers of tokens beside a bias"
-    has_bias, tokens = self.model.default_objective == "mdt", self.model.num_tokens
-    if has_bias and tokens % 2:
-      accepted = f"{accepted}; an image has {tokens}: see input_size and patch_size"
-      raise SettingError(name, kernel, accepted)
-    lengths: list[int] = []
+    if problem := device_problem(kernel, devices[0]):
+      raise SettingError(name, kernel, f"{problem}: use plain")
+    has_bias = self.model.default_objective == "mdt"
+    lengths = {self.model.num_tokens: "an image"}
     for static in self.objective.static_choices:
-      lengths += [static] if isinstance(static, int) else []
-      lengths += static if isinstance(static, tuple) else []
-    odd = [length for length in lengths if length % 2]
-    if has_bias and odd:
-      accepted = f"{accepted}; a pass has {odd[0]}: set config.masking.multiple"
-      raise SettingError(name, kernel, accepted)
+      kept = static if isinstance(static, tuple) else (static,)
+      lengths |= {n: "a pass" for n in kept if isinstance(n, int) and n not in lengths}
+    for length, where in lengths.items():
+      if needed := needed_tokens(kernel, length, has_bias):
+        other = "input_size and patch_size"
+        if where == "a pass":
+          other = "config.masking.multiple"
+        accepted = f"{needed}; {where} has {length}: see {other}"
+        raise SettingError(name, kernel, accepted)
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.

@@ -32,13 +32,74 @@ def test_own_network_without_the_variance_channels_is_refused():
   assert "'learned_range'" in error.value.accepted
 
 
-def test_cudnn_is_refused_on_cpus():
-  kernel = {"model.attention_kernel": "cudnn", "model.dtype": "bfloat16"}
-  sizes = {"model.hidden_size": 16, "model.num_heads": 2}
+class Device:
+  """What `Experiment` asks about a device."""
+
+  def __init__(self, platform, device_kind):
+    self.platform, self.device_kind = platform, device_kind
+
+
+CPU = Device("cpu", "cpu")
+NVIDIA = Device("gpu", "NVIDIA H100 80GB HBM3")
+AMD = Device("gpu", "AMD Instinct MI300X")
+TPU = Device("tpu", "TPU v5 lite")
+
+
+@pytest.mark.parametrize(
+  ("kernel", "device", "problem"),
+  [
+    ("plain", CPU, None),
+    ("cudnn", CPU, "needs NVIDIA GPUs, the devices are cpu"),
+    ("cudnn", NVIDIA, None),
+    ("cudnn", Device("cuda", "h100"), None),  # it is compiled for only
+    ("cudnn", AMD, "needs NVIDIA GPUs, the devices are AMD Instinct MI300X"),
+    ("cudnn", TPU, "needs NVIDIA GPUs, the devices are TPU v5 lite"),
+    ("pallas", TPU, None),
+    ("pallas", NVIDIA, "needs TPUs, the devices are NVIDIA H100 80GB HBM3"),
+    ("pallas", CPU, "needs TPUs, the devices are cpu"),
+  ],
+)
+def test_kernel_of_other_devices_is_refused(kernel, device, problem):
+  changes = {"model.attention_kernel": kernel, "model.dtype": "bfloat16"}
+  even = {"masking.ratio": 0.5, "masking.width": 0.0}
+  settings = Settings.from_config(tiny_config(**changes, **even))
+  experiment = Experiment(settings, devices=[device])
+  if problem is None:
+    experiment._check_kernel()
+    return
   with pytest.raises(SettingError) as error:
-    build(tiny_config(**kernel, **sizes))
+    experiment._check_kernel()
   assert error.value.setting == "config.model.attention_kernel"
-  assert "the devices are cpu" in error.value.accepted
+  assert error.value.accepted == f"{problem}: use plain"
+
+
+@pytest.mark.parametrize(
+  ("kernel", "device", "changes", "needed"),
+  [
+    ("cudnn", NVIDIA, {"model.input_size": 10}, "an image has 25: see input_size"),
+    ("cudnn", NVIDIA, {"masking.multiple": 1}, "a pass has 11: see config.masking"),
+    (
+      "pallas",
+      TPU,
+      {"model.input_size": 34},
+      "a multiple of 8 up to 4096; an image has",
+    ),
+    ("pallas", TPU, {"model.input_size": 256}, "up to 4096; an image has 16384"),
+  ],
+)
+def test_numbers_of_tokens_that_a_kernel_lacks(kernel, device, changes, needed):
+  fixed = {"masking.ratio": 0.3, "masking.width": 0.0, "model.dtype": "bfloat16"}
+  config = tiny_config(**{**fixed, **changes, "model.attention_kernel": kernel})
+  with pytest.raises(SettingError) as error:
+    Experiment(Settings.from_config(config), devices=[device])._check_kernel()
+  assert error.value.setting == "config.model.attention_kernel"
+  assert needed in error.value.accepted
+
+
+def test_fused_kernel_is_refused_before_a_run_begins():
+  with pytest.raises(SettingError) as error:
+    build(tiny_config(**{"model.attention_kernel": "pallas"}))
+  assert error.value.setting == "config.model.attention_kernel"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
+from mdt_jax.models.attention import device_problem
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.paths import absolute, any_path
@@ -172,8 +173,9 @@ def find_ema(
   decay = settings.sampled_decay if ema_decay is None else ema_decay
   check_choice("ema_decay", decay, settings.ema_decays)
   settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
-  if settings.model.attention_kernel != "plain" and jax.default_backend() != "gpu":
-    logger.info("attention by plain products: cuDNN runs on NVIDIA GPUs only")
+  kernel = settings.model.attention_kernel
+  if problem := device_problem(kernel, jax.devices()[0]):
+    logger.info("attention by plain products: %s %s", kernel, problem)
     plain = dataclasses.replace(settings.model, attention_kernel="plain")
     settings = dataclasses.replace(settings, model=plain)
   experiment = Experiment(settings, own=OwnParts(model=model))

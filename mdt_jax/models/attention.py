@@ -1,4 +1,4 @@
-"""Softmax attention with an additive bias: plain products, or cuDNN's fused kernel.
+"""Softmax attention with an additive bias: plain products, or fused kernels.
 
 `KERNELS` lists the implementations by name. All compute the same function; they differ
 in speed, in memory and in where they run.
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.models import pallas_attention
 from mdt_jax.types import Array, Dtype
 
 
@@ -77,9 +78,8 @@ def cudnn_attention(
   check_kernel("cudnn", query.dtype, query.shape[-1])
   if bias is None:
     return _cudnn(query, key, value, None)
-  if query.shape[1] % 2:
-    accepted = f"needs an even number of tokens beside a bias, has {query.shape[1]}"
-    raise SettingError("attention_kernel", "cudnn", accepted)
+  if needed := needed_tokens("cudnn", query.shape[1], has_bias=True):
+    raise SettingError("attention_kernel", "cudnn", f"{needed}, has {query.shape[1]}")
   if len(bias) == 1:
     return _cudnn(query, key, value, bias)
   return _cudnn_with_own_bias(query, key, value, bias)
@@ -130,8 +130,15 @@ _cudnn_with_own_bias.defvjp(_own_bias_forward, _own_bias_backward)
 KERNELS: dict[str, Callable[..., Array]] = {
   "plain": attention,
   "cudnn": cudnn_attention,
+  "pallas": pallas_attention.pallas_attention,
 }
 MAX_CUDNN_WIDTH = 128  # of a head; 256 only on Hopper and later
+# Name of a kernel -> platforms of `jax.Device`, and their name. Others run anywhere.
+# The platform of a GPU that is compiled for, but is not there, is "cuda".
+PLATFORMS = {
+  "cudnn": (("gpu", "cuda"), "NVIDIA GPUs"),
+  "pallas": (("tpu",), "TPUs"),
+}
 
 
 def check_kernel(kernel: str, dtype: Dtype, head_width: int) -> None:
@@ -154,6 +161,38 @@ def check_kernel(kernel: str, dtype: Dtype, head_width: int) -> None:
       f"has {head_width}"
     )
     raise SettingError("attention_kernel", kernel, accepted)
+
+
+def device_problem(kernel: str, device: Any) -> str | None:
+  """Says which devices a kernel needs; None if it runs on this one.
+
+  Args:
+    kernel: a key of KERNELS.
+    device: a `jax.Device`.
+  """
+  if kernel not in PLATFORMS:
+    return None
+  platforms, name = PLATFORMS[kernel]
+  kind = getattr(device, "device_kind", device.platform)
+  # AMD's GPUs have the platform of NVIDIA's.
+  if device.platform in platforms and not kind.startswith("AMD"):
+    return None
+  return f"needs {name}, the devices are {kind}"
+
+
+def needed_tokens(kernel: str, tokens: int, has_bias: bool) -> str | None:
+  """Says which numbers of tokens a kernel needs; None if it runs these.
+
+  Args:
+    kernel: a key of KERNELS.
+    tokens: K.
+    has_bias: whether there is a bias.
+  """
+  if kernel == "cudnn" and has_bias and tokens % 2:
+    return "needs even numbers of tokens beside a bias"
+  if kernel == "pallas" and pallas_attention.rows_of(tokens) is None:
+    return f"needs {pallas_attention.TOKENS}"
+  return None
 
 
 def attention_weights(

@@ -84,8 +84,8 @@ class MDT(Network, kw_only=True):
       "attention_weights" (B, heads, K, K) float32 into the collection "intermediates",
       if that collection is mutable. A stack adds a leading axis of blocks. The weights
       of all blocks are in memory at once.
-    attention_kernel: "plain", or "cudnn" for the fused kernel of cuDNN on NVIDIA GPUs,
-      in bfloat16; see `models.attention`.
+    attention_kernel: "plain"; "cudnn" for the fused kernel of cuDNN on NVIDIA GPUs, in
+      bfloat16; or "pallas" for a fused kernel on TPUs; see `models.attention`.
   """
 
   variant: str = "MDTv2"

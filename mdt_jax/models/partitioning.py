@@ -10,14 +10,15 @@ Outside, the names have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
 from jax.custom_derivatives import linear_call
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from mdt_jax.types import Array
 
@@ -114,6 +115,48 @@ def look_up(table: Array, index: Array) -> Array:
     check_vma=False,
   )
   return local(table, index)
+
+
+def on_each_device(
+  function: Callable[..., Array],
+  arguments: Sequence[Array | None],
+  axes: Sequence[Axes],
+) -> Array:
+  """Calls a function with the parts of its arguments that a device holds.
+
+  For functions that XLA cannot divide, such as the kernels of Pallas. Outside of
+  `sharding.use_mesh`, and on one device, this is function(*arguments).
+
+  Args:
+    function: works on each part alone. Its result has the axes of the first argument.
+    arguments: arrays, or None.
+    axes: names of the axes of each argument, "batch", "heads" or None. An axis that the
+      devices do not divide, such as the one of a bias that all images share, is whole
+      on each of them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = set(mesh.axis_names) - set(mesh.manual_axes)
+  if math.prod(mesh.shape[name] for name in free) == 1:
+    return function(*arguments)
+
+  def spec(argument: Array | None, axes: Axes) -> PartitionSpec:
+    if argument is None:
+      return PartitionSpec()
+    places = logical_to_mesh_axes(axes) or ()
+    sizes = zip(places, argument.shape, strict=False)
+    return PartitionSpec(*(p if _divides(mesh, p, size) else None for p, size in sizes))
+
+  specs = tuple(spec(a, names) for a, names in zip(arguments, axes, strict=True))
+  local = jax.shard_map(
+    function, in_specs=specs, out_specs=specs[0], axis_names=free, check_vma=False
+  )
+  return local(*arguments)
+
+
+def _divides(mesh: AbstractMesh, axes: str | tuple[str, ...] | None, size: int) -> bool:
+  """Whether axes of a mesh divide an axis of an array."""
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return size % math.prod(mesh.shape[name] for name in names) == 0
 
 
 def gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:

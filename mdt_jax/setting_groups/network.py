@@ -75,8 +75,9 @@ class ModelSettings:
   # Blocks in each iteration of the compiled loop over blocks, at least 1; -1: all
   # blocks, which compiles longer and runs faster on CPUs.
   unroll: int = 1
-  # How attention is computed: plain (matrix products), or cudnn (the fused kernel of
-  # cuDNN: NVIDIA GPUs, bfloat16). See docs/performance.md.
+  # How attention is computed: plain (matrix products), cudnn (the fused kernel of
+  # cuDNN: NVIDIA GPUs, bfloat16) or pallas (a fused kernel for TPUs). See
+  # docs/performance.md.
   attention_kernel: str = "plain"
   # Whether jax.jvp can differentiate the network. Gradients are slower then.
   forward_mode: bool = False

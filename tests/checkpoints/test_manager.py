@@ -89,14 +89,17 @@ def test_ema_decay_zero_loads_the_parameters_themselves(tmp_path):
   assert_same(load_ema(tmp_path, ema_decay=0.0).params, state.ema["0.0"])
 
 
-def test_run_with_cudnn_is_loaded_on_a_cpu(tmp_path):
+@pytest.mark.parametrize("kernel", ["cudnn", "pallas"])
+def test_run_with_a_fused_kernel_is_loaded_on_a_cpu(tmp_path, kernel, caplog):
   config = tiny_dit_config()
   state = make_state(config)
-  config.model.attention_kernel = "cudnn"
+  config.model.attention_kernel = kernel
   checkpoints = Checkpoints(tmp_path, 2)
   checkpoints.save(7, state, config.to_dict())
   checkpoints.close()
-  assert load_ema(tmp_path).experiment.model.attention_kernel == "plain"
+  with caplog.at_level("INFO", logger="mdt_jax"):
+    assert load_ema(tmp_path).experiment.model.attention_kernel == "plain"
+  assert f"attention by plain products: {kernel} needs" in caplog.text
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(None, "0.5"), (0.9, "0.9")])
