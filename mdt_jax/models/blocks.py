@@ -11,12 +11,19 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from mdt_jax.models.attention import KERNELS, attention_weights, plain_attention
 from mdt_jax.models.condition_layers import CrossAttention, Embedded, pooled_of
 from mdt_jax.models.embeddings import unpatchify
-from mdt_jax.models.layers import gelu, linear, modulated_norm, normal_init
+from mdt_jax.models.layers import (
+  ATTENTION,
+  gelu,
+  linear,
+  modulated_norm,
+  normal_init,
+)
 from mdt_jax.models.masking import TokenMask, restore_tokens
 from mdt_jax.models.partitioning import look_up, shard_batch
 from mdt_jax.sizes import Size
@@ -102,6 +109,7 @@ class Attention(nn.Module):
       self.sow("intermediates", "attention_weights", weights)
     attend = plain_attention if self.forward_mode else KERNELS[self.attention_kernel]
     out = attend(query, key, value, bias)  # (B, K, heads, D / heads)
+    out = checkpoint_name(out, ATTENTION)
     return linear(dim, "proj", axis=(-2, -1), **options)(out)
 
   def _with_positions(

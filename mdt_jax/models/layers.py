@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from mdt_jax.models.partitioning import gather_kernel, parameter_axes
@@ -18,12 +19,26 @@ from mdt_jax.types import Array, Dtype
 linear_init = nn.initializers.xavier_uniform()
 normal_init = nn.initializers.normal(0.02)
 
-# Value of `remat` -> what the forward pass saves. The backward pass recomputes
-# the rest.
+# Names of outputs for REMAT_POLICIES.
+ATTENTION, LINEAR = "attention", "linear"
+_POLICIES = jax.checkpoint_policies
+# Value of `remat` -> what the forward pass saves, beside the input of each block. The
+# backward pass recomputes the rest.
 REMAT_POLICIES = {
   "none": None,  # every activation
-  "full": jax.checkpoint_policies.nothing_saveable,  # only the input of each block
-  "dots": jax.checkpoint_policies.checkpoint_dots,  # outputs of matrix products
+  "full": _POLICIES.nothing_saveable,
+  "attention": _POLICIES.save_only_these_names(ATTENTION),
+  "linear": _POLICIES.save_only_these_names(ATTENTION, LINEAR),
+  "offload": _POLICIES.save_and_offload_only_these_names(  # to the host's memory
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[ATTENTION, LINEAR],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+  # The products inside of attention too: logits are (B, heads, K, K).
+  "dots": _POLICIES.save_from_both_policies(
+    _POLICIES.checkpoint_dots, _POLICIES.save_only_these_names(ATTENTION, LINEAR)
+  ),
 }
 
 
@@ -61,7 +76,8 @@ def linear(
 
   def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
     (contracted, _), _ = dimensions  # the last axes of x
-    return multiply(x, gather_kernel(kernel, axes), len(contracted))
+    out = multiply(x, gather_kernel(kernel, axes), len(contracted))
+    return checkpoint_name(out, LINEAR)
 
   return nn.DenseGeneral(
     features,

@@ -76,7 +76,7 @@ class MDT(Network, kw_only=True):
     patch_bottleneck: R, width of a linear layer between a patch and the embedding of
       its token, for large patches of pixels; 0: none. See `PatchEmbed`.
     dtype: compute dtype. Parameters, softmax and LayerNorm are float32.
-    remat: "none", "full" or "dots": which activations the backward pass recomputes; see
+    remat: which activations the backward pass recomputes, a key of
       `layers.REMAT_POLICIES`. On CPUs, remat saves memory only if unroll is 1.
     forward_mode: whether jax.jvp can differentiate the network. Gradients are then
       slower; the output is the same.

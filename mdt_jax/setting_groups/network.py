@@ -69,8 +69,10 @@ class ModelSettings:
   label_dropout: float = 0.1
   # Type of the computation: float32 or bfloat16. Parameters are float32 in either case.
   dtype: str = "float32"
-  # What the backward pass recomputes, to save memory: none, full (all but the inputs of
-  # the blocks) or dots (all but the matrix products).
+  # What the backward pass recomputes, to save memory: none, or all of a block but: full
+  # (its input), attention (also the output of attention), linear (also the outputs of
+  # linear layers), offload (as linear, kept in the memory of the host), dots (also the
+  # logits of attention). See docs/performance.md.
   remat: str = "none"
   # Blocks in each iteration of the compiled loop over blocks, at least 1; -1: all
   # blocks, which compiles longer and runs faster on CPUs.

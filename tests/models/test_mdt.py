@@ -12,6 +12,7 @@ import pytest
 
 from mdt_jax import SettingError, create_model
 from mdt_jax.diffusion.guidance import guided
+from mdt_jax.models.layers import REMAT_POLICIES
 from mdt_jax.models.masking import random_token_mask, token_mask_from_noise
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.registry import init_params
@@ -155,16 +156,27 @@ def masked_gradient(remat):
   def loss(params):
     return (model.apply({"params": params}, x, y, y, mask) ** 2).mean()
 
-  return jax.jit(jax.value_and_grad(loss))(reference.random_params(model))
+  params = reference.random_params(model)
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+  return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_remat_changes_neither_loss_nor_gradient(remat):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    masked_gradient(remat),
-    masked_gradient("none"),
+    masked_gradient(remat)[0],
+    masked_gradient("none")[0],
   )
+
+
+def test_memory_of_remat_grows_with_what_is_saved():
+  """A CPU has no other memory to offload to: "offload" takes what "linear" takes."""
+  memory = {name: masked_gradient(name)[1] for name in REMAT_POLICIES}
+  order = ["full", "attention", "linear", "dots", "none"]
+  assert sorted(order, key=memory.get) == order
+  assert len({memory[name] for name in order}) == len(order)
+  assert memory["offload"] == memory["linear"]
 
 
 @pytest.mark.parametrize(("name", "expected"), PARAMETER_COUNTS.items())
@@ -284,7 +296,7 @@ def test_network_without_side_interpolater_refuses_a_mask(name):
 BAD = [
   ("MDT-S/2", "variant", "MDTv3", "accepted are DiT, SiT, MDT, MDTv2"),
   ("SiT-S/2", "learn_sigma", True, "must be False for SiT"),
-  ("MDT-S/2", "remat", "some", "accepted are none, full, dots"),
+  ("MDT-S/2", "remat", "some", "accepted are none, full, attention, linear"),
   ("MDT-S/2", "dtype", "float64", "accepted are float32, bfloat16"),
   *(
     ("MDT-S/2", attribute, 0, "must be at least 1")
