@@ -208,8 +208,14 @@ def main(argv: list[str]) -> None:
       )
     # Other numbers of channels are pixels, or latents of another autoencoder.
     vae = f" --vae={torch_vae.DEFAULT_ID}" if settings.model.in_channels == 4 else ""
+    # Labels have a default.
+    more = "" if settings.model.condition == "label" else " --condition=FILE.npz"
     logger.info(
-      "%s: python -m mdt_jax.sample --checkpoint=%s%s", settings.model.name, output, vae
+      "%s: python -m mdt_jax.sample --checkpoint=%s%s%s",
+      settings.model.name,
+      output,
+      vae,
+      more,
     )
 
 

@@ -17,6 +17,7 @@ import mdt_jax.interrupts  # noqa: F401
 import ast
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -223,17 +224,18 @@ def main(argv: list[str]) -> None:
   check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
   check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
   output = output_folder("output", _output())
-  with renamed_in_errors(_flag_names()):
+  with renamed_in_errors(_flag_names()), contextlib.ExitStack() as stack:
     pipeline = Pipeline.load(
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
+    stack.enter_context(_with_files())
     condition = _arrays(pipeline, "condition", CONDITION.value)
     labels = _labels(pipeline, condition)
     file = pipeline.write(
       output,
       labels,
       condition=condition,
-      null=_arrays(pipeline, "null_condition", NULL_CONDITION.value),
+      null=_null(pipeline),
       png=PNG.value,
       overwrite=OVERWRITE.value,
       seed=SEED.value,
@@ -251,28 +253,67 @@ def main(argv: list[str]) -> None:
   logger.info("images of step %d: %s", pipeline.step, file)
 
 
+@contextlib.contextmanager
+def _with_files() -> Iterator[None]:
+  """Context in which errors about the arrays of a file name the file."""
+  files = {"condition": CONDITION.value, "null": NULL_CONDITION.value}
+  try:
+    yield
+  except SettingError as error:
+    file = files.get(error.setting)
+    if file is None or error.value == file:
+      raise
+    accepted = f"{error.value!r}: {error.accepted}"
+    raise SettingError(error.setting, file, accepted) from None
+
+
 def _arrays(pipeline: Pipeline, setting: str, path: str | None) -> Any:
   """Arrays of a file of conditions, repeated in turn for --num_images images."""
   if path is None:
     return None
   found, count = read_conditions(setting, path), NUM_IMAGES.value
   condition = pipeline.model.conditioning
+  given = count_images(condition, found)
   if count is None:
     return found
-  if count < count_images(condition, found):
-    accepted = f"must be at least the number of images in --{setting}"
+  if count < given:
+    accepted = f"must be at least {given}, the number of images in --condition"
     raise SettingError("num_images", count, accepted)
   return repeat_arrays(condition, found, count)
+
+
+def _null(pipeline: Pipeline) -> Any:
+  """Arrays of the file of a negative condition, for one image or for all."""
+  if NULL_CONDITION.value is None:
+    return None
+  found = read_conditions("null", NULL_CONDITION.value)
+  if CONDITION.value is None or NUM_IMAGES.value is None:
+    return found
+  conditioning = pipeline.model.conditioning
+  with renamed_in_errors({"condition": "null"}):
+    given = count_images(conditioning, found)
+  count = count_images(conditioning, read_conditions("condition", CONDITION.value))
+  if given not in (1, count):
+    accepted = f"must be given for one image or for all {count}"
+    raise SettingError("null", given, accepted)
+  return repeat_arrays(conditioning, found, NUM_IMAGES.value)
 
 
 def _labels(pipeline: Pipeline, condition: Any) -> Any:
   """The label of each image; None if the condition has none, or holds them."""
   conditioning, arrays = pipeline.model.conditioning, condition or {}
-  if conditioning.arrays() and (conditioning.label is None or "label" in arrays):
-    if flags.FLAGS["labels"].present:
-      accepted = "must be left out: the condition has no class labels, or holds them"
+  if conditioning.arrays():
+    reason = None
+    if conditioning.label is None:
+      reason = "the network has no class labels"
+    elif "label" in arrays:
+      reason = "--condition holds labels"
+    is_given = flags.FLAGS["labels"].present
+    if reason and is_given:
+      accepted = f"must be left out: {reason}"
       raise SettingError("labels", ",".join(LABELS.value), accepted)
-    return None
+    if reason or not is_given:
+      return None
   count = NUM_IMAGES.value
   if count is None and arrays:
     count = count_images(conditioning, arrays)

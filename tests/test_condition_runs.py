@@ -158,12 +158,39 @@ def test_command_draws_the_conditions_of_a_file(workdir, prompts, tmp_path):
     ([], "--condition = None: must be given"),
     (["--condition={tmp}/missing.npz"], "--condition = '{tmp}/missing.npz'"),
     (["--condition={prompts}", "--labels=1,2,3"], "--labels = '1,2,3': must be left"),
-    (["--condition={tmp}/short.npz"], "--condition = 't5': is missing"),
+    (
+      ["--condition={tmp}/short.npz"],
+      "--condition = '{tmp}/short.npz': 't5': is missing",
+    ),
+    (
+      ["--condition={tmp}/rows.npz", "--num_images=6"],
+      "--condition = '{tmp}/rows.npz': 'label': 'label' is given for 2 images, others",
+    ),
+    (
+      ["--condition={tmp}/no_label.npz"],
+      '--labels = None: must be given, or "label" among the arrays',
+    ),
+    (
+      ["--condition={prompts}", "--null_condition={tmp}/two.npz", "--num_images=6"],
+      "--null_condition = '{tmp}/two.npz': 2: must be given for one image or",
+    ),
+    (
+      ["--condition={prompts}", "--num_images=2"],
+      "--num_images = 2: must be at least 3, the number of images in --condition",
+    ),
+    (
+      ["--condition={prompts}", "--null_condition={prompts}", "--cfg_scale=1"],
+      "must be left out: no null condition is used with cfg_scale = 1",
+    ),
     (["--condition={prompts}", "--null_condition={tmp}/short.npz"], "null_condition"),
   ],
 )
 def test_bad_files_end_in_one_line(workdir, prompts, tmp_path, flags, error):
-  np.savez(tmp_path / "short.npz", clip=np.zeros((3, 3)))
+  clip, t5 = np.zeros((3, 3)), np.zeros((3, 2, 4))
+  np.savez(tmp_path / "short.npz", clip=clip)
+  np.savez(tmp_path / "no_label.npz", clip=clip, t5=t5)
+  np.savez(tmp_path / "rows.npz", clip=clip, t5=t5, label=np.array([1, 2]))
+  np.savez(tmp_path / "two.npz", clip=clip[:2], t5=t5[:2], label=np.array([1, 2]))
   names = {"tmp": tmp_path, "prompts": prompts}
   given = [flag.format(**names) for flag in flags]
   code, err = sample(workdir, f"--output={tmp_path}/out", "--cfg_scale=2", *given)

@@ -81,6 +81,12 @@ class ConditionedSource:
       if is_optional and is_missing == (name in (self._held or ())):
         accepted = f"{where} must hold this array if, and only if, example 0 does"
         raise SettingError(setting, name, accepted)
+      if not is_missing and np.shape(example[name]) != shape:
+        has = f"{where} has the shape {np.shape(example[name])}"
+        kind = condition.kind_of(name)
+        accepted = f"{has}, and config.condition.{kind}_size"
+        accepted += " and tokens_length say" if kind == "tokens" else " says"
+        raise SettingError(setting, name, f"{accepted} {shape}")
       if not is_missing:
         found[name] = check_array(setting, name, example[name], shape, where)
     return found
@@ -113,9 +119,12 @@ def check_array(
     raise SettingError(setting, name, accepted)
   if array.dtype.kind not in "fiub":
     raise SettingError(setting, name, f"{where} must hold numbers, has {array.dtype}")
-  array = array.astype(np.float32)
+  with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
+    array = array.astype(np.float32)
   if not np.isfinite(array).all():
-    raise SettingError(setting, name, f"{where} must be finite, has NaN or infinity")
+    first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    accepted = f"{where} must be finite in float32, is {array[first]} at {first}"
+    raise SettingError(setting, name, accepted)
   return array
 
 

@@ -69,13 +69,7 @@ class MemorySource:
         "class_names", len(class_names), f"must be {self.num_classes}, one for a class"
       )
     self.class_names = class_names
-    self._arrays = {name: np.asarray(array) for name, array in (arrays or {}).items()}
-    for name, array in self._arrays.items():
-      is_reserved = name in RESERVED_NAMES and name != "caption"
-      if is_reserved or array.shape[:1] != (count,):
-        accepted = f"must have {count} rows, one an image, and no name of "
-        accepted += ", ".join(RESERVED_NAMES)
-        raise SettingError("arrays", f"{name} {array.shape}", accepted)
+    self._arrays = _check_arrays(arrays, count)
     self.label_counts = count_labels(self._labels)
 
   @property
@@ -94,6 +88,32 @@ class MemorySource:
   def __getitem__(self, index: int) -> Example:
     arrays = {name: array[index] for name, array in self._arrays.items()}
     return {"image": self._images[index], "label": self._labels[index], **arrays}
+
+
+def _check_arrays(arrays: Any, count: int) -> dict[str, np.ndarray]:
+  """Returns arrays with a row for each image; raises SettingError for others."""
+  if arrays is None:
+    return {}
+  if not isinstance(arrays, Mapping):
+    accepted = "must be a dict: name -> array with a row for each image"
+    raise SettingError("arrays", type(arrays).__name__, accepted)
+  found, reserved = {}, [name for name in RESERVED_NAMES if name != "caption"]
+  for name, values in arrays.items():
+    if not isinstance(name, str) or name in reserved:
+      accepted = f"must be named by texts other than {', '.join(reserved)}"
+      raise SettingError("arrays", name, accepted)
+    try:
+      array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+      array = np.asarray(None)
+    if array.dtype.kind == "O" or (name == "caption") > (array.dtype.kind == "U"):
+      kind = "texts" if name == "caption" else "numbers or texts"
+      raise SettingError("arrays", name, f"must be an array of {kind}")
+    if array.shape[:1] != (count,):
+      accepted = f"must have {count} rows, one an image, has the shape {array.shape}"
+      raise SettingError("arrays", name, accepted)
+    found[name] = array
+  return found
 
 
 def check_images(images: Any) -> np.ndarray:

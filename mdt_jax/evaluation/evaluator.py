@@ -35,6 +35,12 @@ from mdt_jax.types import Params
 MAX_REAL_IMAGES = 10_000  # images of the run's data, if there is no reference file
 _EVAL = "config.eval."  # prefix of the settings of scores in training
 
+# What scores of conditions need, for errors.
+NEEDS_CONDITIONS = (
+  "needs a run of config.model.condition vector or tokens, whose data holds images of "
+  "pixels, and no reference"
+)
+
 
 class Stopped(Exception):
   """The run was asked to stop before the scores were complete."""
@@ -141,11 +147,7 @@ class Evaluator:
     for name in self.metrics:
       is_missing = not images.arrays or self.real.conditions is None
       if METRICS[name].needs_conditions and is_missing:
-        accepted = (
-          f"{name} needs a run of config.model.condition vector or tokens, whose data "
-          "holds images, and no reference"
-        )
-        raise SettingError(f"{self._prefix}metrics", name, accepted)
+        raise SettingError(f"{self._prefix}metrics", name, NEEDS_CONDITIONS)
     scores.check_comparable(
       self.metrics,
       self.real,

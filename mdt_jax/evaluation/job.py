@@ -14,7 +14,12 @@ from mdt_jax.checkpoints import hub_folders
 from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.data.sources import SOURCES
 from mdt_jax.errors import SettingError, check_choice
-from mdt_jax.evaluation.evaluator import Evaluator, chosen_labels, draw_images
+from mdt_jax.evaluation.evaluator import (
+  NEEDS_CONDITIONS,
+  Evaluator,
+  chosen_labels,
+  draw_images,
+)
 from mdt_jax.evaluation.image_files import label_of_named_class, open_image_stream
 from mdt_jax.evaluation.image_streams import GeneratedImages
 from mdt_jax.evaluation.references import save_statistics
@@ -168,6 +173,10 @@ def score_images(
   mesh = sharding.make_mesh() if experiment is None else experiment.mesh
   held = None if experiment is None else experiment.data_labels
   # Fails early, before the reference is read.
+  draws_pixels = experiment is not None and experiment.holds_pixels and samples is None
+  for name in metrics:
+    if METRICS[name].needs_conditions and (reference is not None or not draws_pixels):
+      raise SettingError("metrics", name, NEEDS_CONDITIONS)
   if samples is not None:
     images = open_image_stream(
       samples, "samples", label_of_named_class(held, reference)

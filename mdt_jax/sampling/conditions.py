@@ -118,19 +118,6 @@ def make_conditions(
     SettingError: setting "condition" or "labels": an array is missing, has another
       shape or is not finite, or the numbers of images differ.
   """
-  return _make(condition, labels, arrays, num_classes, held, is_null=False)
-
-
-def _make(
-  condition: Condition,
-  labels: Labels,
-  arrays: Arrays | None,
-  num_classes: int,
-  held: DataLabels | None,
-  *,
-  is_null: bool,
-) -> Conditions:
-  """Builds conditions, or negative conditions, which may hold null labels."""
   label = condition.label
   has_null = label is not None and label.dropout > 0
   if not condition.arrays():
@@ -148,26 +135,16 @@ def _make(
   if LABEL in given:
     if labels is not None:
       raise SettingError("labels", _shown(labels), 'must be None beside a "label"')
-    labels = given[LABEL]
   elif label is None and labels is not None:
     accepted = "must be None: the network has no class labels"
     raise SettingError("labels", _shown(labels), accepted)
   classes = None
-  if labels is not None or label is not None:
-    # Dropped together, the network was never trained on arrays without their label.
-    together = getattr(condition, "together", False)
-    has_null = has_null and (is_null or not together)
-    if labels is None and not has_null:
-      raise SettingError("labels", None, "must be given: the condition has a label")
-    classes = parse_labels("labels", labels, num_classes, has_null=has_null, held=held)
+  if LABEL in given or labels is not None or label is not None:
+    classes = _classes(condition, given, labels, num_classes, held)
   captions = _texts(given.get(CAPTION, ""))
   known = {**batch, CAPTION: captions}
   known |= {} if classes is None else {LABEL: classes}
-  count = max(len(array) for array in known.values())
-  for name, array in known.items():
-    if len(array) not in (1, count):
-      accepted = f"{name!r} is given for {len(array)} images, others for {count}"
-      raise SettingError("condition", name, accepted)
+  count = _common_count({name: len(array) for name, array in known.items()})
   known = {n: np.broadcast_to(a, (count, *a.shape[1:])) for n, a in known.items()}
   batch = {name: known[name] for name in batch}
   classes, shown = known.get(LABEL), [str(text) for text in known[CAPTION]]
@@ -177,29 +154,74 @@ def _make(
   return Conditions(np.asarray(condition.of_batch(joined)), classes, shown, batch)
 
 
-def count_images(condition: Condition, arrays: Mapping[str, Any]) -> int:
-  """Returns for how many images arrays are given; see `make_conditions`."""
+def _classes(
+  condition: Condition,
+  given: Mapping[str, Any],
+  labels: Labels,
+  num_classes: int,
+  held: DataLabels | None,
+) -> Int[np.ndarray, "N"]:
+  """Returns the classes beside arrays: `labels`, or those among the arrays."""
+  label = condition.label
+  has_null = label is not None and label.dropout > 0
+  # Dropped together, the network was never trained on arrays without their label.
+  together = label is not None and getattr(condition, "together", False)
+  accepted = 'must be given, or "label" among the arrays: the condition has a label'
+  if LABEL not in given and labels is None and (together or not has_null):
+    raise SettingError("labels", None, accepted)
+  chosen = given.get(LABEL, labels)
+  try:
+    classes = parse_labels("labels", chosen, num_classes, has_null=has_null, held=held)
+    if together and (classes == num_classes).any():
+      accepted = "must be classes: the network drops its conditions together, and was "
+      accepted += "never trained on arrays without a label"
+      raise SettingError("labels", "the null label", accepted)
+  except SettingError as error:
+    if LABEL not in given:
+      raise
+    accepted = f"{error.value!r} {error.accepted}"
+    raise SettingError("condition", LABEL, accepted) from None
+  return classes
+
+
+def _common_count(counts: Mapping[str, int]) -> int:
+  """Returns the number of images of arrays, of which some may be for one image."""
+  most = max(counts.values(), default=1)
+  for name, count in counts.items():
+    if count not in (1, most):
+      accepted = f"{name!r} is given for {count} images, others for {most}"
+      raise SettingError("condition", name, accepted)
+  return most
+
+
+def _counts(condition: Condition, arrays: Mapping[str, Any]) -> dict[str, int]:
+  """Returns name -> number of images, of the known arrays of several images."""
   shapes = {LABEL: (), CAPTION: (), **_shapes(condition)}
-  counts = [
-    len(np.asarray(array))
+  return {
+    name: len(np.asarray(array))
     for name, array in arrays.items()
-    if np.ndim(array) > len(shapes.get(name, ()))
-  ]
-  return max(counts, default=1)
+    if name in shapes and np.ndim(array) > len(shapes[name])
+  }
+
+
+def count_images(condition: Condition, arrays: Mapping[str, Any]) -> int:
+  """Returns for how many images arrays are given; see `make_conditions`.
+
+  Raises:
+    SettingError: setting "condition": the numbers of images differ.
+  """
+  return _common_count(_counts(condition, arrays))
 
 
 def repeat_arrays(
   condition: Condition, arrays: Mapping[str, Any], count: int
 ) -> dict[str, Any]:
   """Repeats arrays of several images, in turn, until they are for `count` images."""
-  shapes = {LABEL: (), CAPTION: (), **_shapes(condition)}
-  repeated = {}
-  for name, array in arrays.items():
-    is_of_one = np.ndim(array) <= len(shapes.get(name, ()))
-    if not is_of_one and len(array) > 1:
-      array = np.asarray(array)[np.arange(count) % len(array)]
-    repeated[name] = array
-  return repeated
+  several = {n for n, images in _counts(condition, arrays).items() if images > 1}
+  return {
+    name: np.asarray(array)[np.arange(count) % len(array)] if name in several else array
+    for name, array in arrays.items()
+  }
 
 
 def make_null(
@@ -232,7 +254,7 @@ def make_null(
         raise SettingError("null", sorted(null), accepted)
       label = null[LABEL]
   try:
-    y = _make(condition, label, arrays, num_classes, held, is_null=True).y
+    y = make_conditions(condition, label, arrays, num_classes, held).y
   except SettingError as error:
     names = {"condition": "null", "labels": "null"}
     setting = names.get(error.setting, error.setting)
@@ -288,8 +310,8 @@ def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
   """Returns the arrays by name; raises SettingError if one is missing or unknown."""
   needed = condition.arrays()
   if arrays is None:
-    names = " and ".join(map(repr, needed))
-    raise SettingError("condition", None, f"must be given: this network needs {names}")
+    forms = " and ".join(f"{name!r} {_form(shape)}" for name, shape in needed.items())
+    raise SettingError("condition", None, f"must be given: this network needs {forms}")
   if not isinstance(arrays, Mapping):
     if len(needed) > 1:
       accepted = f"must be a dict with the arrays {', '.join(needed)}"
@@ -298,7 +320,7 @@ def _by_name(condition: Condition, arrays: Arrays | None) -> Mapping[str, Any]:
   known = {*_shapes(condition), LABEL, CAPTION}
   for name in needed:
     if name not in arrays:
-      held = ", ".join(arrays) or "none"
+      held = ", ".join(map(str, arrays)) or "none"
       accepted = f"is missing; the arrays given are: {held}"
       raise SettingError("condition", name, accepted)
   for name in arrays:
@@ -315,11 +337,15 @@ def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     raise SettingError("condition", name, "must be an array of numbers") from None
   if array.shape == shape:
     array = array[None]
-  where = f"the array {name!r}"
-  if array.ndim != len(shape) + 1 or len(array) == 0:
-    accepted = f"{where} must have the shape {shape} or (N, *{shape}): {array.shape}"
+  if array.ndim != len(shape) + 1 or array.shape[1:] != shape or len(array) == 0:
+    accepted = f"must have the shape {shape} or {_form(shape)}, has {array.shape}"
     raise SettingError("condition", name, accepted)
-  return check_array("condition", name, array, (len(array), *shape), where)
+  return check_array("condition", name, array, array.shape, "the array")
+
+
+def _form(shape: tuple[int, ...]) -> str:
+  """Returns the shape of the arrays of several images, as text."""
+  return f"({', '.join(map(str, ('N', *shape)))})"
 
 
 def _captions_of(labels: np.ndarray, held: DataLabels | None) -> list[str]:

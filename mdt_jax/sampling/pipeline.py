@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import jax
@@ -146,9 +147,12 @@ class Pipeline:
     kind = "pixels" if self.draws_pixels else "latents"
     # A network that the config describes by its attributes has no name.
     name = self.experiment.model_name or type(self.model).__name__
+    condition = [*self.model.conditioning.arrays()]
+    if not condition or self.model.conditioning.label is not None:
+      condition.insert(0, f"{self.model.num_classes} classes")
     return (
       f"Pipeline({name}, step {self.step}, "
-      f"{height}x{width}x{channels} {kind}, {self.model.num_classes} classes)"
+      f"{height}x{width}x{channels} {kind}, {', '.join(condition)})"
     )
 
   @property
@@ -389,8 +393,10 @@ class Pipeline:
     chosen = make_conditions(conditioning, labels, condition, *known)
     count = len(chosen.y)
     if null is not None and not guidance.needs_null:
-      accepted = "must be None: guidance with these settings has no null condition"
-      raise SettingError("null", type(null).__name__, accepted)
+      accepted = "must be left out: no null condition is used with cfg_scale = 1 or "
+      accepted += "another weak_condition"
+      shown = sorted(null) if isinstance(null, Mapping) else type(null).__name__
+      raise SettingError("null", shown, accepted)
     request = Request(
       chosen.y,
       seed,

@@ -79,3 +79,23 @@ def test_error_names_the_invalid_argument(arguments, message):
   with pytest.raises(SettingError, match=message) as error:
     MemorySource(*arguments)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("arrays", "value", "accepted"),
+  [
+    ([1, 2], "list", "must be a dict"),
+    ({3: np.zeros(2)}, 3, "must be named by texts"),
+    ({"label": np.zeros(2)}, "label", "must be named by texts other than"),
+    ({"clip": np.zeros(3)}, "clip", "must have 2 rows"),
+    ({"clip": np.float32(3)}, "clip", "must have 2 rows"),
+    ({"clip": [None, None]}, "clip", "must be an array of numbers"),
+    ({"clip": [[1], [1, 2]]}, "clip", "must be an array of numbers"),
+    ({"caption": np.arange(2)}, "caption", "must be an array of texts"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_named(arrays, value, accepted):
+  images = np.zeros((2, 4, 4, 1), np.uint8)
+  with pytest.raises(SettingError, match=accepted) as error:
+    MemorySource(images, [0, 1], arrays=arrays)
+  assert (error.value.setting, error.value.value) == ("arrays", value)

@@ -93,7 +93,26 @@ def test_labels_may_stand_among_the_arrays():
     (VECTOR, None, np.ones(4), "condition", "shape"),
     (VECTOR, None, np.ones((0, 3)), "condition", "shape"),
     (VECTOR, None, {"t5": ONE}, "condition", "is missing; the arrays given are: t5"),
+    (VECTOR, None, {3: ONE}, "condition", "is missing; the arrays given are: 3"),
     (VECTOR, None, {"clip": ONE, "t5": ONE}, "condition", "is unknown"),
+    (VECTOR, None, {"clip": np.ones((2, 4))}, "condition", r"\(N, 3\), has \(2, 4\)"),
+    (VECTOR, None, "prompts.npz", "condition", r"\(N, 3\), has \(\)"),
+    (
+      VECTOR,
+      None,
+      {"clip": [0, 1e300, 1]},
+      "condition",
+      r"is inf at \(0, 1\)",
+    ),
+    (
+      BOTH,
+      None,
+      {"clip": ONE, "label": [1, -1]},
+      "condition",
+      "-1 labels of this",
+    ),
+    (BOTH, [10], ONE, "labels", "drops its conditions together"),
+    (BOTH, None, {"clip": ONE, "label": [10]}, "condition", "drops its conditions tog"),
     (VECTOR, None, {"clip": [0, np.nan, 1]}, "condition", "finite"),
     (VECTOR, None, {"clip": ["a", "b", "c"]}, "condition", "numbers"),
     (VECTOR, None, {"clip": [[1, 2, 3], [1, 2]]}, "condition", "array of numbers"),
@@ -119,6 +138,10 @@ def test_negative_condition_serves_all_images():
   with pytest.raises(SettingError, match="all 2") as error:
     make_null(LABEL, [1, 2, 3], 2, 10)
   assert error.value.setting == "null"
+  with pytest.raises(SettingError, match="must be given") as error:
+    make_null(BOTH, {"clip": ONE}, 2, 10)  # never trained without a label
+  assert error.value.setting == "null"
+  assert make_null(BOTH, {"clip": ONE, "label": 3}, 2, 10).shape[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -249,7 +272,10 @@ def test_examples_hold_the_arrays_of_the_condition_alone():
   ("settings", "match"),
   [
     ({"condition.vector": "t5"}, "its arrays are: clip, text"),
-    ({"condition.vector_size": 4}, r"shape \(4,\), has \(3,\)"),
+    (
+      {"condition.vector_size": 4},
+      r"\(3,\), and .*vector_size says \(4,\)",
+    ),
     ({"condition.vector": "text", "condition.vector_size": 3}, "shape"),
     ({"condition.tokens_size": 3}, "has no effect"),
     ({"condition.drop": "apart"}, "has no effect"),
