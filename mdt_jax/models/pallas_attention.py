@@ -58,8 +58,9 @@ def pallas_attention(
 ) -> Float[Array, "B K H d"]:
   """Same as `attention`, by a Pallas kernel, on TPUs.
 
-  The kernel reads the bias in the dtype of `query`, and sums the gradient of a bias
-  that images share over them before it is written.
+  The kernel reads the bias in the dtype of `query`. It writes the gradient of a bias
+  that images share once, as a float32 sum over them, and that of other biases in the
+  dtype of `query`.
 
   Args:
     query, key, value, bias: see `attention.attention`.
@@ -73,7 +74,6 @@ def pallas_attention(
     accepted = f"needs {TOKENS}, has {query.shape[1]}"
     raise SettingError("attention_kernel", "pallas", accepted)
   q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))  # (B, H, K, d)
-  bias = None if bias is None else bias.astype(q.dtype)
   axes = ("batch", "heads", None, None)
   out = on_each_device(
     functools.partial(_attention, interpret=interpret), (q, k, v, bias), (axes,) * 4
@@ -83,29 +83,32 @@ def pallas_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, bias: Any, interpret: bool) -> Array:
-  """Attention of (B, H, K, d)."""
-  (out,) = _call(("out",), q, k, v, bias, None, interpret)
-  return out
+  """Attention of (B, H, K, d), with a bias in float32 or None."""
+  return _forward(q, k, v, bias, interpret)[0]
 
 
 def _forward(
   q: Array, k: Array, v: Array, bias: Any, interpret: bool
 ) -> tuple[Array, tuple[Any, ...]]:
-  return _attention(q, k, v, bias, interpret), (q, k, v, bias)
+  """Returns the output and what the gradient needs."""
+  rounded = None if bias is None else bias.astype(q.dtype)
+  (out,) = _call(("out",), q, k, v, rounded, None, interpret)
+  return out, (q, k, v, rounded)
 
 
 def _backward(interpret: bool, kept: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+  """Returns the gradients by q, k, v and bias."""
   q, k, v, bias = kept
   call = functools.partial(_call, interpret=interpret)
   if bias is None:
-    dq, dk, dv = call(("dq", "dk", "dv"), q, k, v, None, d_out)
-    return dq, dk, dv, None
+    return (*call(("dq", "dk", "dv"), q, k, v, None, d_out), None)
   if len(bias) == len(q) or rows_of(q.shape[2]) == q.shape[2]:
-    return tuple(call(("dq", "dk", "dv", "dbias"), q, k, v, bias, d_out))
-  # The sum over images and the sum over queries need different orders of programs.
-  dq, d_bias = call(("dq", "dbias"), q, k, v, bias, d_out)
-  dk, dv = call(("dk", "dv"), q, k, v, bias, d_out)
-  return dq, dk, dv, d_bias
+    dq, dk, dv, d_bias = call(("dq", "dk", "dv", "dbias"), q, k, v, bias, d_out)
+  else:
+    # Sums over images and sums over queries need different orders of programs.
+    dq, d_bias = call(("dq", "dbias"), q, k, v, bias, d_out)
+    dk, dv = call(("dk", "dv"), q, k, v, bias, d_out)
+  return dq, dk, dv, d_bias.astype(jnp.float32)
 
 
 _attention.defvjp(_forward, _backward)
@@ -125,7 +128,7 @@ def _call(
   Args:
     results: "out"; or some of "dq", "dk", "dv", "dbias".
     q, k, v, d_out: (B, H, K, d).
-    bias: (1 or B, H, K, K) or None.
+    bias: (1 or B, H, K, K) of the dtype of q, or None.
     interpret: see `pallas_attention`.
   """
   batch, heads, tokens, width = q.shape
@@ -187,7 +190,11 @@ def _call(
     in_specs=[specs[kind] for kind, _ in given],
     out_specs=[specs[kinds[name]] for name in results],
     out_shape=[
-      jax.ShapeDtypeStruct(full[kinds[name]].shape, q.dtype) for name in results
+      jax.ShapeDtypeStruct(
+        full[kinds[name]].shape,
+        jnp.float32 if over_images and name == "dbias" else q.dtype,
+      )
+      for name in results
     ],
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
