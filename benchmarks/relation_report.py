@@ -141,7 +141,7 @@ def interval(
     chosen = rng.integers(len(runs), size=len(runs))
     found.append(statistic([resampled(runs[i], rng) for i in chosen]))
   # Of two infinite values, numpy would interpolate to NaN.
-  found = np.nan_to_num(found, nan=np.inf)
+  found = np.where(np.isnan(found), np.inf, found)
   low, high = np.quantile(found, (0.025, 0.975), method="nearest")
   return float(low), float(high)
 
@@ -186,7 +186,8 @@ def table(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> lis
     found = reached(mine, condition, GOALS[0])
     for key in ("flops", "seconds"):
       ratio = cost_at(mine, found, key) / cost_at(base, start, key)
-      cells.append("never" if np.isnan(found) else f"{ratio:.2f}")
+      is_known = np.isfinite(ratio)  # `dit` may never reach the goal
+      cells.append("never" if np.isnan(found) else f"{ratio:.2f}" if is_known else "-")
     lines.append(f"| {' | '.join(cells)} |")
   return lines + ratios(runs, condition)
 
@@ -214,7 +215,8 @@ def ratios(runs: Runs, condition: Condition) -> list[str]:
         reached([run[part] for run in points], condition, GOALS[0])
         for part in (slice(half), slice(half, None))
       ]
-      return steps[0] / steps[1]
+      first, second = np.where(np.isnan(steps), np.inf, steps)
+      return first / second if np.isfinite(first) else np.inf
 
     low, high = interval(pairs, ratio)
     found, low, high = (_ratio(value) for value in (ratio(pairs), low, high))
@@ -227,6 +229,9 @@ def _steps(value: float) -> str:
 
 
 def _ratio(value: float) -> str:
+  """A ratio of steps: infinite if the first arm never arrives, 0 if only it does."""
+  if value == 0:
+    return "only the first"
   return f"{value:.2f}" if np.isfinite(value) else "never"
 
 

@@ -49,3 +49,25 @@ def test_interval_covers_the_spread_of_seeds():
   low, high = relation_report.interval(same, statistic)
   error = 0.5 / np.sqrt(600)
   assert 0.5 - 3 * error < low < 0.5 - error < 0.5 + error < high < 0.5 + 3 * error
+
+
+def test_ratio_to_an_arm_that_never_arrives(monkeypatch):
+  holds, fails = [[0, 0, 400], [400, 0, 0]], [[400, 0, 0]] * 2
+  curves = {
+    "dit": fails,
+    "mdtv2_unmasked": holds,
+    "tread_end": fails,
+    "dit_bias": holds,
+  }
+  runs = {
+    (arm, seed): [row(100, last), row(200, first)]
+    for arm, (first, last) in curves.items()
+    for seed in (1, 2)
+  }
+  pairs = (("mdtv2_unmasked", "dit"), ("tread_end", "dit"), ("dit_bias", "dit_bias"))
+  monkeypatch.setattr(relation_report, "COMPARED", pairs)
+  assert relation_report.ratios(runs, CONDITION)[-3:] == [
+    "- `mdtv2_unmasked` / `dit`: only the first [only the first, only the first]",
+    "- `tread_end` / `dit`: never [never, never]",
+    "- `dit_bias` / `dit_bias`: 1.00 [1.00, 1.00]",
+  ]
