@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the documentation site into site/. A broken link or a warning fails the build.
-# The site loads nothing from elsewhere, so it also works without a network.
+# The site loads nothing from elsewhere, so it also works without a network. Its search
+# needs a server.
 # VENV: folder of its virtual environment (default: .venv-docs), which holds the extra
 # `docs` alone: the pages are made from the source, without importing the package.
 set -euo pipefail
@@ -20,6 +21,6 @@ print(*project["optional-dependencies"]["docs"], sep="\n")'
 # mkdocs-material announces its successor on every start.
 NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -m mkdocs build --strict --quiet
 cat <<EOT
-site:   site/index.html
-search: $VENV/bin/python -m http.server --bind 127.0.0.1 --directory site, then open http://127.0.0.1:8000
+site: site/index.html
+The search needs a server: $VENV/bin/python -m http.server --bind 127.0.0.1 --directory site
 EOT

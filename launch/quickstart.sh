@@ -6,6 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 WORKDIR="${WORKDIR:-runs/digits}"
 
+echo "installing into $VENV, which takes minutes the first time"
 install
 python="$VENV/bin/python"
 "$python" -m mdt_jax.main --config=configs/digits.py --workdir="$WORKDIR"
@@ -20,4 +21,5 @@ picture:      $WORKDIR/samples/samples.png
 scores:       $WORKDIR/evaluation/scores.json
 checkpoint:   $WORKDIR/checkpoints
 TensorBoard:  $VENV/bin/tensorboard --logdir=$WORKDIR/tensorboard
+next:         source $VENV/bin/activate, then the commands of README.md
 EOF

@@ -22,7 +22,7 @@ from mdt_jax.demo.commands import Source
 from mdt_jax.demo.engine import Engine
 from mdt_jax.demo.server import has_gradio, open_socket, serve
 from mdt_jax.errors import check_range, renamed_in_errors
-from mdt_jax.exit_codes import EXIT_TRY_AGAIN
+from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 from mdt_jax.pretrained.hub import is_hub_url
 from mdt_jax.sampling.pipeline import Pipeline
 
@@ -72,12 +72,13 @@ def main(argv: list[str]) -> None:
     source = Source(CHECKPOINT.value, STEP.value, EMA_DECAY.value, VAE.value)
     pipeline = Pipeline.load(source.checkpoint, **source.options)
     number = serve(Engine(pipeline, source), bound, HOST.value, MAX_QUEUE.value)
-  if number == signal.SIGINT:
-    raise KeyboardInterrupt
-  print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+  is_interrupt = number == signal.SIGINT
+  name = signal.Signals(number).name
+  print("interrupted" if is_interrupt else f"stopped by {name}", file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(EXIT_TRY_AGAIN)  # a draw that is still running does not delay the end
+  # A thread that draws or compiles neither delays the end nor aborts it.
+  os._exit(EXIT_INTERRUPTED if is_interrupt else EXIT_TRY_AGAIN)
 
 
 if __name__ == "__main__":
