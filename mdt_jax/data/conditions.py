@@ -81,8 +81,8 @@ class ConditionedSource:
       if is_optional and is_missing == (name in (self._held or ())):
         accepted = f"{where} must hold this array if, and only if, example 0 does"
         raise SettingError(setting, name, accepted)
-      if not is_missing and np.shape(example[name]) != shape:
-        has = f"{where} has the shape {np.shape(example[name])}"
+      if isinstance(example.get(name), np.ndarray) and example[name].shape != shape:
+        has = f"{where} has the shape {example[name].shape}"
         kind = condition.kind_of(name)
         accepted = f"{has}, and config.condition.{kind}_size"
         accepted += " and tokens_length say" if kind == "tokens" else " says"

@@ -106,9 +106,11 @@ def _check_arrays(arrays: Any, count: int) -> dict[str, np.ndarray]:
       array = np.asarray(values)
     except ValueError:  # lists of different lengths
       array = np.asarray(None)
-    if array.dtype.kind == "O" or (name == "caption") > (array.dtype.kind == "U"):
-      kind = "texts" if name == "caption" else "numbers or texts"
-      raise SettingError("arrays", name, f"must be an array of {kind}")
+    if array.dtype.kind == "O" and all(isinstance(x, str) for x in array.flat):
+      array = array.astype(np.str_)  # as pandas holds texts
+    kinds, what = ("U", "texts") if name == "caption" else ("fiubU", "numbers or texts")
+    if array.dtype.kind not in kinds:
+      raise SettingError("arrays", name, f"must be an array of {what}")
     if array.shape[:1] != (count,):
       accepted = f"must have {count} rows, one an image, has the shape {array.shape}"
       raise SettingError("arrays", name, accepted)

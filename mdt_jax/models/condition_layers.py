@@ -11,11 +11,18 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from mdt_jax.models.attention import plain_attention
 from mdt_jax.models.embeddings import CaptionMlp
-from mdt_jax.models.layers import layer_norm, linear, normal_init, scaled_norm
+from mdt_jax.models.layers import (
+  ATTENTION,
+  layer_norm,
+  linear,
+  normal_init,
+  scaled_norm,
+)
 from mdt_jax.types import Array, Dtype
 
 MASKED = -1e9  # added to the logits of tokens that are no part of a condition
@@ -159,5 +166,6 @@ class CrossAttention(nn.Module):
     key, value = jnp.unstack(both, axis=2)  # (B, S, heads, d)
     bias = jnp.where(mask, 0.0, MASKED)[:, None, None]  # (B, 1, 1, S)
     out = plain_attention(query, key, value, bias)  # (B, K, heads, d)
+    out = checkpoint_name(out, ATTENTION)
     zeros = nn.initializers.zeros
     return linear(dim, "proj", axis=(-2, -1), kernel_init=zeros, **options)(out)

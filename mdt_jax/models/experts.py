@@ -11,9 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from mdt_jax.models.layers import linear
+from mdt_jax.models.layers import LINEAR, linear
 from mdt_jax.models.partitioning import gather, parameter_axes
 from mdt_jax.types import Array, Dtype
 
@@ -78,8 +79,10 @@ class Experts(nn.Module):
     h = x[rows, ids]  # (B, E, count, D)
     w1 = self._matrix("expert_in", (self.num_experts, dim, self.width))
     w2 = self._matrix("expert_out", (self.num_experts, self.width, dim))
-    h = nn.gelu(jnp.einsum("becd,edh->bech", h, w1), approximate=False)
-    h = jnp.einsum("bech,ehd->becd", h, w2) * weights[..., None].astype(self.dtype)
+    h = checkpoint_name(jnp.einsum("becd,edh->bech", h, w1), LINEAR)
+    h = nn.gelu(h, approximate=False)
+    h = checkpoint_name(jnp.einsum("bech,ehd->becd", h, w2), LINEAR)
+    h = h * weights[..., None].astype(self.dtype)
     return jnp.zeros_like(h, shape=x.shape).at[rows, ids].add(h)
 
   def _matrix(self, name: str, shape: tuple[int, ...]) -> Array:

@@ -10,13 +10,21 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models.attention import attention, plain_attention
 from mdt_jax.models.blocks import Modulation
 from mdt_jax.models.embeddings import MAX_PERIOD, unpatchify
 from mdt_jax.models.experts import Experts, SwiGLU
-from mdt_jax.models.layers import gelu, layer_norm, linear, normal_init, scaled_norm
+from mdt_jax.models.layers import (
+  ATTENTION,
+  gelu,
+  layer_norm,
+  linear,
+  normal_init,
+  scaled_norm,
+)
 from mdt_jax.models.masking import TokenMask, restore_tokens
 from mdt_jax.models.partitioning import shard_batch
 from mdt_jax.sizes import Size
@@ -62,6 +70,7 @@ class Attention(nn.Module):
     )
     attend = plain_attention if self.forward_mode else attention
     out = attend(query, key, value, None)  # (B, K, heads, head_size)
+    out = checkpoint_name(out, ATTENTION)
     return linear(x.shape[-1], "proj", axis=(-2, -1), **options)(out)
 
 

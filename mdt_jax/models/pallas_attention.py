@@ -192,7 +192,7 @@ def _call(
     out_shape=[
       jax.ShapeDtypeStruct(
         full[kinds[name]].shape,
-        jnp.float32 if over_images and name == "dbias" else q.dtype,
+        jnp.float32 if name == "dbias" and len(bias) == 1 else q.dtype,
       )
       for name in results
     ],

@@ -78,6 +78,9 @@ def condition_of(
   }
   try:
     condition = create_condition(**{**note, **arguments})
+    for name, default in _types_of(condition).items():
+      if type(note.get(name, default)) is not type(default):
+        raise TypeError(f"{name} = {note[name]!r}")
   except (TypeError, ValueError, OverflowError) as error:  # values of other types too
     accepted = f"notes a condition that cannot be built: {one_line(error)}"
     raise SettingError("tensors", source, accepted) from None
@@ -86,3 +89,15 @@ def condition_of(
     accepted = f"notes the condition {name!r}, which is not one of this package"
     raise SettingError("tensors", source, accepted)
   return condition
+
+
+def _types_of(condition: Condition) -> dict[str, Any]:
+  """Returns name of an argument -> a value of its type."""
+  parts = condition.parts if isinstance(condition, JointCondition) else (condition,)
+  types: dict[str, Any] = {}
+  for part in parts:
+    if isinstance(part, VectorCondition):
+      types |= {"vector": "", "vector_size": 0, "vector_norm": True}
+    if isinstance(part, TokensCondition):
+      types |= {"tokens": "", "tokens_length": 0, "tokens_size": 0}
+  return types

@@ -99,3 +99,11 @@ def test_arrays_that_do_not_fit_are_named(arrays, value, accepted):
   with pytest.raises(SettingError, match=accepted) as error:
     MemorySource(images, [0, 1], arrays=arrays)
   assert (error.value.setting, error.value.value) == ("arrays", value)
+
+
+def test_texts_of_pandas_are_captions():
+  images = np.zeros((2, 4, 4, 1), np.uint8)
+  texts = np.array(["a cat", "a dog"], dtype=object)
+  assert (
+    MemorySource(images, [0, 1], arrays={"caption": texts})[1]["caption"] == "a dog"
+  )

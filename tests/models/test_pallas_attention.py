@@ -95,6 +95,15 @@ def test_bfloat16_is_as_exact_as_the_twin():
   assert (kernel <= 2 * twin + 1e-3).all(), errors
 
 
+def test_gradient_of_the_bias_of_one_image_is_not_rounded():
+  """With one image on a device, a bias still counts as one that images share."""
+  arguments = [x[:1] for x in inputs(1, "bfloat16")]
+  weights = jnp.ones((1, *arguments[0].shape[1:]))
+  found = gradients(interpreted, arguments, weights)[4]
+  assert found.dtype == jnp.float32
+  assert (found != found.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
 @pytest.mark.parametrize("bias", [300.0, -300.0])
 def test_large_logits_give_finite_gradients(bias):
   query, key, value, _ = inputs(0)

@@ -193,6 +193,9 @@ def changed(file, tmp_path, **changes):
     ({"vector_size": 6}, "condition.vector_embed.fc1.kernel"),
     ({"name": "label+vector"}, "y_embedder.embedding_table.weight"),
     ({"drop": None}, "cannot be built"),
+    ({"vector_size": 5.0}, "cannot be built: vector_size = 5.0"),
+    ({"vector": 7}, "cannot be built: vector = 7"),
+    ({"vector_norm": "x"}, "cannot be built: vector_norm = 'x'"),
   ],
 )
 def test_notes_that_do_not_fit(file, tmp_path, changes, text):
