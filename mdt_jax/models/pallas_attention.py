@@ -135,6 +135,7 @@ def _call(
   rows = rows_of(tokens)
   assert rows is not None
   per_image = bias is not None and len(bias) == batch
+  is_shared = bias is not None and len(bias) == 1  # also of one image on a device
   # Programs that add to one block of results follow each other: those of all images
   # for a shared bias, those of all queries for keys and values.
   over_images = "dbias" in results and not per_image
@@ -192,7 +193,7 @@ def _call(
     out_shape=[
       jax.ShapeDtypeStruct(
         full[kinds[name]].shape,
-        jnp.float32 if name == "dbias" and len(bias) == 1 else q.dtype,
+        jnp.float32 if name == "dbias" and is_shared else q.dtype,
       )
       for name in results
     ],
