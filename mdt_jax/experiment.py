@@ -164,17 +164,15 @@ class Experiment:
     if problem := device_problem(kernel, devices[0]):
       raise SettingError(name, kernel, f"{problem}: use plain")
     has_bias = self.model.default_objective == "mdt"
-    lengths = {self.model.num_tokens: "an image"}
+    kept = "config.masking.multiple" if has_bias else "config.objective.arguments"
+    lengths = {self.model.num_tokens: "an image has {}: see input_size and patch_size"}
     for static in self.objective.static_choices:
-      kept = static if isinstance(static, tuple) else (static,)
-      lengths |= {n: "a pass" for n in kept if isinstance(n, int) and n not in lengths}
+      for length in static if isinstance(static, tuple) else (static,):
+        if isinstance(length, int):
+          lengths.setdefault(length, f"a pass has {{}}: see {kept}")
     for length, where in lengths.items():
       if needed := needed_tokens(kernel, length, has_bias):
-        other = "input_size and patch_size"
-        if where == "a pass":
-          other = "config.masking.multiple"
-        accepted = f"{needed}; {where} has {length}: see {other}"
-        raise SettingError(name, kernel, accepted)
+        raise SettingError(name, kernel, f"{needed}; {where.format(length)}")
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.

@@ -229,13 +229,13 @@ def main(argv: list[str]) -> None:
       CHECKPOINT.value, STEP.value, EMA_DECAY.value, vae=VAE.value
     )
     stack.enter_context(_with_files())
-    condition = _arrays(pipeline, "condition", CONDITION.value)
+    condition, null = _conditions(pipeline)
     labels = _labels(pipeline, condition)
     file = pipeline.write(
       output,
       labels,
       condition=condition,
-      null=_null(pipeline),
+      null=null,
       png=PNG.value,
       overwrite=OVERWRITE.value,
       seed=SEED.value,
@@ -267,36 +267,27 @@ def _with_files() -> Iterator[None]:
     raise SettingError(error.setting, file, accepted) from None
 
 
-def _arrays(pipeline: Pipeline, setting: str, path: str | None) -> Any:
-  """Arrays of a file of conditions, repeated in turn for --num_images images."""
-  if path is None:
-    return None
-  found, count = read_conditions(setting, path), NUM_IMAGES.value
-  condition = pipeline.model.conditioning
-  given = count_images(condition, found)
-  if count is None:
-    return found
-  if count < given:
-    accepted = f"must be at least {given}, the number of images in --condition"
-    raise SettingError("num_images", count, accepted)
-  return repeat_arrays(condition, found, count)
-
-
-def _null(pipeline: Pipeline) -> Any:
-  """Arrays of the file of a negative condition, for one image or for all."""
-  if NULL_CONDITION.value is None:
-    return None
-  found = read_conditions("null", NULL_CONDITION.value)
-  if CONDITION.value is None or NUM_IMAGES.value is None:
-    return found
-  conditioning = pipeline.model.conditioning
-  with renamed_in_errors({"condition": "null"}):
-    given = count_images(conditioning, found)
-  count = count_images(conditioning, read_conditions("condition", CONDITION.value))
-  if given not in (1, count):
-    accepted = f"must be given for one image or for all {count}"
-    raise SettingError("null", given, accepted)
-  return repeat_arrays(conditioning, found, NUM_IMAGES.value)
+def _conditions(pipeline: Pipeline) -> tuple[Any, Any]:
+  """Arrays of --condition and --null_condition, in turn for --num_images images."""
+  conditioning, asked = pipeline.model.conditioning, NUM_IMAGES.value
+  found: dict[str, Any] = {"condition": None, "null": None}
+  counts = {}
+  for setting, path in (("condition", CONDITION.value), ("null", NULL_CONDITION.value)):
+    if path is not None:
+      found[setting] = read_conditions(setting, path)
+      with renamed_in_errors({"condition": setting}):
+        counts[setting] = count_images(conditioning, found[setting])
+  if asked is not None and "condition" in counts:
+    count = counts["condition"]
+    if asked < count:
+      accepted = f"must be at least {count}, the number of images in --condition"
+      raise SettingError("num_images", asked, accepted)
+    if counts.get("null", 1) not in (1, count):
+      accepted = f"must be given for one image or for all {count}"
+      raise SettingError("null", counts["null"], accepted)
+    for setting in counts:
+      found[setting] = repeat_arrays(conditioning, found[setting], asked)
+  return found["condition"], found["null"]
 
 
 def _labels(pipeline: Pipeline, condition: Any) -> Any:

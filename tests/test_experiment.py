@@ -85,6 +85,16 @@ def test_kernel_of_other_devices_is_refused(kernel, device, problem):
       "a multiple of 8 up to 4096; an image has",
     ),
     ("pallas", TPU, {"model.input_size": 256}, "up to 4096; an image has 16384"),
+    (
+      "pallas",
+      TPU,
+      {
+        **{"model.name": "TREAD-S/2", "model.input_size": 64, "model.depth": 8},
+        **{"masking.ratio": 0.0, "objective.name": "tread"},
+        "objective.arguments": {"ratio": 0.51},
+      },
+      "a pass has 502: see config.objective.arguments",
+    ),
   ],
 )
 def test_numbers_of_tokens_that_a_kernel_lacks(kernel, device, changes, needed):

@@ -23,9 +23,10 @@ from mdt_jax.errors import SettingError
 from mdt_jax.models.partitioning import on_each_device
 from mdt_jax.types import Array
 
-# Bytes of the blocks of one program. A core of a v5e or v6e has 128 MiB, of which the
-# compiler gives a kernel 16 MiB unless it is told otherwise; the blocks are double.
+# Aim for the bytes of one program's blocks in the forward pass; see `_heads_of`.
 _BLOCK_BYTES = 4 * 2**20
+# Memory of a core that the compiler may give to a kernel; it takes what the chip has if
+# that is less. Its default of 16 MiB is too little for the backward pass.
 _MEMORY_BYTES = 64 * 2**20
 MAX_WEIGHTS = 2**18  # weights (queries x keys) of a head in one program
 MAX_ROWS = 256  # queries of one program
@@ -210,7 +211,9 @@ def _call(
 def _heads_of(heads: int, tokens: int, rows: int, width: int, size: int) -> int:
   """Returns how many heads a program takes: the most whose blocks fit.
 
-  One head of 256 tokens is less work than the start of a program takes.
+  One head of 256 tokens is less work than the start of a program takes. The blocks are
+  those of the forward pass. The backward pass, with its sums, and with the two copies
+  that Pallas keeps of each block, takes about six times as many bytes.
   """
   padded = math.ceil(width / _LANES) * _LANES
   block = (2 * rows + 2 * tokens) * padded * size + rows * tokens * (size + 4)

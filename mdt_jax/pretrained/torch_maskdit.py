@@ -66,7 +66,7 @@ def infer_attributes(
   hidden_size, in_channels, _, patch_size = shape("x_embedder.proj.weight", 4)
   length = shape("pos_embed", 3)[1]
   width = shape(MARK, 2)[0]
-  no_labels = "has_labels" in known  # see `torch_mdt_sizes.label_rows`
+  no_labels = "no_label_table" in known  # see `torch_mdt_sizes.label_rows`
   classes = known["num_classes"] if no_labels else shape(LABEL_TABLE, 2)[1]
   out_rows = shape("final_layer.linear.weight", 2)[0]
   mlp_size = shape("blocks.0.mlp.fc1.weight", 2)[0]

@@ -230,7 +230,7 @@ def _open_network(
   note = sizes.read_notes(metadata).get(condition_tensors.NOTE)
   note = note if isinstance(note, dict) else None
   if not condition_tensors.has_labels(note):
-    known["has_labels"] = 0
+    known["no_label_table"] = 1
     known.setdefault("num_classes", 1)
   found = torch_layouts.find_layout(tensors)
   infer = found.infer_attributes or sizes.infer_attributes

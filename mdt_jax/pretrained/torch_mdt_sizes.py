@@ -351,10 +351,10 @@ def label_rows(
 
   Args:
     shape: (name of a tensor, number of axes) -> shape.
-    known: what the file states, see `infer_attributes`. "has_labels" is 0 if the
-      condition of the network has no labels.
+    known: what the file states, see `infer_attributes`. "no_label_table" is 1 if
+      the condition of the network has no labels.
   """
-  if "has_labels" in known:
+  if "no_label_table" in known:
     return known["num_classes"] + (known.get("label_dropout") != 0)
   return shape(LABEL_TABLE, 2)[0]
 

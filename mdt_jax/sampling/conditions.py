@@ -166,21 +166,22 @@ def _classes(
   has_null = label is not None and label.dropout > 0
   # Dropped together, the network was never trained on arrays without their label.
   together = label is not None and getattr(condition, "together", False)
-  accepted = 'must be given, or "label" among the arrays: the condition has a label'
   if LABEL not in given and labels is None and (together or not has_null):
+    accepted = 'must be given, or "label" among the arrays: the condition has a label'
     raise SettingError("labels", None, accepted)
   chosen = given.get(LABEL, labels)
   try:
     classes = parse_labels("labels", chosen, num_classes, has_null=has_null, held=held)
-    if together and (classes == num_classes).any():
-      accepted = "must be classes: the network drops its conditions together, and was "
-      accepted += "never trained on arrays without a label"
-      raise SettingError("labels", "the null label", accepted)
   except SettingError as error:
     if LABEL not in given:
       raise
     accepted = f"{error.value!r} {error.accepted}"
     raise SettingError("condition", LABEL, accepted) from None
+  if together and (classes == num_classes).any():
+    accepted = "must be classes, not the null label: the network drops its conditions "
+    accepted += "together, and was never trained on arrays without a label"
+    setting = "condition" if LABEL in given else "labels"
+    raise SettingError(setting, LABEL if LABEL in given else num_classes, accepted)
   return classes
 
 
