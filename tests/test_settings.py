@@ -220,7 +220,7 @@ BAD = [
   ("model.depth", 5, "must be even for MDTv2"),
   ("model.decode_depth", 9, "must lie in [1, depth = 4]"),
   ("model.dtype", "float8", "accepted are float32"),
-  ("model.remat", "some", "accepted are none, full, dots"),
+  ("model.remat", "some", "accepted are none, full, attention"),
   ("model.unroll", 0, "must be -1 (all) or at least 1"),
   ("model.num_classes", 0, "must be at least 1"),
   ("model.label_dropout", 1.0, "must lie in [0, 1)"),
