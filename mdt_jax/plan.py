@@ -2,7 +2,7 @@
 
 Compiles the training step (--what=sample: the sampler) for devices that this machine
 does not have. Prints whether the step fits in their memory, which collectives it runs,
-which kernels move most bytes, and an upper bound of its speed. TPU topologies need
+which kernels take longest, and an upper bound of its speed. TPU topologies need
 libtpu, and GPUs the CUDA plugin: pip install -e '.[tpu]', or '.[cuda]', in a clone.
 cpu:N needs no other package.
 """

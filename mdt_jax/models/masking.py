@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int
 
 from mdt_jax.types import Array
@@ -55,7 +56,7 @@ def keep_tokens(
   tokens: Float[Array, "B L D"], mask: TokenMask
 ) -> Float[Array, "B K D"]:
   """Selects the kept tokens, in the order of `mask.ids_keep`."""
-  return jnp.take_along_axis(tokens, mask.ids_keep[..., None], axis=1)
+  return _take(tokens, mask.ids_keep)
 
 
 def restore_tokens(
@@ -66,7 +67,22 @@ def restore_tokens(
   num_removed = mask.ids_restore.shape[1] - num_keep
   fill = jnp.broadcast_to(mask_token.astype(kept.dtype), (batch, num_removed, dim))
   tokens = jnp.concatenate([kept, fill], axis=1)
-  return jnp.take_along_axis(tokens, mask.ids_restore[..., None], axis=1)
+  return _take(tokens, mask.ids_restore)
+
+
+def _take(tokens: Array, ids: Array) -> Array:
+  """Selects tokens of each sample: (B, L, D) and (B, K) -> (B, K, D).
+
+  XLA for GPUs writes the gradient, a scatter, with the batch as the last axis, and
+  would keep that order in the blocks around. So the order of axes is fixed here.
+  """
+  layout = Layout(major_to_minor=(0, 1, 2))
+  tokens = jax.lax.platform_dependent(
+    tokens,
+    cuda=lambda x: with_layout_constraint(x, layout),
+    default=lambda x: x,
+  )
+  return jnp.take_along_axis(tokens, ids[..., None], axis=1)
 
 
 def num_kept(length: int, ratio: float) -> int:

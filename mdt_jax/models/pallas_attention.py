@@ -199,6 +199,14 @@ def _call(
       for name in results
     ],
     scratch_shapes=list(scratch.values()),
+    cost_estimate=pl.CostEstimate(
+      # Logits and output; or logits, gradients of weights, and those in `results`.
+      flops=(2 if d_out is None else 2 + len({*results} - {"dbias"}))
+      * (2 * batch * heads * tokens**2 * width),
+      transcendentals=batch * heads * tokens**2,
+      bytes_accessed=sum(array.size * array.dtype.itemsize for _, array in given)
+      + sum(full[kinds[name]].size * q.dtype.itemsize for name in results),
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=_MEMORY_BYTES,

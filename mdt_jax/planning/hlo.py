@@ -11,9 +11,11 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # bits of a dt
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ON_CHIP = "S(1)"  # in the layout of an array that a TPU keeps in the core's memory
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.-]+)")
+_BRANCH = re.compile(r"\b(?:true|false)_computation=%?([\w.-]+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -27,14 +29,18 @@ class Operation:
   Attributes:
     name: name in its computation.
     opcode: such as "fusion".
+    shapes: shapes of the arrays of the result.
     bytes: sizes of the arrays of the result.
+    stored: as `bytes`, but 0 for arrays that a TPU keeps in the core's memory.
     operands: names of the operands.
     line: the whole line.
   """
 
   name: str
   opcode: str
+  shapes: list[tuple[int, ...]]
   bytes: list[int]
+  stored: list[int]
   operands: list[str]
   line: str
 
@@ -95,7 +101,10 @@ def runs(
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
-  """Parses HLO text into (name of the entry computation, computations by name)."""
+  """Parses HLO text into (name of the entry computation, computations by name).
+
+  Of the branches of a conditional, the one with most operations counts as called.
+  """
   entry, computation = "", Computation()
   computations: dict[str, Computation] = {}
   for line in text.splitlines():
@@ -113,24 +122,46 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
       trips, condition = _TRIPS.search(line), _CONDITION.search(line)
       turns = int(trips[1]) if trips else None if opcode == "while" else 1
       called = CALLED.findall(line)
-      if branches := _BRANCHES.search(line):
-        called += [name.strip(" %") for name in branches[1].split(",")]
+      if opcode == "conditional":
+        called.append(_longest(_branches(line), computations))
       computation.calls += [
         Call(callee, turns, condition[1] if condition else "", opcode == "fusion")
         for callee in called
       ]
     arguments = line[operation.end() :].partition(")")[0]
+    arrays = _ARRAY.findall(result)
+    shapes = [tuple(int(n) for n in shape.split(",") if n) for _, shape, _ in arrays]
+    sizes = [
+      _bytes(dtype, shape) for (dtype, *_), shape in zip(arrays, shapes, strict=True)
+    ]
     computation.operations[name] = Operation(
       name,
       opcode,
-      [_bytes(*array) for array in _ARRAY.findall(result)],
+      shapes,
+      sizes,
+      [
+        0 if _ON_CHIP in layout else size
+        for (*_, layout), size in zip(arrays, sizes, strict=True)
+      ],
       _NAME.findall(arguments),
       line,
     )
   return entry, computations
 
 
-def _bytes(dtype: str, shape: str) -> int:
-  """Bytes of an array in HLO notation, such as f32[8,16]."""
+def _branches(line: str) -> list[str]:
+  """Names of the branches of a conditional."""
+  if branches := _BRANCHES.search(line):
+    return [name.strip(" %") for name in branches[1].split(",")]
+  return _BRANCH.findall(line)
+
+
+def _longest(names: list[str], computations: dict[str, Computation]) -> str:
+  """The computation with most operations; the text has callees before callers."""
+  return max(names, key=lambda name: len(computations[name].operations))
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+  """Bytes of an array with a dtype of HLO, such as bf16."""
   bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
-  return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+  return math.prod(shape) * bits // 8

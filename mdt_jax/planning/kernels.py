@@ -1,11 +1,14 @@
-"""Counts the bytes that the kernels of a compiled program read and write."""
+"""Counts the bytes and floating-point operations of a compiled program's kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
+from mdt_jax.chips import Chip
 from mdt_jax.planning import hlo
+from mdt_jax.planning.kernel_flops import flops
 
 _NUMBERS = re.compile(r"(\.\d+|\.clone|\.remat)+$")  # at the end of a name
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
@@ -23,46 +26,72 @@ _FREE = (
   "partition-id",
   "replica-id",
 )
+_FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")  # of TPUs
 _SLICES = ("dynamic-slice", "slice", "gather")  # read parts of their first operand
 
 
 @dataclasses.dataclass
-class Moved:
+class Kernels:
   """All kernels of one kind in one run of a program.
 
   Attributes:
     calls: number of calls.
     bytes: bytes that the kernels read and write, if nothing stays in a cache.
+    flops: floating-point operations of their matrix products.
+    seconds: least time, one kernel after another: for each the longer one of its bytes
+      and its operations, at the peaks of a chip. 0 without a chip.
   """
 
   calls: int = 0
   bytes: float = 0.0
+  flops: float = 0.0
+  seconds: float = 0.0
 
 
-def kernels(text: str) -> dict[str, Moved]:
-  """Counts the bytes that the kernels of a compiled program read and write.
+def kernels(text: str, chip: Chip | None = None) -> dict[str, Kernels]:
+  """Counts the kernels of a compiled program.
 
-  A fused kernel counts its operands and results, not what is inside; of an operand that
-  it only slices, or a result that it updates in place, it counts that part.
+  A fused kernel reads its operands and writes its results; what is inside costs no
+  traffic. Of an operand that it only slices, or a result that it updates in place, that
+  part counts. Arrays that a TPU keeps in the core's memory do not count.
 
   Args:
     text: HLO text, from `jax.stages.Compiled.as_text()`.
+    chip: chip for the times; None for no times.
 
   Returns:
-    Kind -> calls and bytes, those that move most first. A kind is XLA's name of a
-    fusion without its number, the target of a custom call, or else an operation.
+    Kind -> kernels, those that take longest (without a chip: move most bytes) first. A
+    kind is XLA's name of a fusion without its number, the target of a custom call, or
+    else an operation.
   """
-  found: dict[str, Moved] = {}
+  found: dict[str, Kernels] = {}
   entry, computations = hlo.parse(text)
   for name, times in hlo.runs(entry, computations, into_fusions=False):
     computation = computations[name]
     for operation in computation.operations.values():
-      if operation.opcode in _FREE:
+      kind = _kind(operation)
+      if operation.opcode in _FREE or operation.opcode.endswith("-done"):
         continue
-      moved = found.setdefault(_kind(operation), Moved())
-      moved.calls += times
-      moved.bytes += times * _moved(operation, computation, computations)
-  return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+      if kind in _FREE_CALLS:
+        continue
+      moved = _moved(operation, computation, computations)
+      count = flops(operation, computation, computations)
+      same = found.setdefault(kind, Kernels())
+      same.calls += times
+      same.bytes += times * moved
+      same.flops += times * count
+      if chip:
+        same.seconds += times * max(moved / chip.bandwidth, count / chip.flops)
+  return dict(
+    sorted(found.items(), key=lambda item: (-item[1].seconds, -item[1].bytes))
+  )
+
+
+def total(kinds: Iterable[Kernels]) -> Kernels:
+  """Adds several kinds of kernels."""
+  fields = [field.name for field in dataclasses.fields(Kernels)]
+  kinds = list(kinds)
+  return Kernels(*(sum(getattr(kind, name) for kind in kinds) for name in fields))
 
 
 def _kind(operation: hlo.Operation) -> str:
@@ -81,20 +110,31 @@ def _moved(
 ) -> int:
   """Bytes that a kernel reads and writes."""
   operations = computation.operations
-  sizes = [sum(operations[name].bytes) for name in operation.operands]
-  written = sum(operation.bytes)
-  body = None
-  if operation.opcode == "fusion":
-    body = computations[hlo.CALLED.findall(operation.line)[0]]
-  elif operation.opcode in (*_SLICES, "dynamic-update-slice"):
-    if operation.opcode == "dynamic-update-slice":
-      return 2 * sizes[1]
-    return 2 * written
-  if body is None:
+  sizes = [sum(operations[name].stored) for name in operation.operands]
+  written = sum(operation.stored)
+  if operation.opcode == "copy-start":
+    return written  # the results are both the target and the source
+  if operation.opcode == "slice-start":
+    return _read(operation.bytes[1], sizes[0]) + operation.stored[1]
+  if operation.opcode in _SLICES:
+    return _read(sum(operation.bytes), sizes[0]) + written
+  if operation.opcode == "dynamic-update-slice":
+    return 2 * sizes[1]
+  if operation.opcode != "fusion":
     return sum(sizes) + written
+  body = computations[hlo.CALLED.findall(operation.line)[0]]
   parts = _parts_read(body)
-  read = sum(parts.get(i, size) for i, size in enumerate(sizes))
-  return read + sum(_written(root, body) for root in _roots(body))
+  read = sum(_read(parts.get(i, size), size) for i, size in enumerate(sizes))
+  roots = _roots(body)
+  if len(roots) < len(operation.stored):  # one operation with several results
+    return read + written
+  found = zip(roots, operation.stored, strict=True)
+  return read + sum(_read(_written(root, body), size) for root, size in found)
+
+
+def _read(part: int, size: int) -> int:
+  """Bytes of a part of an array with this size; 0 if the array is not stored."""
+  return min(part, size)
 
 
 def _parts_read(body: hlo.Computation) -> dict[int, int]:

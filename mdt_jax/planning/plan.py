@@ -20,7 +20,7 @@ from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import logger
 from mdt_jax.planning.collectives import BETWEEN_SLICES, Traffic, collectives
 from mdt_jax.planning.devices import compiler_options, open_devices
-from mdt_jax.planning.kernels import Moved, kernels
+from mdt_jax.planning.kernels import Kernels, kernels
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.sampling.token_guidance import sampling_flops
 from mdt_jax.settings import Settings
@@ -47,8 +47,8 @@ class Plan:
     limit: bytes of a device that a program can use; None if unknown.
     flops: model FLOPs over all devices, see `mdt_jax.models.flops`.
     collectives: kind of collective -> calls, and bytes that each device sends.
-    kernels: kind of kernel -> calls, and bytes that it reads and writes on a device;
-      see `kernels.kernels`.
+    kernels: kind of kernel -> calls, bytes, FLOPs and least time on a device; see
+      `kernels.kernels`.
     compile_seconds: time of the compilation on this machine.
     seconds: lower bounds of the run time from "products", "memory" and "network", each
       at the chip's published peak, without the network between slices; empty if the
@@ -65,7 +65,7 @@ class Plan:
   limit: float | None
   flops: float
   collectives: dict[str, Traffic]
-  kernels: dict[str, Moved]
+  kernels: dict[str, Kernels]
   compile_seconds: float
   seconds: dict[str, float]
 
@@ -208,7 +208,7 @@ def make_plan(
     limit=limit,
     flops=count,
     collectives=found,
-    kernels=kernels(text),
+    kernels=kernels(text, chip),
     compile_seconds=compile_seconds,
     seconds=_least_seconds(chip, memory, count / len(devices), found) if chip else {},
   )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mdt_jax.planning.kernels import total
 from mdt_jax.planning.plan import Plan
 
-NUM_KERNELS = 6  # kinds of kernels in the text
+NUM_KERNELS = 8  # kinds of kernels in the text
 
 
 def describe(plan: Plan) -> str:
@@ -28,17 +29,34 @@ def describe(plan: Plan) -> str:
     f"{kind}: {traffic.calls} calls, each device sends {traffic.sent / 1e6:.1f} MB"
     for kind, traffic in sorted(plan.collectives.items())
   ] or ["devices send nothing to each other"]
-  moved = sum(kind.bytes for kind in plan.kernels.values())
-  most = list(plan.kernels.items())[:NUM_KERNELS]
-  lines.append(
-    f"kernels read and write {moved / 1e9:.1f} GB, most of it: "
-    + ", ".join(f"{name} {k.bytes / 1e9:.2f} ({k.calls} calls)" for name, k in most)
-  )
   if plan.seconds:
     least = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in plan.seconds.items())
     bound = max(plan.seconds.values())
+    lines.append(f"least time, ms: {least}; so at most {_speed(plan, bound)}")
+    in_turn = sum(kind.seconds for kind in plan.kernels.values())
     lines.append(
-      f"least time, ms: {least}; so at most {plan.batch_size / bound:.0f} images/s and "
-      f"{plan.seconds['products'] / bound:.0%} of the chip's peak FLOPs"
+      f"kernels one after another at the chip's peaks: {1e3 * in_turn:.1f} ms, so "
+      f"{_speed(plan, in_turn)}"
     )
-  return "\n".join(lines)
+  return "\n".join([*lines, *_table(plan)])
+
+
+def _speed(plan: Plan, seconds: float) -> str:
+  """Images per second, and share of the peak, of a program that takes `seconds`."""
+  share = plan.seconds["products"] / seconds
+  return f"{plan.batch_size / seconds:.0f} images/s and {share:.0%} of the peak FLOPs"
+
+
+def _table(plan: Plan) -> list[str]:
+  """Lines of a table of the kernels that take longest, or move most bytes."""
+  kinds = dict(list(plan.kernels.items())[:NUM_KERNELS])
+  if left := list(plan.kernels.values())[NUM_KERNELS:]:
+    kinds[f"{len(left)} other kinds"] = total(left)
+  kinds["all kernels"] = total(plan.kernels.values())
+  width = max(map(len, kinds))
+  time = "      ms" if plan.seconds else ""
+  return [f"{'kernels':{width}}   calls       GB     GFLOP{time}"] + [
+    f"{name:{width}} {k.calls:7} {k.bytes / 1e9:8.2f} {k.flops / 1e9:9.1f}"
+    + (f" {1e3 * k.seconds:7.2f}" if plan.seconds else "")
+    for name, k in kinds.items()
+  ]

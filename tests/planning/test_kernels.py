@@ -1,9 +1,11 @@
-"""Kinds of kernels, and the bytes that they move."""
+"""Kinds of kernels, the bytes that they move, and their least time."""
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from mdt_jax.planning.kernels import kernels
+from mdt_jax.chips import CHIPS
+from mdt_jax.planning.kernels import kernels, total
 
 # A loop of 5 turns: each reads one row of a stack, and writes one row of another.
 KERNELS = """HloModule jit_f
@@ -72,3 +74,74 @@ def test_kernels_of_a_compiled_program_move_at_least_its_arrays():
   text = jax.jit(lambda x: jnp.tanh(x @ x) + 1).lower(x).compile().as_text()
   moved = sum(kind.bytes for kind in kernels(text).values())
   assert 2 * 4 * 64**2 <= moved <= 8 * 4 * 64**2
+
+
+# As a TPU's compiler writes it: the core's memory is S(1).
+ON_CHIP = """HloModule jit_f
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %start = (f32[100]{0:S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%x)
+  %fast = f32[100]{0:S(1)} copy-done(%start)
+  %part = ((f32[100]{0}), f32[40]{0:S(1)}, u32[]{:S(2)}) slice-start(%x)
+  %cut = f32[40]{0:S(1)} slice-done(%part)
+  %square = f32[100]{0:S(1)} multiply(%fast, %fast)
+  ROOT %sum = f32[100]{0} add(%square, %x)
+}
+"""
+
+
+def test_arrays_in_the_memory_of_a_core_do_not_count():
+  found = {kind: moved.bytes for kind, moved in kernels(ON_CHIP).items()}
+  flag = 4
+  assert found == {
+    "copy-start": 400 + flag,
+    "slice-start": 160,
+    "multiply": 0,
+    "add": 2 * 400,
+  }
+
+
+BRANCHES = """HloModule jit_f
+
+%update (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %y = f32[100]{0} multiply(%x, %x)
+  ROOT %z = f32[100]{0} add(%y, %x)
+}
+
+%keep (w: f32[100]) -> f32[100] {
+  %w = f32[100]{0} parameter(0)
+  ROOT %v = f32[100]{0} copy(%w)
+}
+
+ENTRY %main (p: pred[], a: f32[100]) -> f32[100] {
+  %p = pred[] parameter(0)
+  %a = f32[100]{0} parameter(1)
+  ROOT %r = f32[100]{0} conditional(%p, %a, %a), NAMES
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    "true_computation=%update, false_computation=%keep",
+    "true_computation=%keep, false_computation=%update",
+    "branch_computations={%keep, %update}",
+  ],
+)
+def test_the_longest_branch_counts(names):
+  assert set(kernels(BRANCHES.replace("NAMES", names))) == {"multiply", "add"}
+
+
+def test_least_time_is_that_of_bytes_or_of_products():
+  chip = CHIPS["h100"]
+  x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+  text = jax.jit(lambda x: jnp.tanh(x @ x)).lower(x).compile().as_text()
+  found = kernels(text, chip)
+  assert total(found.values()).flops == 2 * 512**3
+  for kind in found.values():
+    assert kind.seconds == max(kind.bytes / chip.bandwidth, kind.flops / chip.flops)
+  times = [kind.seconds for kind in found.values()]
+  assert times == sorted(times, reverse=True)

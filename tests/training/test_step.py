@@ -304,6 +304,21 @@ def test_nonfinite_step_changes_only_the_step_number(value):
   assert step.mean_metrics(metrics) == {"skipped": 1.0}
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_choice_and_branch_give_the_same_state(finite):
+  """The step uses one of them on CPUs and TPUs, and the other on GPUs."""
+  state = make_state(smooth_config(**DIT))
+
+  def update(state):
+    change = 1.0 if finite else jnp.nan
+    return state.replace(params=jax.tree.map(lambda x: x + change, state.params))
+
+  expected = update(state) if finite else state
+  for function in (step._branch, step._choose):
+    found = jax.jit(lambda s, f=function: f(jnp.bool_(finite), update, s))(state)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_finite_step_is_not_skipped():
   state, after, metrics = run_once()
   assert step.mean_metrics(metrics)["skipped"] == 0
