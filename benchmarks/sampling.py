@@ -33,6 +33,9 @@ STEPS = flags.DEFINE_integer("steps", 4, "Steps in a timed turn, the last of the
 UNROLL = flags.DEFINE_integer(
   "unroll", None, "config.model.unroll; default: -1 on CPUs, 1 otherwise."
 )
+KERNEL = flags.DEFINE_string(
+  "attention_kernel", "plain", "config.model.attention_kernel."
+)
 REPEATS = flags.DEFINE_integer("repeats", 10, "Number of timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
 COMPILE = flags.DEFINE_bool(
@@ -52,6 +55,7 @@ def benchmark(name: str) -> dict[str, Any]:
       "model.name": name,
       "model.dtype": DTYPE.value,
       "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
+      "model.attention_kernel": KERNEL.value,
       "sampling.num_steps": NUM_STEPS,
       "sampling.cfg_scale": CFG_SCALE,
     }
@@ -112,6 +116,8 @@ def benchmark(name: str) -> dict[str, Any]:
     "model": name,
     "batch_size": BATCH_SIZE.value,
     "dtype": DTYPE.value,
+    "attention_kernel": model.attention_kernel,
+    "unroll": model.unroll,
     "steps": STEPS.value,
     "flops_a_step": flops,
     "peak_bytes": timing.peak_bytes(compiled),

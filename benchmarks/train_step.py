@@ -37,6 +37,9 @@ UNROLL = flags.DEFINE_integer(
   "unroll", None, "config.model.unroll; default: -1 on CPUs, 1 otherwise."
 )
 REMAT = flags.DEFINE_string("remat", "none", "config.model.remat.")
+KERNEL = flags.DEFINE_string(
+  "attention_kernel", "plain", "config.model.attention_kernel."
+)
 REPEATS = flags.DEFINE_integer("repeats", 10, "Number of timed turns.")
 REFERENCE = flags.DEFINE_string("reference", None, "Checkout of the released code.")
 COMPILE = flags.DEFINE_bool(
@@ -56,6 +59,7 @@ def benchmark(name: str) -> dict[str, Any]:
       "model.name": name,
       "model.dtype": DTYPE.value,
       "model.remat": REMAT.value,
+      "model.attention_kernel": KERNEL.value,
       "model.unroll": UNROLL.value or (-1 if is_cpu else 1),
       "optimizer.name": "adan" if is_v2 else "adamw",
       "diffusion.loss_weight": "min_snr" if is_v2 else "none",
@@ -113,6 +117,8 @@ def benchmark(name: str) -> dict[str, Any]:
     "model": name,
     "batch_size": BATCH_SIZE.value,
     "dtype": DTYPE.value,
+    "attention_kernel": model.attention_kernel,
+    "unroll": model.unroll,
     "kept_tokens": num_keep,
     "compile_seconds": compile_seconds,
     "flops": flops,

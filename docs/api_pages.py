@@ -33,7 +33,7 @@ PAGES = {
   "build": (
     "Settings and objects of a run",
     "experiment builders settings setting_groups config recipes train_state "
-    "own_parts typed_config setting_limits",
+    "own_parts typed_config setting_limits attention_choice",
   ),
   "basics": (
     "Errors, files and types",

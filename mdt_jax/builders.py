@@ -10,6 +10,7 @@ import dataclasses
 
 import optax
 
+from mdt_jax.attention_choice import AUTO
 from mdt_jax.buckets import is_bucket
 from mdt_jax.data.conditions import with_condition
 from mdt_jax.data.examples import Source
@@ -22,7 +23,13 @@ from mdt_jax.diffusion import Process, create_process
 from mdt_jax.diffusion.guidance import Guidance, TokenShares
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.timestep_samplers import TimestepSampler
-from mdt_jax.errors import SettingError, named_in_errors, renamed_in_errors
+from mdt_jax.errors import (
+  SettingError,
+  check_choice,
+  named_in_errors,
+  renamed_in_errors,
+)
+from mdt_jax.models.attention import KERNELS
 from mdt_jax.models.condition_registry import create_condition
 from mdt_jax.models.conditions import Condition
 from mdt_jax.models.registry import (
@@ -68,6 +75,7 @@ def build_model(settings: Settings, *, learn_sigma: bool) -> Model:
   if settings.model.condition != "label":
     attributes["condition"] = _build_condition(settings)
   with named_in_errors("config.model"):
+    check_choice("attention_kernel", settings.model.attention_kernel, (*KERNELS, AUTO))
     return create_model(**attributes, learn_sigma=learn_sigma)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import builders, sharding
+from mdt_jax.attention_choice import AUTO, FASTEST, kernel_problem
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source, Subset, split_indices
 from mdt_jax.data.sources import SOURCES
@@ -27,19 +28,14 @@ from mdt_jax.diffusion import Process
 from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.diffusion.time_solvers import TIME_SOLVERS
-from mdt_jax.errors import (
-  SettingError,
-  check_choice,
-)
-from mdt_jax.models.attention import device_problem, needed_tokens
+from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.logs import logger
 from mdt_jax.models.network import check_network
 from mdt_jax.models.registry import DTYPES, Model
 from mdt_jax.objectives import Objective
 from mdt_jax.optimizers import Schedule
 from mdt_jax.own_parts import OwnParts
-from mdt_jax.parameter_groups import (
-  without_frozen,
-)
+from mdt_jax.parameter_groups import without_frozen
 from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
@@ -107,6 +103,8 @@ class Experiment:
       # Sampling reads from the checkpoint's settings whether the run used pixels.
       kind = "images" if _has_pixels(source) else "arrays"
       self.settings = settings.with_data(source=kind, path=f"<{type(source).__name__}>")
+    if settings.model.attention_kernel == AUTO:
+      self._choose_kernel()
 
   def __repr__(self) -> str:
     return f"Experiment({self.model_name})"
@@ -142,12 +140,13 @@ class Experiment:
         sampling.cfg_scale,
         "must be 1 if the network is trained with label_dropout = 0",
       )
-    self._check_kernel()
+    kernel = self.settings.model.attention_kernel
+    if problem := kernel_problem(kernel, self.model, self.objective, self._devices):
+      raise SettingError("config.model.attention_kernel", kernel, problem)
     mesh = self.settings.mesh
-    devices = jax.devices() if self._devices is None else self._devices
     sharding.check_mesh(
       (mesh.data, mesh.fsdp, mesh.tensor),
-      devices,
+      jax.devices() if self._devices is None else self._devices,
       mesh.slices,
       self.model,
       batch_size=self.settings.batch_size,
@@ -155,24 +154,20 @@ class Experiment:
       groups=self.objective.groups,
     )
 
-  def _check_kernel(self) -> None:
-    """Raises SettingError if the devices cannot run the attention of a step."""
-    name, kernel = "config.model.attention_kernel", self.settings.model.attention_kernel
-    if kernel == "plain":
-      return
-    devices = jax.devices() if self._devices is None else self._devices
-    if problem := device_problem(kernel, devices[0]):
-      raise SettingError(name, kernel, f"{problem}: use plain")
-    has_bias = self.model.default_objective == "mdt"
-    kept = "config.masking.multiple" if has_bias else "config.objective.arguments"
-    lengths = {self.model.num_tokens: "an image has {}: see input_size and patch_size"}
-    for static in self.objective.static_choices:
-      for length in static if isinstance(static, tuple) else (static,):
-        if isinstance(length, int):
-          lengths.setdefault(length, f"a pass has {{}}: see {kept}")
-    for length, where in lengths.items():
-      if needed := needed_tokens(kernel, length, has_bias):
-        raise SettingError(name, kernel, f"{needed}; {where.format(length)}")
+  def _choose_kernel(self) -> None:
+    """Replaces config.model.attention_kernel = auto by what the devices run."""
+    tried = self.settings.with_attention_kernel(FASTEST)
+    fused = Experiment(tried, self._devices, self._own)
+    try:
+      problem = kernel_problem(FASTEST, fused.model, fused.objective, self._devices)
+    except SettingError as error:
+      if not error.setting.endswith("attention_kernel"):
+        raise
+      problem = error.accepted
+    self.settings = self.settings.with_attention_kernel("plain") if problem else tried
+    logger.info(
+      "attention kernel: %s", f"plain ({FASTEST} {problem})" if problem else FASTEST
+    )
 
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.

@@ -232,6 +232,11 @@ class Settings:
     """Returns these settings with changed settings of data, such as path or vae."""
     return dataclasses.replace(self, data=dataclasses.replace(self.data, **changes))
 
+  def with_attention_kernel(self, kernel: str) -> Settings:
+    """Returns these settings with another config.model.attention_kernel."""
+    model = dataclasses.replace(self.model, attention_kernel=kernel)
+    return dataclasses.replace(self, model=model)
+
   def with_ema_decay(self, ema_decay: float) -> Settings:
     """Returns these settings with another average to sample."""
     sampling = dataclasses.replace(self.sampling, ema_decay=ema_decay)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mdt_jax import create_model
+from mdt_jax.attention_choice import kernel_problem
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.objectives import PlainObjective
@@ -35,14 +36,18 @@ def test_own_network_without_the_variance_channels_is_refused():
 class Device:
   """What `Experiment` asks about a device."""
 
-  def __init__(self, platform, device_kind):
+  def __init__(self, platform, device_kind, **more):
     self.platform, self.device_kind = platform, device_kind
+    vars(self).update(more)
 
 
 CPU = Device("cpu", "cpu")
 NVIDIA = Device("gpu", "NVIDIA H100 80GB HBM3")
 AMD = Device("gpu", "AMD Instinct MI300X")
+T4 = Device("gpu", "Tesla T4", compute_capability="7.5")
 TPU = Device("tpu", "TPU v5 lite")
+
+EVEN = {"masking.ratio": 0.5, "masking.width": 0.0, "model.dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -62,15 +67,11 @@ TPU = Device("tpu", "TPU v5 lite")
 def test_kernel_of_other_devices_is_refused(kernel, device, problem):
   changes = {"model.attention_kernel": kernel, "model.dtype": "bfloat16"}
   even = {"masking.ratio": 0.5, "masking.width": 0.0}
-  settings = Settings.from_config(tiny_config(**changes, **even))
-  experiment = Experiment(settings, devices=[device])
-  if problem is None:
-    experiment._check_kernel()
-    return
-  with pytest.raises(SettingError) as error:
-    experiment._check_kernel()
-  assert error.value.setting == "config.model.attention_kernel"
-  assert error.value.accepted == f"{problem}: use plain"
+  experiment = build(
+    tiny_config(**{**changes, "model.attention_kernel": "plain"}, **even)
+  )
+  found = kernel_problem(kernel, experiment.model, experiment.objective, [device])
+  assert found == (problem and f"{problem}: use plain")
 
 
 @pytest.mark.parametrize(
@@ -99,11 +100,38 @@ def test_kernel_of_other_devices_is_refused(kernel, device, problem):
 )
 def test_numbers_of_tokens_that_a_kernel_lacks(kernel, device, changes, needed):
   fixed = {"masking.ratio": 0.3, "masking.width": 0.0, "model.dtype": "bfloat16"}
-  config = tiny_config(**{**fixed, **changes, "model.attention_kernel": kernel})
-  with pytest.raises(SettingError) as error:
-    Experiment(Settings.from_config(config), devices=[device])._check_kernel()
-  assert error.value.setting == "config.model.attention_kernel"
-  assert needed in error.value.accepted
+  experiment = build(tiny_config(**{**fixed, **changes}))
+  found = kernel_problem(kernel, experiment.model, experiment.objective, [device])
+  assert found is not None and needed in found
+
+
+@pytest.mark.parametrize(
+  ("device", "changes", "chosen", "logged"),
+  [
+    (NVIDIA, {}, "cudnn", "attention kernel: cudnn"),
+    (TPU, {}, "plain", "plain (cudnn needs NVIDIA GPUs, the devices are TPU v5 lite"),
+    (T4, {}, "plain", "plain (cudnn needs compute capability 8.0, Tesla T4 has 7.5"),
+    (
+      NVIDIA,
+      {"model.dtype": "float32"},
+      "plain",
+      "plain (cudnn needs dtype",
+    ),
+    (NVIDIA, {"model.input_size": 10}, "plain", "plain (cudnn needs even numbers"),
+  ],
+)
+def test_auto_chooses_a_kernel_and_logs_it(caplog, device, changes, chosen, logged):
+  config = tiny_config(**{**EVEN, **changes, "model.attention_kernel": "auto"})
+  with caplog.at_level("INFO"):
+    experiment = Experiment(Settings.from_config(config), devices=[device])
+  assert experiment.model.attention_kernel == chosen
+  assert experiment.settings.model.attention_kernel == chosen
+  assert logged in caplog.text
+
+
+def test_auto_runs_on_a_cpu():
+  experiment = build(tiny_config(**{"model.attention_kernel": "auto"}))
+  assert experiment.model.attention_kernel == "plain"
 
 
 def test_fused_kernel_is_refused_before_a_run_begins():

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mdt_jax import sharding
 from mdt_jax.checkpoints.manager import Checkpoints
 from mdt_jax.experiment import build
+from mdt_jax.models import attention
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.training.program import make_program
 from tests import reference
@@ -89,6 +91,38 @@ def test_training_step_equals_that_of_the_cpu(name):
     jax.device_get(on_gpu.params),
     jax.device_get(on_cpu.params),
   )
+
+
+KERNEL_TOLERANCE = 2e-2  # bfloat16 has 8 bits of mantissa
+
+
+@pytest.mark.parametrize("biases", [None, 1, 4])
+def test_fused_attention_equals_plain_attention(biases):
+  """Outputs and gradients; the plain ones are computed in float32."""
+  images, tokens, heads, width = 4, 160, 6, 64
+  keys = jax.random.split(jax.random.key(0), 5)
+  shape = (images, tokens, heads, width)
+  query, key, value, weight = (
+    jax.random.normal(k, shape).astype(jnp.bfloat16) for k in keys[:4]
+  )
+  bias = biases and jax.random.normal(keys[4], (biases, heads, tokens, tokens))
+
+  def run(attend, *arrays):
+    def loss(*arrays):
+      return (attend(*arrays).astype(jnp.float32) * weight).sum()
+
+    arguments = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    return jax.jit(attend)(*arrays), *jax.jit(jax.grad(loss, arguments))(*arrays)
+
+  exact = [x.astype(jnp.float32) for x in (query, key, value)]
+  with jax.default_matmul_precision("highest"):
+    expected = run(attention.attention, *exact, bias)
+  found = run(attention.cudnn_attention, query, key, value, bias)
+  names = ("output", "query", "key", "value", "bias")
+  for name, a, b in zip(names, found, expected, strict=False):
+    error = reference.relative_error(np.asarray(a, np.float32), np.asarray(b))
+    print(f"cudnn, {biases} biases, {name}: {error:.1e}")
+    assert error <= KERNEL_TOLERANCE, name
 
 
 def test_checkpoint_restores_the_same_bits(tmp_path):

@@ -176,8 +176,7 @@ def find_ema(
   kernel = settings.model.attention_kernel
   if problem := device_problem(kernel, jax.devices()[0]):
     logger.info("attention by plain products: %s %s", kernel, problem)
-    plain = dataclasses.replace(settings.model, attention_kernel="plain")
-    settings = dataclasses.replace(settings, model=plain)
+    settings = settings.with_attention_kernel("plain")
   experiment = Experiment(settings, own=OwnParts(model=model))
   experiment.data_labels = DataLabels.read(folder.parent, experiment.model.num_classes)
   shapes = abstract_params(experiment.model)

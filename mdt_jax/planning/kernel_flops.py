@@ -39,7 +39,7 @@ def flops(
     return 0
   result = operation.shapes[0]
   operands = [computation.operations[name].shapes for name in operation.operands]
-  shapes = [found[0] if found else () for found in operands]
+  shapes: list[Shape] = [found[0] if found else () for found in operands]
   if operation.opcode == "convolution":
     return _convolution(operation.line, result, *shapes[:2])
   if operation.opcode == "dot" or "__cublas$" in operation.line:

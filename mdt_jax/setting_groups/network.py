@@ -69,17 +69,18 @@ class ModelSettings:
   label_dropout: float = 0.1
   # Type of the computation: float32 or bfloat16. Parameters are float32 in either case.
   dtype: str = "float32"
-  # What the backward pass recomputes, to save memory: none, or all of a block but: full
-  # (its input), attention (also the output of attention), linear (also the outputs of
-  # linear layers), offload (as linear, kept in the memory of the host), dots (also the
-  # logits of attention). See docs/performance.md.
+  # To save memory, the backward pass can recompute what the forward pass does not keep.
+  # What is kept: none: every activation; full: the input of each block; attention: also
+  # the output of attention; linear: also the outputs of linear layers; offload: the
+  # same, in the memory of the host; dots: as linear, and the logits of attention. See
+  # docs/performance.md.
   remat: str = "none"
   # Blocks in each iteration of the compiled loop over blocks, at least 1; -1: all
-  # blocks, which compiles longer and runs faster on CPUs.
+  # blocks, which compiles longer and runs faster on CPUs and GPUs.
   unroll: int = 1
   # How attention is computed: plain (matrix products), cudnn (the fused kernel of
-  # cuDNN: NVIDIA GPUs, bfloat16) or pallas (a fused kernel for TPUs). See
-  # docs/performance.md.
+  # cuDNN: NVIDIA GPUs, bfloat16), pallas (a fused kernel for TPUs) or auto (cudnn where
+  # it runs, else plain; the log says which). See docs/performance.md.
   attention_kernel: str = "plain"
   # Whether jax.jvp can differentiate the network. Gradients are slower then.
   forward_mode: bool = False
