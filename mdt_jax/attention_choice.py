@@ -31,7 +31,7 @@ def kernel_problem(
     return None
   devices = jax.devices() if devices is None else devices
   if problem := device_problem(kernel, devices[0]):
-    return f"{problem}: use plain"
+    return problem
   has_bias = model.default_objective == "mdt"
   kept = "config.masking.multiple" if has_bias else "config.objective.arguments"
   lengths = {model.num_tokens: "an image has {}: see input_size and patch_size"}

@@ -142,7 +142,9 @@ class Experiment:
       )
     kernel = self.settings.model.attention_kernel
     if problem := kernel_problem(kernel, self.model, self.objective, self._devices):
-      raise SettingError("config.model.attention_kernel", kernel, problem)
+      raise SettingError(
+        "config.model.attention_kernel", kernel, f"{problem}; or use plain"
+      )
     mesh = self.settings.mesh
     sharding.check_mesh(
       (mesh.data, mesh.fsdp, mesh.tensor),
