@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any, Unpack
 
 import jax
@@ -24,13 +23,13 @@ from mdt_jax.models.registry import Model
 from mdt_jax.pretrained.autoencoder import Autoencoder
 from mdt_jax.pretrained.torch_mdt import KnownSizes
 from mdt_jax.sampling import pictures
-from mdt_jax.sampling.blocks import Request
-from mdt_jax.sampling.conditions import Arrays, make_conditions, make_null
+from mdt_jax.sampling.conditions import Arrays
 from mdt_jax.sampling.generator import DRAW, output_shape
 from mdt_jax.sampling.image_jobs import with_editing, with_inpainting
 from mdt_jax.sampling.inpainting import ImageLike
 from mdt_jax.sampling.job import BlockGenerators, SamplingJob
 from mdt_jax.sampling.labels import Labels
+from mdt_jax.sampling.requests import check_needed, make_request
 from mdt_jax.sampling.token_guidance import check_tokens
 from mdt_jax.sampling.weak_networks import load_weak
 from mdt_jax.sampling.writer import ShardedImages
@@ -381,58 +380,28 @@ class Pipeline:
     """
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       experiment = self.experiment.with_sampling(sampling)
-      guidance = experiment.sampler.guidance
-    if guidance.needs_null and self.model.conditioning.dropout == 0:
-      raise SettingError(
-        "cfg_scale",
-        guidance.scale,
-        "must be 1: the network was trained without drops of its condition",
-      )
-    known = self.model.num_classes, self.experiment.data_labels
-    conditioning = self.model.conditioning
-    chosen = make_conditions(conditioning, labels, condition, *known)
-    count = len(chosen.y)
-    if null is not None and not guidance.needs_null:
-      accepted = "must be left out: no null condition is used with cfg_scale = 1 or "
-      accepted += "another weak_condition"
-      shown = sorted(null) if isinstance(null, Mapping) else type(null).__name__
-      raise SettingError("null", shown, accepted)
-    request = Request(
-      chosen.y,
-      seed,
-      min(batch_size, count),
-      null=make_null(conditioning, null, count, *known),
+    guidance = experiment.sampler.guidance
+    request = make_request(
+      experiment, labels, condition, null, seed=seed, batch_size=batch_size
     )
-    if conditioning.arrays():
-      request = dataclasses.replace(
-        request, classes=chosen.labels, captions=chosen.captions
-      )
-    if not 0 <= seed < 2**32:
-      raise SettingError("seed", seed, "must lie in [0, 2**32)")
-    if batch_size < 1:
-      raise SettingError("batch_size", batch_size, "must be at least 1")
-    for name, value, needed, given in (
-      ("mask", mask, "inpaint", inpaint),
-      ("interpolation", interpolation, "inpaint", inpaint),
-      ("repeats", repeats, "inpaint", inpaint),
-      ("strength", strength, "edit", edit),
-      ("weak_step", weak_step, "weak_checkpoint", weak_checkpoint),
-    ):
-      if value is not None and given is None:
-        raise SettingError(name, value, f"is only valid together with {needed}")
+    check_needed(
+      mask=(mask, "inpaint", inpaint),
+      interpolation=(interpolation, "inpaint", inpaint),
+      repeats=(repeats, "inpaint", inpaint),
+      strength=(strength, "edit", edit),
+      weak_step=(weak_step, "weak_checkpoint", weak_checkpoint),
+    )
     if inpaint is not None and edit is not None:
       raise SettingError("edit", edit, "cannot be combined with inpaint")
     weak = None
     if weak_checkpoint is not None:
-      if guidance.scale == 1:
-        accepted = "must be None: a cfg_scale of 1 has no weak pass"
-        raise SettingError("weak_checkpoint", str(weak_checkpoint), accepted)
-      weak = load_weak(weak_checkpoint, weak_step, experiment)
-      tokens = guidance.tokens
-      is_same = tokens.weak_condition == "same" and tokens.strong == tokens.weak
-      if is_same and weak.step == self.step and _are_equal(weak.params, self.params):
-        accepted = "must hold other parameters: both passes would be the same"
-        raise SettingError("weak_checkpoint", str(weak_checkpoint), accepted)
+      weak = load_weak(
+        weak_checkpoint,
+        weak_step,
+        experiment,
+        own_step=self.step,
+        own_params=self.params,
+      )
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       check_tokens(self.model, guidance, weak.model if weak else None)
     job = SamplingJob(
@@ -472,9 +441,3 @@ def _log_flops(job: SamplingJob) -> None:
   except SettingError:
     return
   logger.info("an image costs %.4g GFLOPs of the network", gflops)
-
-
-def _are_equal(some: Params, others: Params) -> bool:
-  """Whether two networks have the same parameters."""
-  pairs = jax.tree.map(np.array_equal, some, others)
-  return jax.tree.all(pairs)
