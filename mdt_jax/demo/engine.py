@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from mdt_jax.demo.commands import Source, command_line, python_code
-from mdt_jax.diffusion.samplers import METHODS, check_holds
+from mdt_jax.diffusion.loops import METHODS, check_holds
 from mdt_jax.diffusion.time_solvers import TIME_SOLVERS
 from mdt_jax.errors import SettingError, check_choice, check_range
 from mdt_jax.models.conditions import LabelCondition

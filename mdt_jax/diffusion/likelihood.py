@@ -9,9 +9,9 @@ import numpy as np
 from mdt_jax.diffusion.continuous import ContinuousProcess
 from mdt_jax.diffusion.gaussian import GaussianDiffusion
 from mdt_jax.diffusion.guidance import ModelFn
+from mdt_jax.diffusion.loops import step_noise
 from mdt_jax.diffusion.process import mean_flat
 from mdt_jax.diffusion.runge_kutta import RUNGE_KUTTA, integrate
-from mdt_jax.diffusion.samplers import step_noise
 from mdt_jax.types import Array
 
 

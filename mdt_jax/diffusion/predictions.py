@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mdt_jax.diffusion.guidance import ModelFn
+from mdt_jax.diffusion.loops import make_loop
 from mdt_jax.diffusion.process import Process
-from mdt_jax.diffusion.samplers import make_loop
 from mdt_jax.types import Array
 
 
@@ -31,13 +31,13 @@ def sample_with_predictions(
   Args:
     model_fn, diffusion, x_T, key: see `samplers.sample`.
     calls: increasing numbers of the network calls, from 0, whose predicted x0 is kept.
-    **options: options of `samplers.make_loop`.
+    **options: options of `loops.make_loop`.
 
   Returns:
     The predictions, in the order of `calls`, and then x_0.
 
   Raises:
-    SettingError: see `samplers.make_loop`; the samplers in time have no separate calls.
+    SettingError: see `loops.make_loop`; the samplers in time have no separate calls.
   """
   loop = make_loop(diffusion, x_T, key, **options)
   # Row of each call in the kept predictions. Writes to the row len(calls), which does

@@ -11,15 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped, UInt32
 
 from mdt_jax.diffusion.guidance import Guidance, ModelFn, noise_above
+from mdt_jax.diffusion.loops import Hold, check_holds, step_noise
 from mdt_jax.diffusion.predictions import sample_with_predictions
-from mdt_jax.diffusion.samplers import (
-  Hold,
-  OnStep,
-  Sampler,
-  check_holds,
-  sample,
-  step_noise,
-)
+from mdt_jax.diffusion.samplers import OnStep, Sampler, sample
 from mdt_jax.errors import SettingError
 from mdt_jax.models.masking import TokenMask, token_mask_from_noise
 from mdt_jax.models.registry import Model

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from mdt_jax.data.transforms import to_float
-from mdt_jax.diffusion.samplers import check_holds
+from mdt_jax.diffusion.loops import check_holds
 from mdt_jax.errors import SettingError
 from mdt_jax.sampling import inpainting
 from mdt_jax.sampling.generator import Task

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mdt_jax.diffusion.guidance import Guidance, guide, noise_above
-from mdt_jax.diffusion.samplers import Hold, Loop, Sampler, make_loop, step_noise
+from mdt_jax.diffusion.loops import Hold, Loop, make_loop, step_noise
+from mdt_jax.diffusion.samplers import Sampler
 from mdt_jax.models.masking import token_mask_from_noise
 from mdt_jax.models.registry import Model
 from mdt_jax.sampling.generator import (
@@ -87,7 +88,7 @@ class Stepper:
     Use `latents = yield from stepper.run(job)`. Closing the iterator stops the job.
 
     Args:
-      job: job of a sampler with separate steps; see `samplers.make_loop`.
+      job: job of a sampler with separate steps; see `loops.make_loop`.
       block: number of the block.
 
     Raises:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mdt_jax.diffusion.guidance import RATIO_SCHEDULES, WEAK_CONDITIONS, WHOLE
-from mdt_jax.diffusion.samplers import METHODS
+from mdt_jax.diffusion.loops import METHODS
 from mdt_jax.diffusion.schedules import SPACINGS
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.setting_groups.checks import at_least
