@@ -51,9 +51,9 @@ else
   # The last part has 8 images: the released batch of a GPU, and both programs fit.
   repeats=10 batch=32 pair=8 largest=MDTv2-XL/2
   models=(DiT-XL/2 MDTv2-XL/2 MDTv2-S/2 MDTv2-B/2)
-  fast=(--attention_kernel=cudnn --unroll=-1)
   shapes=("16 16 72" "32 16 72")  # tokens along a side, heads, width: XL/2 at 256, 512
 fi
+fast=(--attention_kernel=auto --unroll=-1)
 
 for shape in "${shapes[@]}"; do
   read -r grid heads width <<<"$shape"

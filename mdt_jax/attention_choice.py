@@ -7,14 +7,29 @@ from typing import Any
 
 import jax
 
+from mdt_jax.logs import logger
 from mdt_jax.models.attention import device_problem, needed_tokens
 from mdt_jax.models.registry import Model
 from mdt_jax.objectives import Objective
+from mdt_jax.settings import Settings
 
 AUTO = "auto"  # config.model.attention_kernel: FASTEST where it runs, else plain
 # On one H100 it was the faster one alone and in whole steps: docs/performance.md. The
 # kernel for TPUs was not measured.
 FASTEST = "cudnn"
+
+
+def with_possible_kernel(settings: Settings) -> Settings:
+  """Returns settings of a trained network with a kernel that this machine runs.
+
+  A run may have been trained on devices of another kind. Another kernel computes the
+  same function, so that plain attention can replace each; the log says so.
+  """
+  kernel = settings.model.attention_kernel
+  if kernel == AUTO or not (problem := device_problem(kernel, jax.devices()[0])):
+    return settings
+  logger.info("attention by plain products: %s %s", kernel, problem)
+  return settings.with_attention_kernel("plain")
 
 
 def kernel_problem(

@@ -103,7 +103,7 @@ class Experiment:
       # Sampling reads from the checkpoint's settings whether the run used pixels.
       kind = "images" if _has_pixels(source) else "arrays"
       self.settings = settings.with_data(source=kind, path=f"<{type(source).__name__}>")
-    if settings.model.attention_kernel == AUTO:
+    if settings.model.attention_kernel == AUTO and self._own.model is None:
       self._choose_kernel()
 
   def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from mdt_jax.attention_choice import kernel_problem
 from mdt_jax.errors import SettingError
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.objectives import PlainObjective
+from mdt_jax.own_parts import OwnParts
 from mdt_jax.settings import Settings
 from tests.training.tiny import tiny_config
 
@@ -42,7 +43,8 @@ class Device:
 
 
 CPU = Device("cpu", "cpu")
-NVIDIA = Device("gpu", "NVIDIA H100 80GB HBM3")
+NVIDIA = Device("gpu", "NVIDIA H100 80GB HBM3", compute_capability="9.0")
+RADEON = Device("gpu", "Radeon RX 7900 XTX", compute_capability="gfx1100")
 AMD = Device("gpu", "AMD Instinct MI300X")
 T4 = Device("gpu", "Tesla T4", compute_capability="7.5")
 TPU = Device("tpu", "TPU v5 lite")
@@ -56,7 +58,8 @@ EVEN = {"masking.ratio": 0.5, "masking.width": 0.0, "model.dtype": "bfloat16"}
     ("plain", CPU, None),
     ("cudnn", CPU, "needs NVIDIA GPUs, the devices are cpu"),
     ("cudnn", NVIDIA, None),
-    ("cudnn", Device("cuda", "h100"), None),  # it is compiled for only
+    ("cudnn", T4, "needs compute capability 8.0, Tesla T4 has 7.5"),
+    ("cudnn", RADEON, "needs compute capability 8.0, Radeon RX 7900 XTX has gfx1100"),
     ("cudnn", AMD, "needs NVIDIA GPUs, the devices are AMD Instinct MI300X"),
     ("cudnn", TPU, "needs NVIDIA GPUs, the devices are TPU v5 lite"),
     ("pallas", TPU, None),
@@ -64,7 +67,7 @@ EVEN = {"masking.ratio": 0.5, "masking.width": 0.0, "model.dtype": "bfloat16"}
     ("pallas", CPU, "needs TPUs, the devices are cpu"),
   ],
 )
-def test_kernel_of_other_devices_is_refused(kernel, device, problem):
+def test_kernel_of_other_devices_has_a_problem(kernel, device, problem):
   changes = {"model.attention_kernel": kernel, "model.dtype": "bfloat16"}
   even = {"masking.ratio": 0.5, "masking.width": 0.0}
   experiment = build(
@@ -117,6 +120,7 @@ def test_numbers_of_tokens_that_a_kernel_lacks(kernel, device, changes, needed):
       "plain",
       "plain (cudnn needs dtype",
     ),
+    (NVIDIA, {"model.forward_mode": True}, "plain", "plain (cudnn has no forward mode"),
     (NVIDIA, {"model.input_size": 10}, "plain", "plain (cudnn needs even numbers"),
   ],
 )
@@ -127,6 +131,16 @@ def test_auto_chooses_a_kernel_and_logs_it(caplog, device, changes, chosen, logg
   assert experiment.model.attention_kernel == chosen
   assert experiment.settings.model.attention_kernel == chosen
   assert logged in caplog.text
+
+
+def test_auto_leaves_an_own_network_alone():
+  model = create_model("DiT-S/2", input_size=8, in_channels=1)
+  config = tiny_config(**{**EVEN, "model.attention_kernel": "auto"})
+  own = OwnParts(model=model)
+  experiment = Experiment(Settings.from_config(config), devices=[NVIDIA], own=own)
+  assert experiment.settings.model.attention_kernel == "auto"
+  assert experiment.model is model
+  build(config, model=model)  # on this CPU
 
 
 def test_auto_runs_on_a_cpu():

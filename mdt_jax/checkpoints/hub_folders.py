@@ -21,6 +21,7 @@ from typing import Any, Unpack
 
 import jax
 
+from mdt_jax.attention_choice import with_possible_kernel
 from mdt_jax.buckets import is_bucket
 from mdt_jax.checkpoints import converted
 from mdt_jax.checkpoints.loading import FOLDER, Checkpoint, load_ema, workdir_of
@@ -186,7 +187,7 @@ def _experiment_of(config: Mapping[str, Any], name: str) -> tuple[Experiment, in
   try:
     settings = Settings.from_dict(config["settings"])
     settings = dataclasses.replace(settings, mesh=MeshSettings())
-    experiment = Experiment(settings)
+    experiment = Experiment(with_possible_kernel(settings))
     num_classes = experiment.model.num_classes
     _ = experiment.sampler
   except Exception as error:  # values of other types than those of this version

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mdt_jax.attention_choice import with_possible_kernel
 from mdt_jax.buckets import AnyPath
 from mdt_jax.checkpoints import checksums
 from mdt_jax.checkpoints.manager import FOLDER
@@ -21,7 +22,6 @@ from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.errors import SettingError, check_choice
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
-from mdt_jax.models.attention import device_problem
 from mdt_jax.models.registry import Model, abstract_params
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.paths import absolute, any_path
@@ -173,10 +173,7 @@ def find_ema(
   decay = settings.sampled_decay if ema_decay is None else ema_decay
   check_choice("ema_decay", decay, settings.ema_decays)
   settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
-  kernel = settings.model.attention_kernel
-  if problem := device_problem(kernel, jax.devices()[0]):
-    logger.info("attention by plain products: %s %s", kernel, problem)
-    settings = settings.with_attention_kernel("plain")
+  settings = with_possible_kernel(settings)
   experiment = Experiment(settings, own=OwnParts(model=model))
   experiment.data_labels = DataLabels.read(folder.parent, experiment.model.num_classes)
   shapes = abstract_params(experiment.model)

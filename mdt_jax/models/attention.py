@@ -133,7 +133,7 @@ KERNELS: dict[str, Callable[..., Array]] = {
   "pallas": pallas_attention.pallas_attention,
 }
 MAX_CUDNN_WIDTH = 128  # of a head; 256 only on Hopper and later
-MIN_CAPABILITY = "8.0"  # of a GPU for cuDNN's kernel: Ampere
+MIN_CAPABILITY = 8.0  # of a GPU for cuDNN's kernel: Ampere
 # Name of a kernel -> platforms of `jax.Device`, and their name. Others run anywhere.
 # The platform of a GPU that is compiled for, but is not there, is "cuda".
 PLATFORMS = {
@@ -178,10 +178,14 @@ def device_problem(kernel: str, device: Any) -> str | None:
   # AMD's GPUs have the platform of NVIDIA's.
   if device.platform not in platforms or kind.startswith("AMD"):
     return f"needs {name}, the devices are {kind}"
-  # GPUs that are compiled for, but are not there, do not say what they are.
-  capability = getattr(device, "compute_capability", MIN_CAPABILITY)
-  if kernel == "cudnn" and float(capability) < float(MIN_CAPABILITY):
-    return f"needs compute capability {MIN_CAPABILITY}, {kind} has {capability}"
+  if kernel == "cudnn":
+    capability = getattr(device, "compute_capability", "unknown")
+    try:
+      is_enough = float(capability) >= MIN_CAPABILITY
+    except ValueError:  # of an AMD GPU, or unknown
+      is_enough = False
+    if not is_enough:
+      return f"needs compute capability {MIN_CAPABILITY}, {kind} has {capability}"
   return None
 
 

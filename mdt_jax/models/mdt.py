@@ -304,7 +304,7 @@ class MDT(Network, kw_only=True):
     )
     check_kernel(self.attention_kernel, self.dtype, self.hidden_size // heads)
     if self.attention_kernel != "plain":
-      accepted = f"must be plain: {self.attention_kernel} has no forward mode"
+      accepted = "has no forward mode: use plain"
       self._require("attention_kernel", not self.forward_mode, accepted)
     holds = self.patch_bottleneck >= 0
     self._require("patch_bottleneck", holds, "must be at least 0")

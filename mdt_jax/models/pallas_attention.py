@@ -178,6 +178,13 @@ def _call(
     for name in results
     if (over_images and name == "dbias") or (over_rows and name in ("dk", "dv"))
   }
+  out_shape = [
+    jax.ShapeDtypeStruct(
+      full[kinds[name]].shape,
+      jnp.float32 if name == "dbias" and is_shared else q.dtype,
+    )
+    for name in results
+  ]
   kernel = functools.partial(
     _kernel,
     results=results,
@@ -191,21 +198,17 @@ def _call(
     grid=grid,
     in_specs=[specs[kind] for kind, _ in given],
     out_specs=[specs[kinds[name]] for name in results],
-    out_shape=[
-      jax.ShapeDtypeStruct(
-        full[kinds[name]].shape,
-        jnp.float32 if name == "dbias" and is_shared else q.dtype,
-      )
-      for name in results
-    ],
+    out_shape=out_shape,
     scratch_shapes=list(scratch.values()),
     cost_estimate=pl.CostEstimate(
       # Logits and output; or logits, gradients of weights, and those in `results`.
       flops=(2 if d_out is None else 2 + len({*results} - {"dbias"}))
       * (2 * batch * heads * tokens**2 * width),
       transcendentals=batch * heads * tokens**2,
-      bytes_accessed=sum(array.size * array.dtype.itemsize for _, array in given)
-      + sum(full[kinds[name]].size * q.dtype.itemsize for name in results),
+      bytes_accessed=sum(
+        array.size * array.dtype.itemsize
+        for array in (*(array for _, array in given), *out_shape)
+      ),
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -11,7 +11,7 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # bits of a dt
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = "S(1)"  # in the layout of an array that a TPU keeps in the core's memory
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.-]+)")
@@ -31,7 +31,8 @@ class Operation:
     opcode: such as "fusion".
     shapes: shapes of the arrays of the result.
     bytes: sizes of the arrays of the result.
-    stored: as `bytes`, but 0 for arrays that a TPU keeps in the core's memory.
+    stored: as `bytes`, but 0 for arrays that a TPU keeps in the core's memory. Texts of
+      GPUs and CPUs do not mark arrays so.
     operands: names of the operands.
     line: the whole line.
   """
@@ -157,11 +158,20 @@ def _branches(line: str) -> list[str]:
 
 
 def _longest(names: list[str], computations: dict[str, Computation]) -> str:
-  """The computation with most operations; the text has callees before callers."""
-  return max(names, key=lambda name: len(computations[name].operations))
+  """The computation with most operations, also of those that it calls.
+
+  The text has callees before callers.
+  """
+
+  def length(name: str) -> int:
+    called = (call.name for call in computations[name].calls)
+    return len(computations[name].operations) + sum(map(length, called))
+
+  return max(names, key=length)
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
   """Bytes of an array with a dtype of HLO, such as bf16."""
-  bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
+  digits = re.search(r"\d+", dtype)  # f8e4m3fn has 8 bits
+  bits = _BITS.get(dtype) or (int(digits[0]) if digits else 8)
   return math.prod(shape) * bits // 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -87,6 +88,7 @@ def _convolution(line: str, result: Shape, image: Shape, kernel: Shape) -> int:
   return count
 
 
+@functools.cache
 def _pairs(
   size_in: int,
   size_out: int,

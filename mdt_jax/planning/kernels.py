@@ -22,6 +22,7 @@ _FREE = (
   "while",
   "conditional",
   "call",
+  "async-start",
   "after-all",
   "partition-id",
   "replica-id",
@@ -114,27 +115,24 @@ def _moved(
   written = sum(operation.stored)
   if operation.opcode == "copy-start":
     return written  # the results are both the target and the source
-  if operation.opcode == "slice-start":
-    return _read(operation.bytes[1], sizes[0]) + operation.stored[1]
+  # Of an array that is not stored, no part is: hence each `min`.
+  if operation.opcode in ("slice-start", "dynamic-slice-start"):
+    return min(operation.bytes[1], sizes[0]) + operation.stored[1]
   if operation.opcode in _SLICES:
-    return _read(sum(operation.bytes), sizes[0]) + written
+    return min(sum(operation.bytes), sizes[0]) + written
   if operation.opcode == "dynamic-update-slice":
-    return 2 * sizes[1]
+    update = operations[operation.operands[1]]
+    return sum(update.stored) + min(sum(update.bytes), written)
   if operation.opcode != "fusion":
     return sum(sizes) + written
   body = computations[hlo.CALLED.findall(operation.line)[0]]
   parts = _parts_read(body)
-  read = sum(_read(parts.get(i, size), size) for i, size in enumerate(sizes))
+  read = sum(min(parts.get(i, size), size) for i, size in enumerate(sizes))
   roots = _roots(body)
-  if len(roots) < len(operation.stored):  # one operation with several results
+  if len(roots) != len(operation.stored):  # one operation with several results
     return read + written
   found = zip(roots, operation.stored, strict=True)
-  return read + sum(_read(_written(root, body), size) for root, size in found)
-
-
-def _read(part: int, size: int) -> int:
-  """Bytes of a part of an array with this size; 0 if the array is not stored."""
-  return min(part, size)
+  return read + sum(min(_written(root, body), size) for root, size in found)
 
 
 def _parts_read(body: hlo.Computation) -> dict[int, int]:

@@ -88,6 +88,19 @@ def test_folder_draws_the_images_of_the_run(run, tmp_path, monkeypatch):
   assert found == {"model.safetensors", "config.json", "README.md"}
 
 
+def test_run_of_a_gpu_is_read_on_a_cpu(run, tmp_path, caplog):
+  to_hub_folder(run, tmp_path / "folder")
+  path = tmp_path / "folder" / "config.json"
+  config = json.loads(path.read_text())
+  config["settings"]["model"]["attention_kernel"] = "cudnn"
+  path.write_text(json.dumps(config))
+  with caplog.at_level("INFO", logger="mdt_jax"):
+    assert_same(
+      Pipeline.from_pretrained(tmp_path / "folder"), Pipeline.from_checkpoint(run)
+    )
+  assert "attention by plain products: cudnn needs NVIDIA GPUs" in caplog.text
+
+
 def test_folder_in_a_bucket_draws_the_images_of_the_run(run, bucket):
   assert to_hub_folder(run, f"{bucket}/published") == 7
   names = {path.name for path in epath.Path(f"{bucket}/published").iterdir()}

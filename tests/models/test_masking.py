@@ -115,3 +115,16 @@ def test_lengths_are_drawn_with_their_probabilities():
   draws = np.array([kept.draw(0, step) for step in range(4000)])
   shares = [(draws == length).mean() for length in kept.lengths]
   np.testing.assert_allclose(shares, kept.probabilities, atol=0.03)
+
+
+@pytest.mark.parametrize(("platform", "fixed"), [("cpu", False), ("cuda", True)])
+def test_order_of_axes_is_fixed_on_gpus_alone(platform, fixed):
+  def both(tokens, noise):
+    mask = token_mask_from_noise(noise, 10)
+    return (restore_tokens(keep_tokens(tokens, mask), jnp.zeros(8), mask) ** 2).sum()
+
+  shapes = jnp.zeros((4, 16, 8)), jnp.zeros((4, 16))
+  traced = jax.jit(jax.grad(both)).trace(*shapes)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  # Of the tokens to keep and to restore, and of the gradients by them.
+  assert text.count("LayoutConstraint") == (4 if fixed else 0)

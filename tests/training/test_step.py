@@ -196,6 +196,19 @@ def test_averages_change_every_few_steps_only():
   assert distance(states[3].ema, first.ema) > 0
 
 
+def test_averages_of_every_few_steps_need_no_memory():
+  """Products with the parameters before the loop would take as much as these."""
+  sizes = []
+  for every in (1, 3):
+    settings = dict(ema_decays=(0.9, 0.99), ema_every=every, **DIT)
+    config = smooth_config(**settings)
+    state = make_state(config)
+    lowered = compiled_step(**settings).lower(state, make_batch(config), None)
+    sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+  params = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  assert sizes[1] < sizes[0] + params / 2
+
+
 def test_averages_of_frozen_parameters_stay_too():
   """Averaged as the others are, they would move by rounding at each step."""
   frozen = {"optimizer.frozen": "few_shot"}
@@ -317,6 +330,18 @@ def test_choice_and_branch_give_the_same_state(finite):
   for function in (step._branch, step._choose):
     found = jax.jit(lambda s, f=function: f(jnp.bool_(finite), update, s))(state)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_gpus_choose_and_others_branch():
+  config = smooth_config(**DIT)
+  traced = compiled_step(**DIT).trace(make_state(config), make_batch(config), None)
+
+  def count(platform):
+    lowered = traced.lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("stablehlo.case")
+
+  # Gradients of products have branches too, chosen when the step is lowered.
+  assert count("cpu") == count("tpu") == count("cuda") + 1
 
 
 def test_finite_step_is_not_skipped():
