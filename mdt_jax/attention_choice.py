@@ -55,6 +55,6 @@ def kernel_problem(
       if isinstance(length, int):
         lengths.setdefault(length, f"a pass has {{}}: see {kept}")
   for length, where in lengths.items():
-    if needed := needed_tokens(kernel, length, has_bias):
+    if needed := needed_tokens(kernel, length, has_bias, devices[0]):
       return f"{needed}; {where.format(length)}"
   return None

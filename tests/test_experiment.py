@@ -48,6 +48,7 @@ RADEON = Device("gpu", "Radeon RX 7900 XTX", compute_capability="gfx1100")
 AMD = Device("gpu", "AMD Instinct MI300X")
 T4 = Device("gpu", "Tesla T4", compute_capability="7.5")
 TPU = Device("tpu", "TPU v5 lite")
+V4 = Device("tpu", "TPU v4")
 
 EVEN = {"masking.ratio": 0.5, "masking.width": 0.0, "model.dtype": "bfloat16"}
 
@@ -89,6 +90,12 @@ def test_kernel_of_other_devices_has_a_problem(kernel, device, problem):
       "a multiple of 8 up to 4096; an image has",
     ),
     ("pallas", TPU, {"model.input_size": 256}, "up to 4096; an image has 16384"),
+    (
+      "pallas",
+      V4,
+      {"model.input_size": 112},
+      "2304 tokens on TPU v4; an image has",
+    ),
     (
       "pallas",
       TPU,

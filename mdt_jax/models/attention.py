@@ -189,18 +189,24 @@ def device_problem(kernel: str, device: Any) -> str | None:
   return None
 
 
-def needed_tokens(kernel: str, tokens: int, has_bias: bool) -> str | None:
+def needed_tokens(
+  kernel: str, tokens: int, has_bias: bool, device: Any = None
+) -> str | None:
   """Says which numbers of tokens a kernel needs; None if it runs these.
 
   Args:
     kernel: a key of KERNELS.
     tokens: K.
     has_bias: whether there is a bias.
+    device: a `jax.Device`; None for no limit of a chip.
   """
   if kernel == "cudnn" and has_bias and tokens % 2:
     return "needs even numbers of tokens beside a bias"
   if kernel == "pallas" and pallas_attention.rows_of(tokens) is None:
     return f"needs {pallas_attention.TOKENS}"
+  kind = getattr(device, "device_kind", "")
+  if kernel == "pallas" and tokens > (most := pallas_attention.most_tokens(kind)):
+    return f"needs at most {most} tokens on {kind}"
   return None
 
 

@@ -31,6 +31,7 @@ _MEMORY_BYTES = 64 * 2**20
 MAX_WEIGHTS = 2**18  # weights (queries x keys) of a head in one program
 MAX_ROWS = 256  # queries of one program
 MAX_TOKENS = 4096  # the keys and values of a head must fit
+MAX_TOKENS_ON = {"TPU v4": 2304}  # chips with less memory in a core
 # What `rows_of` takes, for errors.
 TOKENS = f"at most {MAX_ROWS} tokens, or a multiple of 8 up to {MAX_TOKENS}"
 _LANES = 128  # the last axis of a block is padded to this
@@ -48,6 +49,11 @@ def rows_of(tokens: int) -> int | None:
   if tokens <= most:
     return tokens
   return next((n for n in range(most // 8 * 8, 7, -8) if tokens % n == 0), None)
+
+
+def most_tokens(device_kind: str) -> int:
+  """Returns the largest number of tokens on a chip, such as "TPU v4"."""
+  return MAX_TOKENS_ON.get(device_kind, MAX_TOKENS)
 
 
 def pallas_attention(
