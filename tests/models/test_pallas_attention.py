@@ -95,6 +95,18 @@ def test_bfloat16_is_as_exact_as_the_twin():
   assert (kernel <= 2 * twin + 1e-3).all(), errors
 
 
+@pytest.mark.parametrize("bias_batch", [0, 1, 2])
+def test_bfloat16_in_several_programs(bias_batch, monkeypatch):
+  """Sums over programs are float32, so that their number does not matter."""
+  arguments = [random((2, 24, 4, 8), i, "bfloat16") for i in range(3)]
+  bias = random((bias_batch, 4, 24, 24), 3) if bias_batch else None
+  weights = random((2, 24, 4, 8), 4)
+  one = gradients(interpreted, [*arguments, bias], weights)
+  monkeypatch.setattr(module, "MAX_ROWS", 8)
+  several = gradients(interpreted, [*arguments, bias], weights)
+  assert_close(several, one, 2**-8)  # a last digit of bfloat16
+
+
 def test_gradient_of_the_bias_of_one_image_is_not_rounded():
   """With one image on a device, a bias still counts as one that images share."""
   arguments = [x[:1] for x in inputs(1, "bfloat16")]
@@ -159,6 +171,13 @@ def compare_on_a_mesh():
       out, *found = gradients(interpreted, [*arguments, bias], weights)
     assert_close(found, expected, 3e-6)
     assert len(out.sharding.device_set) == 8
+
+  # Devices that divide neither images nor heads compute all of them.
+  whole = [random((6, 16, 3, 8), i) for i in range(3)] + [random((1, 3, 16, 16), 3)]
+  expected = gradients(attention, whole, random((6, 16, 3, 8), 4))
+  with sharding.use_mesh(mesh):
+    found = gradients(interpreted, whole, random((6, 16, 3, 8), 4))
+  assert_close(found, expected, 3e-6)
 
   def loss_of_bias(bias, batch):
     *arguments, weights = batch
