@@ -12,7 +12,8 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # bits of a dt
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_ON_CHIP = "S(1)"  # in the layout of an array that a TPU keeps in the core's memory
+# In the layout of an array of a TPU's program: in the memory of the core, of the host.
+_ELSEWHERE = ("S(1)", "S(5)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.-]+)")
 _BRANCH = re.compile(r"\b(?:true|false)_computation=%?([\w.-]+)")
@@ -31,8 +32,8 @@ class Operation:
     opcode: such as "fusion".
     shapes: shapes of the arrays of the result.
     bytes: sizes of the arrays of the result.
-    stored: as `bytes`, but 0 for arrays that a TPU keeps in the core's memory. Texts of
-      GPUs and CPUs do not mark arrays so.
+    stored: as `bytes`, but 0 for arrays of a TPU in the memory of the core or of the
+      host. Texts of GPUs and CPUs do not mark arrays so.
     operands: names of the operands.
     line: the whole line.
   """
@@ -141,7 +142,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
       shapes,
       sizes,
       [
-        0 if _ON_CHIP in layout else size
+        0 if any(place in layout for place in _ELSEWHERE) else size
         for (*_, layout), size in zip(arrays, sizes, strict=True)
       ],
       _NAME.findall(arguments),

@@ -54,7 +54,7 @@ def kernels(text: str, chip: Chip | None = None) -> dict[str, Kernels]:
 
   A fused kernel reads its operands and writes its results; what is inside costs no
   traffic. Of an operand that it only slices, or a result that it updates in place, that
-  part counts. Arrays that a TPU keeps in the core's memory do not count.
+  part counts. Arrays of a TPU in the memory of the core or of the host do not count.
 
   Args:
     text: HLO text, from `jax.stages.Compiled.as_text()`.
@@ -120,9 +120,9 @@ def _moved(
     return min(operation.bytes[1], sizes[0]) + operation.stored[1]
   if operation.opcode in _SLICES:
     return min(sum(operation.bytes), sizes[0]) + written
-  if operation.opcode == "dynamic-update-slice":
+  if operation.opcode.removesuffix("-start") == "dynamic-update-slice":
     update = operations[operation.operands[1]]
-    return sum(update.stored) + min(sum(update.bytes), written)
+    return sum(update.stored) + min(sum(update.bytes), max(operation.stored))
   if operation.opcode != "fusion":
     return sum(sizes) + written
   body = computations[hlo.CALLED.findall(operation.line)[0]]
