@@ -380,7 +380,7 @@ class Pipeline:
     """
     with renamed_in_errors(SAMPLING_ARGUMENTS):
       experiment = self.experiment.with_sampling(sampling)
-    guidance = experiment.sampler.guidance
+      guidance = experiment.sampler.guidance  # the sampler checks its arguments
     request = make_request(
       experiment, labels, condition, null, seed=seed, batch_size=batch_size
     )
