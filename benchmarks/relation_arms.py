@@ -176,6 +176,7 @@ class Condition:
     num_images: number of training images; None for endless data.
     tuned_on: condition whose learning rates the arms have; None to tune them.
     learning_rate: rate of all arms; None to tune it.
+    part_of: condition that has the runs of this one; None for this one itself.
     arms: names of the arms.
     num_steps: training steps.
     hidden_size, depth, num_heads: size of the networks.
@@ -188,6 +189,7 @@ class Condition:
   num_images: int | None = None
   tuned_on: str | None = None
   learning_rate: float | None = None
+  part_of: str | None = None
   arms: tuple[str, ...] = tuple(ARMS)
   num_steps: int = 3000
   hidden_size: int = 64
@@ -233,6 +235,35 @@ CONDITIONS: dict[str, Condition] = {
   "16": Condition(CELLS_16),
   "64": Condition(CELLS_64, arms=MAIN_ARMS, num_steps=2000),
   "16_scarce": Condition(CELLS_16, 512, "16", arms=MAIN_ARMS),
+  # The hypotheses again, without differences in the learning rate.
+  "16_one_rate": Condition(
+    CELLS_16,
+    learning_rate=4e-3,
+    part_of="16",
+    arms=(
+      "dit",
+      "dit_batch_x2",
+      "dit_depth_x2",
+      *(f"dit_{piece}" for piece in PIECES),
+      "mdtv2_unmasked",
+      *(f"mdtv2_no_{piece}" for piece in PIECES),
+      "mdtv2_two_unmasked",
+      *(f"mdtv2_masked_{ratio}" for ratio in RATIOS),
+    ),
+  ),
+  "64_one_rate": Condition(
+    CELLS_64,
+    learning_rate=4e-3,
+    part_of="64",
+    arms=(
+      "dit",
+      "dit_bias",
+      "mdtv2_unmasked",
+      "mdtv2_two_unmasked",
+      "mdtv2_masked_30_50",
+    ),
+    num_steps=2000,
+  ),
   # On a GPU: benchmarks/relations_gpu.sh
   "256": Condition(
     CELLS_256,

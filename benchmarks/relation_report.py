@@ -63,10 +63,11 @@ def way(row: Row, condition: Condition, kinds: Sequence[str]) -> float:
 
 def runs_of(rows: Sequence[Row], name: str, rates: dict[str, float | None]) -> Runs:
   """The runs of a condition with the learning rate of their arm, by arm and seed."""
+  runs_in = CONDITIONS[name].part_of or name
   found: dict[tuple[str, int], dict[int, Row]] = collections.defaultdict(dict)
   for row in rows:
     arm, seed = row["arm"], row["seed"]
-    if row["condition"] == name and row["learning_rate"] == rates.get(arm):
+    if row["condition"] == runs_in and row["learning_rate"] == rates.get(arm):
       found[arm, seed].setdefault(row["step"], dict(row))
   runs: Runs = {}
   for key, by_step in found.items():

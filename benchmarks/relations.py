@@ -342,6 +342,7 @@ def main(argv: list[str]) -> None:
   for name in CONDITION.value:
     check_choice("--conditions", name, CONDITIONS)
     condition, arms = CONDITIONS[name], ARM.value or CONDITIONS[name].arms
+    runs_in = condition.part_of or name
     for arm in arms:
       check_choice("--arms", arm, ARMS)
     rows = read(results)
@@ -352,11 +353,11 @@ def main(argv: list[str]) -> None:
       rows = read(results)
     rates = {arm: tuned_rate(rows, name, arm) for arm in arms}
     jobs = [
-      (name, arm, int(seed), rate)
+      (runs_in, arm, int(seed), rate)
       for seed in SEEDS.value
       for arm, rate in rates.items()
       if rate is not None
-      and not is_finished(rows, name, arm, int(seed), condition.num_steps, rate)
+      and not is_finished(rows, runs_in, arm, int(seed), condition.num_steps, rate)
     ]
     run_all(jobs)
     if missing := [arm for arm, rate in rates.items() if rate is None]:
