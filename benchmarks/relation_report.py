@@ -25,6 +25,13 @@ COMPARED = (
   ("dit_depth_x2", "dit"),
   ("dit_batch_x2", "dit"),
   ("dit_bias", "mdtv2_unmasked"),
+  ("mdtv2_masked_10_30", "mdtv2_two_unmasked"),
+  ("mdtv2_masked_50_70", "mdtv2_two_unmasked"),
+  ("mdtv2_masked_alone", "mdtv2_two_unmasked"),
+  ("mdtv2_masked_half", "mdtv2_two_unmasked"),
+  ("mdt_masked", "mdt_two_unmasked"),
+  ("mdt_masked", "mdt_unmasked"),
+  ("mdt_unmasked", "dit"),
   *((f"dit_{piece}", "dit") for piece in PIECES),
   *((f"mdtv2_no_{piece}", "mdtv2_unmasked") for piece in PIECES),
   ("tread_end", "dit"),
@@ -337,5 +344,7 @@ def report(rows: Sequence[Row], rates: dict[str, dict[str, float | None]]) -> No
     lines = [f"{machine()} (`python -m benchmarks.relations --report`).", ""]
     write_table("evidence.md", f"table {name}", lines + table(rows, name, chosen))
     summary(rows, name, chosen)
+    if CONDITIONS[name].part_of is not None:
+      continue
     for group in FIGURES:
       figure(rows, name, chosen, group)
