@@ -24,6 +24,8 @@ def describe(plan: Plan) -> str:
     spare = plan.limit - plan.memory["total"]
     limit = plan.limit / gib
     lines.append(f"fits: {spare / gib:.2f} of {limit:.2f} GiB remain free")
+  else:
+    lines.append("whether it fits is unknown; --chip=v5e, say, compares with a chip")
   lines.append(f"model FLOPs: {plan.flops:.3g}")
   lines += [
     f"{kind}: {traffic.calls} calls, each device sends {traffic.sent / 1e6:.1f} MB"
