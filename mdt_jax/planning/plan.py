@@ -48,11 +48,11 @@ class Plan:
     flops: model FLOPs over all devices, see `mdt_jax.models.flops`.
     collectives: kind of collective -> calls, and bytes that each device sends.
     kernels: kind of kernel -> calls, bytes, FLOPs and least time on a device; see
-      `kernels.kernels`.
+      `kernels.kernels`. Like `collectives` None if JAX cannot read the program.
     compile_seconds: time of the compilation on this machine.
     seconds: lower bounds of the run time from "products", "memory" and "network", each
       at the chip's published peak, without the network between slices; empty if the
-      chip is unknown.
+      chip is unknown. Without "network" if JAX cannot read the program.
   """
 
   what: str
@@ -64,8 +64,8 @@ class Plan:
   memory: dict[str, int]
   limit: float | None
   flops: float
-  collectives: dict[str, Traffic]
-  kernels: dict[str, Kernels]
+  collectives: dict[str, Traffic] | None
+  kernels: dict[str, Kernels] | None
   compile_seconds: float
   seconds: dict[str, float]
 
@@ -194,8 +194,8 @@ def make_plan(
   limit = chip.memory if chip else None
   if limit and memory["total"] > limit:
     raise DoesNotFitError(memory["total"], limit)
-  text = compiled.as_text()
-  found = collectives(text, len(devices), topology.slices)
+  text = _read(compiled)
+  found = None if text is None else collectives(text, len(devices), topology.slices)
   count = _count_flops(experiment, what)
   return Plan(
     what=what,
@@ -208,7 +208,7 @@ def make_plan(
     limit=limit,
     flops=count,
     collectives=found,
-    kernels=kernels(text, chip),
+    kernels=None if text is None else kernels(text, chip),
     compile_seconds=compile_seconds,
     seconds=_least_seconds(chip, memory, count / len(devices), found) if chip else {},
   )
@@ -242,6 +242,22 @@ def largest_batch(
     else:
       batch = (best[0] + too_large) // 2
   return best
+
+
+def _read(compiled: jax.stages.Compiled) -> str | None:
+  """The text of a compiled program; None if JAX cannot read it.
+
+  A TPU compiler may write operations that are newer than the JAX that reads them.
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    logger.warning(
+      "this JAX cannot read the program: its kernels, and what devices send, are "
+      "unknown (%s)",
+      str(error).splitlines()[0],
+    )
+    return None
 
 
 def _lower_step(experiment: Experiment, program: Program) -> Any:
@@ -338,15 +354,16 @@ def _least_seconds(
   chip: Chip,
   memory: dict[str, int],
   flops_a_device: float,
-  traffic: dict[str, Traffic],
+  traffic: dict[str, Traffic] | None,
 ) -> dict[str, float]:
   """Lower bounds of the run time, see `Plan.seconds`."""
   state = sum(memory.get(part, 0) for part in ("parameters", "optimizer", "ema"))
-  inside = (kind for kind in traffic if not kind.endswith(BETWEEN_SLICES))
-  sent = sum(traffic[kind].sent for kind in inside)
-  return {
+  least = {
     "products": flops_a_device / chip.flops,
     # The program reads and writes the state and the temporaries at least once.
     "memory": 2 * (state + memory["temporaries"]) / chip.bandwidth,
-    "network": sent / chip.network,
   }
+  if traffic is not None:
+    inside = (kind for kind in traffic if not kind.endswith(BETWEEN_SLICES))
+    least["network"] = sum(traffic[kind].sent for kind in inside) / chip.network
+  return least

@@ -1,5 +1,6 @@
 """largest_batch, plan_run, and out-of-memory errors of the compiler."""
 
+import jax
 import pytest
 
 from mdt_jax.chips import parse_topology
@@ -102,3 +103,13 @@ def test_out_of_memory_error_of_the_compiler_is_parsed(program, message, needed)
 
 def test_other_compiler_errors_are_not_out_of_memory(program):
   assert plan._does_not_fit(RuntimeError("UNIMPLEMENTED: sort"), program) is None
+
+
+def test_program_that_jax_cannot_read_gives_a_warning(caplog):
+  class Compiled:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nat a line")
+
+  assert plan._read(Compiled()) is None
+  assert "cannot read the program" in caplog.text
+  assert "RET_CHECK failure)" in caplog.text and "at a line" not in caplog.text

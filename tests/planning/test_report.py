@@ -43,6 +43,13 @@ def test_devices_without_a_known_memory_have_no_verdict():
   assert "GiB remain free" not in text and "least time" not in text
 
 
+def test_program_that_jax_cannot_read_has_bounds_but_no_kernels():
+  seconds = {"products": 0.1, "memory": 0.2}
+  text = describe(make_plan(kernels=None, collectives=None, seconds=seconds))
+  assert "so at most 40 images/s" in text
+  assert "kernels" not in text and "devices send" not in text
+
+
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_table_sums_the_kernels_that_it_does_not_name(left):
   kernels = {
