@@ -6,6 +6,7 @@ in speed, in memory and in where they run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from mdt_jax.errors import SettingError, check_choice
+from mdt_jax.logs import logger
 from mdt_jax.models import pallas_attention
 from mdt_jax.types import Array, Dtype
 
@@ -158,8 +160,8 @@ def check_kernel(kernel: str, dtype: Dtype, head_width: int) -> None:
     raise SettingError("attention_kernel", kernel, accepted)
   if head_width % 8 or head_width > MAX_CUDNN_WIDTH:
     accepted = (
-      f"needs hidden_size / num_heads divisible by 8 and at most {MAX_CUDNN_WIDTH}, "
-      f"has {head_width}"
+      f"needs a width of a head divisible by 8 and at most {MAX_CUDNN_WIDTH}, has "
+      f"{head_width}"
     )
     raise SettingError("attention_kernel", kernel, accepted)
 
@@ -208,6 +210,23 @@ def needed_tokens(
   if kernel == "pallas" and tokens > (most := pallas_attention.most_tokens(kind)):
     return f"needs at most {most} tokens on {kind}"
   return None
+
+
+@functools.cache
+def kernel_for(kernel: str, tokens: int, has_bias: bool) -> str:
+  """Returns the kernel of a pass: plain if `kernel` does not run this number of tokens.
+
+  Training refuses such numbers when it starts. Inpainting and guidance keep numbers of
+  tokens that training does not know; for them the log says once that it is plain.
+
+  Args:
+    kernel, tokens, has_bias: see `needed_tokens`.
+  """
+  if needed := needed_tokens(kernel, tokens, has_bias):
+    text = "attention of %d tokens by plain products: %s %s"
+    logger.info(text, tokens, kernel, needed)
+    return "plain"
+  return kernel
 
 
 def attention_weights(

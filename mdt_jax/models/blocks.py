@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from mdt_jax.models.attention import KERNELS, attention_weights, plain_attention
+from mdt_jax.models.attention import (
+  KERNELS,
+  attention_weights,
+  kernel_for,
+  plain_attention,
+)
 from mdt_jax.models.condition_layers import CrossAttention, Embedded, pooled_of
 from mdt_jax.models.embeddings import unpatchify
 from mdt_jax.models.layers import (
@@ -107,7 +112,8 @@ class Attention(nn.Module):
     if self.sow_attention and self.is_mutable_collection("intermediates"):
       weights = attention_weights(query, key, bias)  # (B, heads, K, K)
       self.sow("intermediates", "attention_weights", weights)
-    attend = plain_attention if self.forward_mode else KERNELS[self.attention_kernel]
+    kernel = kernel_for(self.attention_kernel, x.shape[1], bool(self.bias_rows))
+    attend = plain_attention if self.forward_mode else KERNELS[kernel]
     out = attend(query, key, value, bias)  # (B, K, heads, D / heads)
     out = checkpoint_name(out, ATTENTION)
     return linear(dim, "proj", axis=(-2, -1), **options)(out)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models import mdt_flops
+from mdt_jax.models.attention import check_kernel
 from mdt_jax.models.blocks import Modulation
 from mdt_jax.models.layers import linear, modulated_norm, normal_init
 from mdt_jax.models.masking import TokenMask, keep_tokens, restore_tokens
@@ -154,6 +155,7 @@ class MaskDiT(MDT, kw_only=True):
       width % heads == 0 and width % 4 == 0,
       f"must be divisible by decoder_num_heads = {heads} and by 4",
     )
+    check_kernel(self.attention_kernel, self.dtype, width // heads)
     holds = self.mlp_ratio * width >= 1
     self._require("mlp_ratio", holds, "must be above 0")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mdt_jax.models import mdt_flops
+from mdt_jax.models.attention import check_kernel
 from mdt_jax.models.layers import linear, scaled_norm
 from mdt_jax.models.masking import TokenMask, keep_tokens
 from mdt_jax.models.mdt import MDT
@@ -154,6 +155,7 @@ class MicroDiT(MDT, kw_only=True):
     else:
       accepted = f"must divide the width of the mixer, {width}"
       self._require("mixer_num_heads", width % heads == 0, accepted)
+      check_kernel(self.attention_kernel, self.dtype, width // heads)
 
 
 def forward_flops(model: MicroDiT, num_keep: int | None = None) -> int:

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mdt_jax
 from mdt_jax.errors import SettingError
 from mdt_jax.models import attention as module
-from mdt_jax.models.attention import attention, check_kernel, cudnn_attention
+from mdt_jax.models.attention import (
+  attention,
+  check_kernel,
+  cudnn_attention,
+  kernel_for,
+)
+from mdt_jax.models.masking import random_token_mask
 
 SHAPE = (3, 20, 2, 8)  # Images, tokens, heads, width of a head.
 
@@ -124,3 +131,43 @@ def test_kernel_names_what_it_cannot_run(kernel, dtype, width):
 def test_every_released_head_runs_in_cudnn():
   for width in (64, 72):
     check_kernel("cudnn", jnp.bfloat16, width)
+
+
+def test_numbers_of_tokens_that_a_kernel_does_not_run_are_plain(caplog):
+  caplog.set_level("INFO", "mdt_jax")
+  kernel_for.cache_clear()
+  assert [kernel_for("cudnn", 7, has_bias) for has_bias in (True, False)] == [
+    "plain",
+    "cudnn",
+  ]
+  assert kernel_for("cudnn", 8, True) == "cudnn"
+  (line,) = caplog.messages
+  assert line.startswith("attention of 7 tokens by plain products: cudnn needs even")
+
+
+def test_masked_pass_of_an_odd_number_of_tokens_is_plain(monkeypatch):
+  def of_even_numbers(query, key, value, bias):
+    assert query.shape[1] % 2 == 0
+    return attention(query, key, value, bias)
+
+  monkeypatch.setitem(module.KERNELS, "cudnn", of_even_numbers)
+  sizes = dict(input_size=8, hidden_size=16, num_heads=2, depth=4, decode_depth=2)
+  options = dict(num_classes=3, dtype=jnp.bfloat16, attention_kernel="cudnn")
+  model = mdt_jax.create_model("MDTv2-S/2", **sizes, **options)
+  batch = (jnp.zeros((1, *model.input_shape)), jnp.zeros(1), jnp.zeros(1, int))
+  mask = random_token_mask(jax.random.key(0), 1, model.num_tokens, num_keep=7)
+  shapes = jax.eval_shape(model.init, jax.random.key(1), *batch, mask)
+  out = jax.eval_shape(model.apply, shapes, *batch, mask)
+  assert out.shape == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+  ("name", "heads"),
+  [
+    ("MaskDiT-S/2", {"decoder_hidden_size": 64, "decoder_num_heads": 16}),
+    ("MicroDiT-S/2", {"mixer_hidden_size": 64, "mixer_num_heads": 16}),
+  ],
+)
+def test_heads_of_other_parts_are_checked(name, heads):
+  with pytest.raises(SettingError, match=r"needs a width of a head .* has 4$"):
+    mdt_jax.create_model(name, dtype=jnp.bfloat16, attention_kernel="cudnn", **heads)
