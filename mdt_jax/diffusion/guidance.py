@@ -108,18 +108,21 @@ class Guidance:
       both: (x, t) -> (output of the strong pass, output of the weak pass).
 
     Returns:
-      The guided function (x, t) -> output; see `guided`.
+      The guided function (x, t) -> weak + w (strong - weak), where w is `scale_at`.
+      Channels that are not guided are those of the strong pass.
     """
-    return combined(
-      strong,
-      both,
-      scale=self.scale,
-      power=self.power,
-      channels=self.channels,
-      interval=self.interval,
-      num_timesteps=self.num_timesteps,
-      clean_time=self.clean_time,
-    )
+    if self.scale == 1:
+      return strong
+
+    def guided_fn(x: Array, t: Array) -> Array:
+      output, weak = both(x, t)
+      channels = x.shape[-1] if self.channels is None else self.channels
+      return guide(output, weak, self.scale_at(t), min(channels, x.shape[-1]))
+
+    if self.interval == WHOLE:
+      return guided_fn
+    # A sampler uses the same timestep for all samples, so only one branch runs.
+    return lambda x, t: jax.lax.cond(self.is_guided(t).any(), guided_fn, strong, x, t)
 
   def scale_at(self, t: Array) -> Array:
     """Returns the guidance scale at times t (B,): (B,) float32; 1 is no guidance."""
@@ -314,49 +317,5 @@ def guided(
     conditional, unconditional = jnp.split(network(*twice), 2)
     return conditional, unconditional
 
-  return combined(
-    conditional_fn,
-    halves,
-    scale=scale,
-    power=power,
-    channels=channels,
-    interval=interval,
-    num_timesteps=num_timesteps,
-    clean_time=clean_time,
-  )
-
-
-def combined(
-  strong: ModelFn,
-  both: Callable[[Array, Array], tuple[Array, Array]],
-  *,
-  scale: float,
-  power: float,
-  channels: int | None,
-  interval: tuple[float, float],
-  num_timesteps: float,
-  clean_time: float,
-) -> ModelFn:
-  """Returns weak + w (strong - weak) as a function of (x, t).
-
-  Args:
-    strong, both: see `Guidance.combine`.
-    scale, power, channels, interval, num_timesteps, clean_time: see `guided`. Channels
-      that are not guided are those of the strong pass.
-  """
-  if scale == 1:
-    return strong
-
-  def is_guided(t: Array) -> Array:
-    return _in_interval(t, interval, num_timesteps, clean_time)
-
-  def guided_fn(x: Array, t: Array) -> Array:
-    output, weak = both(x, t)
-    count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    step_scale = _scale_at(t, scale, power, interval, num_timesteps, clean_time)
-    return guide(output, weak, step_scale, count)
-
-  if interval == WHOLE:
-    return guided_fn
-  # A sampler uses the same timestep for all samples, so only one branch runs.
-  return lambda x, t: jax.lax.cond(is_guided(t).any(), guided_fn, strong, x, t)
+  guidance = Guidance(scale, power, channels, interval, num_timesteps, clean_time)
+  return guidance.combine(conditional_fn, halves)

@@ -110,11 +110,6 @@ class Sampler:
     return is_random(self.method, self.eta)
 
   @property
-  def num_calls(self) -> int:
-    """Number of network passes per image; guidance doubles the number."""
-    return self.calls_a_pass * (1 if self.guidance.scale == 1 else 2)
-
-  @property
   def calls_a_pass(self) -> int:
     """Number of network passes per image without guidance."""
     steps = self.process.levels().alpha.size
