@@ -70,7 +70,8 @@ METRICS = flags.DEFINE_list(
   "metrics",
   None,
   "Scores: fid, sfid, is, precision, recall (these five need --inception), frechet, "
-  "accuracy, diversity, bpd (needs --checkpoint); for runs on the source relations: "
+  "accuracy, diversity, bpd (needs --checkpoint); retrieval, for runs of "
+  "config.model.condition vector or tokens; for runs on the source relations: "
   f"{', '.join(relation_scores.NAMES)}. Default: the first five with "
   "--inception; else frechet, accuracy and diversity with --samples or --reference; "
   "else bpd.",

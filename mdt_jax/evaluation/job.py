@@ -204,7 +204,7 @@ def score_images(
     progress=True,
     held=held,
   )
-  if statistics is not None:
+  if statistics is not None and jax.process_index() == 0:
     save_statistics(statistics, evaluate.real)
     logger.info("wrote the statistics of the real images to %s", statistics)
   sampling = drawn_labels = None

@@ -125,9 +125,28 @@ def score(names: Sequence[str], real: Summary, generated: Summary) -> dict[str, 
   for name in names:
     if name in found:
       continue
+    _check_sizes(name, real, generated)
     value = METRICS[name].compute(real, generated)
     found |= value if isinstance(value, dict) else {name: value}
   return {name: found[name] for name in names}
+
+
+def _check_sizes(name: str, real: Summary, generated: Summary) -> None:
+  """Raises SettingError if a score compares images of different sizes."""
+  kept = METRICS[name].kept
+  if kept is None or not METRICS[name].needs_real:
+    return
+  expected, found = (
+    summary.features[kept].shape[1] if kept in summary.features else None
+    for summary in (real, generated)
+  )
+  if expected != found and None not in (expected, found):
+    raise SettingError(
+      "metrics",
+      name,
+      f"needs images of equal size and channels: a real one has {expected} features, "
+      f"another one {found}",
+    )
 
 
 def of_real_images(names: Sequence[str]) -> list[str]:

@@ -71,3 +71,18 @@ def test_accuracy_and_diversity_need_labels(files, name):
   unlabelled = Summary(real.statistics, real.features)
   with pytest.raises(SettingError, match=f"generated images = None: {name} needs"):
     score([name], real, unlabelled)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "diversity", "precision"])
+def test_images_of_other_sizes_are_refused(name):
+  rng, labels = np.random.default_rng(0), np.arange(8) % 2
+
+  def of_size(size):
+    kept = scores.METRICS[name].kept
+    features = {kept: rng.random((8, size), np.float32)}
+    return Summary({}, features, labels)
+
+  message = r"needs images of equal size and channels: .* 64 features, .* 192$"
+  with pytest.raises(SettingError, match=message) as error:
+    score([name], of_size(64), of_size(192))
+  assert (error.value.setting, error.value.value) == ("metrics", name)
