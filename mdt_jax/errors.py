@@ -42,7 +42,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 LARGEST_NUMBER = 1e30  # of `check_number`; float32 ends at 3e38
 
 
-def one_line(error: Exception | str, limit: int = 300) -> str:
+def one_line(error: BaseException | str, limit: int = 300) -> str:
   """Returns the text of an error in one line, without control characters.
 
   Args:

@@ -189,9 +189,14 @@ class Settings:
 
   @property
   def sampled_decay(self) -> float:
-    """Decay of the averaged parameters that are sampled."""
+    """Decay of the averaged parameters that are sampled, as in `ema_decays`.
+
+    Its text is a name in checkpoints, where 0 and 0.0 differ.
+    """
     chosen = self.sampling.ema_decay
-    return self.ema_decays[0] if chosen is None else chosen
+    if chosen is None:
+      return self.ema_decays[0]
+    return next((decay for decay in self.ema_decays if decay == chosen), chosen)
 
   def with_sampling(self, changes: Mapping[str, Any]) -> Settings:
     """Returns these settings with changed settings of sampling.

@@ -446,6 +446,12 @@ def test_bad_argument_of_a_call_is_named(changes, message):
     Settings.from_config(tiny_config()).with_sampling(changes)
 
 
+def test_sampled_decay_is_written_as_in_the_list():
+  """Its text names a part of the state."""
+  config = tiny_config(**{"ema_decays": (0.9999, 0), "sampling.ema_decay": 0.0})
+  assert str(Settings.from_config(config).sampled_decay) == "0"
+
+
 def test_settings_of_a_later_version_are_ignored_with_a_warning(caplog):
   saved = tiny_config().to_dict()
   saved["newer"], saved["data"]["colour"] = 1, "red"

@@ -6,12 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-MAX_REASON = 300  # length limit of a library's error message in ours
-
-
-def reason_of(error: BaseException) -> str:
-  """The message of an exception on one line, cut to `MAX_REASON` characters."""
-  return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+MAX_BYTES = 1200  # of the text; `errors.one_line` returns at most 300 characters
 
 
 def on_any_process(text: str) -> str:
@@ -21,8 +16,8 @@ def on_any_process(text: str) -> str:
   """
   if jax.process_count() == 1:
     return text
-  padded = np.zeros(MAX_REASON, np.uint8)
-  encoded = np.frombuffer(text.encode()[:MAX_REASON], np.uint8)
+  padded = np.zeros(MAX_BYTES, np.uint8)
+  encoded = np.frombuffer(text.encode()[:MAX_BYTES], np.uint8)
   padded[: encoded.size] = encoded
   every = multihost_utils.process_allgather(padded)
   said = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in every)

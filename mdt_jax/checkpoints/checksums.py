@@ -50,8 +50,8 @@ def damage(folder: AnyPath, items: Sequence[str] | None = None) -> str | None:
       return f"{FILE} is damaged"
   except FileNotFoundError:
     return UNFINISHED
-  except (OSError, ValueError, KeyError, TypeError):
-    return f"{FILE} is damaged"
+  except (IsADirectoryError, ValueError, KeyError, TypeError):
+    return f"{FILE} is damaged"  # other OSErrors may pass, and are no damage
   names = [
     name for name in files if items is None or PurePosixPath(name).parts[0] in items
   ]

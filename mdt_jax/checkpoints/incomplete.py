@@ -8,7 +8,8 @@ import jax
 
 from mdt_jax.buckets import AnyPath, list_objects
 from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints.agreement import on_any_process, reason_of
+from mdt_jax.checkpoints.agreement import on_any_process
+from mdt_jax.errors import one_line
 from mdt_jax.paths import remove_folder
 
 COMMIT_SUCCESS = "commit_success.txt"  # of Orbax
@@ -32,7 +33,7 @@ def remove_incomplete(folder: AnyPath) -> None:
       _remove_half_written(folder)
     except Exception as raised:  # gcsfs raises those of several libraries
       error = raised
-  failure = on_any_process("" if error is None else reason_of(error))
+  failure = on_any_process("" if error is None else one_line(error))
   if error is not None:
     raise error
   if failure:

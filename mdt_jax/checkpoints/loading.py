@@ -173,6 +173,7 @@ def find_ema(
   decay = settings.sampled_decay if ema_decay is None else ema_decay
   check_choice("ema_decay", decay, settings.ema_decays)
   settings = dataclasses.replace(settings.with_ema_decay(decay), mesh=MeshSettings())
+  decay = settings.sampled_decay
   settings = with_possible_kernel(settings)
   experiment = Experiment(settings, own=OwnParts(model=model))
   experiment.data_labels = DataLabels.read(folder.parent, experiment.model.num_classes)

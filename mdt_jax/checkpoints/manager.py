@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 
 from mdt_jax.buckets import check_readable, move_folder
 from mdt_jax.checkpoints import checksums
-from mdt_jax.checkpoints.agreement import on_any_process, reason_of
+from mdt_jax.checkpoints.agreement import on_any_process
 from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
 from mdt_jax.checkpoints.incomplete import remove_incomplete
 from mdt_jax.checkpoints.restoring import restore_args, restore_config
 from mdt_jax.checkpoints.retries import Retries
-from mdt_jax.errors import SettingError
+from mdt_jax.errors import SettingError, one_line
 from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.paths import absolute, remove_folder
@@ -270,7 +270,7 @@ class Checkpoints:
     # Other processes may have ended, so this process does not communicate with them.
     if self._pending is not None and (error := self._pending.exception()) is not None:
       logger.error(
-        "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, reason_of(error)
+        "THE CHECKPOINT OF STEP %d IS NOT SAVED: %s", self._saving, one_line(error)
       )
     self._close_manager()
 
@@ -298,7 +298,7 @@ class Checkpoints:
         else:
           check_readable("--workdir", self._folder)
       except Exception as error:  # gcsfs raises those of several libraries
-        failure = reason_of(error)
+        failure = one_line(error)
       # If one process alone failed, the others would wait inside Orbax for it.
       if failure := on_any_process(failure):
         raise OSError(failure)
@@ -367,7 +367,7 @@ class Checkpoints:
       return False
     error = self._pending.exception()
     self._pending = None
-    reason = on_any_process("" if error is None else reason_of(error))
+    reason = on_any_process("" if error is None else one_line(error))
     if reason:
       self._failed(reason)
       return True

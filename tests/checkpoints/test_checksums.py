@@ -79,3 +79,18 @@ def test_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
   monkeypatch.setattr(type(folder), "read_bytes", refuse)
   with pytest.raises(DataUnavailable, match="does not answer"):
     checksums.damage(folder)
+
+
+def test_read_error_that_may_pass_is_no_damage(folder, monkeypatch):
+  def fail(path):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(checksums, "_read", fail)
+  with pytest.raises(OSError, match="Input/output error"):
+    checksums.damage(folder)
+
+
+def test_folder_in_place_of_the_checksums_is_damage(folder):
+  (folder / checksums.FILE).unlink()
+  (folder / checksums.FILE).mkdir()
+  assert checksums.damage(folder) == f"{checksums.FILE} is damaged"
