@@ -31,7 +31,12 @@ class FolderFiles:
     self._names, subfolders = _list_folder(path, extensions)
     found = None
     if os.path.isfile(listed := os.path.join(path, DATASET_JSON)):
-      found = labels_of_dataset_json(path, self._names, Path(listed).read_bytes())
+      try:
+        text = Path(listed).read_bytes()
+      except OSError as error:
+        accepted = f"{DATASET_JSON} in it cannot be read: {error.strerror}"
+        raise SettingError("config.data.path", path, accepted) from None
+      found = labels_of_dataset_json(path, self._names, text)
     self._labels, self.classes = found or labels_of_paths(path, self._names, subfolders)
     self.label_counts = count_labels(self._labels)
 

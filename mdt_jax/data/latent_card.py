@@ -28,7 +28,6 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
 # Types of the arrays of a set; others are converted when the set is written.
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 ARRAY_DTYPES = ("bool", *_INTEGERS, "float16", "float32")
-# Entries of an example that no array may replace.
 MAX_AXES = 8  # axes of an array, at most
 MAX_VALUES = 2**26  # numbers in a latent or in an array, at most
 # Makes the error for a card from the sentence about it.

@@ -189,22 +189,28 @@ def write_tensors(
       `load_state_dict` ignores.
 
   Raises:
-    SettingError: setting "path": the file has another extension, or torch is needed and
-      not installed.
+    SettingError: setting "path": the file has another extension, torch is needed and
+      not installed, or torch cannot write the file.
+    OSError: the file cannot be written.
   """
   file = bucket_path("path", path) if is_bucket(path) else Path(path)
   check_suffix("path", file)
   with atomic_write(file) as partial:
     if file.suffix == ".safetensors":
-      from safetensors.numpy import save_file
+      from safetensors.numpy import save
 
-      save_file(tensors, partial, dict(metadata or {}) or None)
+      # save_file would hide the error of a full disk, and the file from other users.
+      partial.write_bytes(save(tensors, dict(metadata or {}) or None))
     else:
       torch = import_torch("path", file)
       named = OrderedDict((n, torch.from_numpy(array)) for n, array in tensors.items())
       if metadata:
         setattr(named, NOTES, dict(metadata))
-      torch.save(named, partial)
+      try:
+        torch.save(named, partial)
+      except RuntimeError as error:  # a full disk
+        accepted = f"cannot be written: {one_line(error)}"
+        raise SettingError("path", str(path), accepted) from None
 
 
 def misfits(

@@ -15,7 +15,7 @@ import numpy as np
 from mdt_jax.errors import SettingError
 from mdt_jax.models.microdit_text import MicroDiTText
 from mdt_jax.pretrained import torch_mdt_layout
-from mdt_jax.pretrained.torch_names import some_names
+from mdt_jax.pretrained.torch_mdt_sizes import shape_of
 
 MARK = "y_emb_preprocess.norm1.weight"
 # Width of a released network -> its number of heads, which the tensors do not show.
@@ -98,13 +98,7 @@ def infer_attributes(
     raise SettingError("num_classes", num_classes, accepted)
 
   def shape(name: str, axes: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor with this many axes, none of them of length 0."""
-    found = tensors[name].shape if name in tensors else None
-    if found is None or len(found) != axes or 0 in found:
-      problem = "is missing" if found is None else f"has shape {found}"
-      accepted = f"must hold a MicroDiTText: {name} {problem}; {some_names(tensors)}"
-      raise SettingError("tensors", source, accepted)
-    return found
+    return shape_of(tensors, name, axes, source, "a MicroDiTText")
 
   def count(stack: str) -> int:
     """Returns the number of blocks of a stack."""

@@ -20,6 +20,7 @@ from mdt_jax.atomic import write_json
 from mdt_jax.errors import SettingError, one_line
 from mdt_jax.models.autoencoder_kl import AutoencoderKL
 from mdt_jax.paths import expand_home, is_url
+from mdt_jax.pretrained import hub
 from mdt_jax.pretrained.diffusers_folders import (
   CONFIG_FILE,
   WEIGHT_FILES,
@@ -279,7 +280,7 @@ def _by_hand(name: str, where: str) -> str:
 
 def _download(name: str) -> Path:
   """Downloads a model from the Hugging Face hub and returns its folder."""
-  if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+  if not hub.is_repository(name):
     raise SettingError(
       SETTING, name, f"must be an existing folder; {_by_hand(DEFAULT_ID, 'it')}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import zipfile
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from mdt_jax.errors import SettingError
-from mdt_jax.pretrained.tensors import read_tensors
+from mdt_jax.pretrained.tensors import read_tensors, write_tensors
 
 
 def one_value(value, shape=(2, 3)):
@@ -81,3 +83,24 @@ def test_bfloat16_and_integers_are_read(tmp_path):
   found = read_tensors(path)
   assert found["a"].dtype == np.float32 and found["a"].tolist() == [1.5, 1.5]
   assert found["b"].tolist() == [3]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_written_file_can_be_read_by_other_users(tmp_path, suffix):
+  path = tmp_path / f"model{suffix}"
+  before = os.umask(0o022)
+  try:
+    write_tensors(path, {"a": np.ones(3, np.float32)})
+  finally:
+    os.umask(before)
+  assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_failed_write_of_torch_is_one_line(tmp_path, monkeypatch):
+  def fail(*_):
+    raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos\n0 vs 1")
+
+  monkeypatch.setattr(torch, "save", fail)
+  with pytest.raises(SettingError, match=r"^path = .*cannot be written: .*pos 0 vs 1$"):
+    write_tensors(tmp_path / "model.pt", {"a": np.ones(3, np.float32)})
+  assert list(tmp_path.iterdir()) == []
