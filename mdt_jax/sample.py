@@ -219,10 +219,11 @@ cli.require(checkpoint="runs/digits")
 
 def main(argv: list[str]) -> None:
   del argv
-  if not is_hub_url(CHECKPOINT.value):
-    cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   check_range("num_images", NUM_IMAGES.value, 1, cli.MAX_IMAGES)
   check_range("batch_size", BATCH_SIZE.value, 1, cli.MAX_BATCH_SIZE)
+  check_range("seed", SEED.value, 0, 2**32 - 1)
+  if not is_hub_url(CHECKPOINT.value):
+    cli.check_run_folder("checkpoint", CHECKPOINT.value, "step", accepts_parent=True)
   output = output_folder("output", _output())
   with renamed_in_errors(_flag_names()), contextlib.ExitStack() as stack:
     pipeline = Pipeline.load(

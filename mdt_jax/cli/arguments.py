@@ -30,6 +30,7 @@ from mdt_jax.sizes import Size, parse_size
 from mdt_jax.typed_config import kind_of
 
 _MAX_HINTS = 3
+_OF_THE_HUB = ("checkpoint", "weak_checkpoint")  # flags that may be hf://ORG/NAME
 _LOCAL = ("config", "vae")  # flags whose files are not read from a bucket
 _ACCEPTED: dict[type[Any], str] = {
   int: "must be a whole number",
@@ -273,8 +274,7 @@ def _check_override(name: str, value: str) -> None:
 def _check_value(name: str, flag: flags.Flag[Any], value: str) -> None:
   """Raises SettingError where a value is of another type, or is an unknown URL."""
   is_read = is_bucket(value) and name not in _LOCAL
-  # mdt_jax.sample and mdt_jax.evaluate read hf://ORG/NAME as a checkpoint.
-  if is_url(value) and not is_read and name != "checkpoint":
+  if is_url(value) and not is_read and name not in _OF_THE_HUB:
     local_path(f"--{name}", value)
   for kind, parser in _PARSERS.items():
     if isinstance(flag.parser, type(parser)):

@@ -107,7 +107,9 @@ def _tiles(
     float32. Weights ramp up and down over the overlaps and sum to 1 at each pixel.
   """
   tile_size = min(tile_size, length)
-  count = 1 + math.ceil((length - tile_size) / (tile_size - overlap))
+  count = 1
+  if length > tile_size:
+    count += math.ceil((length - tile_size) / (tile_size - overlap))
   starts = np.linspace(0, length - tile_size, count).round().astype(int)
   inside = np.arange(factor * tile_size)
   # Distance of a pixel to the nearest edge of its tile, except edges of the image.

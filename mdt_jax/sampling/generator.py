@@ -33,7 +33,10 @@ Given: TypeAlias = dict[str, Array]  # arrays of an image to inpaint or edit
 # guidance has a network of its own.
 Generator: TypeAlias = jax.stages.Wrapped
 
-HOLD_STREAM = 1  # folded into the key of an image, for the noise of the visible part
+# Folded into the key of an image, for the noise of the visible part in inpainting. In
+# JAX's generator this is the key of the steps too: of the same numbers, one part of the
+# image uses those of visible pixels, the other one those of hidden pixels.
+HOLD_STREAM = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,6 +153,8 @@ class SamplingJob:
     if self.draws_pixels and pictures.rounds_to_nearest(self.experiment.model):
       # Earlier versions rounded as MDT does.
       described["pixels"] = "127.5 x + 128"
+    if self.request.classes is not None:
+      described["classes"] = _digest(self.request.classes)
     if self.request.null is not None:
       described["null"] = _digest(self.request.null)
     if self.weak is not None:

@@ -76,6 +76,7 @@ def load_weak(
     tokens.weak_condition == "same"
     and tokens.strong == tokens.weak
     and weak.step == own_step
+    and weak.model == experiment.model
     and jax.tree.all(jax.tree.map(np.array_equal, weak.params, own_params))
   ):
     accepted = "must hold other parameters: both passes would be the same"

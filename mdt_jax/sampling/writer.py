@@ -45,8 +45,18 @@ MAX_IN_GRID = 100  # images in samples.png, at most
 PNGS_AT_A_TIME = 64  # images in memory while PNGs are written
 DELETED_AT_A_TIME = 32  # objects of a bucket
 # Settings whose values are hashes of arrays, see `SamplingJob.describe`.
-_HASHED = ("autoencoder", "image", "labels", "mask", "null", "parameters")
-_LATER = ("autoencoder",)  # settings that descriptions of earlier versions lack
+_HASHED = (
+  "autoencoder",
+  "classes",
+  "image",
+  "labels",
+  "mask",
+  "null",
+  "parameters",
+  "weak_parameters",
+)
+# Settings that descriptions of earlier versions lack.
+_LATER = ("autoencoder", "classes")
 POLL_SECONDS = 1.0  # pause between checks for the blocks of other processes
 # (numbers of blocks, listener to the steps) -> (number, images of the block), in order
 GenerateBlocks: TypeAlias = Callable[

@@ -83,7 +83,10 @@ def start(
   if num_processes is not None and num_processes < 1:
     raise SettingError("--num_processes", num_processes, "must be at least 1")
   if process_id is not None and not 0 <= process_id < (num_processes or math.inf):
-    raise SettingError("--process_id", process_id, f"must lie in [0, {num_processes})")
+    accepted = "must be at least 0"
+    if num_processes is not None:
+      accepted = f"must lie in [0, {num_processes})"
+    raise SettingError("--process_id", process_id, accepted)
   before = _threads()
   with _deadline(timeout, f"--coordinator_address = {coordinator_address!r}"):
     try:

@@ -117,9 +117,10 @@ class Background:
 
   def close(self) -> None:
     """Waits for the writes, for at most `SECONDS_TO_CLOSE`, and closes the writer."""
+    end = time.monotonic() + SECONDS_TO_CLOSE
     with contextlib.suppress(queue.Full):
       self._calls.put(None, timeout=SECONDS_TO_CLOSE)
-    self._thread.join(SECONDS_TO_CLOSE)
+    self._thread.join(max(0.0, end - time.monotonic()))
     if self._thread.is_alive():
       logger.error(
         "NOT WRITTEN: %s: the last writes take more than %g s",

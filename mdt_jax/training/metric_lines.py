@@ -88,9 +88,7 @@ def _remove_invalid_lines(path: AnyPath, start: int | None) -> None:
     return
   found = [(line, _parse(line)) for line in lines]
   whole = [(line, entry) for line, entry in found if entry is not None]
-  kept = [
-    line for line, entry in whole if start is None or (entry["step"] or 0) <= start
-  ]
+  kept = [line for line, entry in whole if start is None or entry["step"] <= start]
   if len(kept) == len(lines):
     return
   if damaged := len(lines) - len(whole):

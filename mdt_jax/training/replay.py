@@ -43,8 +43,8 @@ def replay(
 
   Args:
     config: config of the run.
-    workdir: folder of the run. `replay` writes replay_STEP.json there and changes
-      nothing else.
+    workdir: folder of the run. `replay` writes replay_STEP.json there, and sets damaged
+      checkpoints aside, as training does; nothing else changes.
     step: number of the step, from 0.
 
   Returns:

@@ -113,6 +113,8 @@ def test_missing_flag_is_refused(command, flags, texts):
     ("evaluate", "--ema-decay=0.5", ["--ema-decay", "did you mean --ema_decay=0.5?"]),
     ("evaluate", "--config.sampling.ema_decay=0.5", ["did you mean --ema_decay=0.5?"]),
     ("evaluate", "--seed=-1", ["--seed = -1", "must"]),
+    ("sample", "--checkpoint=run --labels=random --seed=-1", ["--seed = -1", "must"]),
+    ("sample", "--checkpoint=run --weak_checkpoint=hf://a/b", ["--checkpoint = 'run'"]),
     ("plan", "--config=digits --topology=cpu:1 --what=x", ["--what = 'x'", "sample"]),
   ],
 )

@@ -128,3 +128,9 @@ def test_tile_weights_fade_linearly_over_the_overlap():
 def test_invalid_overlap_is_refused(overlap):
   with pytest.raises(SettingError, match=f"overlap = {overlap}: "):
     in_tiles(16, overlap)
+
+
+def test_side_as_long_as_the_overlap_is_one_tile():
+  starts, weights = _tiles(16, 64, 16, 8)
+  assert starts.tolist() == [0]
+  np.testing.assert_array_equal(weights, np.ones((1, 8 * 16)))

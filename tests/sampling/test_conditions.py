@@ -335,3 +335,13 @@ def test_written_images_have_captions_and_no_labels(pipeline, tmp_path):
   assert pipeline.write(tmp_path, condition=arrays, num_steps=2) == file  # resumes
   with pytest.raises(SettingError, match="labels"):
     pipeline.write(tmp_path, condition=ONE, num_steps=2)
+
+
+def test_other_labels_beside_a_vector_are_another_job(pipeline):
+  two = np.stack([ONE, -ONE])
+  described = [
+    pipeline.job(condition={"clip": two, "label": labels}).describe()
+    for labels in ([0, 1], [1, 0])
+  ]
+  assert described[0].pop("classes") != described[1].pop("classes")
+  assert described[0] == described[1]

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mdt_jax import Pipeline, SettingError, create_model
+from mdt_jax.checkpoints.loading import Checkpoint
 from mdt_jax.diffusion.guidance import Guidance, TokenShares
 from mdt_jax.diffusion.samplers import Sampler, sample
 from mdt_jax.experiment import build
 from mdt_jax.models.flops import forward_flops
+from mdt_jax.sampling import weak_networks
 from mdt_jax.sampling.generator import make_generator
 from mdt_jax.sampling.token_guidance import (
   Pair,
@@ -198,6 +200,23 @@ def test_weak_network_with_all_tokens_is_classifier_free_guidance():
   )
   expected = np.asarray(make_generator(model, sampler)(params, *arguments))
   np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_network_of_another_architecture_may_guide(monkeypatch):
+  """The weak pass of the same label and step is another one, if the network is."""
+  settings = {"sampling.weak_condition": "same", "sampling.cfg_scale": 2.0}
+  own, other = (
+    build(tiny_config(**settings, **{"model.name": name}))
+    for name in ("MDT-S/2", "DiT-S/2")
+  )
+  params = reference.random_params(other.model)
+  checkpoint = Checkpoint(other, params, 7)
+  monkeypatch.setattr(weak_networks, "load_run", lambda *_: checkpoint)
+  arguments = dict(own_step=7, own_params=reference.random_params(own.model))
+  weak = weak_networks.load_weak("run", None, own, **arguments)
+  assert weak.model is other.model
+  with pytest.raises(SettingError, match="must hold other parameters"):
+    weak_networks.load_weak("run", None, other, own_step=7, own_params=params)
 
 
 # Schedules and cost.

@@ -49,6 +49,12 @@ def test_incomplete_or_invalid_flags_are_refused(given, message):
     distributed.start(*given)
 
 
+def test_negative_process_is_refused_without_a_number_of_processes():
+  message = r"^--process_id = -1: must be at least 0$"
+  with pytest.raises(SettingError, match=message):
+    distributed.start(process_id=-1, detect=True)
+
+
 def test_environment_variable_that_is_not_a_number_is_refused(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
   with pytest.raises(SettingError, match=r"^--num_processes = 'two': must be a whole"):
