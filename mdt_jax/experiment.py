@@ -36,7 +36,7 @@ from mdt_jax.objectives import Objective
 from mdt_jax.optimizers import Schedule
 from mdt_jax.own_parts import OwnParts
 from mdt_jax.parameter_groups import without_frozen
-from mdt_jax.pretrained.autoencoder import Autoencoder, load_autoencoder
+from mdt_jax.pretrained.autoencoder import Autoencoder, read_autoencoder
 from mdt_jax.settings import Settings
 from mdt_jax.types import Batch
 
@@ -99,6 +99,7 @@ class Experiment:
     self._devices = devices
     self.settings = settings
     self.data_labels: DataLabels | None = None
+    self._read: Autoencoder | None = None  # see `read_autoencoder`
     if (source := self._own.source) is not None:
       # Sampling reads from the checkpoint's settings whether the run used pixels.
       kind = "images" if _has_pixels(source) else "arrays"
@@ -171,8 +172,21 @@ class Experiment:
       "attention kernel: %s", f"plain ({FASTEST} {problem})" if problem else FASTEST
     )
 
+  def read_autoencoder(self) -> None:
+    """Reads the autoencoder of the run from its files, if it has one.
+
+    Several processes that load an autoencoder wait for each other as they put it on the
+    devices. With this call before, a file that one process lacks is found earlier.
+
+    Raises:
+      SettingError: see `load_autoencoder`.
+    """
+    self._read = self._read_anew()
+
   def open(self) -> DataLabels:
     """Builds the mesh and opens the autoencoder and the data now.
+
+    All processes of a run must call this together.
 
     Returns:
       The labels that the data holds.
@@ -252,7 +266,9 @@ class Experiment:
     """The autoencoder, replicated over the mesh; None if `config.data.vae` is None."""
     if self.settings.data.vae is None:
       return None
-    return self.load_autoencoder(sharding.replicated(self.mesh))
+    placement = sharding.replicated(self.mesh)
+    read, self._read = self._read, None  # frees the memory of the host
+    return read.placed(placement) if read else self.load_autoencoder(placement)
 
   @functools.cached_property
   def source(self) -> Source:
@@ -337,11 +353,16 @@ class Experiment:
       SettingError: the autoencoder cannot be loaded, or its latents have another number
         of channels than the network.
     """
+    read = self._read_anew()
+    return None if read is None else read.placed(placement)
+
+  def _read_anew(self) -> Autoencoder | None:
+    """Reads the autoencoder of `config.data.vae`; None if the setting is None."""
     vae = self.settings.data.vae
     if vae is None:
       return None
     dtype = DTYPES[self.settings.model.dtype]
-    return load_autoencoder(vae, dtype, self.model.in_channels, placement)
+    return read_autoencoder(vae, dtype, self.model.in_channels)
 
   def _sharing(self, settings: Settings) -> Experiment:
     """Returns an experiment with other settings that shares unaffected objects."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from mdt_jax.buckets import check_readable, move_folder
-from mdt_jax.checkpoints import checksums
+from mdt_jax.checkpoints import checksums, rollbacks
 from mdt_jax.checkpoints.agreement import on_any_process
 from mdt_jax.checkpoints.compatibility import changed_settings, check_same_run
 from mdt_jax.checkpoints.incomplete import remove_incomplete
@@ -185,6 +186,17 @@ class Checkpoints:
     while (latest := self.latest_step()) is not None and latest > step:
       self._put_aside(latest, f"the run goes back to step {step} or before")
 
+  def note_rollback(self, step: int, batch_offset: int) -> None:
+    """Notes that the run continues from the checkpoint at `step` with other batches.
+
+    Each later `restore` of this checkpoint returns the state with this `batch_offset`.
+
+    Raises:
+      OSError or an exception of gcsfs: the note cannot be written.
+    """
+    if jax.process_index() == 0:
+      rollbacks.write_offset(self._folder / str(step), step, batch_offset)
+
   def restore(
     self, like: TrainState, experiment: Experiment, until: int | None = None
   ) -> TrainState:
@@ -196,8 +208,9 @@ class Checkpoints:
       until: latest step to consider; None for all steps.
 
     Returns:
-      The state of the checkpoint. An average that the checkpoint lacks starts as a copy
-      of the parameters.
+      The state of the checkpoint, with the `batch_offset` of the last `note_rollback`
+      of its step. An average that the checkpoint lacks starts as a copy of the
+      parameters.
 
     Raises:
       SettingError: the checkpoint belongs to a run with another network or optimizer,
@@ -209,8 +222,8 @@ class Checkpoints:
     is_first_save = len(self._opened().all_steps()) == 1
     while (step := self.latest_step(until)) is not None:
       reads = jax.process_index() == 0  # process 0 reads and sends the result
-      found = checksums.damage(self._folder / str(step)) if reads else None
-      if damage := on_any_process(found or ""):
+      found, noted = self._look_at(step) if reads else ("", "")
+      if damage := on_any_process(found):
         self._put_aside(step, damage)
         if is_first_save and damage == checksums.UNFINISHED:
           raise NothingSavedError("--workdir", workdir, "holds no finished checkpoint")
@@ -238,6 +251,11 @@ class Checkpoints:
       if changes := changed_settings(before, current):
         logger.info("other settings than at step %d: %s", step, "; ".join(changes))
       state, ema = restored["state"], restored["ema"]
+      if noted := on_any_process(noted):
+        offset: Any = np.array(int(noted), np.int32)
+        if isinstance(state.batch_offset, jax.Array):  # `like` may name no sharding
+          offset = jax.device_put(offset, state.batch_offset.sharding)
+        state = state.replace(batch_offset=offset)
       for decay in sorted(like.ema.keys() - held.keys()):  # alike on every process
         logger.info("the average with decay %s starts at step %d", decay, step)
         ema[decay] = jax.tree.map(jnp.copy, state.params)
@@ -245,6 +263,20 @@ class Checkpoints:
     raise SettingError(
       "--workdir", workdir, f"every checkpoint is damaged, see the folder {DAMAGED!r}"
     )
+
+  def _look_at(self, step: int) -> tuple[str, str]:
+    """Returns the damage of a checkpoint, and the `batch_offset` of its rollback.
+
+    Each is an empty text if there is none.
+    """
+    folder = self._folder / str(step)
+    if damage := checksums.damage(folder):
+      return damage, ""
+    try:
+      offset = rollbacks.read_offset(folder, step)
+    except ValueError as error:
+      return str(error), ""
+    return "", "" if offset is None else str(offset)
 
   def _check_optimizer(
     self, step: int, like: TrainState, experiment: Experiment

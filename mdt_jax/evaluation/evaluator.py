@@ -82,6 +82,7 @@ class Evaluator:
     reference: str | None = None,
     open_data: Callable[[], Source] | None = None,
     inception: str | os.PathLike[str] | None = None,
+    weights: Params = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
     prefix: str = "",
@@ -97,6 +98,7 @@ class Evaluator:
       open_data: opens the run's data; called only if a score needs real images and
         `reference` is None, or if a score asks the data itself.
       inception: file of Inception's weights; required if a score needs Inception.
+      weights: the content of this file; None to read it.
       batch_size: number of images in a batch, over all devices.
       mesh: devices to use; None for all devices.
       prefix: prefix of the names of settings in errors, such as "config.eval.".
@@ -108,8 +110,7 @@ class Evaluator:
         too few real images.
     """
     check_metrics(f"{prefix}metrics", metrics, inception is not None)
-    weights = None
-    if inception is not None:
+    if inception is not None and weights is None:
       weights = load_inception(inception, f"{prefix}inception")
     extract = scores.make_extractor(metrics, weights, batch_size, mesh)
     names, setting = scores.of_real_images(metrics), f"{prefix}reference"
@@ -293,11 +294,29 @@ def draw_images(
   )
 
 
-def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
+def load_training_inception(settings: Settings) -> Params:
+  """Reads the Inception of `config.eval`; None if training needs none.
+
+  Raises:
+    SettingError: the file cannot be read.
+  """
+  chosen = settings.eval
+  if not chosen.every or chosen.inception is None:
+    return None
+  return load_inception(chosen.inception, f"{_EVAL}inception")
+
+
+def make_training_evaluator(
+  experiment: Experiment, inception: Params = None
+) -> TrainingEvaluator:
   """Builds the evaluator of `config.eval`, which runs on the mesh of the run.
 
   The real images come from `config.eval.reference`, or from the run's data if that is
-  None.
+  None. All processes of a run must call this together.
+
+  Args:
+    experiment: objects of the run.
+    inception: see `load_training_inception`; None to read it here.
 
   Raises:
     SettingError: a file cannot be read, there are no real images, or a score cannot be
@@ -323,6 +342,7 @@ def make_training_evaluator(experiment: Experiment) -> TrainingEvaluator:
     reference=chosen.reference,
     open_data=lambda: experiment.source,
     inception=chosen.inception,
+    weights=inception,
     batch_size=chosen.batch_size,
     mesh=experiment.mesh,
     prefix=_EVAL,

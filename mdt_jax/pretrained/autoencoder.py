@@ -51,8 +51,18 @@ class Autoencoder:
     Raises:
       SettingError: setting "vae": see `torch_vae.load_vae`.
     """
-    model, params = load_vae(name, dtype)
-    return cls(model, jax.device_put(params, sharding))
+    return cls(*load_vae(name, dtype)).placed(sharding)
+
+  def placed(self, sharding: jax.sharding.Sharding | None) -> Autoencoder:
+    """Returns the autoencoder with its parameters on devices.
+
+    If the devices belong to several processes, all of these processes must call this
+    method together, and JAX compares their parameters.
+
+    Args:
+      sharding: sharding of the parameters; None for the first device.
+    """
+    return Autoencoder(self.model, jax.device_put(self.params, sharding))
 
   def check_scale(self, name: str | None, card: Mapping[str, Any]) -> None:
     """Checks that a latent set was scaled like the latents of this autoencoder.
@@ -125,26 +135,23 @@ class Autoencoder:
     return _decode(self.model, self.params, latents, axes[0])
 
 
-def load_autoencoder(
-  vae: str,
-  dtype: Dtype,
-  channels: int,
-  placement: jax.sharding.Sharding | None = None,
-) -> Autoencoder:
-  """Loads the autoencoder of a run and checks its number of latent channels.
+def read_autoencoder(vae: str, dtype: Dtype, channels: int) -> Autoencoder:
+  """Reads the autoencoder of a run and checks its number of latent channels.
 
   Args:
     vae: folder or hub id, the value of `config.data.vae`.
     dtype: compute dtype.
     channels: number of channels of the diffusion network's input.
-    placement: sharding of the parameters; None for the first device.
+
+  Returns:
+    The autoencoder, whose parameters are NumPy arrays; see `Autoencoder.placed`.
 
   Raises:
     SettingError: the autoencoder does not exist or cannot be loaded, or its latents
       have another number of channels.
   """
   with renamed_in_errors({"vae": "config.data.vae"}):
-    autoencoder = Autoencoder.load(vae, dtype, sharding=placement)
+    autoencoder = Autoencoder(*load_vae(vae, dtype))
   if autoencoder.model.latent_channels != channels:
     raise SettingError(
       "config.model.in_channels",

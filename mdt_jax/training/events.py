@@ -149,7 +149,10 @@ class Background:
         try:
           call()
         except Exception:
-          self._writer = None  # a writer that failed once may fail forever
+          # A writer that failed once may fail forever. Closing it ends its threads and
+          # connections; what fails then has the same cause.
+          with contextlib.suppress(Exception):
+            self._close()
           self._not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
           raise
     with tolerate(self._what):

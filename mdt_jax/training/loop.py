@@ -20,7 +20,11 @@ from mdt_jax.data import class_labels
 from mdt_jax.data.class_labels import DataLabels
 from mdt_jax.data.examples import Source
 from mdt_jax.diffusion.guidance import Guidance
-from mdt_jax.evaluation.evaluator import check_eval, make_training_evaluator
+from mdt_jax.evaluation.evaluator import (
+  check_eval,
+  load_training_inception,
+  make_training_evaluator,
+)
 from mdt_jax.experiment import Experiment, build
 from mdt_jax.logs import counted, logger
 from mdt_jax.models.registry import Model
@@ -97,9 +101,15 @@ def train(
       _check_guidance(experiment)
       if is_main and (project := experiment.settings.log.wandb_project) is not None:
         check_wandb(project)
+      experiment.read_autoencoder()
+      inception = load_training_inception(experiment.settings)
+    # Here the processes communicate: a file that one of them lacks is found above.
+    with distributed.together():
       held = experiment.open()
       start_from = Initialization(experiment, workdir)
-      periodic = _make_hooks(experiment, workdir)
+    with distributed.together():
+      periodic = _make_hooks(experiment, workdir, inception)
+      del inception
     settings = experiment.settings
     if settings.init.path is not None:
       distributed.check_same_weights(settings.init.path, settings.init.checksum)
@@ -159,14 +169,16 @@ def train(
     return state
 
 
-def _make_hooks(experiment: Experiment, workdir: AnyPath) -> list[Hook]:
+def _make_hooks(
+  experiment: Experiment, workdir: AnyPath, inception: Params
+) -> list[Hook]:
   """The hooks that the settings ask for: pictures and scores."""
   settings = experiment.settings
   hooks: list[Hook] = []
   if settings.sample_every and settings.num_samples:
     hooks.append(Pictures(experiment, workdir / GRID))
   if settings.eval.every:
-    evaluate = make_training_evaluator(experiment)
+    evaluate = make_training_evaluator(experiment, inception)
     folder = workdir / "scores"
     hooks.append(Scores(settings.eval.every, settings.num_steps, folder, evaluate))
   return hooks

@@ -46,7 +46,10 @@ class Profiler:
     return self._end is None and (self._is_requested or done in self._steps)
 
   def start(self, done: int, state: Any) -> None:
-    """Starts a trace with step `done`; waits for the steps before."""
+    """Starts a trace with step `done`; waits for the steps before.
+
+    If the trace cannot start, the later steps of `config.profile` do not try again.
+    """
     jax.block_until_ready(state)
     self._end = done + STEPS_OF_SIGNAL if self._is_requested else self._steps.stop
     if done in self._steps:
@@ -59,6 +62,9 @@ class Profiler:
       jax.profiler.start_trace(folder, profiler_options=_options(done))
       return
     self._end = None
+    if done in self._steps:
+      self._steps = range(0)
+    self._remove_local()
 
   def stops(self, done: int) -> bool:
     """Whether the trace that is running ends after `done` steps."""
@@ -78,8 +84,14 @@ class Profiler:
       jax.profiler.stop_trace()
       if not isinstance(self._folder, Path) and self._local is not None:
         upload_folder(self._local, self._folder)
-        shutil.rmtree(self._local, ignore_errors=True)
+        self._remove_local()
       logger.info("wrote a trace: tensorboard --logdir=%s", self._folder)
+
+  def _remove_local(self) -> None:
+    """Removes the local folder of a trace that goes to a bucket."""
+    local, self._local = self._local, None
+    if local is not None:
+      shutil.rmtree(local, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mdt_jax.experiment import Experiment
 from mdt_jax.logs import logger
 from mdt_jax.train_state import TrainState
 from mdt_jax.training import distributed
-from mdt_jax.training.events import Events
+from mdt_jax.training.events import Events, tolerate
 from mdt_jax.training.hooks import Hook
 from mdt_jax.training.kills import ReaderKills
 from mdt_jax.training.loss_by_time import LossByTime
@@ -330,8 +330,11 @@ class Trainer:
     self._skipped.forget()
     self._progress.go_back(step)
     self._events.go_back(step)
-    offset = np.int32(batch + 1 - step)
-    return state.replace(batch_offset=jax.device_put(offset, state.step.sharding))
+    offset = batch + 1 - step
+    with tolerate("the rollback"):  # until the next save, a restart repeats the batches
+      self._saved.note_rollback(step, offset)
+    placed = jax.device_put(np.int32(offset), state.step.sharding)
+    return state.replace(batch_offset=placed)
 
   def _is_late(self) -> bool:
     """Whether config.checkpoint_minutes have passed since the last save."""

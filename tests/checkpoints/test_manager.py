@@ -270,6 +270,44 @@ def test_damaged_checkpoint_in_a_bucket_is_moved(bucket):
   assert len(list_objects(aside)) == len(before) > 5
 
 
+def note_rollback(folder, step, offset):
+  checkpoints = Checkpoints(folder, 3)
+  checkpoints.note_rollback(step, offset)
+  checkpoints.close()
+
+
+def test_restored_state_has_the_batches_of_the_last_rollback(tmp_path):
+  config = tiny_dit_config()
+  state = save(tmp_path, config, steps=(5, 6))
+  for offset in (3, 4):
+    note_rollback(tmp_path, 6, offset)
+  restored = restore(tmp_path, state, config)
+  assert int(restored.batch_offset) == 4
+  assert_same(restored.replace(batch_offset=state.batch_offset), state)
+  checkpoints = Checkpoints(tmp_path, 3)
+  like = jax.eval_shape(lambda: state)
+  earlier = checkpoints.restore(like, build(config), until=5)
+  checkpoints.close()
+  assert int(earlier.batch_offset) == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 6, "batch_offset": 4}'])
+def test_checkpoint_with_a_damaged_rollback_is_moved(tmp_path, content):
+  config = tiny_dit_config()
+  state = save(tmp_path, config, steps=(5, 6))
+  (tmp_path / "checkpoints/6/rollback.json").write_text(content)
+  assert int(restore(tmp_path, state, config).batch_offset) == 0
+  (moved,) = (tmp_path / "damaged").iterdir()
+  assert moved.name.startswith("6_")
+
+
+def test_rollback_of_a_run_in_a_bucket(bucket):
+  config = tiny_dit_config()
+  state = save(bucket, config)
+  note_rollback(bucket, 7, 4)
+  assert int(restore(bucket, state, config).batch_offset) == 4
+
+
 def test_restore_fails_when_every_checkpoint_is_damaged(tmp_path):
   config = tiny_dit_config()
   state = save(tmp_path, config, steps=(7, 8))

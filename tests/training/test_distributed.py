@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import re
 import signal
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from jax._src import distributed as jax_distributed
 
 from mdt_jax import cli
 from mdt_jax.errors import SettingError
 from mdt_jax.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
-from mdt_jax.training import distributed
-from tests import forked
-from tests.training.tiny import tiny_config
+from mdt_jax.experiment import build
+from mdt_jax.training import distributed, loop
+from tests import forked, reference
+from tests.training.tiny import tiny_config, tiny_dit_config
 
 TIMEOUT = 3
 
@@ -137,6 +142,66 @@ def test_error_of_one_process_is_raised_on_all():
   first, second = errors[1].splitlines()[-2:]
   assert first.startswith("SettingError: --process_id = 0: ")
   assert second.startswith("RuntimeError: process 0: ")
+
+
+VAE = {
+  "model.input_size": 4,
+  "model.in_channels": 4,
+  "data.vae": str(reference.FIXTURES / "vae"),
+}
+FID = {"eval.every": 2, "eval.metrics": "fid", "eval.inception": "inception.pth"}
+
+
+def place(index):
+  experiment = build(tiny_dit_config(**VAE))
+  experiment.read_autoencoder()
+  placed = experiment.autoencoder
+  assert placed is not None
+  for leaf in jax.tree.leaves(placed.params):
+    assert len(leaf.sharding.device_set) == 2 and leaf.is_fully_replicated
+
+
+def test_autoencoder_is_placed_on_the_devices_of_all_processes():
+  in_two_processes(place)
+
+
+def train_without(index, workdir, changes, module, reader, setting):
+  """Trains where process 1 lacks the file that `module.reader` reads."""
+  module = importlib.import_module(module)
+  original = getattr(module, reader)
+
+  def read(path, *arguments):
+    if index == 1:
+      raise SettingError(setting, path, "is not on this machine")
+    return original(path, *arguments) if reader == "load_vae" else {"a": np.zeros(1)}
+
+  setattr(module, reader, read)
+  with pytest.raises(SettingError) as caught:
+    loop.train(tiny_dit_config(**changes), workdir)
+  print(caught.value.setting)
+
+
+@pytest.mark.parametrize(
+  ("changes", "module", "reader", "setting"),
+  [
+    (VAE, "mdt_jax.pretrained.autoencoder", "load_vae", "config.data.vae"),
+    (FID, "mdt_jax.evaluation.evaluator", "load_inception", "config.eval.inception"),
+  ],
+)
+def test_file_that_one_process_lacks_is_named(
+  tmp_path, changes, module, reader, setting
+):
+  target = functools.partial(
+    train_without,
+    workdir=tmp_path / "run",
+    changes=changes,
+    module=module,
+    reader=reader,
+    setting=setting,
+  )
+  outputs = in_two_processes(target)
+  assert [text.splitlines()[-1] for text in outputs] == ["--process_id", setting]
+  assert not (tmp_path / "run").exists()
 
 
 # The end: processes wait for each other, and a lost process is told from other aborts.

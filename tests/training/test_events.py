@@ -94,6 +94,33 @@ def test_failed_write_is_logged_and_the_writer_opened_again(
   assert [memory.opened_with for memory in opened] == [0, None]
 
 
+def test_failed_writer_is_closed_before_the_next_is_opened(opened, monkeypatch, caplog):
+  monkeypatch.setattr(events_module, "SECONDS_BETWEEN_TRIES", 0)
+
+  class Failing(Memory):
+    def write_scalars(self, step, scalars):
+      raise OSError("full")
+
+    def close(self):
+      super().close()
+      raise OSError("still full")
+
+  were_closed = []
+
+  def open_writer(step):
+    were_closed.extend(writer.is_closed for writer in opened)
+    return open_into(opened, Memory if opened else Failing)(step)
+
+  events = Events([Background("events", open_writer, start=0)])
+  with caplog.at_level(logging.ERROR, "mdt_jax"):
+    events.write_scalars(1, {"loss": 1.0})
+    events.write_scalars(2, {"loss": 1.0})
+    events.close()
+  assert were_closed == [True]
+  assert opened[-1].steps == [2]
+  assert caplog.messages == ["NOT WRITTEN: events: full"]
+
+
 def test_step_to_resume_from_survives_a_failed_opening(opened, monkeypatch):
   monkeypatch.setattr(events_module, "SECONDS_BETWEEN_TRIES", 0)
   failures = [OSError("full")]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mdt_jax.errors import SettingError
 from mdt_jax.settings import Settings
@@ -104,6 +106,26 @@ def test_profiler_that_fails_does_not_stop_training(tmp_path, monkeypatch, caplo
     state = loop.train(tiny_dit_config(profile="2:3"), tmp_path)
   assert int(state.step) == 4
   assert "NOT WRITTEN: a trace: Only one profile may be run at a time." in caplog.text
+
+
+def test_trace_that_cannot_start_is_tried_once(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  folders = []
+
+  def fail(folder, **options):
+    folders.append(folder)
+    raise RuntimeError("no profiler")
+
+  monkeypatch.setattr(jax.profiler, "start_trace", fail)
+  profiler = Profiler(epath.Path("gs://bucket/run"), range(2, 6))
+  with caplog.at_level(logging.ERROR, "mdt_jax"):
+    profiler.start(2, {})
+  assert not any(profiler.starts(step) or profiler.stops(step) for step in range(3, 7))
+  (folder,) = folders
+  assert folder.parent == tmp_path and not list(tmp_path.iterdir())
+  assert caplog.messages == ["NOT WRITTEN: a trace: no profiler"]
+  profiler.request()
+  assert profiler.starts(3)  # SIGUSR1 asks for another try
 
 
 def test_trace_beyond_the_run_is_refused_before_anything_is_written(tmp_path):

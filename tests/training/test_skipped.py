@@ -155,6 +155,27 @@ def test_rollback_skips_the_bad_batches(data, tmp_path, caplog):
   jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
 
 
+class Killed(BaseException):
+  """Ends a run without a save."""
+
+
+def test_run_killed_after_a_rollback_keeps_its_batches(data, tmp_path):
+  def kill_after_the_rollback(step, state):
+    if int(state.batch_offset) > 0:
+      raise Killed
+
+  config = config_of(data, max_rollbacks=1, **DIT)
+  with pytest.raises(Killed):
+    loop.train(config, tmp_path, hooks=[kill_after_the_rollback])
+  assert replay(config, tmp_path, BAD_STEP)["batch"] == BAD_STEP + 4
+  config.max_rollbacks = 0  # the bad batch would stop the run
+  state = loop.train(config, tmp_path)
+  assert (int(state.step), int(state.batch_offset)) == (6, 4)
+  config.max_rollbacks = 1
+  expected = loop.train(config, tmp_path / "uninterrupted")
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
 @pytest.mark.parametrize(
   ("max_rollbacks", "checkpoint_every", "skipped"),
   # No checkpoint to roll back to; the bad example comes again in the next epoch.
