@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_dataset_json_gives_the_labels(tmp_path, warnings):
   assert source.num_classes == 7
   (line,) = warnings
   assert "1 files that are absent, such as 00000/gone.png" in line
+
+
+def test_dataset_json_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  write_image(tmp_path / "a.png")
+  (tmp_path / "dataset.json").touch()
+  read = Path.read_bytes
+
+  def fail(path):
+    if path.name == "dataset.json":
+      raise PermissionError(13, "Permission denied")
+    return read(path)
+
+  monkeypatch.setattr(Path, "read_bytes", fail)
+  message = r"^config\.data\.path = .*: dataset\.json in it cannot be read: Permission"
+  with pytest.raises(SettingError, match=message):
+    open_folder(tmp_path)
 
 
 def test_dataset_json_without_labels_is_one_class(tmp_path):
