@@ -33,9 +33,9 @@ Given: TypeAlias = dict[str, Array]  # arrays of an image to inpaint or edit
 # guidance has a network of its own.
 Generator: TypeAlias = jax.stages.Wrapped
 
-# Folded into the key of an image, for the noise of the visible part in inpainting. In
-# JAX's generator this is the key of the steps too: of the same numbers, one part of the
-# image uses those of visible pixels, the other one those of hidden pixels.
+# Folded into the key of an image, for the noise of the visible part in inpainting. With
+# JAX's generator this gives the key of the steps again. That does no harm: the visible
+# pixels read other numbers of the noise than the hidden ones.
 HOLD_STREAM = 1
 
 
